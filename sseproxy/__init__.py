@@ -1,0 +1,81 @@
+"""sseproxy: a reverse proxy for OpenAI-compatible APIs that makes streaming visible and lossless.
+
+The promise
+-----------
+1. Every byte of a response body reaches the client as soon as it was read from the upstream, unchanged.
+2. When either side goes away, the other side is let go at once, in every phase of an exchange.
+3. When a stream ends, for whatever reason, it is known why: one outcome, one record, never a truncated answer that
+   looks complete.
+4. Time to first token, the gaps between tokens, and the token usage of every stream are on `/metrics`, exact by a
+   written definition.
+
+Processes
+---------
+    sseproxy serve -- supervisor: owns the listening sockets, the metrics registry and the admin listener (/metrics,
+                   |              /livez, /readyz); starts, replaces and drains workers; never touches client traffic
+                   +- worker 1: uvloop, aiohttp's server and connector, one immutable configuration
+                   +- worker N
+
+A worker is a fresh interpreter that inherits the listening socket and one end of a socket pair. Down the pair comes
+its configuration, up go its reports: what has changed since the last one, at most 100 ms late. The supervisor adds
+them up, so counters never fall when a worker ends, and a worker's gauges go with it. The end of the pair is the end of
+the other side: a worker whose supervisor died drains and goes.
+
+The life of a request
+---------------------
+*A request enters at `relay.proxy`, which has its phases in numbers. `relay.routes` matches it to a route,
+`wire.headers` takes its hop-by-hop fields off, and it leaves through `relay.upstream`. Each chunk that comes back is
+written downstream unchanged by `relay.pump`, and only then shown to the inspector in `relay.exchange`, which reads it
+with `wire.sse` and `wire.dialects`. When the stream ends, for whatever reason, the exchange has exactly one outcome,
+and it is reported once.*
+
+    cli             serve, check-config, demo
+    demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
+    config          YAML to a frozen, typed configuration, with file:line:col in every error
+    errors          every exception we raise; the one table from an error to status, body and outcome
+    wire            what bytes mean. No I/O, no aiohttp, no asyncio
+      headers         hop-by-hop, forwarding, credentials
+      framing         where a response body ends: chunked, by length, by close
+      sse             bytes to events, incremental, bounded
+      dialects        what one event means in each API: content, usage, end, error
+    relay           the life of an exchange
+      proxy           the phases
+      routes          which route, which path upstream
+      downstream      the client's side: aiohttp's server protocol, and noticing that a client left
+      upstream        the API's side: connections, heads, and the errors of both
+      pump            the hot path
+      exchange        the record of an exchange, its clock, its inspector
+    observe         what an operator sees
+      metrics         every metric, and the registry
+      telemetry       from what happens to numbers, and from worker to supervisor
+    process         supervisor, worker, admin
+
+Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
+`errors`. A test holds that.
+
+The hot path
+------------
+aiohttp parses heads; bodies are ours. `RelayProtocol` receives from the upstream's transport and hands a body's bytes
+to the `Pump`, which writes them to the client's transport in the same call: no queue, no future, no task in between. A
+read that is exactly one HTTP chunk is forwarded as it came. Backpressure is the transports' own: when the client's
+write buffer is over its mark, reading from the upstream is paused. What the inspector does happens after the write.
+
+Words
+-----
+downstream / upstream   the client's side / the API's side
+route                   a match rule, and what happens to requests that match it
+upstream (noun)         a named API with a base URL
+exchange                one request and its response
+chunk                   bytes as read
+event                   one server-sent event
+delta                   generated content in an event
+TTFT                    time to first token: request head received to the first event with a non-empty generated delta
+                        written downstream
+inter-token latency     the gap between consecutive events with a generated delta, at the time they were read
+TPOT                    (last - first generated event) / (output tokens - 1)
+usage                   the upstream's own token counts, the last non-null ones of a stream; never summed or estimated
+outcome                 why an exchange ended: one of `errors.Outcome`
+drain                   stop accepting, fail readiness, let streams finish until the deadline, then end them in-band
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,138 @@
+"""The command line. Errors are one line on stderr and exit status 1; usage errors exit with 2, as argparse has it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from . import __version__, config, demonstration
+from .config import Config
+from .demo import Pace
+from .errors import SseproxyError
+from .process.supervisor import Supervisor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        status: int = options.run(options)
+    except SseproxyError as error:
+        sys.stderr.writelines(f"sseproxy: {line}\n" for line in str(error).splitlines())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sseproxy",
+        description="A reverse proxy for OpenAI-compatible APIs that makes streaming visible and lossless.",
+    )
+    parser.add_argument("--version", action="version", version=f"sseproxy {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the proxy", description="Run the proxy.")
+    source = serve.add_mutually_exclusive_group(required=True)
+    source.add_argument("-c", "--config", metavar="FILE", help="the configuration")
+    source.add_argument("--upstream", metavar="URL", help="no configuration: everything goes to this API")
+    serve.add_argument("--workers", metavar="N", help="worker processes, or auto: one per core")
+    _add_listeners(serve)
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser(
+        "check-config", help="check a configuration", description="Check a configuration and list all its problems."
+    )
+    check.add_argument("file", metavar="FILE")
+    check.set_defaults(run=_check)
+
+    pace = Pace()
+    demo = commands.add_parser(
+        "demo",
+        help="see it work, without an API",
+        description="Run the proxy in front of an embedded backend, and stream an answer through it.",
+    )
+    demo.add_argument("--once", action="store_true", help="end after the first answer")
+    demo.add_argument("--ttft", type=_not_negative, default=pace.ttft, metavar="S", help="seconds to the first token")
+    demo.add_argument("--rate", type=_positive, default=pace.rate, metavar="N", help="tokens per second")
+    demo.add_argument("--tokens", type=_count, default=pace.tokens, metavar="N", help="tokens per answer")
+    _add_listeners(demo)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_listeners(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", metavar="HOST:PORT", help="where clients connect (127.0.0.1:8080)")
+    parser.add_argument("--admin", metavar="HOST:PORT", help="where /metrics and health are (127.0.0.1:9464)")
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("expected a number that is not negative")
+    return number
+
+
+def _positive(text: str) -> float:
+    if not _not_negative(text):
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return float(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError("expected a whole number above 0")
+    return int(text)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    flags = {"listen": options.listen, "admin": options.admin, "workers": options.workers}
+    if options.upstream is not None:
+        settings = config.single(options.upstream, **flags)
+    else:
+        settings = config.override(config.load(options.config), **flags)
+    return uvloop.run(_run(settings))
+
+
+async def _run(settings: Config) -> int:
+    supervisor = Supervisor(settings)
+    supervisor.bind()
+    await supervisor.start()
+    sys.stdout.write(summary(supervisor))
+    sys.stdout.flush()
+    return await supervisor.run()
+
+
+def summary(supervisor: Supervisor) -> str:
+    """Where the proxy listens and what goes where, in plain lines."""
+    settings = supervisor.config
+    width = max(len(route.match.path) for route in settings.routes)
+    lines = [f"sseproxy {__version__} listens on {supervisor.url}"]
+    for route in settings.routes:
+        conditions = [*route.match.methods, *(f"model {glob}" for glob in route.match.model)]
+        when = f" ({', '.join(conditions)})" if conditions else ""
+        upstream = settings.upstream(route.upstream)
+        lines.append(f"  {route.match.path:<{width}}  ->  {upstream.url}{when}")
+    lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz")
+    lines.append(f"  workers: {supervisor.workers}")
+    return "\n".join(lines) + "\n"
+
+
+def _check(options: argparse.Namespace) -> int:
+    settings = config.load(options.file)
+    routes, upstreams = len(settings.routes), len(settings.upstreams)
+    sys.stdout.write(
+        f"{options.file}: ok ({routes} route{'s'[: routes > 1]}, {upstreams} upstream{'s'[: upstreams > 1]})\n"
+    )
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    pace = Pace(ttft=options.ttft, rate=options.rate, tokens=options.tokens)
+    return uvloop.run(demonstration.run(pace, listen=options.listen, admin=options.admin, once=options.once))

@@ -1,0 +1,736 @@
+"""The configuration: its model, and how it is read from YAML and from command-line flags.
+
+Everything wrong with a document is reported at once, each problem with its place. What is shown of a value is the
+document's own spelling, from before `${VAR}` was expanded, so no message contains the value of an environment variable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from yarl import URL
+
+from sseproxy.errors import ConfigError
+
+T = TypeVar("T")
+Loc = tuple[str | int, ...]
+
+_DOCUMENT: Final = object()
+"""Validation context of text written by an operator: there, numbers need a unit."""
+
+_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
+_API_KEY = re.compile(r"[!-~]+")
+_DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
+_DURATION_MS = (3_600_000, 60_000, 1_000, 1)
+_METHOD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
+_SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
+_SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def _expected(what: str, *, show: bool = True) -> PydanticCustomError:
+    """The error of a value that is not `what`. `show` tells whether a message may contain the value."""
+    return PydanticCustomError("expected" if show else "expected_secret", "expected {what}", {"what": what})
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen. An empty host is all interfaces, port 0 any free port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read `HOST:PORT`, `[IPV6]:PORT` or `:PORT`; the inverse of `str`. Raises `ValueError`."""
+        match = _ADDRESS.fullmatch(text)
+        if match is None or int(match["port"]) > 65535:
+            raise ValueError("not HOST:PORT")
+        if match["v6"] is not None:
+            ipaddress.IPv6Address(match["v6"])
+        return cls(match["v6"] or match["host"], int(match["port"]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _address(value: object) -> Address:
+    if isinstance(value, Address):
+        return value
+    try:
+        if isinstance(value, str):
+            return Address.parse(value)
+    except ValueError:
+        pass
+    raise _expected("HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535")
+
+
+def _api_key(value: object) -> SecretStr | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = SecretStr(value)
+    if isinstance(value, SecretStr) and _API_KEY.fullmatch(value.get_secret_value()):
+        return value
+    raise _expected("an API key: text of visible ASCII characters", show=False)
+
+
+def _seconds(value: object, info: ValidationInfo) -> float | None:
+    seconds = math.nan
+    if isinstance(value, str):
+        if match := _DURATION.fullmatch(value):
+            seconds = sum(int(n or 0) * ms for n, ms in zip(match.groups(), _DURATION_MS, strict=True)) / 1000
+    elif isinstance(value, int | float) and not isinstance(value, bool) and info.context is not _DOCUMENT:
+        seconds = float(value)
+    return seconds if 0 < seconds < math.inf else None
+
+
+def _duration(value: object, info: ValidationInfo) -> float:
+    seconds = _seconds(value, info)
+    if seconds is None:
+        raise _expected("a duration such as 30s or 5m")
+    return seconds
+
+
+def _duration_or_off(value: object, info: ValidationInfo) -> float | None:
+    if value is None or value is False or value == "off":
+        return None
+    seconds = _seconds(value, info)
+    if seconds is None:
+        raise _expected("a duration such as 30s or 5m, or off")
+    return seconds
+
+
+def _glob(value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise _expected("the name of a model or a glob such as gpt-4*")
+
+
+def _listed(value: object) -> tuple[object, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, tuple):
+        return value
+    raise _expected("text or a list")
+
+
+def _method(value: object) -> str:
+    if isinstance(value, str) and _METHOD.fullmatch(value):
+        return value.upper()
+    raise _expected("an HTTP method such as POST")
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return value
+    raise _expected("a name: 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+
+
+def _path(value: object) -> str:
+    if isinstance(value, str) and _PATH.fullmatch(value):
+        return value.removesuffix("/") or "/"
+    raise _expected("a path such as /v1, without query, empty segments and dot segments")
+
+
+def _size(value: object, info: ValidationInfo) -> int:
+    size = 0
+    if isinstance(value, str):
+        if match := _SIZE.fullmatch(value):
+            size = int(match[1]) * _SIZE_BYTES[match[2]]
+    elif isinstance(value, int) and not isinstance(value, bool) and info.context is not _DOCUMENT:
+        size = value
+    if size <= 0:
+        raise _expected("a size such as 512KiB or 32MiB")
+    return size
+
+
+def _url(value: object) -> str:
+    """A canonical URL. Userinfo and queries hold secrets, so a URL that might have one is never shown."""
+    text = value if isinstance(value, str) and value.isprintable() and " " not in value else ""
+    show = not (isinstance(value, str) and re.search("[@?#]", value))
+    try:
+        url = URL(text)
+        usable = url.scheme in ("http", "https") and bool(url.host) and bool(url.port)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise _expected("a URL such as https://api.openai.com/v1", show=show)
+    if re.match("[^/]*//[^/]*@", text):
+        raise _expected("a URL without user name and password; a key belongs into api_key", show=show)
+    if "?" in text or "#" in text:
+        raise _expected("a URL without query and fragment", show=show)
+    return str(url).rstrip("/")
+
+
+def _workers(value: object) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise _expected("auto or a number of processes from 1 up")
+
+
+Duration = Annotated[float, BeforeValidator(_duration)]
+"""Seconds. Written as `250ms`, `30s`, `5m`, `1h` or a combination in descending units, such as `1m30s`."""
+
+DurationOrOff = Annotated[float | None, BeforeValidator(_duration_or_off)]
+"""A `Duration`, or `None`, which is written as `off`."""
+
+ListenAddress = Annotated[Address, BeforeValidator(_address)]
+
+Name = Annotated[str, BeforeValidator(_name)]
+"""Names are metric label values, hence short and plain."""
+
+Size = Annotated[int, BeforeValidator(_size)]
+"""Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, use_attribute_docstrings=True
+    )
+
+
+class Admin(_Model):
+    """The listener for metrics and health, apart from the clients' one."""
+
+    listen: ListenAddress = Address("127.0.0.1", 9464)
+
+
+class Upstream(_Model):
+    """A server that requests are relayed to."""
+
+    name: Name
+    url: Annotated[str, BeforeValidator(_url)]
+    """Canonical, without trailing slash. Its path takes the place of the matched prefix."""
+    api_key: Annotated[SecretStr | None, BeforeValidator(_api_key)] = None
+    """Sent as the bearer token instead of the client's `Authorization`."""
+
+
+class Match(_Model):
+    """The requests that belong to a route."""
+
+    path: Annotated[str, BeforeValidator(_path)]
+    """Prefix of the path, on segment boundaries; the longest one wins. No trailing slash, except `/`, which is all."""
+    model: Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], BeforeValidator(_listed)] = ()
+    """Globs for the `model` of the request body, of which one has to match. None: any body."""
+    methods: Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], BeforeValidator(_listed)] = ()
+    """Upper-case HTTP methods. None: any method."""
+
+
+class Timeouts(_Model):
+    """How long each phase of an exchange may take, in seconds."""
+
+    connect: Duration = 10.0
+    """DNS, TCP and TLS to the upstream."""
+    head: Duration = 600.0
+    """From the request being sent to the response head, which reasoning models may hold for minutes."""
+    first_token: Duration = 900.0
+    """From the request head being received to the first generated token of an event stream."""
+    idle: Duration = 300.0
+    """The longest silence: after the first token between data events (comments do not count), for bodies other than
+    event streams between reads."""
+    total: DurationOrOff = None
+    """The whole exchange; `None` is without limit."""
+    write: Duration = 60.0
+    """A client that takes no byte for that long is cut."""
+
+
+class Route(_Model):
+    """Sends the requests that `match` to an upstream."""
+
+    name: Name
+    match: Match
+    upstream: str
+    """The name of an upstream."""
+    timeouts: Timeouts = Timeouts()
+
+
+class Config(_Model):
+    """All that can be configured. Immutable, and picklable for worker processes."""
+
+    listen: ListenAddress = Address("127.0.0.1", 8080)
+    admin: Admin = Admin()
+    workers: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_workers)] = "auto"
+    """Worker processes; `auto` is one per usable core."""
+    drain_timeout: Duration = 30.0
+    """How long running streams may go on after SIGTERM, in seconds."""
+    max_body: Size = 32 << 20
+    """The largest request body that is read to find its `model`, in bytes; only where a route matches on it."""
+    upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
+    routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        conflicts = [
+            f"{_dotted(loc)}: {message}"
+            for loc, message in _conflicts(
+                [upstream.name for upstream in self.upstreams],
+                [route.name for route in self.routes],
+                [route.match for route in self.routes],
+                [route.upstream for route in self.routes],
+                spell=lambda _, name: name,
+            )
+        ]
+        if conflicts:
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(conflicts)})
+        return self
+
+    def upstream(self, name: str) -> Upstream:
+        """Raises `KeyError` for a name that no upstream has; those of routes always exist."""
+        for upstream in self.upstreams:
+            if upstream.name == name:
+                return upstream
+        raise KeyError(name)
+
+
+def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Config:
+    """Read a configuration file. Raises `ConfigError`, also if the file cannot be read or is not UTF-8."""
+    source = os.fspath(path)
+    problem = ""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        problem = f"{source}: cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        line, column = _position(data[: error.start].decode("utf-8-sig"))
+        problem = f"{source}:{line}:{column}: expected UTF-8 text"
+    if problem:
+        raise ConfigError([problem])
+    return parse(text, source, env)
+
+
+def parse(text: str, source: str, env: Mapping[str, str] = os.environ) -> Config:
+    """Read the text of a configuration file, called `source` in messages. Raises `ConfigError` with all its problems.
+
+    `${VAR}`, `${VAR:-default}` and `$$` are expanded in values, after the YAML is parsed.
+    """
+    document = _Document(text, env)
+    config = document.validate()
+    if config is None or document.problems:
+        raise ConfigError(
+            [
+                f"{source}:{line}:{column}: {problem}"
+                for (line, column), problem in sorted(document.problems, key=itemgetter(0))
+            ]
+        )
+    return config
+
+
+def single(
+    url: str, *, listen: str | None = None, admin: str | None = None, workers: str | int | None = None
+) -> Config:
+    """The configuration of a proxy for one upstream, without a file. Raises `ConfigError` whose problems name flags.
+
+    Requests below `/v1` go to the path of `url`; if it has none, all requests do, with their path unchanged.
+    """
+    problems: list[str] = []
+    target = _flag(problems, "--upstream", _url, url)
+    changes = _changes(problems, listen, admin, workers)
+    if problems or target is None:
+        raise ConfigError(problems)
+    path = "/" if URL(target).raw_path == "/" else "/v1"
+    return Config(
+        upstreams=(Upstream(name="upstream", url=target),),
+        routes=(Route(name="api", match=Match(path=path), upstream="upstream"),),
+    ).model_copy(update=changes)
+
+
+def override(
+    config: Config, *, listen: str | None = None, admin: str | None = None, workers: str | int | None = None
+) -> Config:
+    """`config` with the values of the command-line flags that are given. Raises `ConfigError` that names flags."""
+    problems: list[str] = []
+    changes = _changes(problems, listen, admin, workers)
+    if problems:
+        raise ConfigError(problems)
+    return config.model_copy(update=changes)
+
+
+def _changes(
+    problems: list[str], listen: str | None, admin: str | None, workers: str | int | None
+) -> dict[str, object]:
+    changes: dict[str, object] = {}
+    if listen is not None:
+        changes["listen"] = _flag(problems, "--listen", _address, listen)
+    if admin is not None and (address := _flag(problems, "--admin", _address, admin)):
+        changes["admin"] = Admin(listen=address)
+    if workers is not None:
+        number = isinstance(workers, str) and re.fullmatch("[0-9]{1,9}", workers)
+        changes["workers"] = _flag(problems, "--workers", _workers, int(workers) if number else workers)
+    return changes
+
+
+def _flag(problems: list[str], flag: str, read: Callable[[object], T], value: object) -> T | None:
+    try:
+        return read(value)
+    except PydanticCustomError as error:
+        got = f", got {_quoted(str(value))}" if error.type == "expected" else ""
+        problems.append(f"{flag}: {error.message()}{got}")
+        return None
+
+
+def _conflicts(
+    upstreams: Sequence[str | None],
+    routes: Sequence[str | None],
+    matches: Sequence[Match | None],
+    uses: Sequence[str | None],
+    spell: Callable[[Loc, str], str],
+) -> Iterator[tuple[Loc, str]]:
+    """What is wrong between the parts: repeated names and matches, and names of upstreams (`uses`) that do not exist.
+
+    `None` stands for a part that is itself wrong. `spell` gives a name as it may be shown.
+    """
+    identities = [match and (match.path, frozenset(match.model), frozenset(match.methods)) for match in matches]
+    columns: tuple[tuple[str, str, Sequence[object]], ...] = (
+        ("upstreams", "name", upstreams),
+        ("routes", "name", routes),
+        ("routes", "match", identities),
+    )
+    for section, key, column in columns:
+        for index, item in enumerate(column):
+            first = column.index(item)
+            if item is not None and first < index:
+                yield (section, index, key), f"expected a unique {key}, got that of {section}[{first}]"
+
+    names = [name for name in upstreams if name is not None]
+    if not names or len(names) < len(upstreams):
+        return
+    known = ", ".join(_quoted(spell(("upstreams", index, "name"), name))[1:-1] for index, name in enumerate(names))
+    for index, use in enumerate(uses):
+        if use is not None and use not in names:
+            loc = ("routes", index, "upstream")
+            yield loc, f"expected the name of an upstream ({known}), got {_quoted(spell(loc, use))}"
+
+
+_SHARED = "!shared"
+_STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+_MAX_DEPTH = 32
+_INVALID: Final = object()
+"""Stands for a value whose problem is already reported."""
+
+_NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
+_VARIABLE = re.compile(
+    r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?)", re.A
+)
+
+_TYPE_PROBLEMS = {
+    "model_type": "expected a mapping",
+    "tuple_type": "expected a list",
+    "string_type": "expected text",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes, tagging aliases and what has an anchor as `_SHARED`: nothing is ever expanded."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        shared = event.anchor is not None
+        event.anchor = None
+        if self.check_event(yaml.AliasEvent):
+            self.get_event()  # type: ignore[no-untyped-call]
+            return yaml.ScalarNode(_SHARED, "", event.start_mark, event.end_mark)
+        if self.depth == _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if shared and node is not None:
+            node.tag = _SHARED
+        return node
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a document: where it is named (by its key, or as an item of a list), its node and its value."""
+
+    place: yaml.Mark
+    node: yaml.Node
+    value: object
+
+    def kind(self) -> str:
+        """What the document has here, without its words: where a structure is expected, text may hold a secret."""
+        if isinstance(self.node, yaml.MappingNode):
+            return "a mapping"
+        if isinstance(self.node, yaml.SequenceNode):
+            return "a list"
+        match self.value:
+            case None:
+                return "nothing"
+            case bool():
+                return "a boolean"
+            case int() | float():
+                return "a number"
+        return "text"
+
+    def spelled(self) -> str:
+        """What the document has here, in its own words."""
+        match self.value:
+            case str():
+                return _quoted(self.node.value)
+            case int() | float():
+                return f"{self.kind()} ({_shortened(self.node.value)})"
+        return self.kind()
+
+
+class _Document:
+    """A YAML document as plain data, the place of each of its parts, and everything wrong with it so far."""
+
+    def __init__(self, text: str, env: Mapping[str, str]) -> None:
+        self.problems: list[tuple[tuple[int, int], str]] = []
+        self._env = env
+        self._parts: dict[Loc, _Part] = {}
+        self._data: dict[str, object] | None = None
+        try:
+            self._loader = _Loader(text)
+            self._read()
+        except yaml.reader.ReaderError as error:
+            self.problems.append((_position(text[: error.position]), "not valid YAML: unprintable character"))
+        except yaml.MarkedYAMLError as error:
+            # A tag handle is text of the document, which may be secret.
+            problem = str(error.problem).partition(" handle ")[0]
+            context = f" ({error.context})" if error.context else ""
+            mark = error.problem_mark
+            place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+            self.problems.append((place, f"not valid YAML: {problem}{context}"))
+
+    def validate(self) -> Config | None:
+        """The configuration, or `None` after adding to `problems` what keeps the data from being one."""
+        data = self._data
+        if data is None:
+            return None
+        upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
+        for loc, message in _conflicts(
+            [_text(upstream.get("name")) for upstream in upstreams],
+            [_text(route.get("name")) for route in routes],
+            [_valid_match(route.get("match")) for route in routes],
+            [_text(route.get("upstream")) for route in routes],
+            spell=lambda loc, _: str(self._parts[loc].node.value),
+        ):
+            self._report(loc, message)
+        try:
+            return Config.model_validate(data, context=_DOCUMENT)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False, include_context=False, include_input=False):
+                self._report_invalid(detail["type"], detail["loc"], detail["msg"])
+        return None
+
+    def _report(self, loc: Loc, message: str, mark: yaml.Mark | None = None) -> None:
+        mark = mark or self._parts[loc].place
+        path = _dotted(loc)
+        self.problems.append(((mark.line + 1, mark.column + 1), f"{path}: {message}" if path else message))
+
+    def _report_invalid(self, kind: str, loc: Loc, message: str) -> None:
+        """Add the problem that pydantic calls `kind`, unless there is one already: conflicts are found without it."""
+        if kind == "conflict":
+            return
+        if kind == "missing":
+            self._report(loc, "required key is missing", self._parts[loc[:-1]].node.start_mark)
+            return
+        if kind == "extra_forbidden":
+            known = sorted(_model_at(loc[:-1]).model_fields)
+            close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            self._report(loc, f"unknown key; expected one of {', '.join(known)}{hint}")
+            return
+
+        while loc not in self._parts:  # the item of a list that is written as a single text
+            loc = loc[:-1]
+        part = self._parts[loc]
+        if part.value is _INVALID:
+            return
+        if kind == "too_short":
+            if part.value == ():  # and not for the items that are not valid
+                self._report(loc, "expected at least one entry")
+        elif kind == "expected_secret":
+            self._report(loc, message)
+        elif kind in _TYPE_PROBLEMS:
+            self._report(loc, f"{_TYPE_PROBLEMS[kind]}, got {part.kind()}")
+        else:
+            self._report(loc, f"{message}, got {part.spelled()}")
+
+    def _read(self) -> None:
+        root = self._loader.get_node() if self._loader.check_node() else None
+        if self._loader.check_node():
+            event = self._loader.peek_event()  # type: ignore[no-untyped-call]
+            self._report((), "expected a single YAML document", event.start_mark)
+        if root is None:
+            self.problems.append(((1, 1), "expected a mapping, got an empty document"))
+            return
+        value = self._add((), root, root.start_mark)
+        if isinstance(value, dict):
+            self._data = value
+        elif value is not _INVALID:
+            self._report((), f"expected a mapping, got {self._parts[()].kind()}")
+
+    def _add(self, loc: Loc, node: yaml.Node, place: yaml.Mark) -> object:
+        self._parts[loc] = _Part(place, node, _INVALID)
+        value = self._value(loc, node)
+        self._parts[loc] = _Part(place, node, value)
+        return value
+
+    def _value(self, loc: Loc, node: yaml.Node) -> object:
+        if node.tag == _SHARED:
+            self._report(
+                loc, "anchors and aliases are not supported; text that starts with & or * has to be put in quotes"
+            )
+        elif node.tag != self._implicit_tag(node):
+            self._report(loc, "tags are not supported; text that starts with ! has to be put in quotes")
+        elif isinstance(node, yaml.MappingNode):
+            return self._mapping(loc, node)
+        elif isinstance(node, yaml.SequenceNode):
+            return tuple(self._add((*loc, index), item, item.start_mark) for index, item in enumerate(node.value))
+        elif isinstance(node, yaml.ScalarNode):
+            return self._scalar(loc, node)
+        return _INVALID
+
+    def _implicit_tag(self, node: yaml.Node) -> str:
+        if isinstance(node, yaml.ScalarNode):
+            return self._resolve(node.value) if node.style is None else _STR
+        return _MAP if isinstance(node, yaml.MappingNode) else _SEQ
+
+    def _resolve(self, plain: str) -> str:
+        return str(self._loader.resolve(yaml.ScalarNode, plain, (True, False)))  # type: ignore[no-untyped-call]
+
+    def _mapping(self, loc: Loc, node: yaml.MappingNode) -> dict[str, object]:
+        mapping: dict[str, object] = {}
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                self._report(loc, "merge keys (<<) are not supported", key.start_mark)
+            elif key.tag != _STR:
+                self._report(loc, "expected a key that is text", key.start_mark)
+            elif key.value in mapping:
+                first = self._parts[(*loc, key.value)].place.line + 1
+                self._report((*loc, key.value), f"duplicate key; the first one is in line {first}", key.start_mark)
+            else:
+                mapping[key.value] = self._add((*loc, key.value), value, key.start_mark)
+        return mapping
+
+    def _scalar(self, loc: Loc, node: yaml.ScalarNode) -> object:
+        text = self._expand(loc, node.value)
+        if text is None:
+            return _INVALID
+        if node.style is not None:
+            return text
+        plain = yaml.ScalarNode(self._resolve(text), text, node.start_mark, node.end_mark)
+        try:
+            match plain.tag.rpartition(":")[2]:
+                case "null":
+                    return None
+                case "bool":
+                    return self._loader.construct_yaml_bool(plain)
+                case "int":
+                    return self._loader.construct_yaml_int(plain)
+                case "float":
+                    return self._loader.construct_yaml_float(plain)
+        except (ValueError, OverflowError):
+            pass  # such as 0x_ or a number of thousands of digits
+        return text
+
+    def _expand(self, loc: Loc, text: str) -> str | None:
+        """`text` with its variables replaced, or `None` after reporting those that cannot be."""
+        problems: list[str] = []
+
+        def replacement(match: re.Match[str]) -> str:
+            name, default = match["name"], match["default"]
+            if match["dollar"]:
+                return "$"
+            if name is None:
+                problems.append("expected ${NAME} or ${NAME:-default}; a literal ${ is written as $${")
+                return ""
+            value = self._env.get(name)
+            if default is not None:
+                return value or default
+            if value is None:
+                problems.append(f"environment variable {name} is not set")
+                return ""
+            return value
+
+        expanded = _VARIABLE.sub(replacement, text)
+        for problem in problems:
+            self._report(loc, problem)
+        return None if problems else expanded
+
+
+def _dotted(loc: Loc) -> str:
+    """`path.to[0].key`. Of a key that is no plain word only the start is shown, and nothing that is below an api_key:
+    either may contain the key itself, as in `{api_key:secret}`.
+    """
+    path = ""
+    for key in loc:
+        if isinstance(key, int):
+            path += f"[{key}]"
+            continue
+        word = _NOT_IN_WORD.split(key)[0][:64]
+        path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
+        if key == "api_key":
+            break
+    return path.removeprefix(".")
+
+
+def _entries(data: Mapping[str, object], section: str) -> list[dict[str, object]]:
+    entries = data.get(section)
+    if not isinstance(entries, tuple):
+        return []
+    return [entry if isinstance(entry, dict) else {} for entry in entries]
+
+
+def _model_at(loc: Loc) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for key in loc:
+        if isinstance(key, str):
+            annotation = model.model_fields[key].annotation
+            (model, *_) = get_args(annotation) or (annotation,)
+    return model
+
+
+def _position(before: str) -> tuple[int, int]:
+    """Line and column, from 1, of what follows the text `before`."""
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
+
+
+def _quoted(text: str) -> str:
+    return repr(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 64 else text[:63] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _valid_match(value: object) -> Match | None:
+    try:
+        return Match.model_validate(value, context=_DOCUMENT)
+    except ValidationError:
+        return None

@@ -1,0 +1,219 @@
+"""Every exception sseproxy raises, and the one table from an error to what becomes of the exchange.
+
+    SseproxyError
+     +-- ConfigError                    the operator's configuration cannot be used
+     +-- ListenError                    an address cannot be listened on
+     +-- ProtocolError                  bytes that break a wire format (raised by `sseproxy.wire`)
+     +-- ExchangeError                  an exchange cannot go on; carries status, code and outcome
+          +-- RequestError              the client's fault: never sent upstream
+          +-- UpstreamError             the upstream's fault
+          |    +-- UpstreamTimeout      it was given the time of its phase and did not use it
+          |    +-- Truncated            it left after its response head
+          +-- StalledClient             the client takes no bytes
+          +-- Draining                  this process ends before the exchange does
+          +-- InternalError             a defect of sseproxy
+
+Foreign exceptions (aiohttp's, OSError) are translated where they are first seen, in `relay.upstream`, so that
+everything above it handles only these. A client that leaves is not an error but a cancellation.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import json
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+UpstreamErrorType = Literal["dns", "connect", "tls", "timeout", "reset", "protocol"]
+
+
+class Outcome(enum.StrEnum):
+    """Why an exchange ended. Closed: every exchange has exactly one, and it is a metric label."""
+
+    COMPLETED = "completed"
+    """The response reached its end: the body's framing said so, or the stream's end marker was forwarded."""
+    CLIENT_GONE_BEFORE_HEAD = "client_gone_before_head"
+    CLIENT_GONE_BEFORE_FIRST_TOKEN = "client_gone_before_first_token"
+    CLIENT_GONE_MID_STREAM = "client_gone_mid_stream"
+    UPSTREAM_ERROR = "upstream_error"
+    """No usable response: unreachable, reset before its head, broken framing, or an error event in the stream."""
+    UPSTREAM_TIMEOUT_CONNECT = "upstream_timeout_connect"
+    UPSTREAM_TIMEOUT_HEAD = "upstream_timeout_head"
+    UPSTREAM_TIMEOUT_FIRST_TOKEN = "upstream_timeout_first_token"
+    UPSTREAM_TIMEOUT_IDLE = "upstream_timeout_idle"
+    UPSTREAM_TIMEOUT_TOTAL = "upstream_timeout_total"
+    TRUNCATED = "truncated"
+    """The upstream's connection ended before its body did."""
+    STALLED_CLIENT = "stalled_client"
+    REJECTED = "rejected"
+    """Answered here, never sent upstream."""
+    DRAINED = "drained"
+    """Still running at the end of the drain."""
+    PROXY_ERROR = "proxy_error"
+    """A defect of sseproxy, or a worker that died with the exchange in its hands."""
+
+
+class SseproxyError(Exception):
+    """Root of everything raised on purpose."""
+
+
+class ConfigError(SseproxyError):
+    """The configuration cannot be used.
+
+    `problems` holds one line each, in the order of their places: `file:line:col: path: expected ...`.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class ListenError(SseproxyError):
+    """A listening socket cannot be had. `option` is where its address is configured."""
+
+    def __init__(self, option: str, address: str, cause: OSError) -> None:
+        super().__init__(f"{option}: cannot listen on {address}: {(cause.strerror or str(cause)).lower()}")
+        self.option = option
+        self.in_use = cause.errno == errno.EADDRINUSE
+
+
+class ProtocolError(SseproxyError):
+    """Bytes that break a wire format. The text names the rule, never the bytes."""
+
+
+class ExchangeError(SseproxyError):
+    """An exchange cannot go on.
+
+    `status` is the HTTP status if no response head was sent yet, `code` and `type` go into the OpenAI-shaped
+    error body or error event, `outcome` is what is recorded.
+    """
+
+    status: int = 502
+    code: str = "upstream_error"
+    type: str = "upstream_error"
+    outcome: Outcome = Outcome.UPSTREAM_ERROR
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+    def document(self) -> dict[str, object]:
+        """The error object of an OpenAI-compatible API."""
+        return {"message": self.message, "type": self.type, "param": None, "code": self.code}
+
+    def body(self) -> bytes:
+        """The body of an error response."""
+        return json.dumps({"error": self.document()}).encode() + b"\n"
+
+    def event(self) -> bytes:
+        """The error as an event within a stream.
+
+        `event: error` together with a nested `error` is the one form on which every OpenAI SDK raises, whatever
+        follows it on the connection.
+        """
+        return b"event: error\ndata: " + json.dumps({"type": "error", "error": self.document()}).encode() + b"\n\n"
+
+
+class RequestError(ExchangeError):
+    """The request is refused here. `reason` is its label in `sseproxy_requests_rejected_total`."""
+
+    type = "invalid_request_error"
+    outcome = Outcome.REJECTED
+
+    _TABLE: ClassVar[dict[str, tuple[int, str]]] = {
+        "bad_request": (400, "The request is not valid HTTP/1.1."),
+        "bad_target": (400, "The request target is not a plain path: dot segments and control characters are refused."),
+        "no_route": (404, "No route matches this request."),
+        "method": (501, "This method is not supported."),
+        "body_too_large": (413, "The request body is too large to be read for its model."),
+        "expectation": (417, "Only Expect: 100-continue can be met."),
+    }
+
+    def __init__(self, reason: str) -> None:
+        self.reason = self.code = reason
+        self.status, message = self._TABLE[reason]
+        super().__init__(message)
+
+
+class UpstreamError(ExchangeError):
+    """The upstream could not be used. `kind` is its label in `sseproxy_upstream_errors_total`."""
+
+    _TABLE: ClassVar[dict[UpstreamErrorType, tuple[int, str, str]]] = {
+        "dns": (502, "upstream_unresolvable", "The upstream's name could not be resolved."),
+        "connect": (502, "upstream_unreachable", "The upstream could not be reached."),
+        "tls": (502, "upstream_tls", "No trusted TLS connection to the upstream could be made."),
+        "timeout": (504, "upstream_timeout", "The upstream did not answer in time."),
+        "reset": (502, "upstream_disconnected", "The upstream closed the connection before it answered."),
+        "protocol": (502, "upstream_protocol", "The upstream's response is not valid HTTP/1.1."),
+    }
+
+    def __init__(self, kind: UpstreamErrorType, message: str | None = None) -> None:
+        self.kind = kind
+        self.status, self.code, default = self._TABLE[kind]
+        super().__init__(message or default)
+
+
+Phase = Literal["connect", "head", "first_token", "idle", "total"]
+
+
+class UpstreamTimeout(UpstreamError):
+    """The upstream did not do in `seconds` what `phase` waits for."""
+
+    _WAITED_FOR: ClassVar[dict[Phase, str]] = {
+        "connect": "accept a connection",
+        "head": "start its response",
+        "first_token": "generate a first token",
+        "idle": "send anything",
+        "total": "finish",
+    }
+
+    def __init__(self, phase: Phase, seconds: float) -> None:
+        super().__init__("timeout", f"The upstream did not {self._WAITED_FOR[phase]} within {seconds:g} seconds.")
+        self.phase = phase
+        self.seconds = seconds
+        self.outcome = Outcome(f"upstream_timeout_{phase}")
+
+
+class Truncated(UpstreamError):
+    """The upstream's connection ended after its response head and before the end of its body."""
+
+    outcome = Outcome.TRUNCATED
+
+    def __init__(self) -> None:
+        super().__init__("reset", "The upstream closed the connection before the response was complete.")
+
+
+class StalledClient(ExchangeError):
+    """The client took no byte for the route's write timeout."""
+
+    status = 408
+    code = type = "stalled_client"
+    outcome = Outcome.STALLED_CLIENT
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The client took nothing for {seconds:g} seconds.")
+
+
+class Draining(ExchangeError):
+    """This process stops and its drain timeout is over."""
+
+    status = 503
+    code = "draining"
+    type = "server_error"
+    outcome = Outcome.DRAINED
+
+    def __init__(self) -> None:
+        super().__init__("The proxy is shutting down; please try again.")
+
+
+class InternalError(ExchangeError):
+    """A defect of sseproxy; the log has the details."""
+
+    status = 500
+    code = "internal_error"
+    type = "server_error"
+    outcome = Outcome.PROXY_ERROR
+
+    def __init__(self) -> None:
+        super().__init__("The proxy failed to handle this request.")

@@ -1,0 +1,322 @@
+"""Every metric: its name, labels, buckets and meaning, and the registry that `/metrics` is written from.
+
+A worker counts into a `Recorder` of its own and sends what has changed as a `Report`; the supervisor adds the reports
+into a `Registry`, which outlives workers, so that counters never fall.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+
+# To the first token: OpenTelemetry's GenAI buckets, extended at both ends as vLLM does, so that panels overlay.
+TO_TOKEN: Final = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
+)  # fmt: skip
+BETWEEN_TOKENS: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+)  # fmt: skip
+DURATION: Final = (
+    0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0,
+)  # fmt: skip
+# The proxy's own share: from tens of microseconds, where it belongs, to what would wake somebody up.
+OWN_DELAY: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0)
+
+Labels = tuple[str, ...]
+
+
+class Metric(NamedTuple):
+    """One metric family. `labels` take values from the configuration and from closed sets only."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: Labels
+    help: str
+    buckets: tuple[float, ...] = ()
+
+
+_R: Final = ("route", "upstream")
+
+REQUESTS = Metric("requests", "counter", (*_R, "code", "outcome"), "Exchanges that have ended, by why they ended.")
+REQUESTS_ACTIVE = Metric("requests_active", "gauge", _R, "Exchanges under way.")
+STREAMS_ACTIVE = Metric("streams_active", "gauge", _R, "Event streams under way.")
+REQUEST_DURATION = Metric(
+    "request_duration_seconds", "histogram", _R, "Request head received to last byte, every outcome.", DURATION
+)
+TO_HEAD = Metric(
+    "time_to_response_head_seconds", "histogram", _R, "Request head received to the upstream's response head.", TO_TOKEN
+)
+TO_FIRST_EVENT = Metric(
+    "time_to_first_event_seconds", "histogram", _R, "Request head received to the first complete event.", TO_TOKEN
+)
+TO_FIRST_TOKEN = Metric(
+    "time_to_first_token_seconds",
+    "histogram",
+    _R,
+    "Request head received to the first event with generated content written downstream.",
+    TO_TOKEN,
+)
+GAPS = Metric(
+    "inter_token_latency_seconds",
+    "histogram",
+    _R,
+    "Gap between consecutive events with generated content, at the time they were read.",
+    BETWEEN_TOKENS,
+)
+TPOT = Metric(
+    "time_per_output_token_seconds",
+    "histogram",
+    _R,
+    "First to last generated event over output tokens minus one, where usage was reported.",
+    BETWEEN_TOKENS,
+)
+TOKENS = Metric(
+    "tokens",
+    "counter",
+    (*_R, "type"),
+    "Tokens as the upstream counted them; cached_input is part of input, reasoning of output.",
+)
+WITHOUT_USAGE = Metric(
+    "streams_without_usage", "counter", (*_R, "reason"), "Event streams that ended without reported usage."
+)
+EVENTS = Metric("stream_events", "counter", _R, "Events of event streams.")
+EVENTS_GARBLED = Metric("stream_events_garbled", "counter", _R, "Events whose data could not be decoded.")
+REQUEST_BYTES = Metric("request_bytes", "counter", _R, "Bytes of request bodies sent upstream.")
+RESPONSE_BYTES = Metric("response_bytes", "counter", _R, "Bytes of response bodies sent downstream.")
+FORWARD = Metric(
+    "chunk_forward_seconds",
+    "histogram",
+    _R,
+    "A chunk read from the upstream to the turn of the loop in which it was handed to the kernel.",
+    OWN_DELAY,
+)
+RELEASE = Metric(
+    "upstream_release_seconds", "histogram", _R, "Client seen gone to the upstream connection closed.", OWN_DELAY
+)
+UPSTREAM_ERRORS = Metric("upstream_errors", "counter", (*_R, "type"), "Failures of upstreams, by type.")
+REJECTED = Metric("requests_rejected", "counter", ("route", "reason"), "Requests answered here, never sent upstream.")
+CONNECTIONS = Metric("upstream_connections", "gauge", ("upstream", "state"), "Connections to upstreams.")
+LOOP_LAG = Metric("event_loop_lag_seconds", "histogram", (), "How late a worker's timer fires.", OWN_DELAY)
+WORKERS = Metric("workers", "gauge", (), "Workers that take requests.")
+RESTARTS = Metric("worker_restarts", "counter", (), "Workers that ended unasked and were replaced.")
+BUILD_INFO = Metric("build_info", "gauge", ("version", "python", "aiohttp"), "Always 1.")
+
+METRICS: Final = (
+    REQUESTS,
+    REQUESTS_ACTIVE,
+    STREAMS_ACTIVE,
+    REQUEST_DURATION,
+    TO_HEAD,
+    TO_FIRST_EVENT,
+    TO_FIRST_TOKEN,
+    GAPS,
+    TPOT,
+    TOKENS,
+    WITHOUT_USAGE,
+    EVENTS,
+    EVENTS_GARBLED,
+    REQUEST_BYTES,
+    RESPONSE_BYTES,
+    FORWARD,
+    RELEASE,
+    UPSTREAM_ERRORS,
+    REJECTED,
+    CONNECTIONS,
+    LOOP_LAG,
+    WORKERS,
+    RESTARTS,
+    BUILD_INFO,
+)
+
+
+class ExemplarValue(msgspec.Struct, array_like=True):
+    """The latest observation of one bucket, with the exchange that made it. `at` is wall-clock seconds."""
+
+    value: float
+    request_id: str
+    at: float
+
+
+class Histogram(msgspec.Struct, array_like=True):
+    """Counts per bucket, the last one for what is above every bound, and the sum of what was observed."""
+
+    counts: list[int]
+    sum: float = 0.0
+    exemplars: dict[int, ExemplarValue] = {}
+
+
+class Report(msgspec.Struct, array_like=True):
+    """What has changed in one worker since its last report; gauges as they are now. Keys are (metric, labels)."""
+
+    counters: list[tuple[str, Labels, float]]
+    gauges: list[tuple[str, Labels, float]]
+    histograms: list[tuple[str, Labels, Histogram]]
+
+
+class HistogramRecorder:
+    """A histogram while it is being counted into. `observe` is on the hot path."""
+
+    __slots__ = ("_bounds", "changed", "counts", "exemplars", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._clear()
+
+    def _clear(self) -> None:
+        self.counts = [0] * (len(self._bounds) + 1)
+        self.sum = 0.0
+        self.changed = False
+        self.exemplars: dict[int, ExemplarValue] = {}
+
+    def observe(self, value: float) -> int:
+        """Counts `value`, and tells its bucket."""
+        bucket = bisect_left(self._bounds, value)
+        self.counts[bucket] += 1
+        self.sum += value
+        self.changed = True
+        return bucket
+
+    def add(self, taken: Histogram) -> None:
+        self.counts = [a + b for a, b in zip(self.counts, taken.counts, strict=True)]
+        self.sum += taken.sum
+        self.exemplars = taken.exemplars | self.exemplars
+        self.changed = True
+
+    def take(self) -> Histogram:
+        taken = Histogram(self.counts, self.sum, self.exemplars)
+        self._clear()
+        return taken
+
+
+class Recorder:
+    """A worker's numbers since its last report."""
+
+    def __init__(self) -> None:
+        self._counters: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], float] = {}
+        self._histograms: dict[tuple[str, Labels], HistogramRecorder] = {}
+
+    def count(self, metric: Metric, labels: Labels, amount: float = 1) -> None:
+        key = (metric.name, labels)
+        self._counters[key] = self._counters.get(key, 0) + amount
+
+    def move(self, metric: Metric, labels: Labels, by: int) -> None:
+        """Moves a gauge up or down."""
+        key = (metric.name, labels)
+        self._gauges[key] = self._gauges.get(key, 0) + by
+
+    def set(self, metric: Metric, labels: Labels, value: float) -> None:
+        self._gauges[(metric.name, labels)] = value
+
+    def histogram(self, metric: Metric, labels: Labels) -> HistogramRecorder:
+        """The histogram to count into; the same one for the same labels."""
+        key = (metric.name, labels)
+        if key not in self._histograms:
+            self._histograms[key] = HistogramRecorder(metric.buckets)
+        return self._histograms[key]
+
+    def report(self) -> Report:
+        """What has changed; counting starts anew."""
+        counters, self._counters = self._counters, {}
+        return Report(
+            counters=[(*key, value) for key, value in counters.items()],
+            gauges=[(*key, value) for key, value in self._gauges.items()],
+            histograms=[(*key, found.take()) for key, found in self._histograms.items() if found.changed],
+        )
+
+    def take_back(self, report: Report) -> None:
+        """`report` could not be sent; what it says is in the next one."""
+        for name, labels, amount in report.counters:
+            self._counters[name, labels] = self._counters.get((name, labels), 0) + amount
+        for name, labels, taken in report.histograms:
+            self._histograms[name, labels].add(taken)
+
+
+class Registry(Collector):
+    """All workers' numbers, added up. Gauges are kept by worker, and go with it."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
+        self._histograms: dict[str, dict[Labels, Histogram]] = {metric.name: {} for metric in METRICS}
+        self._gauges: dict[int, dict[tuple[str, Labels], float]] = {}
+
+    def add(self, worker: int, report: Report) -> None:
+        for name, labels, amount in report.counters:
+            counters = self._counters[name]
+            counters[labels] = counters.get(labels, 0) + amount
+        gauges = self._gauges.setdefault(worker, {})
+        for name, labels, value in report.gauges:
+            gauges[name, labels] = value
+        for name, labels, delta in report.histograms:
+            total = self._histograms[name].setdefault(labels, Histogram([0] * len(delta.counts)))
+            total.counts = [a + b for a, b in zip(total.counts, delta.counts, strict=True)]
+            total.sum += delta.sum
+            total.exemplars |= delta.exemplars
+
+    def drop(self, worker: int) -> dict[Labels, int]:
+        """`worker` is gone, and its gauges with it. How many exchanges were on it then, by (route, upstream)."""
+        gauges = self._gauges.pop(worker, {})
+        return {
+            labels: int(value) for (name, labels), value in gauges.items() if name == REQUESTS_ACTIVE.name and value > 0
+        }
+
+    def collect(self) -> Iterator[Family]:
+        for metric in METRICS:
+            name = f"sseproxy_{metric.name}"
+            if metric.kind == "counter":
+                counter = CounterMetricFamily(name, metric.help, labels=metric.labels)
+                for labels, value in self._counters[metric.name].items():
+                    counter.add_metric(labels, value)
+                yield counter
+            elif metric.kind == "gauge":
+                gauge = GaugeMetricFamily(name, metric.help, labels=metric.labels)
+                for labels, value in self._summed(metric).items():
+                    gauge.add_metric(labels, value)
+                yield gauge
+            else:
+                histogram = HistogramMetricFamily(name, metric.help, labels=metric.labels)
+                for labels, counted in self._histograms[metric.name].items():
+                    histogram.add_metric(labels, list(_cumulative(metric.buckets, counted)), counted.sum)
+                yield histogram
+
+    def _summed(self, metric: Metric) -> dict[Labels, float]:
+        total: dict[Labels, float] = {}
+        for gauges in self._gauges.values():
+            for (name, labels), value in gauges.items():
+                if name == metric.name:
+                    total[labels] = total.get(labels, 0) + value
+        return total
+
+
+def exposition(registry: Registry, accept: str) -> tuple[bytes, str]:
+    """What `/metrics` says, and its content type, in the format that `accept` asks for."""
+    served = CollectorRegistry()
+    served.register(registry)
+    ProcessCollector(registry=served)
+    encode, content_type = choose_encoder(accept)
+    return encode(served), content_type
+
+
+def _cumulative(
+    bounds: tuple[float, ...], counted: Histogram
+) -> Iterator[tuple[str, float] | tuple[str, float, Exemplar]]:
+    """(le, count, exemplar) of each bucket, as the exposition formats want them."""
+    total = 0
+    for index, le in enumerate((*map(repr, bounds), "+Inf")):
+        total += counted.counts[index]
+        example = counted.exemplars.get(index)
+        if example is None:
+            yield le, total
+        else:
+            yield le, total, Exemplar({"request_id": example.request_id}, example.value, example.at)

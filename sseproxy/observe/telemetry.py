@@ -1,0 +1,218 @@
+"""From what happens in exchanges to numbers, and from a worker to its supervisor.
+
+Frames on the channel between the two are a four-byte length and that many bytes of msgpack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections.abc import AsyncIterator, Callable
+from time import perf_counter
+
+import msgspec
+
+from ..errors import Outcome
+from ..relay.exchange import Exchange
+from . import metrics
+from .metrics import ExemplarValue, Labels, Recorder, Report
+
+# The latest that something happens before it is on its way to /metrics.
+FLUSH_INTERVAL = 0.1
+LAG_INTERVAL = 0.5
+# nginx's status for a client that closed the connection before it was answered.
+_CLIENT_CLOSED_REQUEST = 499
+
+_HEADER = struct.Struct("!I")
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Report).decode
+
+
+def encode_report(report: Report) -> bytes:
+    body = _encode(report)
+    return _HEADER.pack(len(body)) + body
+
+
+async def read_reports(reader: asyncio.StreamReader) -> AsyncIterator[Report]:
+    """The reports of one worker, until it closes its end or dies."""
+    try:
+        while True:
+            (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
+            yield _decode(await reader.readexactly(size))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return
+
+
+class Telemetry:
+    """A worker's numbers. `send` takes a report, and says False if it cannot take one now.
+
+    `connections()` yields (upstream, in use, idle) when a report is made.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        send: Callable[[Report], bool],
+        connections: Callable[[], list[tuple[str, int, int]]],
+    ) -> None:
+        self.recorder = Recorder()
+        self._loop = loop
+        self._send = send
+        self._connections = connections
+        self._observers: dict[tuple[str, str], RouteObserver] = {}
+        self._flush: asyncio.TimerHandle | None = None
+        self._lag = self.recorder.histogram(metrics.LOOP_LAG, ())
+        self._lag_timer = loop.call_later(LAG_INTERVAL, self._measure_lag, perf_counter() + LAG_INTERVAL)
+        self._handed: list[tuple[metrics.HistogramRecorder, float]] = []
+
+    def observer(self, route: str, upstream: str) -> RouteObserver:
+        """What the exchanges of `route` and `upstream` are recorded by."""
+        found = self._observers.get((route, upstream))
+        if found is None:
+            found = self._observers[route, upstream] = RouteObserver(self, (route, upstream))
+        return found
+
+    def changed(self) -> None:
+        """A report is due within `FLUSH_INTERVAL`."""
+        if self._flush is None:
+            self._flush = self._loop.call_later(FLUSH_INTERVAL, self.flush)
+
+    def flush(self) -> None:
+        """Sends what has changed now."""
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        for upstream, active, idle in self._connections():
+            self.recorder.set(metrics.CONNECTIONS, (upstream, "active"), active)
+            self.recorder.set(metrics.CONNECTIONS, (upstream, "idle"), idle)
+        report = self.recorder.report()
+        if not self._send(report):
+            self.recorder.take_back(report)
+            self.changed()
+
+    def close(self) -> None:
+        """Sends the last report."""
+        self._lag_timer.cancel()
+        self.flush()
+        if self._flush is not None:
+            self._flush.cancel()
+
+    def handed(self, histogram: metrics.HistogramRecorder, read_at: float) -> None:
+        """A chunk read at `read_at` was written; its delay counts once the loop has flushed its sockets."""
+        if not self._handed:
+            self._loop.call_soon(self._count_handed)
+        self._handed.append((histogram, read_at))
+
+    def _count_handed(self) -> None:
+        # uvloop sends what was written in one turn at the turn's end, before it calls this.
+        now = perf_counter()
+        handed, self._handed = self._handed, []
+        for histogram, read_at in handed:
+            histogram.observe(now - read_at)
+        self.changed()
+
+    def _measure_lag(self, due: float) -> None:
+        now = perf_counter()
+        self._lag.observe(max(0.0, now - due))
+        self._lag_timer = self._loop.call_later(LAG_INTERVAL, self._measure_lag, now + LAG_INTERVAL)
+        self.changed()
+
+
+class RouteObserver:
+    """Implements `relay.exchange.Observer` for one route and upstream."""
+
+    __slots__ = (
+        "_first_event",
+        "_first_token",
+        "_forward",
+        "_gaps",
+        "_handed",
+        "_head",
+        "_labels",
+        "_recorder",
+        "_release",
+        "_telemetry",
+    )
+
+    def __init__(self, telemetry: Telemetry, labels: Labels) -> None:
+        recorder = telemetry.recorder
+        self._telemetry = telemetry
+        self._recorder = recorder
+        self._labels = labels
+        self._head = recorder.histogram(metrics.TO_HEAD, labels)
+        self._first_event = recorder.histogram(metrics.TO_FIRST_EVENT, labels)
+        self._first_token = recorder.histogram(metrics.TO_FIRST_TOKEN, labels)
+        self._gaps = recorder.histogram(metrics.GAPS, labels)
+        self._forward = recorder.histogram(metrics.FORWARD, labels)
+        self._release = recorder.histogram(metrics.RELEASE, labels)
+        self._handed = telemetry.handed
+
+    def started(self) -> None:
+        self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
+        self._telemetry.changed()
+
+    def rejected(self, reason: str) -> None:
+        self._recorder.count(metrics.REJECTED, (self._labels[0], reason))
+
+    def upstream_failed(self, kind: str) -> None:
+        self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
+
+    def response_head(self, seconds: float) -> None:
+        self._head.observe(seconds)
+
+    def stream_started(self) -> None:
+        self._recorder.move(metrics.STREAMS_ACTIVE, self._labels, 1)
+
+    def first_event(self, seconds: float) -> None:
+        self._first_event.observe(seconds)
+
+    def first_token(self, seconds: float, request_id: str) -> None:
+        bucket = self._first_token.observe(seconds)
+        at = time.time()  # noqa: TID251 - an exemplar's timestamp is wall-clock time
+        self._first_token.exemplars[bucket] = ExemplarValue(seconds, request_id, at)
+
+    def gap(self, seconds: float) -> None:
+        self._gaps.observe(seconds)
+
+    def forwarded(self, read_at: float) -> None:
+        self._handed(self._forward, read_at)
+
+    def released(self, seconds: float) -> None:
+        self._release.observe(seconds)
+
+    def finished(self, exchange: Exchange) -> None:
+        recorder, labels = self._recorder, self._labels
+        assert exchange.outcome is not None
+        assert exchange.ended_at is not None
+        recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
+        code = exchange.status or _CLIENT_CLOSED_REQUEST
+        recorder.count(metrics.REQUESTS, (*labels, str(code), exchange.outcome.value))
+        recorder.histogram(metrics.REQUEST_DURATION, labels).observe(exchange.ended_at - exchange.received_at)
+        recorder.count(metrics.REQUEST_BYTES, labels, exchange.request_bytes)
+        recorder.count(metrics.RESPONSE_BYTES, labels, exchange.response_bytes)
+        if exchange.is_stream:
+            recorder.move(metrics.STREAMS_ACTIVE, labels, -1)
+            recorder.count(metrics.EVENTS, labels, exchange.events)
+            if exchange.garbled:
+                recorder.count(metrics.EVENTS_GARBLED, labels, exchange.garbled)
+            if exchange.usage is None:
+                recorder.count(metrics.WITHOUT_USAGE, (*labels, _why_without_usage(exchange.outcome)))
+        if exchange.usage is not None:
+            for kind, amount in exchange.usage._asdict().items():
+                if amount:
+                    recorder.count(metrics.TOKENS, (*labels, kind), amount)
+            self._count_pace(exchange, exchange.usage.output)
+        self._telemetry.changed()
+
+    def _count_pace(self, exchange: Exchange, output: int | None) -> None:
+        if exchange.first_delta_at is not None and output is not None and output > 1:
+            pace = (exchange.last_delta_at - exchange.first_delta_at) / (output - 1)
+            self._recorder.histogram(metrics.TPOT, self._labels).observe(pace)
+
+
+def _why_without_usage(outcome: Outcome) -> str:
+    """`not_reported` by an upstream that had the chance to, else whose doing it was that it had not."""
+    if outcome is Outcome.COMPLETED:
+        return "not_reported"
+    return "client_gone" if outcome.value.startswith("client_gone") else "not_completed"

@@ -1,0 +1,1 @@
+"""Supervisor and workers: who owns which socket, who starts and ends whom."""

@@ -1,0 +1,214 @@
+"""The supervisor: owns the sockets, the registry and the admin listener; starts, replaces and drains workers.
+
+It never touches client traffic. A worker that ends unasked is replaced, at once the first time, later and later if
+its successors end early as well. What it had under way counts as lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from time import perf_counter
+
+import aiohttp
+from aiohttp import web
+
+from .. import __version__
+from ..config import Address, Config
+from ..errors import ListenError, Outcome
+from ..observe import metrics
+from ..observe.metrics import Recorder, Registry
+from ..observe.telemetry import read_reports
+from .admin import application
+from .worker import BACKLOG, encode_config
+
+log = logging.getLogger(__name__)
+
+# A worker that lived this long was not part of a crash loop.
+_HEALTHY_AFTER = 10.0
+_BACKOFF_MIN, _BACKOFF_MAX = 0.1, 10.0
+# What a draining worker may take beyond the drain timeout before it is killed.
+_DRAIN_GRACE = 5.0
+
+
+def listen(option: str, address: Address) -> socket.socket:
+    """A listening socket on `address`; an empty host means every interface, IPv6 included where there is one.
+
+    Raises `ListenError`.
+    """
+    try:
+        if not address.host:
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            return socket.create_server(("", address.port), family=family, backlog=BACKLOG, dualstack_ipv6=dual)
+        family, *_, sockaddr = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ListenError(option, str(address), error) from None
+
+
+def _url(listener: socket.socket | None) -> str:
+    assert listener is not None
+    host, port, *_ = listener.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def cores() -> int:
+    """The cores this process may use: its affinity, and its control group's quota, rounded up."""
+    available = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return max(1, min(available, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return available
+
+
+class Supervisor:
+    """The parent of the workers. `start` it, then `run` it until its end."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.workers = cores() if config.workers == "auto" else config.workers
+        self._recorder = Recorder()
+        self._registry = Registry()
+        self._listener: socket.socket | None = None
+        self._admin_socket: socket.socket | None = None
+        self._admin: web.AppRunner | None = None
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._ready: set[int] = set()
+        self._changed = asyncio.Event()
+        self._next_id = 1
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping = asyncio.Event()
+        self._forced: signal.Signals | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients connect to, once `bind` was called."""
+        return _url(self._listener)
+
+    @property
+    def admin_url(self) -> str:
+        return _url(self._admin_socket)
+
+    def bind(self) -> None:
+        """Binds both listeners. Raises `ListenError`; what was bound is closed then."""
+        self._listener = listen("listen", self.config.listen)
+        try:
+            self._admin_socket = listen("admin.listen", self.config.admin.listen)
+        except ListenError:
+            self._listener.close()
+            raise
+
+    async def start(self) -> None:
+        """Starts the admin listener and the workers, and returns when every worker accepts."""
+        assert self._admin_socket is not None
+        self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
+        self._admin = web.AppRunner(application(self.registry, self._unready), access_log=None)
+        await self._admin.setup()
+        await web.SockSite(self._admin, self._admin_socket).start()
+        loop = asyncio.get_running_loop()
+        self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.workers)]
+        await self._until(lambda: len(self._ready) == self.workers or self._stopping.is_set())
+
+    async def run(self) -> int:
+        """Runs until a signal ends it; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        await self._stopping.wait()
+        log.info("draining for at most %gs; a second signal ends at once", self.config.drain_timeout)
+        await self.close()
+        return 128 + self._forced if self._forced is not None else 0
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if not self._stopping.is_set():
+            self._stopping.set()
+            return
+        self._forced = number
+        for process in self._processes.values():
+            process.kill()
+
+    async def close(self) -> None:
+        """Drains: not ready, no accepting, workers told; returns when all have ended."""
+        self._stopping.set()
+        self._changed.set()
+        if self._listener is not None:
+            self._listener.close()
+        for process in self._processes.values():
+            process.terminate()
+        try:
+            await asyncio.wait_for(asyncio.gather(*self._keepers), self.config.drain_timeout + _DRAIN_GRACE)
+        except TimeoutError:
+            for process in self._processes.values():
+                process.kill()
+        if self._admin is not None:
+            await self._admin.cleanup()
+
+    def registry(self) -> Registry:
+        """All numbers, as they stand."""
+        self._recorder.set(metrics.WORKERS, (), len(self._ready))
+        self._registry.add(0, self._recorder.report())
+        return self._registry
+
+    def _unready(self) -> str | None:
+        if self._stopping.is_set():
+            return "draining"
+        return None if self._ready else "no worker accepts connections"
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _keep_worker(self) -> None:
+        """Keeps one worker running."""
+        backoff = 0.0
+        while not self._stopping.is_set():
+            started = perf_counter()
+            status = await self._run_worker()
+            if self._stopping.is_set():
+                return
+            self._recorder.count(metrics.RESTARTS, ())
+            lived = perf_counter() - started
+            backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
+            log.error("a worker ended with status %d after %.1fs; the next starts in %.1fs", status, lived, backoff)
+            try:
+                await asyncio.wait_for(self._stopping.wait(), backoff)
+            except TimeoutError:
+                continue
+
+    async def _run_worker(self) -> int:
+        """Runs one worker to its end; returns its exit status."""
+        assert self._listener is not None
+        ours, theirs = socket.socketpair()
+        number, self._next_id = self._next_id, self._next_id + 1
+        fds = [theirs.fileno(), self._listener.fileno()]
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds), pass_fds=fds
+            )
+        self._processes[number] = process
+        if self._stopping.is_set():
+            process.terminate()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        writer.write(encode_config(self.config))
+        async for report in read_reports(reader):
+            self._registry.add(number, report)
+            if number not in self._ready:
+                self._ready.add(number)
+                self._changed.set()
+        self._ready.discard(number)
+        status = await process.wait()
+        writer.close()
+        del self._processes[number]
+        for labels, lost in self._registry.drop(number).items():
+            self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
+        return status

@@ -1,0 +1,273 @@
+"""The client's side: aiohttp's server protocol, taught to notice at once that a client leaves.
+
+A client that ends its sending side (FIN) while its request is answered has left: so nginx and HAProxy see it, and so
+do we, because waiting for the next write to fail keeps a model generating for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any, Protocol, cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_server import Server
+
+from ..errors import ExchangeError, InternalError, RequestError
+from ..wire import headers
+
+log = logging.getLogger(__name__)
+
+# nginx's keepalive_timeout.
+KEEPALIVE = 75.0
+# Bytes of an upload that wait for the upstream; aiohttp pauses at twice this.
+READ_BUFFER = 16 * 1024
+# Bytes of a response that wait for the client before the upstream is paused.
+WRITE_BUFFER = 64 * 1024
+# A close that waits for a client to take the last bytes waits so long.
+LINGER = 30.0
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class FlowControlled(Protocol):
+    """Writes into a downstream and is told when to stop."""
+
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+
+
+class HangupWatch:
+    """Sees that a peer hung up while nothing is read from its socket.
+
+    An event loop learns of a FIN by reading. Where reading is paused, an epoll set of its own, which waits for
+    nothing but hang-ups, tells it (epoll_ctl(2), EPOLLRDHUP).
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        loop.add_reader(self._epoll.fileno(), self._ready)
+
+    def add(self, fd: int, hung_up: Callable[[], None]) -> None:
+        if fd not in self._watched:
+            self._epoll.register(fd, select.EPOLLRDHUP)
+        self._watched[fd] = hung_up
+
+    def remove(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _ready(self) -> None:
+        for fd, _ in self._epoll.poll(0):
+            hung_up = self._watched.get(fd)
+            if hung_up is not None:
+                self.remove(fd)
+                hung_up()
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+
+class DownstreamProtocol(RequestHandler):
+    """One client connection. `on_leave` is called, once, the moment the client is seen gone while it is `busy`."""
+
+    __slots__ = ("_fd", "_server", "left_at", "on_leave", "pump", "read_at")
+
+    def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
+        super().__init__(server, loop=loop, **kwargs)
+        self._server = server
+        self._fd = -1
+        self.read_at = 0.0
+        """When bytes were last read from the client."""
+        self.left_at: float | None = None
+        """When the client was seen gone, if it left during an exchange."""
+        self.on_leave: Callable[[], None] | None = None
+        self.pump: FlowControlled | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._fd = transport.get_extra_info("socket").fileno()
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=WRITE_BUFFER)
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.read_at = perf_counter()
+        super().data_received(data)
+
+    def eof_received(self) -> None:
+        if self._current_request is not None:
+            self._leave()
+
+    def close_if_idle(self) -> None:
+        """Closes the connection unless a request is on it, or about to be."""
+        if self._waiter is not None and not self._waiter.done():
+            self.force_close()
+
+    def _leave(self) -> None:
+        if self.left_at is None:
+            self.left_at = perf_counter()
+        if self.on_leave is not None:
+            self.on_leave()
+        if self.transport is not None:
+            self.transport.abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._server.hangups.remove(self._fd)
+        if self._current_request is not None:
+            self._leave()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.pump is not None:
+            self.pump.pause_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.pump is not None:
+            self.pump.resume_writing()
+
+    def _pause_transport_reading(self) -> None:
+        super()._pause_transport_reading()
+        if self.transport is not None:
+            self._server.hangups.add(self._fd, self._leave)
+
+    def _resume_transport_reading(self) -> None:
+        self._server.hangups.remove(self._fd)
+        super()._resume_transport_reading()
+
+    async def flushed(self) -> None:
+        """Waits until the client's kernel, or ours, has taken every byte. Raises ConnectionError if it is gone."""
+        transport = self.transport
+        if transport is not None and transport.get_write_buffer_size():
+            transport.set_write_buffer_limits(high=0)
+            await self._drain_helper()
+            transport.set_write_buffer_limits(high=WRITE_BUFFER)
+
+    def stall_detector(self) -> Callable[[], bool]:
+        """A function that tells whether the client has taken nothing since it was last asked."""
+        transport = self.transport
+        assert transport is not None
+        waiting = transport.get_write_buffer_size()
+
+        def stalled() -> bool:
+            nonlocal waiting
+            before, waiting = waiting, transport.get_write_buffer_size()
+            return waiting >= before
+
+        return stalled
+
+    def cut(self, *, flush: bool) -> None:
+        """Ends the connection so that the client cannot take what it has for the whole response.
+
+        With `flush` the bytes on their way are still delivered: the framing that the head announced shows that the end
+        is missing. Without, only a reset can tell.
+        """
+        transport = self.transport
+        if transport is None:
+            return
+        if flush:
+            transport.close()
+            if transport.get_write_buffer_size():
+                self._loop.call_later(LINGER, transport.abort)
+        else:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            transport.abort()
+
+    def handle_error(
+        self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Answers what is not HTTP/1.1, without a byte of it."""
+        if status != 400:
+            log.error("an exchange failed outside its own error handling", exc_info=exc)
+        error = RequestError("bad_request") if status == 400 else InternalError()
+        self._server.malformed(error)
+        return Answer(error)
+
+
+class Answer(web.StreamResponse):
+    """An error response made here, or, with None, the mark that the response was already sent in full.
+
+    Writes its own bytes, because a proxy invents no Server, Date or Content-Type for others.
+    """
+
+    def __init__(self, error: ExchangeError | None, *, keep_alive: bool = False, extra: headers.Fields = ()) -> None:
+        super().__init__()
+        self._keep_alive = keep_alive
+        self._head_bytes = self._body_bytes = b""
+        if error is not None:
+            self._body_bytes = body = error.body()
+            fields = [
+                (b"Content-Type", b"application/json"),
+                (b"Content-Length", b"%d" % len(body)),
+                *extra,
+                *(() if keep_alive else ((b"Connection", b"close"),)),
+            ]
+            self._head_bytes = headers.serialize(status_line(error.status), fields)
+
+    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
+        transport = request.transport
+        if self._head_bytes and transport is not None:
+            transport.write(self._head_bytes if request.method == "HEAD" else self._head_bytes + self._body_bytes)
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to write: `prepare` is called just before, and wrote all there is."""
+
+
+_REASONS = {
+    400: b"Bad Request",
+    404: b"Not Found",
+    408: b"Request Timeout",
+    413: b"Content Too Large",
+    417: b"Expectation Failed",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+}
+
+
+def status_line(status: int, reason: bytes | None = None) -> bytes:
+    return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)
+
+
+class DownstreamServer(Server):
+    """aiohttp's low-level server with our protocol. `malformed` is told of requests that never became exchanges."""
+
+    def __init__(
+        self,
+        handler: Callable[[BaseRequest], Awaitable[web.StreamResponse]],
+        malformed: Callable[[ExchangeError], None],
+    ) -> None:
+        super().__init__(handler, handler_cancellation=True)
+        self.malformed = malformed
+        self.hangups = HangupWatch(self._loop)
+
+    def close_idle(self) -> None:
+        for connection in self.connections:
+            assert isinstance(connection, DownstreamProtocol)
+            connection.close_if_idle()
+
+    def __call__(self) -> DownstreamProtocol:
+        return DownstreamProtocol(
+            self,
+            self._loop,
+            keepalive_timeout=KEEPALIVE,
+            read_bufsize=READ_BUFFER,
+            auto_decompress=False,
+            access_log=None,
+            max_line_size=16 * 1024,
+            max_field_size=16 * 1024,
+        )

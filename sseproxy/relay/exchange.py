@@ -1,0 +1,310 @@
+"""The record of one exchange, its clock, and the inspector that reads along.
+
+An `Exchange` is created when a request head was received and finished exactly once. What happens in between it tells
+to an `Observer` at the moment it happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from time import perf_counter
+from typing import Protocol
+
+from ..config import Timeouts
+from ..errors import ExchangeError, Outcome, Phase, StalledClient, UpstreamTimeout
+from ..wire.dialects import NOTHING, Dialect, Meaning, Usage
+from ..wire.sse import MAX_EVENT, EventParser
+
+
+class Observer(Protocol):
+    """What an exchange tells while it lives. Durations are in seconds."""
+
+    def started(self) -> None: ...
+    def rejected(self, reason: str) -> None: ...
+    def upstream_failed(self, kind: str) -> None: ...
+    def response_head(self, seconds: float) -> None: ...
+    def stream_started(self) -> None: ...
+    def first_event(self, seconds: float) -> None: ...
+    def first_token(self, seconds: float, request_id: str) -> None: ...
+    def gap(self, seconds: float) -> None: ...
+    def forwarded(self, read_at: float) -> None: ...
+    def released(self, seconds: float) -> None: ...
+    def finished(self, exchange: Exchange) -> None: ...
+
+
+class Exchange:
+    """One request and its response, as an operator wants to know it. Instants are `perf_counter` readings."""
+
+    __slots__ = (
+        "ended_at",
+        "events",
+        "finish_reason",
+        "first_delta_at",
+        "first_event_at",
+        "first_token_at",
+        "garbled",
+        "head_at",
+        "is_stream",
+        "last_delta_at",
+        "marker_seen",
+        "observer",
+        "outcome",
+        "received_at",
+        "request_bytes",
+        "request_id",
+        "response_bytes",
+        "route",
+        "status",
+        "stream_error",
+        "upstream",
+        "usage",
+    )
+
+    def __init__(self, route: str, upstream: str, observer: Observer, request_id: str, received_at: float) -> None:
+        self.route = route
+        self.upstream = upstream
+        self.observer = observer
+        self.request_id = request_id
+        self.received_at = received_at
+        self.head_at: float | None = None
+        self.first_event_at: float | None = None
+        self.first_token_at: float | None = None
+        self.first_delta_at: float | None = None
+        self.last_delta_at = 0.0
+        self.ended_at: float | None = None
+        self.status: int | None = None
+        self.is_stream = False
+        self.events = 0
+        self.garbled = 0
+        self.request_bytes = 0
+        self.response_bytes = 0
+        self.usage: Usage | None = None
+        self.finish_reason: str | None = None
+        self.marker_seen = False
+        self.stream_error = False
+        self.outcome: Outcome | None = None
+        observer.started()
+
+    def head_received(self, status: int, event_stream: bool) -> None:
+        self.status = status
+        self.is_stream = event_stream
+        self.head_at = perf_counter()
+        self.observer.response_head(self.head_at - self.received_at)
+        if event_stream:
+            self.observer.stream_started()
+
+    def happened(self, meaning: Meaning, read_at: float) -> None:
+        """An event, read at `read_at`, was written downstream."""
+        self.events += 1
+        if self.first_event_at is None:
+            self.first_event_at = perf_counter()
+            self.observer.first_event(self.first_event_at - self.received_at)
+        if meaning.delta:
+            if self.first_token_at is None:
+                self.first_delta_at = read_at
+                self.first_token_at = perf_counter()
+                self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
+            else:
+                self.observer.gap(read_at - self.last_delta_at)
+            self.last_delta_at = read_at
+            if meaning.usage is None and meaning.finish is None:
+                return
+        if meaning.usage is not None:
+            self.usage = meaning.usage
+        if meaning.finish is not None:
+            self.finish_reason = meaning.finish
+        if meaning.end:
+            self.marker_seen = True
+        if meaning.error:
+            self.stream_error = True
+        if not meaning.understood:
+            self.garbled += 1
+
+    def client_left(self) -> Outcome:
+        """The outcome if the client leaves now. What comes after the end marker concerns nobody."""
+        if self.marker_seen:
+            return Outcome.UPSTREAM_ERROR if self.stream_error else Outcome.COMPLETED
+        if self.head_at is None:
+            return Outcome.CLIENT_GONE_BEFORE_HEAD
+        if self.is_stream and self.first_token_at is None:
+            return Outcome.CLIENT_GONE_BEFORE_FIRST_TOKEN
+        return Outcome.CLIENT_GONE_MID_STREAM
+
+    def finish(self, outcome: Outcome) -> None:
+        """Records the end. Called once, by the last phase of every exchange."""
+        assert self.outcome is None, f"a second outcome {outcome}, after {self.outcome}"
+        self.outcome = outcome
+        self.ended_at = perf_counter()
+        self.observer.finished(self)
+
+
+class Clock:
+    """The one timer of an exchange: the deadline of its present phase, and that of the whole.
+
+    Moving a deadline is an assignment; the timer looks where it stands now when it fires, so that a chunk costs
+    nothing here. `fail` is called with the error of the deadline that passed.
+    """
+
+    __slots__ = (
+        "_due",
+        "_fail",
+        "_handle",
+        "_limit",
+        "_loop",
+        "_phase",
+        "_stalled",
+        "_total_due",
+        "timeouts",
+        "touched",
+    )
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, timeouts: Timeouts, started: float, fail: Callable[[ExchangeError], None]
+    ) -> None:
+        self.timeouts = timeouts
+        self.touched = started
+        """When the phase's progress was last seen; `idle` counts from here."""
+        self._loop = loop
+        self._fail = fail
+        self._phase: Phase | None = None
+        self._limit = 0.0
+        self._stalled: Callable[[], bool] | None = None
+        self._total_due = started + timeouts.total if timeouts.total else float("inf")
+        self._due = self._total_due
+        self._handle: asyncio.TimerHandle | None = None
+
+    def enter(self, phase: Phase, since: float) -> None:
+        """`phase` begins; its time counts from `since`."""
+        self._phase = phase
+        self._limit = getattr(self.timeouts, phase)
+        self._stalled = None
+        self.touched = since
+        self._arm(min(since + self._limit, self._total_due))
+
+    def client_blocked(self, stalled: Callable[[], bool]) -> None:
+        """The client does not take what it is sent. `stalled` tells whether it has taken nothing since asked last."""
+        self._stalled = stalled
+        self._limit = self.timeouts.write
+        self.touched = perf_counter()
+        self._arm(min(self.touched + self._limit, self._total_due))
+
+    def client_unblocked(self) -> None:
+        """The client takes again what it is sent: the phase goes on, its time counts anew."""
+        if self._phase is not None:
+            self.enter(self._phase, perf_counter())
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _arm(self, due: float) -> None:
+        if self._handle is not None:
+            if self._due <= due:
+                return
+            self._handle.cancel()
+        self._due = due
+        self._handle = self._loop.call_later(max(0.0, due - perf_counter()), self._fire)
+
+    def _fire(self) -> None:
+        self._handle = None
+        now = perf_counter()
+        if now >= self._total_due:
+            assert self.timeouts.total is not None
+            self._fail(UpstreamTimeout("total", self.timeouts.total))
+            return
+        due = self.touched + self._limit
+        if now < due:
+            self._arm(min(due, self._total_due))
+        elif self._stalled is not None:
+            if self._stalled():
+                self._fail(StalledClient(self._limit))
+            else:
+                self.touched = now
+                self._arm(min(now + self._limit, self._total_due))
+        elif self._phase is not None:
+            self._fail(UpstreamTimeout(self._phase, self._limit))
+
+
+class Inspector:
+    """Reads along with a body that is forwarded elsewhere, and tells the exchange what it meant.
+
+    It can neither stop nor delay the bytes: what it cannot follow it counts, and lets go.
+    """
+
+    def look(self, payload: bytes, read_at: float) -> None:
+        """`payload` was written downstream, read from the upstream at `read_at`."""
+
+    def end(self) -> None:
+        """The body is complete."""
+
+    @property
+    def at_boundary(self) -> bool:
+        """True if an error event could be added to what was forwarded so far."""
+        return False
+
+
+class StreamInspector(Inspector):
+    """An event stream in `dialect`; without one its events are counted, and no token is waited for."""
+
+    __slots__ = ("_awaits_token", "_clock", "_exchange", "_parser", "_read")
+
+    def __init__(self, exchange: Exchange, dialect: Dialect | None, clock: Clock) -> None:
+        self._exchange = exchange
+        self._clock = clock
+        self._parser = EventParser()
+        self._read = dialect.read if dialect is not None else None
+        self._awaits_token = dialect is not None
+        if dialect is not None:
+            clock.enter("first_token", exchange.received_at)
+
+    def look(self, payload: bytes, read_at: float) -> None:
+        exchange = self._exchange
+        for kind, data in self._parser.feed(payload):
+            exchange.happened(NOTHING if data is None or self._read is None else self._read(kind, data), read_at)
+            if not self._awaits_token:
+                self._clock.touched = read_at
+            elif exchange.first_token_at is not None:
+                self._awaits_token = False
+                self._clock.enter("idle", read_at)
+
+    @property
+    def at_boundary(self) -> bool:
+        return self._parser.at_boundary
+
+
+class JsonInspector(Inspector):
+    """A JSON body in `dialect`, looked at as a whole if it is no larger than an event may be."""
+
+    __slots__ = ("_clock", "_exchange", "_parts", "_read", "_size")
+
+    def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock) -> None:
+        self._exchange = exchange
+        self._read = dialect.read
+        self._clock = clock
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def look(self, payload: bytes, read_at: float) -> None:
+        self._clock.touched = read_at
+        self._size += len(payload)
+        if self._size <= MAX_EVENT:
+            self._parts.append(payload)
+        else:
+            self._parts.clear()
+
+    def end(self) -> None:
+        self._exchange.usage = self._read(b"", b"".join(self._parts)).usage
+
+
+class OpaqueInspector(Inspector):
+    """Bytes that mean nothing here."""
+
+    __slots__ = ("_clock",)
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def look(self, payload: bytes, read_at: float) -> None:
+        self._clock.touched = read_at

@@ -1,0 +1,399 @@
+"""The life of a request, in numbered phases, of which the last always runs and records.
+
+1. *Route*: the target is checked, the route found; where it depends on the model, the body is read for it.
+2. *Connect*: a connection to the upstream, pooled or new.
+3. *Send*: the head at once, the body as it comes.
+4. *Head*: the upstream's response head is awaited, and sent downstream before any byte of the body.
+5. *Body*: the pump moves it.
+6. *End*: whatever happened, both sides are released and the exchange gets its one outcome.
+
+A client that leaves cancels whichever phase it is in; a deadline or the end of a drain makes it fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from time import perf_counter
+
+import msgspec
+from aiohttp import web
+from aiohttp.web_protocol import RequestPayloadError
+from aiohttp.web_request import BaseRequest
+
+from ..config import Config, Route
+from ..errors import Draining, ExchangeError, InternalError, Outcome, RequestError, StalledClient, UpstreamError
+from ..wire import headers
+from ..wire.dialects import Dialect, dialect_of
+from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
+from . import routes
+from .downstream import Answer, DownstreamProtocol, DownstreamServer, status_line
+from .exchange import Clock, Exchange, Inspector, JsonInspector, Observer, OpaqueInspector, StreamInspector
+from .pump import Pump
+from .upstream import ResponseHead, Upstream, UpstreamConnection
+
+log = logging.getLogger(__name__)
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class _Request(msgspec.Struct):
+    model: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_decode_request = msgspec.json.Decoder(_Request).decode
+
+
+def _model_of(body: bytes) -> str | None:
+    try:
+        model = msgspec.json.decode(_decode_request(body).model)
+    except msgspec.MsgspecError:
+        return None
+    return model if isinstance(model, str) else None
+
+
+class Proxy:
+    """The relay of one worker: its routes, its upstreams, and the exchanges that are under way.
+
+    `observer(route, upstream)` gives what those two names are recorded by; both are empty where there is no route.
+    Create, and close, in the running loop.
+    """
+
+    def __init__(self, config: Config, observer: Callable[[str, str], Observer]) -> None:
+        self.max_body = config.max_body
+        self.router = routes.Router(config.routes)
+        self.observer = observer
+        self.upstreams = {upstream.name: Upstream(upstream) for upstream in config.upstreams}
+        self.active: set[_Relay] = set()
+        self.draining = False
+        self.idle = asyncio.Event()
+        """Set while no exchange is under way."""
+        self.idle.set()
+        self.server = DownstreamServer(self.handle, self._malformed)
+
+    async def handle(self, request: BaseRequest) -> web.StreamResponse:
+        relay = _Relay(self, request)
+        self.active.add(relay)
+        self.idle.clear()
+        try:
+            return await relay.run()
+        finally:
+            self.active.discard(relay)
+            if not self.active:
+                self.idle.set()
+
+    def drain(self) -> None:
+        """Connections end after the exchange that is on them; idle ones end now."""
+        self.draining = True
+        self.server.close_idle()
+
+    def end_exchanges(self) -> None:
+        """The drain is over: what is still under way ends with an error."""
+        for relay in list(self.active):
+            relay.fail(Draining())
+
+    async def close(self) -> None:
+        await self.server.shutdown(timeout=1.0)
+        self.server.hangups.close()
+        for upstream in self.upstreams.values():
+            await upstream.close()
+
+    def _malformed(self, error: ExchangeError) -> None:
+        observer = self.observer("", "")
+        exchange = Exchange("", "", observer, "", perf_counter())
+        exchange.status = error.status
+        if isinstance(error, RequestError):
+            observer.rejected(error.reason)
+        exchange.finish(error.outcome)
+
+
+class _Relay:
+    """One exchange under way."""
+
+    def __init__(self, proxy: Proxy, request: BaseRequest) -> None:
+        downstream = request.protocol
+        task = asyncio.current_task()
+        assert isinstance(downstream, DownstreamProtocol)
+        assert task is not None
+        self._proxy = proxy
+        self._request = request
+        self._fields: headers.Fields = request.raw_headers
+        self._downstream = downstream
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._received_at = downstream.read_at
+        self._request_id = headers.request_id(self._fields) or secrets.token_hex(8).encode()
+        self._exchange: Exchange | None = None
+        self._clock: Clock | None = None
+        self._connection: UpstreamConnection | None = None
+        self._upload: asyncio.Task[None] | None = None
+        self._pump: Pump | None = None
+        self._framing_out: Framing | None = None
+        self._head_sent = False
+        self._keep_alive = False
+        self._error: ExchangeError | None = None
+
+    def fail(self, error: ExchangeError) -> None:
+        """Ends the exchange from outside, with `error`. The first error counts."""
+        if self._error is not None:
+            return
+        self._error = error
+        if self._pump is not None and not self._pump.done.done():
+            self._pump.fail(error)
+        else:
+            self._task.cancel()
+
+    def _leave(self) -> None:
+        """The client is gone."""
+        if self._connection is not None:
+            self._connection.abort()
+        self._task.cancel()
+
+    async def run(self) -> web.StreamResponse:
+        """Phases 1 to 6."""
+        self._downstream.on_leave = self._leave
+        outcome = Outcome.PROXY_ERROR
+        try:
+            await self._relay()
+            exchange = self._exchange
+            assert exchange is not None
+            outcome = Outcome.UPSTREAM_ERROR if exchange.stream_error else Outcome.COMPLETED
+            return Answer(None, keep_alive=self._keep_alive)
+        except ExchangeError as error:
+            outcome = error.outcome
+            return self._refuse(error)
+        except asyncio.CancelledError:
+            if self._error is None:
+                outcome = self._recorded().client_left()
+                raise
+            self._task.uncancel()
+            outcome = self._error.outcome
+            return self._refuse(self._error)
+        except Exception:
+            log.exception("an exchange failed in a way that nobody foresaw")
+            return self._refuse(InternalError())
+        finally:
+            self._end(outcome)
+
+    def _end(self, outcome: Outcome) -> None:
+        """Phase 6: End."""
+        self._downstream.on_leave = None
+        self._downstream.pump = None
+        if self._clock is not None:
+            self._clock.stop()
+        if self._upload is not None:
+            self._upload.cancel()
+        if self._connection is not None:
+            self._connection.abort()
+        self._recorded().finish(outcome)
+
+    def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
+        """The exchange's record, begun here if it has not got so far as to have one."""
+        if self._exchange is None:
+            observer = self._proxy.observer(route, upstream)
+            self._exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
+        return self._exchange
+
+    def _can_keep_alive(self) -> bool:
+        """The connection can take another request: this one is wholly read, its response framed."""
+        return (
+            self._request.keep_alive
+            and not self._proxy.draining
+            and self._request.content.is_eof()
+            and self._framing_out != "close"
+        )
+
+    def _refuse(self, error: ExchangeError) -> web.StreamResponse:
+        """The response if its head was not sent yet; otherwise the connection is cut short of a clean end."""
+        exchange = self._recorded()
+        if isinstance(error, UpstreamError):
+            exchange.observer.upstream_failed(error.kind)
+        elif isinstance(error, RequestError):
+            exchange.observer.rejected(error.reason)
+        if self._head_sent:
+            self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
+            return Answer(None)
+        exchange.status = error.status
+        return Answer(error, keep_alive=self._can_keep_alive(), extra=[(b"X-Request-Id", self._request_id)])
+
+    async def _relay(self) -> None:
+        route, path, query, body = await self._route()
+        upstream = self._proxy.upstreams[route.upstream]
+        self._recorded(route.name, upstream.name)
+        clock = self._clock = Clock(self._loop, route.timeouts, self._received_at, self.fail)
+        target = routes.upstream_path(route, upstream.base_path, path)
+        dialect = dialect_of(target)
+
+        clock.enter("connect", perf_counter())
+        await self._connect(upstream)
+
+        clock.enter("head", perf_counter())
+        head = await self._send(upstream, target + query, body, read=dialect is not None)
+
+        await self._respond(head, dialect, clock)
+
+    async def _route(self) -> tuple[Route, str, str, bytes | None]:
+        """Phase 1: Route. The route, the path, the query, and the body if it had to be read."""
+        request = self._request
+        if request.method == "CONNECT":
+            raise RequestError("method")
+        codings = headers.tokens(self._fields, b"transfer-encoding")
+        if request.version not in ((1, 0), (1, 1)) or codings not in ([], [b"chunked"]):
+            raise RequestError("bad_request")
+        if any(expectation.lower() != b"100-continue" for expectation in headers.named(self._fields, b"expect")):
+            raise RequestError("expectation")
+        path, query = routes.split_target(request.raw_path)
+        candidates = self._proxy.router.candidates(request.method, path)
+        model: str | None = None
+        body: bytes | None = None
+        if any(route.match.model for route in candidates):
+            body = await self._whole_body()
+            model = _model_of(body)
+        return routes.choose(candidates, model), path, query, body
+
+    async def _whole_body(self) -> bytes:
+        content, limit = self._request.content, self._proxy.max_body
+        self._continue()
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while part := await content.readany():
+                size += len(part)
+                if size > limit:
+                    raise RequestError("body_too_large")
+                parts.append(part)
+        except RequestPayloadError:
+            raise RequestError("bad_request") from None
+        return b"".join(parts)
+
+    def _continue(self) -> None:
+        """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
+        transport = self._downstream.transport
+        if headers.named(self._fields, b"expect") and not self._request.content.is_eof() and transport is not None:
+            transport.write(_CONTINUE)
+
+    async def _connect(self, upstream: Upstream) -> None:
+        """Phase 2: Connect."""
+        connection = await upstream.connect()
+        self._connection = UpstreamConnection(connection, self._released)
+
+    def _released(self) -> None:
+        left_at = self._downstream.left_at
+        if left_at is not None:
+            self._recorded().observer.released(perf_counter() - left_at)
+
+    async def _send(self, upstream: Upstream, target: str, body: bytes | None, *, read: bool) -> ResponseHead:
+        """Phases 3, Send, and 4, Head: returns the upstream's response head."""
+        request, connection, exchange = self._request, self._connection, self._exchange
+        assert connection is not None
+        assert exchange is not None
+        framing: Framing | None = None
+        if body is not None:
+            framing = len(body) if request.body_exists else None
+        elif headers.named(self._fields, b"transfer-encoding"):
+            framing = "chunked"
+        elif request.content_length is not None:
+            framing = request.content_length
+        if body is None and request.content.is_eof():
+            # It came together with its head, as the JSON of a completion does: one write takes both.
+            body = request.content.read_nowait()
+            framing = len(body) if framing is not None else None
+        peer = self._downstream.peername
+        head = headers.serialize(
+            b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
+            headers.to_upstream(
+                self._fields,
+                host=upstream.host,
+                framing=framing_fields(framing),
+                peer=peer[0].encode() if isinstance(peer, tuple) else b"unknown",
+                scheme=b"https" if self._downstream.ssl_context else b"http",
+                request_id=self._request_id,
+                api_key=upstream.api_key,
+                read=read,
+            ),
+        )
+        response = connection.protocol.expect_head(request.method)
+        connection.transport.write(head if body is None else head + body)
+        if body is None and framing is not None:
+            self._continue()
+            self._upload = self._loop.create_task(self._send_body(connection, exchange, chunked=framing == "chunked"))
+        elif body is not None:
+            exchange.request_bytes += len(body)
+        return await response
+
+    async def _send_body(self, connection: UpstreamConnection, exchange: Exchange, *, chunked: bool) -> None:
+        try:
+            while part := await self._request.content.readany():
+                exchange.request_bytes += len(part)
+                connection.transport.write(frame(part) if chunked else part)
+                await connection.protocol.drain()
+            if chunked:
+                connection.transport.write(LAST_CHUNK)
+        except ConnectionError:
+            # One side is gone. If it is the upstream, its response, or that there is none, is about to say so.
+            return
+        except RequestPayloadError:
+            self.fail(RequestError("bad_request"))
+
+    async def _respond(self, head: ResponseHead, dialect: Dialect | None, clock: Clock) -> None:
+        """Phases 4, Head, and 5, Body: what the upstream answers goes downstream."""
+        request, connection, downstream = self._request, self._connection, self._downstream
+        exchange, transport = self._exchange, self._downstream.transport
+        assert connection is not None
+        assert exchange is not None
+        assert transport is not None
+        event_stream = headers.is_event_stream(head.fields) and head.framing is not None
+        if isinstance(head.framing, int) or head.framing is None:
+            self._framing_out = head.framing
+        else:
+            self._framing_out = "chunked" if request.version == (1, 1) else "close"
+        self._keep_alive = self._can_keep_alive()
+        option = b"close" if not self._keep_alive else b"keep-alive" if request.version == (1, 0) else None
+        transport.write(
+            headers.serialize(
+                status_line(head.status, head.reason),
+                headers.to_downstream(
+                    head.fields,
+                    framing=None if head.framing is None else framing_fields(self._framing_out),
+                    event_stream=event_stream,
+                    request_id=self._request_id,
+                    connection=option,
+                ),
+            )
+        )
+        self._head_sent = True
+        exchange.head_received(head.status, event_stream)
+        reusable = head.reusable and (self._upload is None or self._upload.done())
+        if head.framing is None or head.framing == 0:
+            connection.release(reusable=reusable)
+            return
+        assert self._framing_out is not None
+        self._pump = Pump(
+            connection,
+            downstream,
+            exchange,
+            self._inspector(head, event_stream, dialect, exchange, clock),
+            clock,
+            framing_in=head.framing,
+            framing_out=self._framing_out,
+            reusable=reusable,
+        )
+        self._pump.start()
+        await self._pump.done
+        if transport.get_write_buffer_size():
+            clock.client_blocked(downstream.stall_detector())
+            await downstream.flushed()
+
+    def _inspector(
+        self, head: ResponseHead, event_stream: bool, dialect: Dialect | None, exchange: Exchange, clock: Clock
+    ) -> Inspector:
+        clock.enter("idle", perf_counter())
+        if headers.is_encoded(head.fields):
+            return OpaqueInspector(clock)
+        if event_stream:
+            return StreamInspector(exchange, dialect, clock)
+        if dialect is not None and headers.is_json(head.fields):
+            return JsonInspector(exchange, dialect, clock)
+        return OpaqueInspector(clock)

@@ -1,0 +1,164 @@
+"""The hot path: a response body from the upstream's transport to the client's, with no task in between.
+
+A read that is exactly one HTTP chunk, which is what LLM servers send, is validated and written as it came. Everything
+else is unframed and framed anew. Only then is the payload shown to the inspector. Whatever happens, `done` is
+resolved once: with nothing when the body is complete, or with the `ExchangeError` that ended it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import perf_counter
+
+from ..errors import ExchangeError, ProtocolError, Truncated, UpstreamError
+from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, whole_chunk
+from .downstream import DownstreamProtocol
+from .exchange import Clock, Exchange, Inspector
+from .upstream import UpstreamConnection
+
+log = logging.getLogger(__name__)
+
+
+class Pump:
+    """Moves one body. `framing_in` is the upstream's framing, `framing_out` the client's."""
+
+    __slots__ = (
+        "_body",
+        "_chunked_out",
+        "_clock",
+        "_downstream",
+        "_exchange",
+        "_extendable",
+        "_inspector",
+        "_paused_phase",
+        "_reusable",
+        "_upstream",
+        "_verbatim",
+        "_write",
+        "done",
+    )
+
+    def __init__(
+        self,
+        upstream: UpstreamConnection,
+        downstream: DownstreamProtocol,
+        exchange: Exchange,
+        inspector: Inspector,
+        clock: Clock,
+        *,
+        framing_in: Framing,
+        framing_out: Framing,
+        reusable: bool,
+    ) -> None:
+        assert downstream.transport is not None
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._upstream = upstream
+        self._downstream = downstream
+        self._write = downstream.transport.write
+        self._exchange = exchange
+        self._inspector = inspector
+        self._clock = clock
+        self._body = decoder(framing_in)
+        self._chunked_out = framing_out == "chunked"
+        self._extendable = exchange.is_stream and not isinstance(framing_out, int)
+        self._reusable = reusable
+        # True while the next byte from the upstream starts a chunk that may be forwarded as it is.
+        self._verbatim = self._chunked_out and isinstance(self._body, ChunkedDecoder)
+
+    def start(self) -> None:
+        """Takes over both connections; the response head has been written."""
+        self._downstream.pump = self
+        if self._downstream.writing_paused:
+            self.pause_writing()
+        self._upstream.protocol.feed_to(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the body, with its framing, as read from the upstream."""
+        read_at = perf_counter()
+        if self._verbatim:
+            offset = whole_chunk(data)
+            if offset:
+                self._write(data)
+                self._exchange.observer.forwarded(read_at)
+                self._exchange.response_bytes += len(data) - offset - 2
+                self._look(data[offset:-2], read_at)
+                return
+        self._walk(data, read_at)
+
+    def _walk(self, data: bytes, read_at: float) -> None:
+        body = self._body
+        try:
+            payload = body.feed(data)
+        except ProtocolError:
+            self.fail(UpstreamError("protocol"))
+            return
+        out = frame(payload) if self._chunked_out and payload else payload
+        if body.done and self._chunked_out:
+            out += LAST_CHUNK
+        if out:
+            self._write(out)
+            self._exchange.observer.forwarded(read_at)
+        if payload:
+            self._exchange.response_bytes += len(payload)
+            self._look(payload, read_at)
+        if body.done:
+            self._complete(reusable=self._reusable and not body.excess)
+        else:
+            self._verbatim = self._chunked_out and isinstance(body, ChunkedDecoder) and body.at_start
+
+    def _look(self, payload: bytes, read_at: float) -> None:
+        try:
+            self._inspector.look(payload, read_at)
+        except Exception:
+            # Looking must never stop the bytes.
+            log.exception("the inspector failed; this stream goes on without it")
+            self._inspector = Inspector()
+
+    def connection_lost(self, clean: bool) -> None:
+        """The upstream's connection has ended."""
+        if clean and self._body.end():
+            if self._chunked_out:
+                self._write(LAST_CHUNK)
+            self._complete(reusable=False)
+        else:
+            self.fail(Truncated())
+
+    def pause_writing(self) -> None:
+        """The client takes less than the upstream sends."""
+        if not self.done.done():
+            self._upstream.transport.pause_reading()
+            self._clock.client_blocked(self._downstream.stall_detector())
+
+    def resume_writing(self) -> None:
+        if not self.done.done():
+            self._clock.client_unblocked()
+            self._upstream.transport.resume_reading()
+
+    def _complete(self, *, reusable: bool) -> None:
+        if not self.done.done():
+            self._detach()
+            self._upstream.release(reusable=reusable)
+            try:
+                self._inspector.end()
+            except Exception:
+                log.exception("the inspector failed at the end of a body")
+            self.done.set_result(None)
+
+    def fail(self, error: ExchangeError) -> None:
+        """Ends the body before its end, such that the client cannot take it for complete.
+
+        Where the bytes so far allow it, an event stream says why before it breaks off.
+        """
+        if self.done.done():
+            return
+        self._detach()
+        self._upstream.abort()
+        if self._extendable and self._inspector.at_boundary:
+            event = error.event()
+            self._write(frame(event) if self._chunked_out else event)
+        self.done.set_exception(error)
+
+    def _detach(self) -> None:
+        self._downstream.pump = None
+        self._verbatim = False

@@ -1,0 +1,71 @@
+"""Which route a request takes, and where it goes from there.
+
+The one policy of paths: what is matched is what is forwarded, byte for byte. A path that an upstream could resolve to
+something else than it looks like, dot segments in any spelling, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from urllib.parse import unquote
+
+from ..config import Route
+from ..errors import RequestError
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """The path and the query (with its `?`, or empty) of a request target.
+
+    The authority of an absolute-form target (RFC 9112, section 3.2.2) is dropped: it never picks the upstream.
+    Raises `RequestError` for anything that is not a plain path.
+    """
+    if not target.startswith("/"):
+        scheme, found, rest = target.partition("://")
+        if not found or scheme.lower() not in ("http", "https"):
+            raise RequestError("bad_target")
+        slash = rest.find("/")
+        target = rest[slash:] if slash >= 0 else "/"
+    path, mark, query = target.partition("?")
+    if "#" in target:
+        raise RequestError("bad_target")
+    decoded = unquote(path, errors="surrogateescape")
+    if not decoded.isprintable() or any(
+        segment.partition(";")[0] in (".", "..") for segment in decoded.replace("\\", "/").split("/")
+    ):
+        raise RequestError("bad_target")
+    return path, mark + query
+
+
+def _prefix(route: Route) -> str:
+    return route.match.path.rstrip("/")
+
+
+class Router:
+    """The routes, in the order in which they are tried: longest prefix first, with a model before without."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._routes = sorted(routes, key=lambda route: (-len(_prefix(route)), not route.match.model))
+
+    def candidates(self, method: str, path: str) -> Sequence[Route]:
+        """The routes for `path`, best first; which one it is may still depend on the request's model."""
+        return [
+            route
+            for route in self._routes
+            if (path == (prefix := _prefix(route)) or path.startswith(prefix + "/"))
+            and (not route.match.methods or method in route.match.methods)
+        ]
+
+
+def choose(candidates: Sequence[Route], model: str | None) -> Route:
+    """The first of `candidates` that takes `model`. Raises `RequestError` if none does."""
+    for route in candidates:
+        globs = route.match.model
+        if not globs or (model is not None and any(fnmatchcase(model, glob) for glob in globs)):
+            return route
+    raise RequestError("no_route")
+
+
+def upstream_path(route: Route, base_path: str, path: str) -> str:
+    """`path` with the route's prefix replaced by the upstream's."""
+    return base_path + path[len(_prefix(route)) :] or "/"

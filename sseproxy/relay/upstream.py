@@ -1,0 +1,275 @@
+"""The upstream's side: connections, request heads and bodies out, response heads in.
+
+aiohttp's connector does names, TCP, TLS and the pool, and its parser reads response heads. The bodies are ours: a
+`RelayProtocol` hands what follows the head to a `Pump`, straight from the transport, with no task in between.
+
+aiohttp's exceptions and OSError end here; what leaves this module is an `UpstreamError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, cast
+
+from aiohttp import ClientRequest, ClientTimeout, TCPConnector
+from aiohttp.client_exceptions import (
+    ClientConnectorCertificateError,
+    ClientConnectorDNSError,
+    ClientConnectorError,
+    ClientConnectorSSLError,
+    ClientError,
+)
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
+from aiohttp.connector import Connection
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
+from yarl import URL
+
+from ..errors import ProtocolError, UpstreamError
+from ..wire import headers
+from ..wire.framing import Framing, response_framing
+
+if TYPE_CHECKING:
+    from ..config import Upstream as UpstreamConfig
+
+# Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
+KEEPALIVE = 4.0
+# As much as nginx's large_client_header_buffers and Go's defaults let through in practice; OpenAI sends 1 to 2 KiB.
+MAX_HEAD = 32 * 1024
+MAX_HEADER_FIELDS = 200
+# Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
+_HELD_LIMIT = 64 * 1024
+
+_NO_TIMEOUT = ClientTimeout()
+
+
+class BodySink(Protocol):
+    """Takes the bytes that follow a response head."""
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def connection_lost(self, clean: bool) -> None:
+        """No more will come. `clean`: the upstream closed its side in order."""
+
+
+class ResponseHead:
+    """A response head and how its body is framed."""
+
+    __slots__ = ("fields", "framing", "reason", "reusable", "status")
+
+    def __init__(self, method: str, message: RawResponseMessage) -> None:
+        self.status = message.code
+        self.reason = message.reason.encode("utf-8", "surrogateescape")
+        self.fields = message.raw_headers
+        self.framing: Framing | None = response_framing(method, message.code, message.version, message.raw_headers)
+        self.reusable = not message.should_close and self.framing != "close"
+
+
+class RelayProtocol(ResponseHandler):
+    """One upstream connection.
+
+    Either idle in the pool, or waiting for a response head (`expect_head`), or feeding a body to its sink
+    (`feed_to`). Bytes that come in any other state were not asked for, and end the connection.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._heads = HttpResponseParser(
+            self,
+            loop,
+            2**16,
+            max_line_size=MAX_HEAD,
+            max_field_size=MAX_HEAD,
+            max_headers=MAX_HEADER_FIELDS,
+            # Only heads are fed to it; every message ends with its head.
+            response_with_body=False,
+            read_until_eof=False,
+            auto_decompress=False,
+        )
+        self._method = ""
+        self._head: asyncio.Future[ResponseHead] | None = None
+        self._held = b""
+        self._sink: BodySink | None = None
+        self._closed_cleanly = False
+
+    @property
+    def should_close(self) -> bool:
+        return self._should_close
+
+    def expect_head(self, method: str) -> asyncio.Future[ResponseHead]:
+        """A future for the head of the response to a `method` request. It raises `UpstreamError`."""
+        self._method = method
+        self._head = self._loop.create_future()
+        return self._head
+
+    def feed_to(self, sink: BodySink) -> None:
+        """The body goes to `sink` from now on, what was held back of it first."""
+        self._sink = sink
+        held, self._held = self._held, b""
+        if len(held) > _HELD_LIMIT:
+            self._resume_transport_reading()
+        if held:
+            sink.data_received(held)
+        if self._connection_lost_called and self._sink is not None:
+            sink.connection_lost(self._closed_cleanly)
+
+    def finish(self, *, reusable: bool) -> None:
+        """The exchange is over. Unless `reusable`, the connection will not be pooled."""
+        self._head = self._sink = None
+        if not reusable or self._held:
+            self._should_close = True
+        self._held = b""
+
+    async def drain(self) -> None:
+        """Waits until the upstream takes more. Raises ConnectionError if it is gone."""
+        await self._drain_helper()
+
+    def data_received(self, data: bytes) -> None:
+        if self._sink is not None:
+            self._sink.data_received(data)
+        elif self._head is None:
+            self.abort()
+        elif self._head.done():
+            self._held += data
+            if len(self._held) > _HELD_LIMIT:
+                self._pause_transport_reading()
+        else:
+            self._held += data
+            try:
+                self._read_head()
+            except (ProtocolError, HttpProcessingError, ValueError):
+                self._fail_head(UpstreamError("protocol"))
+                self.abort()
+
+    def _read_head(self) -> None:
+        """Looks for a whole head in what was received; interim (1xx) heads are dropped (RFC 9110, section 15.2)."""
+        assert self._head is not None
+        while not self._head.done():
+            end = self._held.find(b"\r\n\r\n") + 4
+            if max(end, len(self._held) if end < 4 else 0) > MAX_HEAD:
+                raise ProtocolError("the response head is too long")
+            if end < 4:
+                return
+            raw, self._held = self._held[:end], self._held[end:]
+            headers.check_head(raw)
+            messages, _, _ = self._heads.feed_data(raw)
+            if len(messages) != 1:
+                raise ProtocolError("the response head is not one message")
+            message: RawResponseMessage = messages[0][0]
+            if message.code == 101 or message.version not in ((1, 0), (1, 1)):
+                raise ProtocolError("the upstream switched protocols")
+            if message.code >= 200:
+                self._head.set_result(ResponseHead(self._method, message))
+
+    def _fail_head(self, error: UpstreamError) -> None:
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(error)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        # Nobody reads from the queue that the base class puts its exception into.
+        self._exception = None
+        self._closed_cleanly = exc is None
+        self._fail_head(UpstreamError("reset"))
+        if self._sink is not None:
+            self._sink.connection_lost(self._closed_cleanly)
+
+
+class _Target:
+    """What a connector asks of an `aiohttp.ClientRequest` to connect, without one being made for each request."""
+
+    proxy = proxy_auth = proxy_headers = server_hostname = None
+    ssl = True
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self.host = url.raw_host
+        self.port = url.port
+        self.connection_key = ConnectionKey(
+            host=url.raw_host or "",
+            port=url.port,
+            is_ssl=self.is_ssl(),
+            ssl=True,
+            proxy=None,
+            proxy_auth=None,
+            proxy_headers_hash=None,
+        )
+
+    def is_ssl(self) -> bool:
+        return self.url.scheme == "https"
+
+
+class Upstream:
+    """A named API and its connections. Create and close it in the running loop."""
+
+    def __init__(self, config: UpstreamConfig) -> None:
+        url = URL(config.url, encoded=True)
+        self.name = config.name
+        self.api_key = config.api_key.get_secret_value().encode() if config.api_key is not None else None
+        self.base_path = url.raw_path.rstrip("/")
+        self.host = (url.host_port_subcomponent or "").encode("ascii")
+        self._target = cast(ClientRequest, _Target(url))
+        # No limit: a request is never queued for a connection where nobody sees it.
+        self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
+        self._connector._factory = cast(
+            "functools.partial[ResponseHandler]", functools.partial(RelayProtocol, loop=asyncio.get_running_loop())
+        )
+
+    async def connect(self) -> Connection:
+        """A connection of its own, from the pool or a new one, until it is released or closed."""
+        try:
+            return await self._connector.connect(self._target, [], _NO_TIMEOUT)
+        except ClientConnectorDNSError:
+            raise UpstreamError("dns") from None
+        except (ClientConnectorCertificateError, ClientConnectorSSLError):
+            raise UpstreamError("tls") from None
+        except (ClientConnectorError, ClientError, OSError):
+            raise UpstreamError("connect") from None
+
+    def connections(self) -> tuple[int, int]:
+        """How many connections are (in use, idle)."""
+        connector = self._connector
+        return len(connector._acquired), sum(len(pooled) for pooled in connector._conns.values())
+
+    async def close(self) -> None:
+        await self._connector.close()
+
+
+class UpstreamConnection:
+    """A connection while it belongs to one exchange. It ends by `release` or `abort`, whichever comes first."""
+
+    __slots__ = ("_connection", "_on_abort", "protocol", "transport")
+
+    def __init__(self, connection: Connection, on_abort: Callable[[], None]) -> None:
+        protocol, transport = connection.protocol, connection.transport
+        assert isinstance(protocol, RelayProtocol)
+        if transport is None:
+            connection.close()
+            raise UpstreamError("reset")
+        self._connection: Connection | None = connection
+        self._on_abort = on_abort
+        self.protocol = protocol
+        self.transport = transport
+
+    @property
+    def open(self) -> bool:
+        return self._connection is not None
+
+    def release(self, *, reusable: bool) -> None:
+        """The response is complete: back into the pool if the connection is `reusable`."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self.protocol.finish(reusable=reusable)
+            connection.release()
+
+    def abort(self) -> None:
+        """Closes the connection now, whatever it is doing."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self.protocol.finish(reusable=False)
+            self.protocol.abort()
+            connection.close()
+            self._on_abort()

@@ -1,0 +1,151 @@
+"""HTTP fields on their way through: what is hop-by-hop, what we say of ourselves.
+
+Fields are the raw pairs that arrived, bytes for bytes, so that order, repetition, case and odd bytes survive.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence, Set
+from typing import Final
+
+from ..errors import ProtocolError
+
+Fields = Sequence[tuple[bytes, bytes]]
+
+# RFC 9110, section 7.6.1, and what older implementations treat alike. Framing is ours on each side; Expect is
+# answered here.
+_HOP_BY_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# A client can claim anything in these; what we forward is what we saw ourselves.
+_FORWARDING: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"})
+_CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key"})
+# RFC 9110, section 7.6.3; the pseudonym tells no host name.
+_VIA: Final = b"1.1 sseproxy"
+_STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
+
+# RFC 9112, sections 2.2, 5.1 and 5.2: no bare CR or LF, no control characters, no folding.
+_BROKEN_HEAD: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)|\r\n[ \t]")
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+def named(fields: Fields, name: bytes) -> list[bytes]:
+    """The values of the field `name` (in lower case), in order."""
+    return [value for key, value in fields if key.lower() == name]
+
+
+def tokens(fields: Fields, name: bytes) -> list[bytes]:
+    """The members of the comma-separated list in the field `name`, in lower case."""
+    return [
+        member
+        for value in named(fields, name)
+        for token in value.split(b",")
+        if (member := token.strip(b" \t").lower())
+    ]
+
+
+def _end_to_end(fields: Fields, dropped: Set[bytes]) -> list[tuple[bytes, bytes]]:
+    drop = _HOP_BY_HOP.union(dropped, tokens(fields, b"connection"))
+    return [field for field in fields if field[0].lower() not in drop]
+
+
+def to_upstream(
+    fields: Fields,
+    *,
+    host: bytes,
+    framing: Fields,
+    peer: bytes,
+    scheme: bytes,
+    request_id: bytes,
+    api_key: bytes | None,
+    read: bool,
+) -> list[tuple[bytes, bytes]]:
+    """The fields of the request that goes upstream.
+
+    `framing` announces the request's body, `peer` is the client's address. With an `api_key` no credential of the
+    client's goes along. Where the response is to be `read`, no content coding is asked for.
+    """
+    dropped = {b"host", b"content-length", b"expect", b"x-request-id", *_FORWARDING}
+    if api_key is not None:
+        dropped |= _CREDENTIALS
+    if read:
+        dropped.add(b"accept-encoding")
+    out = [(b"Host", host), *_end_to_end(fields, dropped)]
+    if api_key is not None:
+        out.append((b"Authorization", b"Bearer " + api_key))
+    if read:
+        out.append((b"Accept-Encoding", b"identity"))
+    if b"trailers" in tokens(fields, b"te"):
+        out += [(b"TE", b"trailers"), (b"Connection", b"TE")]
+    out += framing
+    out += [
+        (b"X-Forwarded-For", peer),
+        (b"X-Forwarded-Proto", scheme),
+        *((b"X-Forwarded-Host", value) for value in named(fields, b"host")),
+        (b"X-Request-Id", request_id),
+        (b"Via", _VIA),
+    ]
+    return out
+
+
+def to_downstream(
+    fields: Fields, *, framing: Fields | None, event_stream: bool, request_id: bytes, connection: bytes | None
+) -> list[tuple[bytes, bytes]]:
+    """The fields of the response that goes to the client.
+
+    `framing` announces its body; None leaves a Content-Length as it came, which is right for HEAD and 304.
+    """
+    dropped: set[bytes] = set() if framing is None else {b"content-length"}
+    if event_stream:
+        dropped |= _STREAM_POLICY
+    out = _end_to_end(fields, dropped)
+    if event_stream:
+        out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
+    if not named(fields, b"x-request-id"):
+        out.append((b"X-Request-Id", request_id))
+    out.append((b"Via", _VIA))
+    out += framing or ()
+    if connection is not None:
+        out.append((b"Connection", connection))
+    return out
+
+
+def serialize(start_line: bytes, fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A message head, with its blank line."""
+    return b"".join((start_line, b"\r\n", *(b"%b: %b\r\n" % field for field in fields), b"\r\n"))
+
+
+def check_head(head: bytes) -> None:
+    """Refuses a response head that parsers may read in more than one way. Raises `ProtocolError`."""
+    if _BROKEN_HEAD.search(head) is not None:
+        raise ProtocolError("the response head has a bare CR or LF, a control character or a folded line")
+
+
+def is_event_stream(fields: Fields) -> bool:
+    return any(value.split(b";")[0].strip().lower() == b"text/event-stream" for value in named(fields, b"content-type"))
+
+
+def is_json(fields: Fields) -> bool:
+    return any(value.split(b";")[0].strip().lower() == b"application/json" for value in named(fields, b"content-type"))
+
+
+def is_encoded(fields: Fields) -> bool:
+    """True if the body is compressed, and so cannot be read in passing."""
+    return any(coding != b"identity" for coding in tokens(fields, b"content-encoding"))
+
+
+def request_id(fields: Fields) -> bytes | None:
+    """The client's own id for the request, if it is harmless enough to be logged and sent on."""
+    ids = named(fields, b"x-request-id")
+    return ids[0] if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) else None

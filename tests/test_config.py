@@ -1,0 +1,715 @@
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from sseproxy import config
+from sseproxy.config import Address, Admin, Config, Match, Route, Timeouts, Upstream
+from sseproxy.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SECRET = "sk-5ecret"
+
+UPSTREAMS = """\
+upstreams:
+  - name: openai
+    url: https://api.openai.com/v1
+  - name: vllm
+    url: http://vllm:8000/v1
+"""
+ROUTES = """\
+routes:
+  - name: api
+    match: {path: /v1}
+    upstream: openai
+"""
+VALID = UPSTREAMS + ROUTES
+
+TOP_KEYS = "admin, drain_timeout, listen, max_body, routes, upstreams, workers"
+TIMEOUT_KEYS = "connect, first_token, head, idle, total, write"
+HOST_PORT = "expected HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535"
+DURATION = "expected a duration such as 30s or 5m"
+SIZE = "expected a size such as 512KiB or 32MiB"
+NAME = "expected a name: 1 to 64 of the characters A-Z a-z 0-9 _ . -"
+URL = "expected a URL such as https://api.openai.com/v1"
+PATH = "expected a path such as /v1, without query, empty segments and dot segments"
+API_KEY = "expected an API key: text of visible ASCII characters"
+ALIAS = "anchors and aliases are not supported; text that starts with & or * has to be put in quotes"
+TAG = "tags are not supported; text that starts with ! has to be put in quotes"
+
+
+def problems(text: str, env: Mapping[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(text, "f", env or {})
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    return list(caught.value.problems)
+
+
+def upstream(line: str) -> str:
+    return f"upstreams:\n  - name: openai\n    url: http://h\n    {line}\n{ROUTES}"
+
+
+def route(line: str) -> str:
+    return f"{VALID}    {line}\n"
+
+
+def match(text: str) -> str:
+    return f"routes:\n  - name: api\n    match: {text}\n    upstream: openai\n{UPSTREAMS}"
+
+
+MISTAKES = {
+    "empty": ("", "f:1:1: expected a mapping, got an empty document"),
+    "comment": ("# nothing", "f:1:1: expected a mapping, got an empty document"),
+    "null": ("--- ~", "f:1:5: expected a mapping, got nothing"),
+    "top_list": ("- a", "f:1:1: expected a mapping, got a list"),
+    "top_text": ("api_key:secret", "f:1:1: expected a mapping, got text"),
+    "syntax": ("a: b: c", "f:1:5: not valid YAML: mapping values are not allowed here"),
+    "syntax_context": (
+        "a: [b\nc: d",
+        "f:2:2: not valid YAML: expected ',' or ']', but got ':' (while parsing a flow sequence)",
+    ),
+    "syntax_context_only": (
+        "a: 'b",
+        "f:1:6: not valid YAML: found unexpected end of stream (while scanning a quoted scalar)",
+    ),
+    "unprintable": ("a: 1\nb: \x07", "f:2:4: not valid YAML: unprintable character"),
+    "tag_handle": ("a: !secret!x", "f:1:4: not valid YAML: found undefined tag (while parsing a node)"),
+    "two_documents": (f"{VALID}---\na: 1\n", "f:10:1: expected a single YAML document"),
+    "nested_deeply": ("[" * 10_000, "f:1:33: not valid YAML: nested too deeply"),
+    "alias": (f"workers: &w 2\n{VALID}", f"f:1:1: workers: {ALIAS}"),
+    "anchored_root": (f"&a\n{VALID}", f"f:1:1: {ALIAS}"),
+    "tag": (f"workers: !!int '2'\n{VALID}", f"f:1:1: workers: {TAG}"),
+    "tagged_mapping": (f"admin: !!set {{}}\n{VALID}", f"f:1:1: admin: {TAG}"),
+    "merge": (f"<<: {{workers: 2}}\n{VALID}", "f:1:1: merge keys (<<) are not supported"),
+    "key_number": (f"1: 2\n{VALID}", "f:1:1: expected a key that is text"),
+    "key_boolean": (f"admin:\n  on: 2\n{VALID}", "f:2:3: admin: expected a key that is text"),
+    "key_list": (f"? [a]\n: 2\n{VALID}", "f:1:3: expected a key that is text"),
+    "key_alias": (f"*a : 2\n{VALID}", "f:1:1: expected a key that is text"),
+    "duplicate_key": (
+        f"workers: 2\n{VALID}workers: 3\n",
+        "f:11:1: workers: duplicate key; the first one is in line 1",
+    ),
+    "unknown_key": (f"colour: red\n{VALID}", f"f:1:1: colour: unknown key; expected one of {TOP_KEYS}"),
+    "misspelt_key": (
+        f"lsten: :80\n{VALID}",
+        f"f:1:1: lsten: unknown key; expected one of {TOP_KEYS}; did you mean 'listen'?",
+    ),
+    "misspelt_inner_key": (
+        route("timeouts: {idel: 1s}"),
+        f"f:10:16: routes[0].timeouts.idel: unknown key; expected one of {TIMEOUT_KEYS}; did you mean 'idle'?",
+    ),
+    "odd_key": (f'"a\\nb": 1\n{VALID}', f"f:1:1: a…: unknown key; expected one of {TOP_KEYS}"),
+    "long_key": (f"{'k' * 99}: 1\n{VALID}", f"f:1:1: {'k' * 64}…: unknown key; expected one of {TOP_KEYS}"),
+    "missing_section": (ROUTES, "f:1:1: upstreams: required key is missing"),
+    "missing_key": (
+        f"routes:\n  - name: api\n    upstream: openai\n{UPSTREAMS}",
+        "f:2:5: routes[0].match: required key is missing",
+    ),
+    "missing_path": (match("{model: x}"), "f:3:12: routes[0].match.path: required key is missing"),
+    "no_upstreams": (f"upstreams: []\n{ROUTES}", "f:1:1: upstreams: expected at least one entry"),
+    "no_routes": (f"{UPSTREAMS}routes: []\n", "f:6:1: routes: expected at least one entry"),
+    "null_section": (f"admin:\n{VALID}", "f:1:1: admin: expected a mapping, got nothing"),
+    "text_section": (f"admin: here\n{VALID}", "f:1:1: admin: expected a mapping, got text"),
+    "mapping_of_upstreams": (
+        f"upstreams:\n  openai: {{url: http://h}}\n{ROUTES}",
+        "f:1:1: upstreams: expected a list, got a mapping",
+    ),
+    "number_for_upstream": (f"upstreams: [5]\n{ROUTES}", "f:1:13: upstreams[0]: expected a mapping, got a number"),
+    "text_for_upstream": (
+        f"upstreams: ['api_key:secret']\n{ROUTES}",
+        "f:1:13: upstreams[0]: expected a mapping, got text",
+    ),
+    "listen_port_only": (f"listen: 8080\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got a number (8080)"),
+    "listen_without_port": (f"listen: localhost\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got 'localhost'"),
+    "listen_bare_ipv6": (f"listen: '::1:80'\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got '::1:80'"),
+    "listen_list": (f"listen: [':80']\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got a list"),
+    "admin_port": (f"admin: {{listen: ':65536'}}\n{VALID}", f"f:1:9: admin.listen: {HOST_PORT}, got ':65536'"),
+    "workers_zero": (
+        f"workers: 0\n{VALID}",
+        "f:1:1: workers: expected auto or a number of processes from 1 up, got a number (0)",
+    ),
+    "workers_boolean": (
+        f"workers: yes\n{VALID}",
+        "f:1:1: workers: expected auto or a number of processes from 1 up, got a boolean (yes)",
+    ),
+    "workers_not_an_int": (
+        f"workers: 0x_\n{VALID}",
+        "f:1:1: workers: expected auto or a number of processes from 1 up, got '0x_'",
+    ),
+    "workers_huge": (
+        f"workers: {'1' * 5000}\n{VALID}",
+        f"f:1:1: workers: expected auto or a number of processes from 1 up, got '{'1' * 63}…'",
+    ),
+    "duration_number": (f"drain_timeout: 30\n{VALID}", f"f:1:1: drain_timeout: {DURATION}, got a number (30)"),
+    "duration_float": (f"drain_timeout: 1.5\n{VALID}", f"f:1:1: drain_timeout: {DURATION}, got a number (1.5)"),
+    "duration_zero": (f"drain_timeout: 0s\n{VALID}", f"f:1:1: drain_timeout: {DURATION}, got '0s'"),
+    "duration_unit": (f"drain_timeout: 3 days\n{VALID}", f"f:1:1: drain_timeout: {DURATION}, got '3 days'"),
+    "duration_off": (
+        route("timeouts: {idle: off}"),
+        f"f:10:16: routes[0].timeouts.idle: {DURATION}, got a boolean (off)",
+    ),
+    "total": (
+        route("timeouts: {total: 5}"),
+        f"f:10:16: routes[0].timeouts.total: {DURATION}, or off, got a number (5)",
+    ),
+    "size_number": (f"max_body: 1024\n{VALID}", f"f:1:1: max_body: {SIZE}, got a number (1024)"),
+    "size_unit": (f"max_body: 1MB\n{VALID}", f"f:1:1: max_body: {SIZE}, got '1MB'"),
+    "size_zero": (f"max_body: 0B\n{VALID}", f"f:1:1: max_body: {SIZE}, got '0B'"),
+    "url_scheme": (
+        upstream("").replace("http://h", "api.openai.com"),
+        f"f:3:5: upstreams[0].url: {URL}, got 'api.openai.com'",
+    ),
+    "url_number": (upstream("").replace("http://h", "1"), f"f:3:5: upstreams[0].url: {URL}, got a number (1)"),
+    "url_userinfo": (
+        upstream("").replace("http://h", "http://u:secret@h"),
+        "f:3:5: upstreams[0].url: expected a URL without user name and password; a key belongs into api_key",
+    ),
+    "url_userinfo_empty": (
+        upstream("").replace("http://h", "http://@h"),
+        "f:3:5: upstreams[0].url: expected a URL without user name and password; a key belongs into api_key",
+    ),
+    "url_userinfo_and_port": (
+        upstream("").replace("http://h", "http://u:secret@h:0"),
+        f"f:3:5: upstreams[0].url: {URL}",
+    ),
+    "url_query": (
+        upstream("").replace("http://h", "http://h?key=secret"),
+        "f:3:5: upstreams[0].url: expected a URL without query and fragment",
+    ),
+    "api_key_number": (upstream("api_key: 1234"), f"f:4:5: upstreams[0].api_key: {API_KEY}"),
+    "api_key_list": (upstream("api_key: [secret]"), f"f:4:5: upstreams[0].api_key: {API_KEY}"),
+    "api_key_space": (upstream("api_key: secret key"), f"f:4:5: upstreams[0].api_key: {API_KEY}"),
+    "api_key_empty": (upstream("api_key: ''"), f"f:4:5: upstreams[0].api_key: {API_KEY}"),
+    "api_key_alias": (upstream("api_key: *secret"), f"f:4:5: upstreams[0].api_key: {ALIAS}"),
+    "api_key_tag": (upstream("api_key: !secret x"), f"f:4:5: upstreams[0].api_key: {TAG}"),
+    "api_key_unset": (
+        upstream("api_key: ${KEY}"),
+        "f:4:5: upstreams[0].api_key: environment variable KEY is not set",
+    ),
+    "api_key_without_space": (
+        f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
+        "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, name, url; did you mean 'api_key'?",
+    ),
+    "name": (match("{path: /v1}").replace("api", "my api", 1), f"f:2:5: routes[0].name: {NAME}, got 'my api'"),
+    "name_number": (match("{path: /v1}").replace("api", "1", 1), f"f:2:5: routes[0].name: {NAME}, got a number (1)"),
+    "name_long": (
+        match("{path: /v1}").replace("api", "n" * 65, 1),
+        f"f:2:5: routes[0].name: {NAME}, got '{'n' * 63}…'",
+    ),
+    "path_relative": (match("{path: v1}"), f"f:3:13: routes[0].match.path: {PATH}, got 'v1'"),
+    "path_query": (match("{path: '/v1?a'}"), f"f:3:13: routes[0].match.path: {PATH}, got '/v1?a'"),
+    "path_dots": (match("{path: /a/../v1}"), f"f:3:13: routes[0].match.path: {PATH}, got '/a/../v1'"),
+    "path_slashes": (match("{path: /v1//}"), f"f:3:13: routes[0].match.path: {PATH}, got '/v1//'"),
+    "model_number": (
+        match("{path: /v1, model: [o1, 4]}"),
+        "f:3:36: routes[0].match.model[1]: expected the name of a model or a glob such as gpt-4*, got a number (4)",
+    ),
+    "model_empty": (
+        match("{path: /v1, model: ''}"),
+        "f:3:24: routes[0].match.model: expected the name of a model or a glob such as gpt-4*, got ''",
+    ),
+    "model_mapping": (
+        match("{path: /v1, model: {a: b}}"),
+        "f:3:24: routes[0].match.model: expected text or a list, got a mapping",
+    ),
+    "method": (
+        match("{path: /v1, methods: [post, 'a b']}"),
+        "f:3:40: routes[0].match.methods[1]: expected an HTTP method such as POST, got 'a b'",
+    ),
+    "upstream_number": (
+        match("{path: /v1}").replace("upstream: openai", "upstream: 5"),
+        "f:4:5: routes[0].upstream: expected text, got a number",
+    ),
+    "unknown_upstream": (
+        VALID.replace("upstream: openai", "upstream: opnai"),
+        "f:9:5: routes[0].upstream: expected the name of an upstream (openai, vllm), got 'opnai'",
+    ),
+    "duplicate_upstream": (
+        VALID.replace("vllm", "openai", 1),
+        "f:4:5: upstreams[1].name: expected a unique name, got that of upstreams[0]",
+    ),
+    "duplicate_route": (
+        f"{VALID}  - {{name: api, match: {{path: /}}, upstream: vllm}}\n",
+        "f:10:6: routes[1].name: expected a unique name, got that of routes[0]",
+    ),
+    "duplicate_match": (
+        f"{VALID}  - {{name: b, match: {{path: /v1/, model: []}}, upstream: vllm}}\n",
+        "f:10:15: routes[1].match: expected a unique match, got that of routes[0]",
+    ),
+    "variable_unset": (f"listen: $A:${{PORT}}\n{VALID}", "f:1:1: listen: environment variable PORT is not set"),
+    "variable_unclosed": (
+        f"listen: :${{PORT\n{VALID}",
+        "f:1:1: listen: expected ${NAME} or ${NAME:-default}; a literal ${ is written as $${",
+    ),
+    "variable_bad_name": (
+        f"listen: :${{1PORT}}\n{VALID}",
+        "f:1:1: listen: expected ${NAME} or ${NAME:-default}; a literal ${ is written as $${",
+    ),
+    "variable_nested": (
+        f"listen: :${{PORT:-${{X:-80}}}}\n{VALID}",
+        "f:1:1: listen: expected ${NAME} or ${NAME:-default}; a literal ${ is written as $${",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_each_mistake_has_one_exact_message(text: str, expected: str) -> None:
+    assert "\n".join(problems(text)) == expected
+    assert "secret" not in expected
+
+
+def test_everything_wrong_is_reported_at_once_in_order() -> None:
+    text = """\
+lsten: 127.0.0.1:8080
+workers: ${WORKERS}
+drain_timeout: 30
+drain_timeout: 40
+upstreams:
+  - name: openai
+    url: ftp://${HOST}
+    api_key: [x, "${KEY}"]
+  - name: openai
+  - {name: "${NAME}", url: http://h}
+routes:
+  - name: a
+    match: {path: /v1, mehods: GET, model: gpt-*}
+    upstream: opnai
+    timeouts: {idle: 5, head: off}
+  - name: a
+    match: {path: /v1, model: [gpt-*]}
+    upstream: ${USE}
+  - name: c
+    match: {path: /v1/, model: gpt-*}
+    upstream: openai
+  - 7
+"""
+    assert problems(text, {"HOST": "h", "NAME": "hidden", "USE": "concealed"}) == [
+        f"f:1:1: lsten: unknown key; expected one of {TOP_KEYS}; did you mean 'listen'?",
+        "f:2:1: workers: environment variable WORKERS is not set",
+        f"f:3:1: drain_timeout: {DURATION}, got a number (30)",
+        "f:4:1: drain_timeout: duplicate key; the first one is in line 3",
+        f"f:7:5: upstreams[0].url: {URL}, got 'ftp://${{HOST}}'",
+        f"f:8:5: upstreams[0].api_key: {API_KEY}",
+        "f:8:18: upstreams[0].api_key: environment variable KEY is not set",
+        "f:9:5: upstreams[1].name: expected a unique name, got that of upstreams[0]",
+        "f:9:5: upstreams[1].url: required key is missing",
+        "f:13:24: routes[0].match.mehods: unknown key; expected one of methods, model, path; did you mean 'methods'?",
+        "f:14:5: routes[0].upstream: expected the name of an upstream (openai, openai, ${NAME}), got 'opnai'",
+        f"f:15:16: routes[0].timeouts.idle: {DURATION}, got a number (5)",
+        f"f:15:25: routes[0].timeouts.head: {DURATION}, got a boolean (off)",
+        "f:16:5: routes[1].name: expected a unique name, got that of routes[0]",
+        "f:18:5: routes[1].upstream: expected the name of an upstream (openai, openai, ${NAME}), got '${USE}'",
+        "f:20:5: routes[2].match: expected a unique match, got that of routes[1]",
+        "f:22:5: routes[3]: expected a mapping, got a number",
+    ]
+
+
+def test_unknown_key_whose_value_is_unset_has_both_problems() -> None:
+    assert problems(f"x: ${{Y}}\n{VALID}") == [
+        "f:1:1: x: environment variable Y is not set",
+        f"f:1:1: x: unknown key; expected one of {TOP_KEYS}",
+    ]
+
+
+def test_unknown_upstream_is_left_open_while_a_name_is_unreadable() -> None:
+    text = VALID.replace("name: vllm", "name: ${N}").replace("upstream: openai", "upstream: opnai")
+    assert problems(text) == ["f:4:5: upstreams[1].name: environment variable N is not set"]
+
+
+def test_names_in_messages_stay_on_one_line() -> None:
+    text = VALID.replace("name: vllm", r'name: "v\nllm"').replace("upstream: openai", r'upstream: "x\ny"')
+    assert problems(text) == [
+        rf"f:4:5: upstreams[1].name: {NAME}, got 'v\nllm'",
+        r"f:9:5: routes[0].upstream: expected the name of an upstream (openai, v\nllm), got 'x\ny'",
+    ]
+
+
+def test_aliases_do_not_expand() -> None:
+    laughs = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20))
+    assert f"f:20:1: a19: {ALIAS}" in problems(laughs)
+    assert f"f:1:1: a: {ALIAS}" in problems("a: &a [*a]")
+
+
+@pytest.mark.parametrize(
+    ("written", "env", "host"),
+    [
+        ("${HOST}", {"HOST": "h"}, "h"),
+        ("${HOST:-d}", {"HOST": "h"}, "h"),
+        ("${HOST:-d}", {"HOST": ""}, "d"),
+        ("${HOST:-d}", {}, "d"),
+        ("a${A}${B}", {"A": "1", "B": "2"}, "a12"),
+        ("${A}", {"A": ""}, ""),
+        ("'${HOST}'", {"HOST": "h"}, "h"),
+    ],
+)
+def test_variables_are_replaced(written: str, env: dict[str, str], host: str) -> None:
+    written = f"{written[:-1]}:1'" if written.endswith("'") else f"{written}:1"
+    assert config.parse(f"listen: {written}\n{VALID}", "f", env).listen == Address(host, 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "model"),
+    [
+        ("$$", "$"),
+        ("$${A}", "${A}"),
+        ("$$$$A", "$$A"),
+        ("a$", "a$"),
+        ("$A", "$A"),
+        ("${UNSET:-$$}", "$$"),
+        ("${A}", "${B}"),
+        ("${UNSET:-a:-b}", "a:-b"),
+        ("${UNSET:-a\n        b}", "a b"),
+        ("${STRUCTURE}", "x: [1, {2: 3}] # no\n- y"),
+    ],
+)
+def test_expansion_happens_once_and_within_the_value(written: str, model: str) -> None:
+    env = {"A": "${B}", "STRUCTURE": "x: [1, {2: 3}] # no\n- y"}
+    text = (
+        f"routes:\n  - name: api\n    upstream: openai\n    match:\n      path: /\n      model: {written}\n{UPSTREAMS}"
+    )
+    assert config.parse(text, "f", env).routes[0].match.model == (model,)
+
+
+def test_plain_scalars_get_their_type_after_expansion_and_quoted_ones_stay_text() -> None:
+    assert config.parse(f"workers: ${{N:-2}}\n{VALID}", "f", {}).workers == 2
+    assert config.parse(f"workers: ${{N:-2}}\n{VALID}", "f", {"N": "auto"}).workers == "auto"
+    assert config.parse(route("timeouts: {total: '${T}'}"), "f", {"T": "off"}).routes[0].timeouts.total is None
+    assert config.parse(upstream("api_key: ${KEY:-}"), "f", {"KEY": ""}).upstreams[0].api_key is None
+    assert problems(f"workers: '${{N:-2}}'\n{VALID}") == [
+        "f:1:1: workers: expected auto or a number of processes from 1 up, got '${N:-2}'"
+    ]
+
+
+def test_keys_are_not_expanded() -> None:
+    assert problems(f"${{A}}: 1\n{VALID}", {"A": "listen"}) == [f"f:1:1: …: unknown key; expected one of {TOP_KEYS}"]
+
+
+@pytest.mark.parametrize("total", ["off", "no", "false", "~", "'off'", ""])
+def test_total_can_be_off(total: str) -> None:
+    assert config.parse(route(f"timeouts:\n      total: {total}"), "f", {}).routes[0].timeouts.total is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "api_key: {KEY}",
+        "api_key: [KEY]",
+        "api_key: {KEY: 1, KEY: 2}",
+        "api_key: *KEY",
+        "api_key: &KEY x",
+        "api_key: !KEY x",
+        "api_key: !KEY!x y",
+        "api_key: 'KEY KEY'",
+        "api_key: ' KEY'",
+        "api_key: KEY${",
+        "api_key: {KEY: '${'}",
+        "api_key:KEY",
+        "- api_key:KEY",
+        "apikey: KEY",
+        "url: KEY@h",
+        "url: http://h/?KEY",
+        "url: http://:KEY@h/",
+        "url: http://:KEY@h:x/",
+    ],
+)
+def test_secrets_are_in_no_message(line: str) -> None:
+    text = upstream("").replace("    url: http://h\n", f"    {line}\n") if "url" in line else upstream(line)
+    assert SECRET not in "\n".join(problems(text.replace("KEY", SECRET)))
+
+
+@pytest.mark.parametrize("mistake", ["listen", "workers", "drain_timeout", "max_body", "admin", "upstreams", "routes"])
+@pytest.mark.parametrize("value", ["hidden value", "123456789", "yes", "[hidden]"])
+def test_values_of_variables_are_in_no_message(mistake: str, value: str) -> None:
+    text = "".join(f"{key}: ${{V}}\n" for key in Config.model_fields if key != mistake) + f"{mistake}: '${{V}}'\n"
+    assert value not in "\n".join(problems(text, {"V": value}))
+
+
+@pytest.mark.parametrize("key", ["name", "url", "api_key"])
+def test_values_of_variables_in_entries_are_in_no_message(key: str) -> None:
+    text = f"upstreams: [{{name: a, url: 'http://h', {key}1: '${{V}}'}}, '${{V}}', {{{key}: '${{V}}'}}]\nroutes: 1"
+    assert "hidden" not in "\n".join(problems(text, {"V": "hidden value"}))
+
+
+def test_api_key_is_in_no_repr() -> None:
+    loaded = config.parse(upstream("api_key: ${KEY}"), "f", {"KEY": SECRET})
+    assert loaded.upstreams[0].api_key == SecretStr(SECRET)
+    assert SECRET not in repr(loaded) + str(loaded)
+    with pytest.raises(ValidationError) as caught:
+        Upstream(name="a b", url="http://h", api_key=SecretStr(f"{SECRET} "))
+    assert SECRET not in str(caught.value)
+
+
+def test_config_survives_pickling() -> None:
+    loaded = config.load(CONFIGS / "reference.yaml", {"OPENAI_API_KEY": SECRET})
+    again = pickle.loads(pickle.dumps(loaded))
+    assert again == loaded
+    assert again.upstreams[0].api_key.get_secret_value() == SECRET
+
+
+def test_minimal_config_loads() -> None:
+    loaded = config.load(CONFIGS / "minimal.yaml", {"OPENAI_API_KEY": SECRET})
+    assert loaded == Config(
+        upstreams=(Upstream(name="openai", url="https://api.openai.com/v1", api_key=SecretStr(SECRET)),),
+        routes=(Route(name="api", match=Match(path="/v1"), upstream="openai"),),
+    )
+    assert problems((CONFIGS / "minimal.yaml").read_text()) == [
+        "f:7:5: upstreams[0].api_key: environment variable OPENAI_API_KEY is not set"
+    ]
+
+
+def assert_complete_with_defaults(model: BaseModel) -> None:
+    fields = type(model).model_fields
+    assert model.model_fields_set == set(fields)
+    for name, field in fields.items():
+        value = getattr(model, name)
+        if not field.is_required():
+            assert value == field.default, name
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, BaseModel):
+                assert_complete_with_defaults(part)
+
+
+def test_reference_config_has_every_option_with_its_default() -> None:
+    loaded = config.load(CONFIGS / "reference.yaml", {})
+    assert loaded.upstreams
+    assert loaded.routes
+    assert_complete_with_defaults(loaded)
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    loaded = config.parse(VALID, "f", {})
+    assert (loaded.listen, loaded.admin.listen) == (Address("127.0.0.1", 8080), Address("127.0.0.1", 9464))
+    assert (loaded.workers, loaded.drain_timeout, loaded.max_body) == ("auto", 30, 32 * 1024 * 1024)
+    assert loaded.routes[0].timeouts == Timeouts(connect=10, head=600, first_token=900, idle=300, total=None, write=60)
+
+
+def test_match_accepts_one_text_or_a_list_and_normalizes() -> None:
+    loaded = config.parse(match("{path: /v1/, model: gpt-*, methods: [get, POST]}"), "f", {})
+    assert loaded.routes[0].match == Match(path="/v1", model=("gpt-*",), methods=("GET", "POST"))
+    assert Match(path="/").path == "/"
+
+
+def test_routes_that_differ_in_model_or_methods_are_no_conflict() -> None:
+    text = VALID + "".join(
+        f"  - {{name: {name}, upstream: vllm, match: {{path: /v1, {more}}}}}\n"
+        for name, more in [("a", "model: x"), ("b", "model: [x, y]"), ("c", "methods: GET")]
+    )
+    assert [route.name for route in config.parse(text, "f", {}).routes] == ["api", "a", "b", "c"]
+    assert problems(f"{text}  - {{name: d, upstream: vllm, match: {{path: /v1, model: [y, x]}}}}\n") == [
+        "f:13:31: routes[4].match: expected a unique match, got that of routes[2]"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "url"),
+    [
+        ("https://api.openai.com/v1/", "https://api.openai.com/v1"),
+        ("http://localhost:8000", "http://localhost:8000"),
+        ("http://localhost:8000/", "http://localhost:8000"),
+        ("HTTP://[::1]:8000/a/b", "http://[::1]:8000/a/b"),
+        ("http://h/a@b", "http://h/a@b"),
+    ],
+)
+def test_urls_are_canonical_and_without_trailing_slash(written: str, url: str) -> None:
+    upstream = Upstream(name="a", url=written)
+    assert type(upstream.url) is str
+    assert upstream.url == url
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1", 8080),
+        ("localhost:0", "localhost", 0),
+        ("[::1]:8080", "::1", 8080),
+        ("[fe80::1%eth0]:65535", "fe80::1%eth0", 65535),
+        (":8080", "", 8080),
+    ],
+)
+def test_address_round_trip(text: str, host: str, port: int) -> None:
+    assert Address.parse(text) == Address(host, port)
+    assert str(Address(host, port)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "80", ":", "h:", "h:65536", "h:-1", "h:٣", "::1:80", "[]:80", "[h]:80", "[::1]", "a b:1", "h:80\n", "*:80"],
+)
+def test_address_refuses_what_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Address.parse(text)
+
+
+def test_models_take_values_in_python_and_check_them() -> None:
+    assert Timeouts(connect=0.05, head=1).head == 1.0
+    valid: dict[str, Any] = {
+        "upstreams": (Upstream(name="a", url="http://h"),),
+        "routes": (Route(name="r", match=Match(path="/"), upstream="a"),),
+    }
+    built = Config(**valid, max_body=1, workers=2, admin=Admin(listen=Address("", 0)))
+    assert (built.max_body, built.workers) == (1, 2)
+    assert built.upstream("a") is built.upstreams[0]
+    with pytest.raises(KeyError):
+        built.upstream("b")
+    for bad in (0, -1.0, float("inf"), float("nan"), True, "1"):
+        with pytest.raises(ValidationError, match="expected a duration"):
+            Timeouts.model_validate({"connect": bad})
+    with pytest.raises(ValidationError, match=r"routes\[1\].name: expected a unique name"):
+        Config(upstreams=valid["upstreams"], routes=(valid["routes"][0],) * 2)
+    with pytest.raises(ValidationError, match="frozen"):
+        built.workers = 3
+
+
+def test_load_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "sseproxy.yaml"
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    assert caught.value.problems == (f"{path}: cannot be read: No such file or directory",)
+
+    path.write_bytes(b"workers: 2\nlisten: \xe9\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    assert caught.value.problems == (f"{path}:2:9: expected UTF-8 text",)
+
+    path.write_text(VALID, "utf-8-sig")
+    assert config.load(str(path)) == config.parse(VALID, "f")
+
+    path.write_text(f"workers: no\n{VALID}")
+    with pytest.raises(ConfigError, match=f"^{path}:1:1: workers: expected"):
+        config.load(path)
+
+
+def test_environment_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSEPROXY_TEST_WORKERS", "7")
+    assert config.parse(f"workers: ${{SSEPROXY_TEST_WORKERS}}\n{VALID}", "f").workers == 7
+
+
+@pytest.mark.parametrize(
+    ("url", "target", "path"),
+    [
+        ("http://vllm:8000", "http://vllm:8000", "/"),
+        ("http://vllm:8000/", "http://vllm:8000", "/"),
+        ("https://api.openai.com/v1", "https://api.openai.com/v1", "/v1"),
+        ("https://h/openai/v1/", "https://h/openai/v1", "/v1"),
+    ],
+)
+def test_single_upstream(url: str, target: str, path: str) -> None:
+    assert config.single(url) == Config(
+        upstreams=(Upstream(name="upstream", url=target),),
+        routes=(Route(name="api", match=Match(path=path), upstream="upstream"),),
+    )
+
+
+def test_single_upstream_takes_the_other_flags() -> None:
+    built = config.single("http://h", listen=":1", admin="[::1]:2", workers="3")
+    assert (built.listen, built.admin.listen, built.workers) == (Address("", 1), Address("::1", 2), 3)
+
+
+def test_problems_of_flags_name_the_flags() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.single("localhost:8000", listen="8080", admin="", workers="0")
+    assert caught.value.problems == (
+        f"--upstream: {URL}, got 'localhost:8000'",
+        f"--listen: {HOST_PORT}, got '8080'",
+        f"--admin: {HOST_PORT}, got ''",
+        "--workers: expected auto or a number of processes from 1 up, got '0'",
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.single(f"http://{SECRET}@h")
+    assert SECRET not in str(caught.value)
+
+
+def test_override_changes_only_what_is_given() -> None:
+    loaded = config.parse(f"listen: :1\nworkers: 2\n{VALID}", "f", {})
+    assert config.override(loaded) == loaded
+    assert config.override(loaded, listen="h:5") == loaded.model_copy(update={"listen": Address("h", 5)})
+    assert config.override(loaded, admin=":6").admin == Admin(listen=Address("", 6))
+    assert config.override(loaded, workers="auto").workers == "auto"
+    assert config.override(loaded, workers=4).workers == config.override(loaded, workers="4").workers == 4
+    with pytest.raises(ConfigError) as caught:
+        config.override(loaded, listen="x", workers="many")
+    assert caught.value.problems == (
+        f"--listen: {HOST_PORT}, got 'x'",
+        "--workers: expected auto or a number of processes from 1 up, got 'many'",
+    )
+
+
+@settings(deadline=None)
+@given(st.tuples(*[st.none() | st.integers(0, 999_999_999)] * 4).filter(any))
+def test_duration_round_trip(counts: tuple[int | None, ...]) -> None:
+    text = "".join(
+        f"{count}{unit}" for count, unit in zip(counts, ("h", "m", "s", "ms"), strict=True) if count is not None
+    )
+    ms = sum((count or 0) * unit for count, unit in zip(counts, (3_600_000, 60_000, 1_000, 1), strict=True))
+    assert config.parse(f"drain_timeout: {text}\n{VALID}", "f", {}).drain_timeout == ms / 1000
+
+
+@pytest.mark.parametrize("text", ["", "s", "1", "-1s", "1.5s", "1s1m", "1s1s", "1 s", "1S", "٣s", "1s\n", "0h0ms"])
+def test_duration_refuses_what_is_none(text: str) -> None:
+    with pytest.raises(ValidationError, match=DURATION):
+        Timeouts.model_validate({"idle": text})
+
+
+@settings(deadline=None)
+@given(st.integers(1, 999_999_999), st.sampled_from(["B", "KiB", "MiB", "GiB"]))
+def test_size_round_trip(count: int, unit: str) -> None:
+    size = count * 1024 ** ["B", "KiB", "MiB", "GiB"].index(unit)
+    assert config.parse(f"max_body: {count}{unit}\n{VALID}", "f", {}).max_body == size
+
+
+SYNTAX = [": ", "\n", "\n  ", "\n    - ", "- ", "{", "}", "[", "]", ", ", "'", '"', "# ", "|", ">", "? ", "---", "..."]
+REFUSED = ["&a ", "*a", "!!int ", "!x!y ", "<<", "%YAML 1.1\n", "${", "\ufeff", "\x85", "\x00"]
+SCALARS = [
+    "${A}",
+    "${B:-",
+    "$$",
+    "0x_",
+    "1:30",
+    ".1e+999",
+    "1e5",
+    "2001-99-99",
+    "off",
+    "~",
+    "=",
+    "30s",
+    "1MiB",
+    "/v1",
+    ":80",
+]
+KEYS = [key for model in (Config, Upstream, Route, Match, Timeouts) for key in model.model_fields]
+FRAGMENTS = st.sampled_from(SYNTAX + REFUSED + SCALARS + KEYS)
+
+
+@settings(deadline=None)
+@given(st.text() | st.lists(FRAGMENTS | st.text(max_size=3)).map("".join), st.text())
+def test_text_is_a_config_or_a_config_error(text: str, value: str) -> None:
+    try:
+        config.parse(text, "f", {"A": value})
+    except ConfigError as error:
+        assert error.problems
+        assert all(problem.startswith("f:") and len(problem.splitlines()) == 1 for problem in error.problems)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | FRAGMENTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | FRAGMENTS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*Config.model_fields]), VALUES, min_size=1))
+def test_any_structure_is_a_config_or_a_config_error(data: dict[str, object]) -> None:
+    try:
+        config.parse(json.dumps(data), "f", {})
+    except ConfigError as error:
+        assert all(problem.startswith("f:") and len(problem.splitlines()) == 1 for problem in error.problems)
