@@ -327,10 +327,9 @@ class _Relay:
         try:
             while part := await self._request.content.readany():
                 exchange.request_bytes += len(part)
-                connection.transport.write(frame(part) if chunked else part)
-                await connection.protocol.drain()
+                await connection.protocol.send(frame(part) if chunked else part)
             if chunked:
-                connection.transport.write(LAST_CHUNK)
+                await connection.protocol.send(LAST_CHUNK)
         except ConnectionError:
             # One side is gone. If it is the upstream, its response, or that there is none, is about to say so.
             return

@@ -154,7 +154,7 @@ class Pump:
             return
         self._detach()
         self._upstream.abort()
-        if self._extendable and self._inspector.at_boundary:
+        if self._extendable and self._inspector.at_boundary and self._downstream.left_at is None:
             event = error.event()
             self._write(frame(event) if self._chunked_out else event)
         self.done.set_exception(error)

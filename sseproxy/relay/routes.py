@@ -6,12 +6,16 @@ something else than it looks like, dot segments in any spelling, is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Final
 from urllib.parse import unquote
 
 from ..config import Route
 from ..errors import RequestError
+
+_ABSOLUTE: Final = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -21,11 +25,12 @@ def split_target(target: str) -> tuple[str, str]:
     Raises `RequestError` for anything that is not a plain path.
     """
     if not target.startswith("/"):
-        scheme, found, rest = target.partition("://")
-        if not found or scheme.lower() not in ("http", "https"):
+        absolute = _ABSOLUTE.match(target)
+        if absolute is None:
             raise RequestError("bad_target")
-        slash = rest.find("/")
-        target = rest[slash:] if slash >= 0 else "/"
+        target = target[absolute.end() :]
+        if not target.startswith("/"):
+            target = "/" + target
     path, mark, query = target.partition("?")
     if "#" in target:
         raise RequestError("bad_target")

@@ -123,8 +123,11 @@ class RelayProtocol(ResponseHandler):
             self._should_close = True
         self._held = b""
 
-    async def drain(self) -> None:
-        """Waits until the upstream takes more. Raises ConnectionError if it is gone."""
+    async def send(self, data: bytes) -> None:
+        """Writes `data`, and waits until the upstream takes more. Raises ConnectionError if it is gone."""
+        if self.transport is None:
+            raise ConnectionResetError("the upstream is gone")
+        self.transport.write(data)
         await self._drain_helper()
 
     def data_received(self, data: bytes) -> None:
@@ -231,8 +234,8 @@ class Upstream:
 
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""
-        connector = self._connector
-        return len(connector._acquired), sum(len(pooled) for pooled in connector._conns.values())
+        pooled = (protocol for pool in self._connector._conns.values() for protocol, _ in pool)
+        return len(self._connector._acquired), sum(protocol.is_connected() for protocol in pooled)
 
     async def close(self) -> None:
         await self._connector.close()

@@ -98,6 +98,7 @@ class _Usage(msgspec.Struct):
 _decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
 _decode_usage: Final = msgspec.json.Decoder(_Usage).decode
 _decode_details: Final = msgspec.json.Decoder(_Details).decode
+_decode_text: Final = msgspec.json.Decoder(str).decode
 
 
 def _filled(value: msgspec.Raw) -> bool:
@@ -105,8 +106,10 @@ def _filled(value: msgspec.Raw) -> bool:
 
 
 def _text(value: msgspec.Raw) -> str | None:
-    text = msgspec.json.decode(value)
-    return text if isinstance(text, str) else None
+    try:
+        return _decode_text(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def _count(value: msgspec.Raw) -> int | None:
@@ -161,7 +164,7 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
     try:
         chunk = _decode_chunk(data)
     except (msgspec.MsgspecError, RecursionError):
-        return GARBLED
+        return Meaning(error=True, understood=False) if kind == b"error" else GARBLED
     choices = chunk.choices or ()
     delta = any(map(_generated, choices))
     usage = _usage(chunk.usage) if _filled(chunk.usage) else None

@@ -177,7 +177,7 @@ class ChunkedDecoder:
                 self._trailer(line)
             else:
                 self._size_line(line)
-        self.excess = pos < end
+        self.excess |= pos < end
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
     def _take_line(self, data: bytes, pos: int) -> tuple[bytes | None, int]:

@@ -112,7 +112,7 @@ def to_downstream(
     out = _end_to_end(fields, dropped)
     if event_stream:
         out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
-    if not named(fields, b"x-request-id"):
+    if not named(out, b"x-request-id"):
         out.append((b"X-Request-Id", request_id))
     out.append((b"Via", _VIA))
     out += framing or ()

@@ -100,14 +100,14 @@ class EventParser:
 
     def _keep(self, part: bytes) -> None:
         """Adds to the line that is being read, as long as there is room."""
-        if len(self._line) + len(part) + len(self._data) <= self.limit:
+        if len(self._line) + len(part) + len(self._type) + len(self._data) <= self.limit:
             self._line += part
         else:
             self._line_cut = True
             self._line = (self._line + part[:_LINE_STUB])[:_LINE_STUB]
 
     def _end_line(self, rest: bytes) -> Event | None:
-        if self._line or len(rest) + len(self._data) > self.limit:
+        if self._line or len(rest) + len(self._type) + len(self._data) > self.limit:
             self._keep(rest)
             line = bytes(self._line)
             self._line.clear()
@@ -128,7 +128,8 @@ class EventParser:
         if name == b"data":
             self._add_data(value, cut)
         elif name == b"event":
-            self._type = value
+            self._type = b"" if cut else value
+            self._over |= cut
         # `id` and `retry` concern reconnection: they are forwarded and mean nothing here.
         return None
 
@@ -136,7 +137,7 @@ class EventParser:
         if self._data_lines:
             self._data += b"\n"
         self._data_lines += 1
-        if cut or self._over or len(self._data) + len(value) > self.limit:
+        if cut or self._over or len(self._type) + len(self._data) + len(value) > self.limit:
             self._over = True
             self._data.clear()
         else:

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import pytest
+import uvloop
+
+from .harness import RunningProxy, Script, ScriptedUpstream, settings, start_proxy
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests run on the loop that workers run."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[ScriptedUpstream]:
+    async with ScriptedUpstream() as scripted:
+        yield scripted
+
+
+StartProxy = Callable[..., Awaitable[RunningProxy]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[StartProxy]:
+    """`await start(url, **settings)`: a proxy in front of `url`."""
+    started: list[RunningProxy] = []
+
+    async def begin(url: str, **more: Any) -> RunningProxy:
+        proxy = await start_proxy(settings(url, **more))
+        started.append(proxy)
+        return proxy
+
+    yield begin
+    for proxy in started:
+        for peer in proxy.peers:
+            peer.writer.transport.abort()
+        proxy.worker.proxy.end_exchanges()
+        await proxy.worker.drain()
+
+
+@pytest.fixture
+async def proxy(upstream: ScriptedUpstream, start: StartProxy) -> RunningProxy:
+    """A proxy in front of `upstream`."""
+    return await start(upstream.url)
+
+
+PlayScript = Callable[[Script], Awaitable[ScriptedUpstream]]
+
+
+@pytest.fixture
+async def play() -> AsyncIterator[PlayScript]:
+    """`await play(script)`: an upstream that runs `script` for each of its connections."""
+    running: list[ScriptedUpstream] = []
+
+    async def begin(script: Script) -> ScriptedUpstream:
+        scripted = await ScriptedUpstream(script).__aenter__()
+        running.append(scripted)
+        return scripted
+
+    yield begin
+    for scripted in running:
+        await scripted.__aexit__()

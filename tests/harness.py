@@ -1,0 +1,346 @@
+"""What the tests stand on: a scripted upstream, a client that does as it is told, and a proxy in the test's own loop.
+
+Everything is real sockets on loopback. Nothing here sleeps: whoever waits, waits for an event with a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from sseproxy import config
+from sseproxy.observe.metrics import Registry, Report, exposition
+from sseproxy.process.supervisor import listen
+from sseproxy.process.worker import Worker
+
+DEADLINE = 10.0
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the loop turn until `condition` holds; for what has no event to wait on."""
+    async with asyncio.timeout(DEADLINE):
+        while not condition():  # noqa: ASYNC110 - the conditions are other objects' states
+            await asyncio.sleep(0)
+
+
+def chunk(payload: bytes) -> bytes:
+    """`payload` as one HTTP chunk."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def delta(text: str, **more: object) -> bytes:
+    """A chat completion event that generates `text`."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    return (
+        b"data: "
+        + msgspec.json.encode({"id": "c", "object": "chat.completion.chunk", "choices": [choice]} | more)
+        + b"\n\n"
+    )
+
+
+def usage(prompt: int, completion: int) -> bytes:
+    """The event that only tells usage."""
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return b"data: " + msgspec.json.encode({"id": "c", "choices": [], "usage": counts}) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A request or a response, its body without framing. `complete` is False if it broke off."""
+
+    start_line: str
+    fields: list[tuple[str, str]]
+    body: bytes = b""
+    complete: bool = True
+
+    @property
+    def status(self) -> int:
+        return int(self.start_line.split()[1])
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.fields if key.lower() == name]
+
+    def get(self, name: str) -> str | None:
+        found = self.all(name)
+        return found[0] if found else None
+
+    def json(self) -> Any:
+        return msgspec.json.decode(self.body)
+
+
+class Peer:
+    """One side of one connection, in bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, *data: bytes) -> None:
+        """Raises ConnectionError if this side of the connection is closed."""
+        if self.writer.transport.is_closing():
+            raise ConnectionResetError
+        self.writer.write(b"".join(data))
+
+    async def drain(self) -> None:
+        async with asyncio.timeout(DEADLINE):
+            await self.writer.drain()
+
+    async def read(self, size: int) -> bytes:
+        """Exactly `size` bytes."""
+        async with asyncio.timeout(DEADLINE):
+            return await self.reader.readexactly(size)
+
+    async def read_until(self, separator: bytes) -> bytes:
+        async with asyncio.timeout(DEADLINE):
+            return await self.reader.readuntil(separator)
+
+    async def rest(self) -> tuple[bytes, str]:
+        """Everything up to the end of the connection, and which end that was: `fin` or `reset`."""
+        received = bytearray()
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while part := await self.reader.read(65536):
+                    received += part
+        except ConnectionError:
+            return bytes(received), "reset"
+        return bytes(received), "fin"
+
+    async def head(self) -> Message:
+        text = (await self.read_until(b"\r\n\r\n")).decode("latin-1")
+        start_line, *lines = text[:-4].split("\r\n")
+        return Message(
+            start_line, [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+        )
+
+    async def message(self, *, bodiless: bool = False) -> Message:
+        """A whole message, interim responses skipped. `bodiless` is for the response to a HEAD."""
+        head = await self.head()
+        while re.match(r"HTTP/1\.1 1\d\d", head.start_line):
+            head = await self.head()
+        if bodiless or re.match(r"HTTP/1\.1 (204|304)", head.start_line):
+            return head
+        body, complete = await self._body(head)
+        return Message(head.start_line, head.fields, body, complete)
+
+    async def _body(self, head: Message) -> tuple[bytes, bool]:
+        if head.get("transfer-encoding") == "chunked":
+            body = bytearray()
+            try:
+                while size := int(await self.read_until(b"\r\n"), 16):
+                    body += (await self.read(size + 2))[:-2]
+                await self.read(2)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return bytes(body), False
+            return bytes(body), True
+        length = head.get("content-length")
+        if length is not None:
+            try:
+                return await self.read(int(length)), True
+            except asyncio.IncompleteReadError as error:
+                return error.partial, False
+        if head.start_line.startswith("HTTP/"):
+            body_bytes, how = await self.rest()
+            return body_bytes, how == "fin"
+        return b"", True
+
+    def close(self) -> None:
+        """FIN, after what is still to be sent."""
+        self.writer.close()
+
+    def half_close(self) -> None:
+        self.writer.write_eof()
+
+    def reset(self) -> None:
+        """RST, now."""
+        if self.writer.transport.is_closing():
+            return
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+    async def gone(self) -> None:
+        """Waits until the other side has closed, whatever it still sent."""
+        await self.rest()
+
+
+Script = Callable[["Peer"], Awaitable[None]]
+
+
+class ScriptedUpstream:
+    """A server that does what a test says: connection by connection (`accept`), or all alike (`script`)."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self._script = script
+        self._accepted: asyncio.Queue[Peer] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._peers: list[Peer] = []
+        self._server: asyncio.Server | None = None
+        self.connections = 0
+        self.open = 0
+
+    async def __aenter__(self) -> ScriptedUpstream:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        for peer in self._peers:
+            peer.writer.transport.abort()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def port(self) -> int:
+        assert self._server is not None
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        peer = Peer(reader, writer)
+        self._peers.append(peer)
+        if self._script is None:
+            self._accepted.put_nowait(peer)
+            return
+        task = asyncio.get_running_loop().create_task(self._play(self._script, peer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _play(self, script: Script, peer: Peer) -> None:
+        self.open += 1
+        try:
+            await script(peer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self.open -= 1
+            peer.writer.transport.abort()
+
+    async def hang_up(self) -> None:
+        """Closes every connection, and waits until every script has ended."""
+        for peer in self._peers:
+            peer.close()
+        await until(lambda: not self.open)
+
+    async def accept(self) -> Peer:
+        """The next connection."""
+        async with asyncio.timeout(DEADLINE):
+            return await self._accepted.get()
+
+
+@dataclass
+class RunningProxy:
+    """A worker in this loop, its reports going into a registry as a supervisor's would."""
+
+    worker: Worker
+    port: int
+    registry: Registry
+    peers: list[Peer] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def connect(self) -> Peer:
+        peer = Peer(*await asyncio.open_connection("127.0.0.1", self.port))
+        self.peers.append(peer)
+        return peer
+
+    async def busy(self) -> None:
+        """Waits until an exchange is under way."""
+        await until(lambda: bool(self.worker.proxy.active))
+
+    async def idle(self) -> None:
+        """Waits until no exchange is under way."""
+        async with asyncio.timeout(DEADLINE):
+            await self.worker.proxy.idle.wait()
+
+    def exposed(self, accept: str = "text/plain") -> str:
+        self.worker.telemetry.flush()
+        return exposition(self.registry, accept)[0].decode()
+
+    def samples(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(self.exposed())
+            for sample in family.samples
+        }
+
+    def sample(self, name: str, **labels: str) -> float:
+        """The sum of all samples of `sseproxy_{name}` that have `labels`."""
+        return sum(
+            value
+            for (found, having), value in self.samples().items()
+            if found == f"sseproxy_{name}" and labels.items() <= having
+        )
+
+    def outcomes(self) -> dict[str, int]:
+        """How many exchanges ended with which outcome."""
+        counted: dict[str, int] = {}
+        for (name, labels), value in self.samples().items():
+            if name == "sseproxy_requests_total":
+                outcome = dict(labels)["outcome"]
+                counted[outcome] = counted.get(outcome, 0) + int(value)
+        return counted
+
+    async def ended(self) -> dict[str, int]:
+        """Waits until no exchange is under way, and tells the outcomes."""
+        await self.idle()
+        return self.outcomes()
+
+
+async def start_proxy(settings: config.Config) -> RunningProxy:
+    sock = listen("listen", settings.listen)
+    registry = Registry()
+    decode = msgspec.msgpack.Decoder(Report).decode
+
+    def send(report: Report) -> bool:
+        registry.add(1, decode(msgspec.msgpack.encode(report)))
+        return True
+
+    worker = Worker(settings, [sock], send)
+    port = sock.getsockname()[1]
+    await worker.start()
+    return RunningProxy(worker, port, registry)
+
+
+def settings(upstream_url: str, **more: Any) -> config.Config:
+    """One route, `/v1`, to one upstream's `/v1`. `timeouts`, `api_key` and what a `Config` has can be given."""
+    timeouts = config.Timeouts(**more.pop("timeouts", {}))
+    upstream = config.Upstream(name="up", url=f"{upstream_url}/v1", api_key=more.pop("api_key", None))
+    route = config.Route(name="api", match=config.Match(path="/v1"), upstream="up", timeouts=timeouts)
+    defaults: dict[str, Any] = {
+        "listen": config.Address("127.0.0.1", 0),
+        "drain_timeout": 5.0,
+        "upstreams": (upstream,),
+        "routes": (route,),
+    }
+    return config.Config(**(defaults | more))
+
+
+def post(body: bytes = b'{"model":"m","stream":true,"messages":[]}', path: str = "/v1/chat/completions") -> bytes:
+    """A client's request."""
+    return b"POST %b HTTP/1.1\r\nHost: proxy\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        path.encode(),
+        len(body),
+        body,
+    )

@@ -1,0 +1,312 @@
+"""What events mean, and that nothing in them can hurt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sseproxy.wire.dialects import (
+    DELTA,
+    DIALECTS,
+    END,
+    GARBLED,
+    NOTHING,
+    Meaning,
+    Usage,
+    dialect_of,
+    read_completion,
+)
+
+
+def chunk(*deltas: object, **more: object) -> bytes:
+    """A chunk with a choice for each of `deltas`."""
+    choices = [{"index": index, "delta": delta, "finish_reason": None} for index, delta in enumerate(deltas)]
+    return json.dumps({"id": "c", "choices": choices} | more).encode()
+
+
+def read(data: bytes | dict[str, Any], kind: bytes = b"") -> Meaning:
+    return read_completion(kind, data if isinstance(data, bytes) else json.dumps(data).encode())
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"content": "a"},
+        {"content": " "},
+        {"content": "null"},
+        {"content": "[]"},
+        {"content": "\u0000"},
+        {"content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "a"},
+        {"content": "", "reasoning_content": "a"},
+        {"content": None, "reasoning": "a"},
+        {"refusal": "a"},
+        {"audio": {"data": "UklGRg=="}},
+        {"function_call": {"name": "f", "arguments": ""}},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+    ],
+)
+def test_generated_content_of_any_kind_is_a_delta(delta: dict[str, Any]) -> None:
+    assert read(chunk(delta)) == DELTA
+    assert read(chunk({"role": "assistant"}, delta)) == DELTA
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        None,
+        {},
+        {"role": "assistant"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": None},
+        {"content": []},
+        {"tool_calls": []},
+        {"audio": {}},
+        {"function_call": None, "reasoning": "", "reasoning_content": None},
+        {"name": "a", "text": "not in a delta", "unknown": "a"},
+    ],
+)
+def test_a_delta_without_content_is_nothing(delta: dict[str, Any] | None) -> None:
+    assert read(chunk(delta)) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("document", "meaning"),
+    [
+        ({"choices": [{"text": "a", "index": 0}]}, DELTA),
+        ({"choices": [{"text": "", "index": 0}]}, NOTHING),
+        ({"choices": [{"index": 0, "content_filter_results": {}}]}, NOTHING),
+        ({"choices": [], "prompt_filter_results": [{"prompt_index": 0}]}, NOTHING),
+        ({"choices": None, "usage": None}, NOTHING),
+        ({"type": "ping"}, NOTHING),
+        ({}, NOTHING),
+        ({"choices": [{"delta": {"content": "a"}}], "content": "a", "usage": None, "error": None}, DELTA),
+        ({"delta": {"content": "a"}, "text": "a", "content": "a"}, NOTHING),
+    ],
+)
+def test_only_choices_generate(document: dict[str, Any], meaning: Meaning) -> None:
+    assert read(document) == meaning
+
+
+def test_the_end_marker_is_exactly_that() -> None:
+    assert read(b"[DONE]") == END
+    assert read(b'"[DONE]"') == GARBLED
+    assert read(chunk({"content": "[DONE]"})) == DELTA
+    assert read(chunk({"content": "data: [DONE]\n\n"})) == DELTA
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "error"),
+    [
+        (b"error", b'{"message":"flat"}', True),
+        (b"error", b'{"error":{"message":"nested"}}', True),
+        (b"error", b"not JSON", True),
+        (b"error", b"", True),
+        (b"", b'{"error":{"message":"nested"}}', True),
+        (b"", b'{"error":"text"}', True),
+        (b"message", b'{"choices":[],"error":{"code":400}}', True),
+        (b"", b'{"error":null}', False),
+        (b"", b'{"error":{}}', False),
+        (b"", b'{"error":""}', False),
+        (b"errors", b'{"message":"flat"}', False),
+        (b"", chunk({"content": '{"error":{"message":"quoted"}}'}), False),
+        (b"", b'{"choices":[{"delta":{"content":"a"},"error":{"code":1}}]}', False),
+    ],
+)
+def test_an_error_is_what_the_upstream_calls_one(kind: bytes, data: bytes, error: bool) -> None:
+    assert read(data, kind).error == error
+
+
+def test_finish_reason_is_told_with_and_without_content() -> None:
+    assert read({"choices": [{"delta": {}, "finish_reason": "stop"}]}) == Meaning(finish="stop")
+    assert read({"choices": [{"delta": {"content": "a"}, "finish_reason": "length"}]}) == Meaning(True, finish="length")
+    assert read({"choices": [{"delta": {}, "finish_reason": ""}]}) == NOTHING
+    second = [{"delta": {}, "finish_reason": None}, {"delta": {}, "finish_reason": "tool_calls"}]
+    assert read({"choices": second}).finish == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}, Usage(7, 2)),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, Usage(0, 0)),
+        ({"prompt_tokens": 8, "total_tokens": 8}, Usage(8)),
+        ({"completion_tokens": 8}, Usage(None, 8)),
+        ({"prompt_tokens": 10**15 - 1, "completion_tokens": None}, Usage(10**15 - 1)),
+        (
+            {
+                "prompt_tokens": 7,
+                "completion_tokens": 2,
+                "prompt_tokens_details": {"cached_tokens": 5, "audio_tokens": 1},
+                "completion_tokens_details": {"reasoning_tokens": 1, "audio_tokens": 1},
+            },
+            Usage(7, 2, 5, 1),
+        ),
+        (
+            {"prompt_tokens": 7, "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": None},
+            Usage(7, None, 0, None),
+        ),
+        ({"prompt_tokens": 7, "prompt_tokens_details": [], "completion_tokens_details": "x"}, Usage(7)),
+        ({"prompt_tokens": 7, "prompt_tokens_details": {"cached_tokens": -1}}, Usage(7)),
+        ({"prompt_tokens": "7", "completion_tokens": 2}, Usage(None, 2)),
+        ({"queue_time": 0.02, "prompt_tokens": 7, "prompt_time": 1.5, "completion_tokens": 2}, Usage(7, 2)),
+    ],
+)
+def test_usage_is_what_the_upstream_counted(usage: dict[str, Any], expected: Usage) -> None:
+    assert read({"choices": [], "usage": usage}) == Meaning(usage=expected)
+    assert read(chunk({"content": "a"}, usage=usage)) == Meaning(delta=True, usage=expected)
+    assert read({"choices": [], "x_groq": {"id": "r", "usage": usage}}) == Meaning(usage=expected)
+
+
+def test_usage_at_the_top_goes_before_that_of_groq() -> None:
+    usage, groq = {"prompt_tokens": 1}, {"usage": {"prompt_tokens": 2}}
+    assert read({"usage": usage, "x_groq": groq}).usage == Usage(1)
+    assert read({"usage": None, "x_groq": groq}).usage == Usage(2)
+    assert read({"usage": usage, "x_groq": None}).usage == Usage(1)
+    assert read({"usage": usage, "x_groq": {"id": "r"}}).usage == Usage(1)
+
+
+GARBAGE = [
+    *(b"-1", b"-0", b"1.0", b"1e3", b"1E400", b"-1e400", b"0.5", b"1" + b"0" * 15, b"9" * 5000, b"true", b"false"),
+    *(b'"7"', b'"NaN"', b"null", b"[7]", b'{"value":7}', b'"\xff"', b'"\\ud800"', b"[" * 300 + b"]" * 300),
+]
+
+
+@pytest.mark.parametrize("value", GARBAGE)
+def test_garbage_is_never_counted_and_hides_nothing_beside_it(value: bytes) -> None:
+    meaning = read(b'{"usage":{"prompt_tokens":%b,"completion_tokens":2}}' % value)
+    if meaning is not GARBLED:
+        assert meaning == Meaning(usage=Usage(None, 2))
+    meaning = read(b'{"usage":{"prompt_tokens":7,"prompt_tokens_details":{"cached_tokens":%b}}}' % value)
+    if meaning is not GARBLED:
+        assert meaning == Meaning(usage=Usage(7))
+    assert read(b'{"usage":{"prompt_tokens":%b,"completion_tokens":%b}}' % (value, value)).usage is None
+
+
+@pytest.mark.parametrize("value", [*GARBAGE, b'""', b"[]", b"{}"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'{"usage":%b}',
+        b'{"choices":%b,"usage":null}',
+        b'{"choices":[%b]}',
+        b'{"choices":[{"delta":%b}]}',
+        b'{"x_groq":%b}',
+        b'{"x_groq":{"usage":%b}}',
+        b'{"usage":{"prompt_tokens_details":%b}}',
+    ],
+)
+def test_a_wrong_type_anywhere_is_neither_usage_nor_a_delta(document: bytes, value: bytes) -> None:
+    meaning = read(document % value)
+    assert (meaning.usage, meaning.delta, meaning.finish, meaning.end, meaning.error) == (
+        None,
+        False,
+        None,
+        False,
+        False,
+    )
+
+
+@pytest.mark.parametrize("value", [value for value in GARBAGE if value not in (b'"7"', b'"NaN"')])
+def test_a_finish_reason_that_is_not_text_hides_nothing_beside_it(value: bytes) -> None:
+    document = b'{"choices":[{"delta":{"content":"a"},"finish_reason":%b}],"usage":{"prompt_tokens":7}}'
+    meaning = read(document % value)
+    if meaning is not GARBLED:
+        assert meaning == Meaning(delta=True, usage=Usage(7))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        chunk({"content": '"usage":{"prompt_tokens":1,"completion_tokens":1}'}),
+        chunk({"content": 'data: {"usage":{"prompt_tokens":1}}\n\ndata: [DONE]'}),
+        chunk({"tool_calls": [{"function": {"arguments": '{"usage":{"prompt_tokens":1},"error":{}}'}}]}),
+        chunk({"content": "a", "usage": {"prompt_tokens": 1}, "error": {"message": "x"}}),
+        b'{"choices":[{"delta":{"content":"a"},"usage":{"prompt_tokens":1}}]}',
+        chunk({"content": "a"}, timings={"usage": {"prompt_tokens": 1}}, response={"usage": {"prompt_tokens": 1}}),
+    ],
+)
+def test_what_looks_like_usage_elsewhere_is_not(document: bytes) -> None:
+    assert read(document) == DELTA
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"{oops", b"null", b"[]", b'""', b"1", b"{}{}", b"\xef\xbb\xbf{}", b"[DONE", b"NaN"]
+)
+def test_what_cannot_be_decoded_is_said_to_be(data: bytes) -> None:
+    assert read(data) == GARBLED
+    assert not GARBLED.understood
+
+
+@pytest.mark.parametrize(
+    "opening", [b"[", b'{"a":', b'{"choices":[', b'{"usage":{"prompt_tokens_details":{"cached_tokens":[']
+)
+@pytest.mark.parametrize("depth", [1, 100, 900, 1000, 1100, 100_000])
+def test_no_depth_of_nesting_raises(opening: bytes, depth: int) -> None:
+    closing = {b"[": b"]", b"{": b"}"}
+    closed = b"".join(closing[bytes([byte])] for byte in reversed(opening) if byte in b"[{")
+    for nested in (opening * depth, opening * depth + b"0" + closed * depth):
+        assert read(nested) in (GARBLED, NOTHING)
+        assert read(b'{"choices":[{"finish_reason":%b}]}' % nested) in (GARBLED, NOTHING)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=60), st.sampled_from([b"", b"error", b"ping"]))
+def test_arbitrary_bytes_never_raise(data: bytes, kind: bytes) -> None:
+    meaning = read(data, kind)
+    assert meaning.usage is None
+    assert meaning.error == (kind == b"error" and data != b"[DONE]")
+
+
+KEYS = st.sampled_from(
+    "choices delta content reasoning tool_calls text finish_reason usage x_groq error prompt_tokens completion_tokens "
+    "prompt_tokens_details completion_tokens_details cached_tokens reasoning_tokens other".split()
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=5))
+def test_arbitrary_documents_never_raise_and_count_only_counts(document: dict[str, Any]) -> None:
+    meaning = read(document)
+    assert isinstance(meaning.delta, bool)
+    assert meaning.finish is None or isinstance(meaning.finish, str)
+    for count in meaning.usage or ():
+        assert count is None or 0 <= count < 10**15
+    if meaning.understood and meaning.usage is not None and isinstance(document.get("usage"), dict):
+        told = document["usage"].get("prompt_tokens")
+        if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < 10**15:
+            assert meaning.usage.input == told
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/chat/completions", "chat"),
+        ("/chat/completions", "chat"),
+        ("/openai/deployments/gpt/chat/completions", "chat"),
+        ("/v1/completions", "completions"),
+        ("/v1/chat/completions/", None),
+        ("/v1/chat/completions/chatcmpl-1", None),
+        ("/v1/xcompletions", None),
+        ("/v1/responses", None),
+        ("/v1/embeddings", None),
+        ("/", None),
+        ("", None),
+    ],
+)
+def test_the_path_tells_the_dialect(path: str, name: str | None) -> None:
+    dialect = dialect_of(path)
+    assert (dialect.name if dialect is not None else None) == name
+
+
+def test_dialects_have_names_of_their_own() -> None:
+    assert len({dialect.name for dialect in DIALECTS}) == len(DIALECTS)

@@ -1,0 +1,70 @@
+"""Imports go one way: wire <- relay <- process <- cli, and `observe` reads `relay.exchange`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sseproxy
+
+ROOT = Path(sseproxy.__file__).parent
+EVERYWHERE = {"config", "errors"}
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "wire": {"errors", "wire"},
+    "relay": {"wire", "relay"} | EVERYWHERE,
+    "observe": {"observe", "relay.exchange"} | EVERYWHERE,
+    "process": {"relay", "observe", "process"} | EVERYWHERE,
+    "demo": set(),
+    "demonstration": {"process", "demo"} | EVERYWHERE,
+    "cli": {"process", "demo", "demonstration"} | EVERYWHERE,
+    "__main__": {"cli"},
+}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of this package that `path` imports, as dotted names below it."""
+    package = ["sseproxy", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (
+                alias.name.removeprefix("sseproxy.") for alias in node.names if alias.name.startswith("sseproxy")
+            )
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            if origin == "sseproxy":
+                yield from (alias.name for alias in node.names)
+            elif origin.startswith("sseproxy."):
+                yield origin.removeprefix("sseproxy.")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
+    allowed = MAY_IMPORT[dotted(path).partition(".")[0]]
+    for name in imported(path):
+        assert name.startswith("__") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed), name
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("wire")], ids=dotted)
+def test_wire_does_no_io(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    assert not {name.partition(".")[0] for name in names} & {"aiohttp", "asyncio", "socket", "os", "pathlib", "logging"}
+    assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(tree))
+
+
+def test_the_architecture_names_every_module() -> None:
+    assert sseproxy.__doc__ is not None
+    words = set(sseproxy.__doc__.split())
+    assert {dotted(path).rpartition(".")[2] for path in MODULES} - {"__main__"} <= words

@@ -1,0 +1,207 @@
+"""A client that leaves, in every phase and in every way: the upstream is let go at once."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import PlayScript, StartProxy
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, chunk, delta, post, until
+
+Leave = Callable[[Peer], None]
+WAYS = pytest.mark.parametrize("leave", [Peer.close, Peer.reset, Peer.half_close], ids=["fin", "rst", "half-close"])
+
+
+@WAYS
+async def test_while_waiting_for_the_response_head(
+    proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
+) -> None:
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    leave(client)
+    await api.gone()
+    assert await proxy.ended() == {"client_gone_before_head": 1}
+    assert proxy.sample("requests_total", code="499") == 1
+    assert proxy.sample("upstream_release_seconds_count") == 1
+
+
+@WAYS
+async def test_between_the_head_and_the_first_token(
+    proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
+) -> None:
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("")))
+    await client.read_until(delta("") + b"\r\n")
+    leave(client)
+    await api.gone()
+    assert await proxy.ended() == {"client_gone_before_first_token": 1}
+    assert proxy.sample("streams_active") == 0
+
+
+@WAYS
+async def test_between_the_chunks_of_a_silent_stream(
+    proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
+) -> None:
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("Hi")))
+    await client.read_until(delta("Hi") + b"\r\n")
+    leave(client)
+    await api.gone()
+    assert await proxy.ended() == {"client_gone_mid_stream": 1}
+    assert proxy.sample("time_to_first_token_seconds_count") == 1
+    assert proxy.sample("streams_without_usage_total", reason="client_gone") == 1
+
+
+@WAYS
+async def test_while_the_body_of_its_request_arrives(
+    proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
+) -> None:
+    client = await proxy.connect()
+    client.send(b"POST /v1/files HTTP/1.1\r\nHost: proxy\r\nContent-Length: 1000\r\n\r\nabc")
+    api = await upstream.accept()
+    await api.head()
+    assert await api.read(3) == b"abc"
+    leave(client)
+    await api.gone()
+    assert await proxy.ended() == {"client_gone_before_head": 1}
+
+
+@pytest.mark.parametrize("leave", [Peer.close, Peer.reset], ids=["fin", "rst"])
+async def test_while_the_upstream_does_not_take_the_upload(
+    proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
+) -> None:
+    """Reading from the client is paused then: nothing but a hang-up watch can see it leave."""
+    client = await proxy.connect()
+    client.send(b"POST /v1/files HTTP/1.1\r\nHost: proxy\r\nContent-Length: 1000000000\r\n\r\n")
+    api = await upstream.accept()
+    await api.head()
+    api.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    server = proxy.worker.proxy.server
+    async with asyncio.timeout(10):
+        while not server.hangups._watched:
+            client.send(b"x" * 16384)
+            await client.writer.drain()
+            await asyncio.sleep(0)
+    leave(client)
+    await proxy.idle()
+    assert await proxy.ended() == {"client_gone_before_head": 1}
+    api.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    await api.gone()
+
+
+async def test_while_connecting(start: StartProxy) -> None:
+    """The backlog is full, so the kernel never answers the proxy's SYN."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        proxy = await start(f"http://127.0.0.1:{full.getsockname()[1]}")
+        client = await proxy.connect()
+        client.send(post())
+        await proxy.busy()
+        client.close()
+        assert await proxy.ended() == {"client_gone_before_head": 1}
+        for sock in waiting:
+            sock.close()
+
+
+@WAYS
+async def test_while_it_takes_nothing_of_a_fast_stream(start: StartProxy, play: PlayScript, leave: Leave) -> None:
+    async def flood(api: Peer) -> None:
+        await api.message()
+        api.send(STREAM_HEAD)
+        while True:
+            api.send(chunk(delta("x" * 10_000)))
+            await api.writer.drain()
+
+    upstream = await play(flood)
+    proxy = await start(upstream.url)
+    client = await proxy.connect()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send(post())
+    server = proxy.worker.proxy.server
+    await until(lambda: any(connection.writing_paused for connection in server.connections))
+    leave(client)
+    assert await proxy.ended() == {"client_gone_mid_stream": 1}
+    await until(lambda: not upstream.open)
+
+
+async def test_after_it_pipelined_more_than_can_wait(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client = await proxy.connect()
+    client.send(post() * 60)
+    api = await upstream.accept()
+    await api.message()
+    client.close()
+    await api.gone()
+    assert await proxy.ended() == {"client_gone_before_head": 1}
+    assert upstream.connections == 1
+
+
+@WAYS
+async def test_after_the_end_marker_it_has_not_cancelled_anything(
+    proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
+) -> None:
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(DONE))
+    await client.read_until(DONE + b"\r\n")
+    leave(client)
+    await api.gone()
+    assert await proxy.ended() == {"completed": 1}
+
+
+async def test_usage_that_came_before_it_left_is_counted(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    running = delta("Hi", usage={"prompt_tokens": 5, "completion_tokens": 1})
+    api.send(STREAM_HEAD, chunk(running))
+    await client.read_until(running + b"\r\n")
+    client.close()
+    await api.gone()
+    assert await proxy.ended() == {"client_gone_mid_stream": 1}
+    assert proxy.sample("tokens_total", type="input") == 5
+
+
+async def test_one_client_leaving_touches_no_other(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    leaver, stayer = await proxy.connect(), await proxy.connect()
+    leaver.send(post())
+    first = await upstream.accept()
+    await first.message()
+    stayer.send(post())
+    second = await upstream.accept()
+    await second.message()
+    leaver.reset()
+    await first.gone()
+    second.send(STREAM_HEAD, chunk(DONE), LAST_CHUNK)
+    assert (await stayer.message()).complete
+
+
+async def test_a_cancelled_connection_is_never_reused(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    client.close()
+    await api.gone()
+    await proxy.idle()
+    assert proxy.sample("upstream_connections") == 0
+    client = await proxy.connect()
+    client.send(post())
+    await upstream.accept()
+    assert upstream.connections == 2
