@@ -172,22 +172,20 @@ def test_usage_at_the_top_goes_before_that_of_groq() -> None:
 
 GARBAGE = [
     *(b"-1", b"-0", b"1.0", b"1e3", b"1E400", b"-1e400", b"0.5", b"1" + b"0" * 15, b"9" * 5000, b"true", b"false"),
-    *(b'"7"', b'"NaN"', b"null", b"[7]", b'{"value":7}', b'"\xff"', b'"\\ud800"', b"[" * 300 + b"]" * 300),
+    *(b'"7"', b'"NaN"', b"null", b"[7]", b'{"value":7}', b'"\xff"', b"[" * 300 + b"]" * 300),
 ]
 
 
 @pytest.mark.parametrize("value", GARBAGE)
 def test_garbage_is_never_counted_and_hides_nothing_beside_it(value: bytes) -> None:
-    meaning = read(b'{"usage":{"prompt_tokens":%b,"completion_tokens":2}}' % value)
-    if meaning is not GARBLED:
-        assert meaning == Meaning(usage=Usage(None, 2))
-    meaning = read(b'{"usage":{"prompt_tokens":7,"prompt_tokens_details":{"cached_tokens":%b}}}' % value)
-    if meaning is not GARBLED:
-        assert meaning == Meaning(usage=Usage(7))
+    beside = b'{"usage":{"prompt_tokens":%b,"completion_tokens":2}}'
+    assert read(beside % value) == Meaning(usage=Usage(None, 2))
+    beside = b'{"usage":{"prompt_tokens":7,"prompt_tokens_details":{"cached_tokens":%b}}}'
+    assert read(beside % value) == Meaning(usage=Usage(7))
     assert read(b'{"usage":{"prompt_tokens":%b,"completion_tokens":%b}}' % (value, value)).usage is None
 
 
-@pytest.mark.parametrize("value", [*GARBAGE, b'""', b"[]", b"{}"])
+@pytest.mark.parametrize("value", [*GARBAGE, b'""', b"[]", b"{}", b'"\\ud800"', b"NaN"])
 @pytest.mark.parametrize(
     "document",
     [
@@ -214,9 +212,7 @@ def test_a_wrong_type_anywhere_is_neither_usage_nor_a_delta(document: bytes, val
 @pytest.mark.parametrize("value", [value for value in GARBAGE if value not in (b'"7"', b'"NaN"')])
 def test_a_finish_reason_that_is_not_text_hides_nothing_beside_it(value: bytes) -> None:
     document = b'{"choices":[{"delta":{"content":"a"},"finish_reason":%b}],"usage":{"prompt_tokens":7}}'
-    meaning = read(document % value)
-    if meaning is not GARBLED:
-        assert meaning == Meaning(delta=True, usage=Usage(7))
+    assert read(document % value) == Meaning(delta=True, usage=Usage(7))
 
 
 @pytest.mark.parametrize(

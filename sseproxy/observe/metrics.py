@@ -98,7 +98,7 @@ FORWARD = Metric(
     "chunk_forward_seconds",
     "histogram",
     _R,
-    "A chunk read from the upstream to the turn of the loop in which it was handed to the kernel.",
+    "A chunk read from the upstream to its being handed to the kernel, or to the buffer of a client that is slow.",
     OWN_DELAY,
 )
 RELEASE = Metric(

@@ -64,7 +64,7 @@ class Telemetry:
         self._flush: asyncio.TimerHandle | None = None
         self._lag = self.recorder.histogram(metrics.LOOP_LAG, ())
         self._lag_timer = loop.call_later(LAG_INTERVAL, self._measure_lag, perf_counter() + LAG_INTERVAL)
-        self._handed: list[tuple[metrics.HistogramRecorder, float]] = []
+        self._active = 0
 
     def observer(self, route: str, upstream: str) -> RouteObserver:
         """What the exchanges of `route` and `upstream` are recorded by."""
@@ -78,6 +78,15 @@ class Telemetry:
         if self._flush is None:
             self._flush = self._loop.call_later(FLUSH_INTERVAL, self.flush)
 
+    def began(self) -> None:
+        """An exchange began; until it has `ended` there are reports."""
+        self._active += 1
+        self.changed()
+
+    def ended(self) -> None:
+        self._active -= 1
+        self.changed()
+
     def flush(self) -> None:
         """Sends what has changed now."""
         if self._flush is not None:
@@ -87,8 +96,11 @@ class Telemetry:
             self.recorder.set(metrics.CONNECTIONS, (upstream, "active"), active)
             self.recorder.set(metrics.CONNECTIONS, (upstream, "idle"), idle)
         report = self.recorder.report()
-        if not self._send(report):
+        sent = self._send(report)
+        if not sent:
             self.recorder.take_back(report)
+        if self._active or not sent:
+            # What happens inside an exchange does not ask for a report of its own.
             self.changed()
 
     def close(self) -> None:
@@ -97,20 +109,6 @@ class Telemetry:
         self.flush()
         if self._flush is not None:
             self._flush.cancel()
-
-    def handed(self, histogram: metrics.HistogramRecorder, read_at: float) -> None:
-        """A chunk read at `read_at` was written; its delay counts once the loop has flushed its sockets."""
-        if not self._handed:
-            self._loop.call_soon(self._count_handed)
-        self._handed.append((histogram, read_at))
-
-    def _count_handed(self) -> None:
-        # uvloop sends what was written in one turn at the turn's end, before it calls this.
-        now = perf_counter()
-        handed, self._handed = self._handed, []
-        for histogram, read_at in handed:
-            histogram.observe(now - read_at)
-        self.changed()
 
     def _measure_lag(self, due: float) -> None:
         now = perf_counter()
@@ -127,7 +125,6 @@ class RouteObserver:
         "_first_token",
         "_forward",
         "_gaps",
-        "_handed",
         "_head",
         "_labels",
         "_recorder",
@@ -146,11 +143,10 @@ class RouteObserver:
         self._gaps = recorder.histogram(metrics.GAPS, labels)
         self._forward = recorder.histogram(metrics.FORWARD, labels)
         self._release = recorder.histogram(metrics.RELEASE, labels)
-        self._handed = telemetry.handed
 
     def started(self) -> None:
         self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
-        self._telemetry.changed()
+        self._telemetry.began()
 
     def rejected(self, reason: str) -> None:
         self._recorder.count(metrics.REJECTED, (self._labels[0], reason))
@@ -175,8 +171,8 @@ class RouteObserver:
     def gap(self, seconds: float) -> None:
         self._gaps.observe(seconds)
 
-    def forwarded(self, read_at: float) -> None:
-        self._handed(self._forward, read_at)
+    def forwarded(self, seconds: float) -> None:
+        self._forward.observe(seconds)
 
     def released(self, seconds: float) -> None:
         self._release.observe(seconds)
@@ -203,7 +199,7 @@ class RouteObserver:
                 if amount:
                     recorder.count(metrics.TOKENS, (*labels, kind), amount)
             self._count_pace(exchange, exchange.usage.output)
-        self._telemetry.changed()
+        self._telemetry.ended()
 
     def _count_pace(self, exchange: Exchange, output: int | None) -> None:
         if exchange.first_delta_at is not None and output is not None and output > 1:

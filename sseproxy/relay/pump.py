@@ -80,7 +80,7 @@ class Pump:
             offset = whole_chunk(data)
             if offset:
                 self._write(data)
-                self._exchange.observer.forwarded(read_at)
+                self._exchange.observer.forwarded(perf_counter() - read_at)
                 self._exchange.response_bytes += len(data) - offset - 2
                 self._look(data[offset:-2], read_at)
                 return
@@ -98,7 +98,7 @@ class Pump:
             out += LAST_CHUNK
         if out:
             self._write(out)
-            self._exchange.observer.forwarded(read_at)
+            self._exchange.observer.forwarded(perf_counter() - read_at)
         if payload:
             self._exchange.response_bytes += len(payload)
             self._look(payload, read_at)

@@ -55,8 +55,9 @@ class Dialect(NamedTuple):
     read: Callable[[bytes, bytes], Meaning]
 
 
-# The fields are Raw because a known key may hold anything: a wrong type in one must not hide the others.
-class _Delta(msgspec.Struct):
+# The fields are Raw, because a known key may hold anything: a wrong type in one, or a string that is no Unicode, must
+# not hide the others.
+class _Delta(msgspec.Struct, gc=False):
     content: msgspec.Raw = _NULL
     reasoning_content: msgspec.Raw = _NULL
     reasoning: msgspec.Raw = _NULL
@@ -66,29 +67,29 @@ class _Delta(msgspec.Struct):
     audio: msgspec.Raw = _NULL
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     delta: _Delta | None = None
     text: msgspec.Raw = _NULL
     finish_reason: msgspec.Raw = _NULL
 
 
-class _Groq(msgspec.Struct):
+class _Groq(msgspec.Struct, gc=False):
     usage: msgspec.Raw = _NULL
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: msgspec.Raw = _NULL
     x_groq: _Groq | None = None
     error: msgspec.Raw = _NULL
 
 
-class _Details(msgspec.Struct):
+class _Details(msgspec.Struct, gc=False):
     cached_tokens: msgspec.Raw = _NULL
     reasoning_tokens: msgspec.Raw = _NULL
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: msgspec.Raw = _NULL
     completion_tokens: msgspec.Raw = _NULL
     prompt_tokens_details: msgspec.Raw = _NULL
@@ -102,7 +103,7 @@ _decode_text: Final = msgspec.json.Decoder(str).decode
 
 
 def _filled(value: msgspec.Raw) -> bool:
-    return bytes(value) not in _EMPTY
+    return value is not _NULL and bytes(value) not in _EMPTY
 
 
 def _text(value: msgspec.Raw) -> str | None:

@@ -1,0 +1,98 @@
+"""What the documents say is so."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sseproxy import cli, config
+from sseproxy.errors import Outcome, RequestError, UpstreamError
+from sseproxy.observe.metrics import METRICS, Metric
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def exposed_name(metric: Metric) -> str:
+    return f"{metric.name}_total" if metric.kind == "counter" else metric.name
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
+    assert len(README.splitlines()) <= 150
+    assert re.findall(r"^    (make \w+)$", README, re.M) == ["make demo", "make test"]
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^(\w+):", MAKEFILE, re.M))
+    named = set(re.findall(r"`make (\w+)", README + CONTRIBUTING)) | set(re.findall(r"^    make (\w+)", README, re.M))
+    assert named == {"demo", "test", "check", "bench"}
+    assert named <= targets
+
+
+def test_the_readmes_configuration_loads() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    assert len(block.splitlines()) == 10
+    settings = config.parse(block, "README.md", {"OPENAI_API_KEY": "sk-x"})
+    assert [route.name for route in settings.routes] == ["openai", "local"]
+
+
+def test_the_readmes_commands_parse() -> None:
+    parser = cli._parser()
+    for command in ("serve --upstream https://api.openai.com/v1", "serve -c sseproxy.yaml"):
+        assert f"sseproxy {command}" in README
+        assert parser.parse_args(command.split()).run is not None
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_every_metric_is_in_the_readme_with_its_labels(metric: Metric) -> None:
+    rows = [line.split("|") for line in README.splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if f"`{exposed_name(metric)}`" in row[1]]
+    assert len(rows) == 1
+    labels = rows[0][2].replace("R", "route, upstream").strip()
+    said = [label.strip() for label in labels.split(",") if label.strip()]
+    assert said == list(metric.labels) or metric.name == "build_info"
+
+
+def test_the_readme_names_no_metric_that_does_not_exist() -> None:
+    table = README[README.index("## Metrics") : README.index("`type` is")]
+    named = {
+        name
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    assert named == {exposed_name(metric) for metric in METRICS}
+
+
+def test_the_readmes_sample_has_lines_of_the_exposition() -> None:
+    families = {exposed_name(metric): metric for metric in METRICS}
+    for name, labels in re.findall(r"^sseproxy_(\w+)\{(.*)\} [\d.]+$", README, re.M):
+        metric = families[re.sub(r"_(sum|count)$", "", name)]
+        assert sorted(re.findall(r"(\w+)=", labels)) == sorted(metric.labels)
+
+
+def test_every_outcome_and_error_type_is_explained() -> None:
+    for outcome in Outcome:
+        assert f"`{outcome.value}`" in README
+    for kind in UpstreamError._TABLE:
+        assert kind in README
+    assert RequestError("no_route").status == 404
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    table = CONTRIBUTING[CONTRIBUTING.index("## Dependencies") :]
+    for requirement in declared:
+        name = re.split(r"[<>=\[]", requirement)[0]
+        assert re.search(rf"\b{re.escape(name)}\b", table), name
+
+
+def test_the_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README + CONTRIBUTING):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,214 @@
+"""Which route a request takes, and where it goes from there."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sseproxy.config import Match, Route
+from sseproxy.errors import RequestError
+from sseproxy.relay.routes import Router, choose, split_target, upstream_path
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "query"),
+    [
+        ("/", "/", ""),
+        ("/v1/chat/completions", "/v1/chat/completions", ""),
+        ("/v1/", "/v1/", ""),
+        ("/v1?", "/v1", "?"),
+        ("/v1?a=b+c&d=%20&e", "/v1", "?a=b+c&d=%20&e"),
+        ("/v1?a=../x/..&b=/..//?c", "/v1", "?a=../x/..&b=/..//?c"),
+        ("/v1/models/org%2Fname", "/v1/models/org%2Fname", ""),
+        ("/v1/models/org%2fname%3Alatest", "/v1/models/org%2fname%3Alatest", ""),
+        ("//v1///models//", "//v1///models//", ""),
+        ("//elsewhere.example/v1", "//elsewhere.example/v1", ""),
+        ("/v1/.../x", "/v1/.../x", ""),
+        ("/v1/..x/.y/z../w.", "/v1/..x/.y/z../w.", ""),
+        ("/v1/a;b=c/d;", "/v1/a;b=c/d;", ""),
+        ("/v1/a\\b", "/v1/a\\b", ""),
+        ("/v1/a%20b%23c%3Fd%25", "/v1/a%20b%23c%3Fd%25", ""),
+        ("/v1/%E2%9C%93/é", "/v1/%E2%9C%93/é", ""),
+        ("/v1/100%/%zz", "/v1/100%/%zz", ""),
+        ("/v1/a:b@c", "/v1/a:b@c", ""),
+        ("http://proxy.example/v1/models?a", "/v1/models", "?a"),
+        ("HTTPS://user:pw@proxy.example:8443/v1", "/v1", ""),
+        ("http://[::1]:80/v1", "/v1", ""),
+        ("http://proxy.example", "/", ""),
+        ("http://proxy.example/", "/", ""),
+        ("http://proxy.example?a=b", "/", "?a=b"),
+        ("http://proxy.example?next=/v1/models", "/", "?next=/v1/models"),
+        ("http://proxy.example//v1", "//v1", ""),
+    ],
+)
+def test_a_plain_target_is_split_and_kept_byte_for_byte(target: str, path: str, query: str) -> None:
+    assert split_target(target) == (path, query)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("/..", "/.", "/v1/..", "/v1/.", "/v1/../x", "/v1/./x", "/../v1", "/v1/../", "//..//v1", "/v1/..?a"),
+        *("/v1/%2e%2e/x", "/v1/%2E%2E/x", "/v1/.%2e/x", "/v1/%2e./x", "/v1/%2e/x", "/v1/%2E"),
+        *("/v1/..%2fx", "/v1/..%2Fx", "/v1/x%2f..", "/v1/x%2F..%2Fy", "/v1%2f%2e%2e%2fx", "/v1/x%2f.%2fy"),
+        *("/v1/..\\x", "/v1\\..\\x", "/v1/..%5cx", "/v1%5C%2e%2e%5Cx", "/v1/x\\..", "/v1/x\\."),
+        *("/v1/..;/x", "/v1/..;a=b/x", "/v1/.;/x", "/v1/..%3b/x", "/v1/%2e%2e;/x", "/v1/..;%2fx"),
+        *("/v1/\x00", "/v1/%00", "/v1/..%00/x", "/v1/a%0d%0ab", "/v1/\n", "/v1/%7f", "/v1/%1b", "/v1/\t"),
+        *("/v1/%c0%ae%c0%ae/x", "/v1/%ff", "/v1/%C2%85", "/v1/%E2%80%AE", "/v1/\udcff"),
+        *("/v1#a", "/#", "/v1?a#b", "http://proxy.example#a", "http://proxy.example/v1#a"),
+        *("http://proxy.example/../x", "http://proxy.example/%2e%2e/x", "http:///.."),
+        *("", "*", "v1/models", "?a=b", "proxy.example:443", "proxy.example", "http:/v1", "http:v1", "://v1"),
+        *("ftp://proxy.example/v1", "file:///v1", "xhttp://proxy.example/v1", "ws://proxy.example/v1", " /v1"),
+        *("http//proxy.example/v1", "\\\\proxy.example\\v1"),
+    ],
+)
+def test_anything_else_is_a_bad_target(target: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        split_target(target)
+    assert (refused.value.reason, refused.value.status) == ("bad_target", 400)
+
+
+@given(st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="#"), max_size=40))
+def test_whatever_passes_is_byte_for_byte_what_came(rest: str) -> None:
+    try:
+        path, query = split_target("/" + rest)
+    except RequestError:
+        return
+    assert path + query == "/" + rest
+    assert "?" not in path
+    assert not {"..", "."} & set(path.split("/"))
+
+
+@given(st.text("aZ0-_~/", max_size=40), st.text("a./%&=?;\\:@", max_size=40))
+def test_a_path_without_dots_passes_with_any_query(path: str, query: str) -> None:
+    assert split_target(f"/{path}?{query}") == (f"/{path}", f"?{query}")
+
+
+def route(path: str, *model: str, name: str = "", methods: tuple[str, ...] = ()) -> Route:
+    match = Match(path=path, model=model, methods=methods)
+    return Route(name=name or "r", match=match, upstream="up")
+
+
+def taken(routes: list[Route], path: str, method: str = "POST", model: str | None = None) -> str | None:
+    """The name of the route that is taken, the same in whatever order the routes are given."""
+    found: set[str | None] = set()
+    for order in (routes, routes[::-1]):
+        try:
+            found.add(choose(Router(order).candidates(method, path), model).name)
+        except RequestError as error:
+            assert error.reason == "no_route"
+            found.add(None)
+    (name,) = found
+    return name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/", "all"),
+        ("/v2", "all"),
+        ("/v10", "all"),
+        ("/v10/chat", "all"),
+        ("/v", "all"),
+        ("/V1/models", "all"),
+        ("/%761/models", "all"),
+        ("//v1", "all"),
+        ("/v1;a/models", "all"),
+        ("/v1", "v1"),
+        ("/v1/", "v1"),
+        ("/v1/models", "v1"),
+        ("/v1//chat", "v1"),
+        ("/v1/chatter", "v1"),
+        ("/v1/chat%2Fcompletions", "v1"),
+        ("/v1/chat", "chat"),
+        ("/v1/chat/", "chat"),
+        ("/v1/chat/completions", "chat"),
+    ],
+)
+def test_the_longest_prefix_wins_on_segment_boundaries(path: str, name: str) -> None:
+    routes = [route("/v1", name="v1"), route("/", name="all"), route("/v1/chat", name="chat")]
+    assert taken(routes, path) == name
+
+
+def test_a_path_that_nothing_matches_has_no_route() -> None:
+    assert taken([route("/v1"), route("/v2/x", name="other")], "/v2") is None
+    assert taken([], "/") is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
+        ("GET", "/v1/files", "read"),
+        ("HEAD", "/v1/files", "read"),
+        ("POST", "/v1/files", "v1"),
+        ("get", "/v1/files", "v1"),
+        ("DELETE", "/v1/batches", "v1"),
+        ("POST", "/x", None),
+        ("PUT", "/x", "put"),
+    ],
+)
+def test_a_route_may_be_for_some_methods_only(method: str, path: str, name: str | None) -> None:
+    routes = [
+        route("/v1", name="v1"),
+        route("/v1/files", name="read", methods=("GET", "head")),
+        route("/", name="put", methods=("PUT",)),
+    ]
+    assert taken(routes, path, method) == name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("gpt-4o", "gpt"),
+        ("gpt-", "gpt"),
+        ("gpt", "rest"),
+        ("GPT-4o", "rest"),
+        ("my-gpt-4o", "rest"),
+        ("o1", "gpt"),
+        ("o1-mini", "rest"),
+        ("org/llama-3", "llama"),
+        ("org/team/llama-3", "llama"),
+        ("", "rest"),
+        (None, "rest"),
+    ],
+)
+def test_globs_tell_models_apart_before_the_route_for_any(model: str | None, name: str) -> None:
+    routes = [
+        route("/v1", name="rest"),
+        route("/v1", "gpt-*", "o1", name="gpt"),
+        route("/v1", "*/llama-?", name="llama"),
+    ]
+    assert taken(routes, "/v1/chat/completions", model=model) == name
+
+
+def test_a_model_that_no_long_prefix_takes_falls_to_a_shorter_one() -> None:
+    routes = [route("/v1/chat", "gpt-*", name="chat"), route("/v1", "*", name="models"), route("/", name="all")]
+    assert taken(routes, "/v1/chat/completions", model="gpt-4o") == "chat"
+    assert taken(routes, "/v1/chat/completions", model="llama") == "models"
+    assert taken(routes, "/v1/chat/completions", model=None) == "all"
+    assert taken(routes[:1], "/v1/chat/completions", model="llama") is None
+
+
+@pytest.mark.parametrize(
+    ("prefix", "base", "path", "expected"),
+    [
+        ("/", "", "/", "/"),
+        ("/", "", "/v1/models", "/v1/models"),
+        ("/", "", "//v1//models/", "//v1//models/"),
+        ("/", "/api", "/", "/api/"),
+        ("/", "/api", "/v1/models", "/api/v1/models"),
+        ("/v1", "", "/v1", "/"),
+        ("/v1", "", "/v1/", "/"),
+        ("/v1", "", "/v1/models", "/models"),
+        ("/v1", "/v1", "/v1", "/v1"),
+        ("/v1", "/v1", "/v1/", "/v1/"),
+        ("/v1", "/v1", "/v1/v1/models", "/v1/v1/models"),
+        ("/v1", "/openai/v1", "/v1/models/org%2Fname", "/openai/v1/models/org%2Fname"),
+        ("/v1", "/a", "/v1//models", "/a//models"),
+        ("/team/v1", "/v1", "/team/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1", "/base%2Fx", "/v1/%C3%A9", "/base%2Fx/%C3%A9"),
+    ],
+)
+def test_the_prefix_of_the_route_becomes_that_of_the_upstream(prefix: str, base: str, path: str, expected: str) -> None:
+    assert upstream_path(route(prefix), base, path) == expected
