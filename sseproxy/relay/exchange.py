@@ -140,91 +140,96 @@ class Exchange:
 
 
 class Clock:
-    """The one timer of an exchange: the deadline of its present phase, and that of the whole.
+    """The one timer of an exchange: the deadline of its present phase, of a client that blocks it, and of the whole.
 
     Moving a deadline is an assignment; the timer looks where it stands now when it fires, so that a chunk costs
     nothing here. `fail` is called with the error of the deadline that passed.
     """
 
     __slots__ = (
-        "_due",
+        "_armed_for",
+        "_blocked_at",
         "_fail",
         "_handle",
         "_limit",
         "_loop",
         "_phase",
         "_stalled",
+        "_timeouts",
         "_total_due",
-        "timeouts",
         "touched",
     )
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, timeouts: Timeouts, started: float, fail: Callable[[ExchangeError], None]
     ) -> None:
-        self.timeouts = timeouts
         self.touched = started
-        """When the phase's progress was last seen; `idle` counts from here."""
+        """When the phase's progress was last seen; its time counts from here."""
+        self._timeouts = timeouts
         self._loop = loop
         self._fail = fail
-        self._phase: Phase | None = None
-        self._limit = 0.0
+        self._phase: Phase = "connect"
+        self._limit = timeouts.connect
         self._stalled: Callable[[], bool] | None = None
-        self._total_due = started + timeouts.total if timeouts.total else float("inf")
-        self._due = self._total_due
+        self._blocked_at = 0.0
+        self._total_due = started + timeouts.total if timeouts.total is not None else float("inf")
+        self._armed_for = float("inf")
         self._handle: asyncio.TimerHandle | None = None
 
     def enter(self, phase: Phase, since: float) -> None:
         """`phase` begins; its time counts from `since`."""
         self._phase = phase
-        self._limit = getattr(self.timeouts, phase)
-        self._stalled = None
+        self._limit = getattr(self._timeouts, phase)
         self.touched = since
-        self._arm(min(since + self._limit, self._total_due))
+        self._arm()
 
     def client_blocked(self, stalled: Callable[[], bool]) -> None:
-        """The client does not take what it is sent. `stalled` tells whether it has taken nothing since asked last."""
+        """The client does not take what it is sent, and the phase's time stands still.
+
+        `stalled` tells whether it has taken nothing since asked last.
+        """
         self._stalled = stalled
-        self._limit = self.timeouts.write
-        self.touched = perf_counter()
-        self._arm(min(self.touched + self._limit, self._total_due))
+        self._blocked_at = perf_counter()
+        self._arm()
 
     def client_unblocked(self) -> None:
-        """The client takes again what it is sent: the phase goes on, its time counts anew."""
-        if self._phase is not None:
-            self.enter(self._phase, perf_counter())
+        """The client takes again what it is sent; the phase's time counts anew."""
+        self._stalled = None
+        self.touched = perf_counter()
+        self._arm()
 
     def stop(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
 
-    def _arm(self, due: float) -> None:
+    def _due(self) -> float:
+        own = self.touched + self._limit if self._stalled is None else self._blocked_at + self._timeouts.write
+        return min(own, self._total_due)
+
+    def _arm(self) -> None:
+        due = self._due()
         if self._handle is not None:
-            if self._due <= due:
+            if self._armed_for <= due:
                 return
             self._handle.cancel()
-        self._due = due
+        self._armed_for = due
         self._handle = self._loop.call_later(max(0.0, due - perf_counter()), self._fire)
 
     def _fire(self) -> None:
         self._handle = None
         now = perf_counter()
-        if now >= self._total_due:
-            assert self.timeouts.total is not None
-            self._fail(UpstreamTimeout("total", self.timeouts.total))
-            return
-        due = self.touched + self._limit
-        if now < due:
-            self._arm(min(due, self._total_due))
-        elif self._stalled is not None:
-            if self._stalled():
-                self._fail(StalledClient(self._limit))
-            else:
-                self.touched = now
-                self._arm(min(now + self._limit, self._total_due))
-        elif self._phase is not None:
+        if now < self._due():
+            self._arm()
+        elif now >= self._total_due:
+            self._fail(UpstreamTimeout("total", self._timeouts.total or 0.0))
+        elif self._stalled is None:
             self._fail(UpstreamTimeout(self._phase, self._limit))
+        elif self._stalled():
+            self._fail(StalledClient(self._timeouts.write))
+        else:
+            self._blocked_at = now
+            self._arm()
 
 
 class Inspector:

@@ -355,7 +355,8 @@ class _Relay:
                 status_line(head.status, head.reason),
                 headers.to_downstream(
                     head.fields,
-                    framing=None if head.framing is None else framing_fields(self._framing_out),
+                    # A HEAD and a 304 tell the length of what they do not carry; a 204 has none to tell.
+                    framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
                     event_stream=event_stream,
                     request_id=self._request_id,
                     connection=option,
