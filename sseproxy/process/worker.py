@@ -92,6 +92,9 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     config = await _read_config(reader)
 
     def send(report: Report) -> bool:
+        if writer.transport.is_closing():
+            # The supervisor is gone, and with it whoever could be told.
+            return True
         if writer.transport.get_write_buffer_size() > _UNREAD_REPORTS:
             return False
         writer.write(encode_report(report))
