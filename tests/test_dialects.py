@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 from sseproxy.wire.dialects import (
     DELTA,
-    DIALECTS,
     END,
     GARBLED,
     NOTHING,
     Meaning,
     Usage,
-    dialect_of,
     read_completion,
 )
 
@@ -281,28 +279,3 @@ def test_arbitrary_documents_never_raise_and_count_only_counts(document: dict[st
         told = document["usage"].get("prompt_tokens")
         if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < 10**15:
             assert meaning.usage.input == told
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("/v1/chat/completions", "chat"),
-        ("/chat/completions", "chat"),
-        ("/openai/deployments/gpt/chat/completions", "chat"),
-        ("/v1/completions", "completions"),
-        ("/v1/chat/completions/", None),
-        ("/v1/chat/completions/chatcmpl-1", None),
-        ("/v1/xcompletions", None),
-        ("/v1/responses", None),
-        ("/v1/embeddings", None),
-        ("/", None),
-        ("", None),
-    ],
-)
-def test_the_path_tells_the_dialect(path: str, name: str | None) -> None:
-    dialect = dialect_of(path)
-    assert (dialect.name if dialect is not None else None) == name
-
-
-def test_dialects_have_names_of_their_own() -> None:
-    assert len({dialect.name for dialect in DIALECTS}) == len(DIALECTS)

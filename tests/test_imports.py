@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "wire": {"errors", "wire"},
     "relay": {"wire", "relay"} | EVERYWHERE,
-    "observe": {"observe", "relay.exchange"} | EVERYWHERE,
+    "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
     "process": {"relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
     "demonstration": {"process", "demo"} | EVERYWHERE,

@@ -85,11 +85,21 @@ TOKENS = Metric(
     "tokens",
     "counter",
     (*_R, "type"),
-    "Tokens as the upstream counted them; cached_input is part of input, reasoning of output.",
+    "Tokens as the upstream counted them.",
 )
 WITHOUT_USAGE = Metric(
     "streams_without_usage", "counter", (*_R, "reason"), "Event streams that ended without reported usage."
 )
+STREAM_ENDS = Metric(
+    "stream_ends",
+    "counter",
+    (*_R, "end"),
+    "Completed event streams, by what ended them: the API's end marker, or only the end of the body.",
+)
+NOT_READ = Metric(
+    "bodies_not_read", "counter", (*_R, "reason"), "Bodies that could not be read in passing, or not all of them."
+)
+SECONDS = Metric("audio_seconds", "counter", _R, "Audio that the upstream counted in seconds instead of tokens.")
 EVENTS = Metric("stream_events", "counter", _R, "Events of event streams.")
 EVENTS_GARBLED = Metric("stream_events_garbled", "counter", _R, "Events whose data could not be decoded.")
 REQUEST_BYTES = Metric("request_bytes", "counter", _R, "Bytes of request bodies sent upstream.")
@@ -123,7 +133,10 @@ METRICS: Final = (
     GAPS,
     TPOT,
     TOKENS,
+    SECONDS,
     WITHOUT_USAGE,
+    STREAM_ENDS,
+    NOT_READ,
     EVENTS,
     EVENTS_GARBLED,
     REQUEST_BYTES,

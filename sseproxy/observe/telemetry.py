@@ -15,6 +15,7 @@ import msgspec
 
 from ..errors import Outcome
 from ..relay.exchange import Exchange
+from ..wire.dialects import Usage
 from . import metrics
 from .metrics import ExemplarValue, Labels, Recorder, Report
 
@@ -193,13 +194,22 @@ class RouteObserver:
             if exchange.garbled:
                 recorder.count(metrics.EVENTS_GARBLED, labels, exchange.garbled)
             if exchange.usage is None:
-                recorder.count(metrics.WITHOUT_USAGE, (*labels, _why_without_usage(exchange.outcome)))
+                recorder.count(metrics.WITHOUT_USAGE, (*labels, _why_without_usage(exchange)))
+            if exchange.outcome is Outcome.COMPLETED and exchange.unread != "encoded":
+                recorder.count(metrics.STREAM_ENDS, (*labels, "marker" if exchange.marker_seen else "eof"))
+        if exchange.unread is not None:
+            recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
         if exchange.usage is not None:
-            for kind, amount in exchange.usage._asdict().items():
-                if amount:
-                    recorder.count(metrics.TOKENS, (*labels, kind), amount)
+            self._count_usage(exchange.usage)
             self._count_pace(exchange, exchange.usage.output)
         self._telemetry.ended()
+
+    def _count_usage(self, usage: Usage) -> None:
+        for kind in ("input", "output", "cached_input", "reasoning"):
+            if tokens := getattr(usage, kind):
+                self._recorder.count(metrics.TOKENS, (*self._labels, kind), tokens)
+        if usage.seconds:
+            self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)
 
     def _count_pace(self, exchange: Exchange, output: int | None) -> None:
         if exchange.first_delta_at is not None and output is not None and output > 1:
@@ -207,8 +217,10 @@ class RouteObserver:
             self._recorder.histogram(metrics.TPOT, self._labels).observe(pace)
 
 
-def _why_without_usage(outcome: Outcome) -> str:
-    """`not_reported` by an upstream that had the chance to, else whose doing it was that it had not."""
-    if outcome is Outcome.COMPLETED:
+def _why_without_usage(exchange: Exchange) -> str:
+    """`not_reported` by an upstream that had the chance to, else why it had not, or why it was not seen."""
+    if exchange.unread is not None:
+        return "not_read"
+    if exchange.outcome is Outcome.COMPLETED:
         return "not_reported"
-    return "client_gone" if outcome.value.startswith("client_gone") else "not_completed"
+    return "client_gone" if str(exchange.outcome).startswith("client_gone") else "not_completed"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import perf_counter
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..config import Timeouts
 from ..errors import ExchangeError, Outcome, Phase, StalledClient, UpstreamTimeout
 from ..wire.dialects import NOTHING, Dialect, Meaning, Usage
-from ..wire.sse import MAX_EVENT, EventParser
+from ..wire.sse import MAX_EVENT, MAX_LARGE_EVENT, EventParser
 
 
 class Observer(Protocol):
@@ -57,6 +57,7 @@ class Exchange:
         "route",
         "status",
         "stream_error",
+        "unread",
         "upstream",
         "usage",
     )
@@ -82,7 +83,10 @@ class Exchange:
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
         self.marker_seen = False
+        """The dialect's end was seen; what comes after it concerns nobody."""
         self.stream_error = False
+        self.unread: Literal["encoded", "oversize"] | None = None
+        """Why the body, or a part of it, could not be read in passing."""
         self.outcome: Outcome | None = None
         observer.started()
 
@@ -111,7 +115,8 @@ class Exchange:
             if meaning.usage is None and meaning.finish is None:
                 return
         if meaning.usage is not None:
-            self.usage = meaning.usage
+            earlier = self.usage if meaning.overlay else None
+            self.usage = meaning.usage if earlier is None else earlier.overlaid(meaning.usage)
         if meaning.finish is not None:
             self.finish_reason = meaning.finish
         if meaning.end:
@@ -122,7 +127,7 @@ class Exchange:
             self.garbled += 1
 
     def client_left(self) -> Outcome:
-        """The outcome if the client leaves now. What comes after the end marker concerns nobody."""
+        """The outcome if the client leaves now."""
         if self.marker_seen:
             return Outcome.UPSTREAM_ERROR if self.stream_error else Outcome.COMPLETED
         if self.head_at is None:
@@ -251,23 +256,25 @@ class Inspector:
 
 
 class StreamInspector(Inspector):
-    """An event stream in `dialect`; without one its events are counted, and no token is waited for."""
+    """An event stream in `dialect`."""
 
     __slots__ = ("_awaits_token", "_clock", "_exchange", "_parser", "_read")
 
-    def __init__(self, exchange: Exchange, dialect: Dialect | None, clock: Clock) -> None:
+    def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock) -> None:
         self._exchange = exchange
         self._clock = clock
-        self._parser = EventParser()
-        self._read = dialect.read if dialect is not None else None
-        self._awaits_token = dialect is not None
-        if dialect is not None:
+        self._parser = EventParser(MAX_LARGE_EVENT if dialect.large else MAX_EVENT)
+        self._read = dialect.read
+        self._awaits_token = dialect.generates
+        if dialect.generates:
             clock.enter("first_token", exchange.received_at)
 
     def look(self, payload: bytes, read_at: float) -> None:
         exchange = self._exchange
         for kind, data in self._parser.feed(payload):
-            exchange.happened(NOTHING if data is None or self._read is None else self._read(kind, data), read_at)
+            if data is None:
+                exchange.unread = "oversize"
+            exchange.happened(NOTHING if data is None else self._read(kind, data), read_at)
             if not self._awaits_token:
                 self._clock.touched = read_at
             elif exchange.first_token_at is not None:
@@ -282,22 +289,24 @@ class StreamInspector(Inspector):
 class JsonInspector(Inspector):
     """A JSON body in `dialect`, looked at as a whole if it is no larger than an event may be."""
 
-    __slots__ = ("_clock", "_exchange", "_parts", "_read", "_size")
+    __slots__ = ("_clock", "_exchange", "_limit", "_parts", "_read", "_size")
 
     def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock) -> None:
         self._exchange = exchange
         self._read = dialect.read
         self._clock = clock
+        self._limit = MAX_LARGE_EVENT if dialect.large else MAX_EVENT
         self._parts: list[bytes] = []
         self._size = 0
 
     def look(self, payload: bytes, read_at: float) -> None:
         self._clock.touched = read_at
         self._size += len(payload)
-        if self._size <= MAX_EVENT:
+        if self._size <= self._limit:
             self._parts.append(payload)
-        else:
+        elif self._parts:
             self._parts.clear()
+            self._exchange.unread = "oversize"
 
     def end(self) -> None:
         self._exchange.usage = self._read(b"", b"".join(self._parts)).usage

@@ -230,7 +230,9 @@ class _Relay:
         await self._connect(upstream)
 
         clock.enter("head", perf_counter())
-        head = await self._send(upstream, target + query, body, read=dialect is not None)
+        # Anything else is fetched, not generated, and may come as compressed as the client wants it.
+        read = dialect.generates or self._request.method == "POST"
+        head = await self._send(upstream, target + query, body, read=read)
 
         await self._respond(head, dialect, clock)
 
@@ -336,7 +338,7 @@ class _Relay:
         except RequestPayloadError:
             self.fail(RequestError("bad_request"))
 
-    async def _respond(self, head: ResponseHead, dialect: Dialect | None, clock: Clock) -> None:
+    async def _respond(self, head: ResponseHead, dialect: Dialect, clock: Clock) -> None:
         """Phases 4, Head, and 5, Body: what the upstream answers goes downstream."""
         request, connection, downstream = self._request, self._connection, self._downstream
         exchange, transport = self._exchange, self._downstream.transport
@@ -387,13 +389,14 @@ class _Relay:
             await downstream.flushed()
 
     def _inspector(
-        self, head: ResponseHead, event_stream: bool, dialect: Dialect | None, exchange: Exchange, clock: Clock
+        self, head: ResponseHead, event_stream: bool, dialect: Dialect, exchange: Exchange, clock: Clock
     ) -> Inspector:
         clock.enter("idle", perf_counter())
         if headers.is_encoded(head.fields):
-            return OpaqueInspector(clock)
-        if event_stream:
+            exchange.unread = "encoded"
+        elif event_stream:
             return StreamInspector(exchange, dialect, clock)
-        if dialect is not None and headers.is_json(head.fields):
+        elif self._request.method == "POST" and headers.is_json(head.fields):
+            # What a GET fetches was counted when it was generated.
             return JsonInspector(exchange, dialect, clock)
         return OpaqueInspector(clock)

@@ -1,26 +1,32 @@
 // Drives openai-node: `node sdk.mjs BASE_URL SCENARIO [JSON options]` prints what the application saw as a line of JSON.
+// With the option `live`, each delta with content is printed before that, as a line of its own, when it is seen.
 
 import { createInterface } from 'node:readline';
 import { finished } from 'node:stream/promises';
 import OpenAI from 'openai';
 
 const [baseURL, scenario, json = '{}'] = process.argv.slice(2);
-const options = { model: 'demo', prompt: 'Hello', after: 3, headers: {}, ...JSON.parse(json) };
+const options = { model: 'demo', prompt: 'Hello', after: 3, retries: 0, live: false, headers: {}, ...JSON.parse(json) };
 
-const client = new OpenAI({ baseURL, apiKey: 'sk-test', maxRetries: 0, defaultHeaders: options.headers });
+const client = new OpenAI({ baseURL, apiKey: 'sk-test', maxRetries: options.retries, defaultHeaders: options.headers });
 const request = {
   model: options.model,
   messages: [{ role: 'user', content: options.prompt }],
   ...options.body,
 };
-const seen = { text: '', chunks: 0, usage: null, finish: null, error: null };
+// `usage` is that of the last chunk.
+const seen = { text: '', reasoning: '', tool: '', chunks: 0, usage: null, finish: null, models: [], error: null };
 
 function take(chunk) {
+  const { delta, finish_reason } = chunk.choices[0] ?? {};
   seen.chunks += 1;
-  seen.text += chunk.choices[0]?.delta?.content ?? '';
-  seen.finish ??= chunk.choices[0]?.finish_reason ?? null;
-  seen.usage ??= chunk.usage ?? null;
-  return Boolean(chunk.choices[0]?.delta?.content);
+  seen.text += delta?.content ?? '';
+  seen.reasoning += delta?.reasoning_content ?? '';
+  for (const call of delta?.tool_calls ?? []) seen.tool += (call.function.name ?? '') + (call.function.arguments ?? '');
+  seen.finish ??= finish_reason ?? null;
+  seen.usage = chunk.usage ?? null;
+  if (delta?.content && options.live) console.log(JSON.stringify({ delta: delta.content }));
+  return Boolean(delta?.content);
 }
 
 async function readAll(extra) {
@@ -73,8 +79,10 @@ const scenarios = {
     seen.usage = completion.usage ?? null;
   },
   async models() {
-    seen.models = [];
     for await (const model of client.models.list()) seen.models.push(model.id);
+  },
+  async model() {
+    seen.models.push((await client.models.retrieve(options.model)).id);
   },
 };
 
@@ -84,8 +92,8 @@ if (!Object.hasOwn(scenarios, scenario)) {
 try {
   await scenarios[scenario]();
 } catch (error) {
-  const { message, status = null, code = null } = error;
-  seen.error = { name: error.constructor.name, message, status, code };
+  const { message, status = null, error: body = null, headers = [] } = error;
+  seen.error = { name: error.constructor.name, message, status, body, headers: Object.fromEntries(headers) };
 }
 console.log(JSON.stringify(seen));
 

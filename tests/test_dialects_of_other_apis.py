@@ -1,0 +1,266 @@
+"""What events mean in the APIs that are not chat completions, and which API is spoken where."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sseproxy.wire.dialects import DELTA, DIALECTS, END, NOTHING, Dialect, Meaning, Usage, dialect_of
+
+BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
+
+
+def read(name: str, document: dict[str, Any], kind: str = "") -> Meaning:
+    return BY_NAME[name].read(kind.encode(), json.dumps(document).encode())
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/chat/completions", "chat"),
+        ("/chat/completions", "chat"),
+        ("/openai/deployments/gpt/chat/completions", "chat"),
+        ("/v1/completions", "completions"),
+        ("/v1/chat/completions/", "generic"),
+        ("/v1/chat/completions/chatcmpl-1", "generic"),
+        ("/v1/xcompletions", "generic"),
+        ("/v1/responses", "responses"),
+        ("/v1/responses/resp_1", "responses"),
+        ("/v1/responses/resp_1/cancel", "generic"),
+        ("/v1/messages", "messages"),
+        ("/v1/messages/count_tokens", "generic"),
+        ("/v1/projects/p/locations/l/publishers/anthropic/models/claude:streamRawPredict", "messages"),
+        ("/v1/threads/runs", "assistants"),
+        ("/v1/threads/t/runs", "assistants"),
+        ("/v1/threads/t/runs/r/submit_tool_outputs", "assistants"),
+        ("/v1/threads/messages", "generic"),
+        ("/v1beta/models/gemini-x:streamGenerateContent", "gemini"),
+        ("/v1beta/models/gemini-x:generateContent", "gemini"),
+        ("/v1/audio/speech", "speech"),
+        ("/v1/audio/transcriptions", "transcriptions"),
+        ("/v1/audio/translations", "transcriptions"),
+        ("/v1/images/generations", "images"),
+        ("/v1/images/edits", "images"),
+        ("/v1/embeddings", "generic"),
+        ("/", "generic"),
+        ("", "generic"),
+    ],
+)
+def test_the_path_tells_the_dialect(path: str, name: str) -> None:
+    assert dialect_of(path).name == name
+
+
+def test_dialects_have_names_of_their_own() -> None:
+    assert len(BY_NAME) == len(DIALECTS)
+
+
+RESPONSE = {"status": "completed", "usage": {"input_tokens": 3, "output_tokens": 2}}
+TEXT_DELTA = {"type": "content_block_delta", "index": 0}
+GEMINI_TEXT = {"content": {"parts": [{"text": "Hi"}]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("responses", {"type": "response.output_text.delta", "delta": "Hi"}),
+        ("responses", {"type": "response.refusal.delta", "delta": "No"}),
+        ("responses", {"type": "response.reasoning_summary_text.delta", "delta": "Hm"}),
+        ("responses", {"type": "response.function_call_arguments.delta", "delta": "{"}),
+        ("responses", {"type": "response.image_generation_call.partial_image", "partial_image_b64": "iVBORw0KGgo"}),
+        ("messages", TEXT_DELTA | {"delta": {"type": "text_delta", "text": "Hi"}}),
+        ("messages", TEXT_DELTA | {"delta": {"type": "thinking_delta", "thinking": "Hm"}}),
+        ("messages", TEXT_DELTA | {"delta": {"type": "input_json_delta", "partial_json": "{"}}),
+        ("gemini", {"candidates": [GEMINI_TEXT]}),
+        ("gemini", {"candidates": [{"content": {"parts": [{"functionCall": {"name": "f"}}]}}]}),
+        ("speech", {"type": "speech.audio.delta", "audio": "UklGRg=="}),
+        ("transcriptions", {"type": "transcript.text.delta", "delta": "Hi"}),
+        ("transcriptions", {"type": "transcript.text.segment", "text": "Hi"}),
+        ("images", {"type": "image_generation.partial_image", "b64_json": "iVBORw0KGgo"}),
+        ("assistants", {"object": "thread.message.delta", "delta": {"content": [{"text": {"value": "Hi"}}]}}),
+        ("assistants", {"object": "thread.run.step.delta", "delta": {"step_details": {"type": "tool_calls"}}}),
+    ],
+)
+def test_generated_content_is_a_delta(name: str, document: dict[str, Any]) -> None:
+    meaning = read(name, document)
+    assert meaning.delta
+    assert meaning._replace(delta=False) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("responses", {"type": "response.created", "response": RESPONSE | {"usage": None, "status": "in_progress"}}),
+        ("responses", {"type": "response.output_text.delta", "delta": ""}),
+        ("responses", {"type": "response.output_text.done", "text": "usage"}),
+        ("messages", {"type": "ping"}),
+        ("messages", {"type": "content_block_start", "content_block": {"type": "text", "text": ""}}),
+        ("messages", TEXT_DELTA | {"delta": {"type": "input_json_delta", "partial_json": ""}}),
+        ("messages", TEXT_DELTA | {"delta": {"type": "signature_delta", "signature": "EqQB"}}),
+        ("gemini", {"candidates": [{"content": {"parts": [{"text": ""}]}}]}),
+        ("gemini", {"candidates": [{"content": {"role": "model"}}]}),
+        ("speech", {"type": "speech.audio.delta", "audio": ""}),
+        ("transcriptions", {"type": "transcript.text.delta", "delta": ""}),
+        ("assistants", {"object": "thread", "id": "t"}),
+        ("assistants", {"object": "thread.message.delta", "delta": {"content": [{"text": {"value": ""}}]}}),
+        ("assistants", {"object": "thread.run.step", "usage": {"prompt_tokens": 20, "completion_tokens": 11}}),
+    ],
+)
+def test_what_generates_nothing_means_nothing(name: str, document: dict[str, Any]) -> None:
+    assert read(name, document) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "expected"),
+    [
+        (
+            "responses",
+            {"type": "response.completed", "response": RESPONSE},
+            Meaning(False, Usage(3, 2), "completed", True),
+        ),
+        (
+            "responses",
+            {"type": "response.incomplete", "response": RESPONSE | {"status": "incomplete"}},
+            Meaning(False, Usage(3, 2), "incomplete", True),
+        ),
+        (
+            "responses",
+            {"type": "response.failed", "response": {"status": "failed", "error": {}}},
+            Meaning(finish="failed", end=True, error=True),
+        ),
+        ("responses", {"object": "response", **RESPONSE}, Meaning(usage=Usage(3, 2), finish="completed")),
+        ("messages", {"type": "message_stop"}, END),
+        (
+            "messages",
+            {"type": "message", "stop_reason": "end_turn", "usage": {"input_tokens": 3, "output_tokens": 2}},
+            Meaning(usage=Usage(3, 2), finish="end_turn"),
+        ),
+        (
+            "gemini",
+            {"candidates": [GEMINI_TEXT | {"finishReason": "STOP"}], "usageMetadata": {"promptTokenCount": 3}},
+            Meaning(True, Usage(3), "STOP", True),
+        ),
+        (
+            "speech",
+            {"type": "speech.audio.done", "usage": {"input_tokens": 3, "output_tokens": 2}},
+            Meaning(False, Usage(3, 2), "speech.audio.done", True),
+        ),
+        (
+            "transcriptions",
+            {"type": "transcript.text.done", "text": "Hi", "usage": {"type": "duration", "seconds": 9.5}},
+            Meaning(False, Usage(seconds=9.5), "transcript.text.done", True),
+        ),
+        ("transcriptions", {"text": "Hi", "usage": {"seconds": 3}}, Meaning(usage=Usage(seconds=3.0))),
+        (
+            "images",
+            {
+                "type": "image_edit.completed",
+                "b64_json": "iVBORw0KGgo",
+                "usage": {"input_tokens": 3, "output_tokens": 2},
+            },
+            Meaning(True, Usage(3, 2), "completed", True),
+        ),
+        (
+            "assistants",
+            {"object": "thread.run", "status": "completed", "usage": {"prompt_tokens": 3, "completion_tokens": 2}},
+            Meaning(usage=Usage(3, 2), finish="completed"),
+        ),
+        ("assistants", {"object": "thread.run", "status": "failed"}, Meaning(finish="failed", error=True)),
+        ("generic", {"data": [], "usage": {"prompt_tokens": 8}}, Meaning(usage=Usage(8))),
+        ("generic", {"results": [], "usage": {"input_tokens": 8}}, Meaning(usage=Usage(8))),
+    ],
+)
+def test_ends_tell_usage_and_why(name: str, document: dict[str, Any], expected: Meaning) -> None:
+    assert read(name, document) == expected
+
+
+def test_counts_of_messages_are_overlaid_not_replaced_and_not_added() -> None:
+    first = {"input_tokens": 25, "cache_read_input_tokens": 900, "output_tokens": 1}
+    start = read("messages", {"type": "message_start", "message": {"usage": first}})
+    later = read(
+        "messages", {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 57}}
+    )
+    assert not start.overlay
+    assert later.overlay
+    assert start.usage is not None
+    assert later.usage is not None
+    assert start.usage.overlaid(later.usage) == Usage(25, 57, 900)
+    assert later.finish == "end_turn"
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 4}, Usage(9, None, 4)),
+        ({"input_tokens": 9, "input_tokens_details": {"cached_tokens": 4}}, Usage(9, None, 4)),
+        ({"output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 4}}, Usage(None, 9, None, 4)),
+        ({"promptTokenCount": 9, "cachedContentTokenCount": 4, "thoughtsTokenCount": 2}, Usage(9, None, 4, 2)),
+        ({"input_tokens": 9, "output_tokens": -1}, Usage(9)),
+        ({"input_tokens": "9", "output_tokens": 1}, Usage(None, 1)),
+        ({"seconds": -1}, None),
+        ({"seconds": "9"}, None),
+        ({"input_tokens": 10**15}, None),
+        ({}, None),
+    ],
+)
+def test_counts_are_found_under_every_name_and_garbage_is_none(usage: dict[str, Any], expected: Usage | None) -> None:
+    assert read("speech", {"type": "speech.audio.done", "usage": usage}).usage == expected
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_an_error_event_is_an_error_in_every_dialect(dialect: Dialect) -> None:
+    nested = b'{"type":"error","error":{"message":"overloaded"}}'
+    assert dialect.read(b"error", nested).error
+    assert dialect.read(b"error", b"not json").error
+    if dialect.name not in ("assistants", "messages"):
+        assert dialect.read(b"", b'{"error":{"message":"overloaded"}}').error
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_usage_beside_what_has_the_wrong_type_is_still_found(dialect: Dialect) -> None:
+    meaning = dialect.read(b"", b'{"choices":7,"type":7,"object":7,"candidates":7,"usage":{"prompt_tokens":3}}')
+    assert meaning.usage == Usage(3)
+    assert not meaning.understood
+
+
+KEYS = st.sampled_from(
+    "type object response message delta content parts candidates text usage usageMetadata status error step_details "
+    "audio b64_json input_tokens output_tokens thoughtsTokenCount seconds finishReason other".split()
+)
+TYPES = st.sampled_from(
+    "response.completed response.output_text.delta message_start message_delta content_block_delta speech.audio.done "
+    "image_edit.completed thread.run thread.message.delta".split()
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | TYPES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@settings(max_examples=150, deadline=None)
+@given(document=st.dictionaries(KEYS, VALUES | TYPES, max_size=6), kind=st.sampled_from([b"", b"error", b"thread.run"]))
+def test_arbitrary_documents_never_raise_and_count_only_counts(
+    dialect: Dialect, document: dict[str, Any], kind: bytes
+) -> None:
+    meaning = dialect.read(kind, json.dumps(document).encode())
+    assert meaning.finish is None or isinstance(meaning.finish, str)
+    for count in meaning.usage or ():
+        assert count is None or 0 <= count < 10**15
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=60))
+def test_arbitrary_bytes_never_raise(dialect: Dialect, data: bytes) -> None:
+    assert dialect.read(b"", data).usage is None
+
+
+def test_a_lone_done_ends_every_dialect_of_openai() -> None:
+    for name in ("chat", "completions", "responses", "assistants", "speech", "transcriptions", "images", "generic"):
+        assert BY_NAME[name].read(b"", b"[DONE]") == END
+    assert DELTA.delta
