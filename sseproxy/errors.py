@@ -22,6 +22,7 @@ from __future__ import annotations
 import enum
 import errno
 import json
+import os
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -73,7 +74,9 @@ class ListenError(SseproxyError):
     """A listening socket cannot be had. `option` is where its address is configured."""
 
     def __init__(self, option: str, address: str, cause: OSError) -> None:
-        super().__init__(f"{option}: cannot listen on {address}: {(cause.strerror or str(cause)).lower()}")
+        # A name that does not resolve has a negative number of its own; what bind() says repeats the address.
+        reason = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause.strerror)
+        super().__init__(f"{option}: cannot listen on {address}: {reason.lower()}")
         self.option = option
         self.in_use = cause.errno == errno.EADDRINUSE
 

@@ -1,0 +1,157 @@
+"""`sseproxy` as a person runs it: a process, its lines, its ports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import ClientSession
+
+from .harness import DEADLINE, Peer
+
+
+async def until_true(condition: Callable[[], bool]) -> None:
+    """Polls a condition of another process, which has no event to wait on."""
+    async with asyncio.timeout(DEADLINE):
+        while not condition():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def alive(pid: int) -> bool:
+    """False for a zombie as well: it only waits for its parent to look."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@dataclass
+class Served:
+    """A running `sseproxy serve`."""
+
+    process: asyncio.subprocess.Process
+    lines: list[str]
+    port: int
+    admin: int
+    errors: bytearray
+    peers: list[Peer] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def workers(self) -> list[int]:
+        return children(self.pid)
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.decode()
+
+    async def connect(self) -> Peer:
+        peer = Peer(*await asyncio.open_connection("127.0.0.1", self.port))
+        self.peers.append(peer)
+        return peer
+
+    async def get(self, path: str, accept: str = "text/plain") -> tuple[int, str, str]:
+        """Status, content type and body from the admin listener."""
+        async with (
+            ClientSession() as session,
+            session.get(f"http://127.0.0.1:{self.admin}{path}", headers={"Accept": accept}) as response,
+        ):
+            return response.status, response.headers["Content-Type"], await response.text()
+
+    async def samples(self) -> dict[str, float]:
+        """`/metrics`, by its lines without their values."""
+        _, _, text = await self.get("/metrics")
+        found = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name.removeprefix("sseproxy_"): float(value) for name, _, value in found}
+
+    async def sample(self, pattern: str) -> float:
+        """The sum of the samples whose whole line before the value matches `pattern`."""
+        return sum(value for name, value in (await self.samples()).items() if re.fullmatch(pattern, name))
+
+    async def until(self, pattern: str, value: float) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while await self.sample(pattern) != value:  # noqa: ASYNC110 - another process's state
+                await asyncio.sleep(0.02)
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(DEADLINE):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
+    """Runs `sseproxy serve ARGUMENTS` until it listens, and ends it and its workers if the test has not."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sseproxy", "serve", *arguments),
+        env=os.environ | environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors = bytearray()
+    reader = asyncio.get_running_loop().create_task(_collect(process.stderr, errors))
+    workers: list[int] = []
+    served: Served | None = None
+    try:
+        lines: list[str] = []
+        async with asyncio.timeout(DEADLINE):
+            while not lines or not lines[-1].startswith("  workers:"):
+                line = await process.stdout.readline()
+                assert line, errors.decode()
+                lines.append(line.decode().rstrip())
+        text = "\n".join(lines)
+        (port,) = re.findall(r"listens on http://\S+:(\d+)", text)
+        (admin,) = re.findall(r"metrics and health: http://\S+:(\d+)/metrics", text)
+        workers = children(process.pid)
+        served = Served(process, lines, int(port), int(admin), errors)
+        yield served
+    finally:
+        for peer in served.peers if served is not None else ():
+            peer.writer.transport.abort()
+        if process.returncode is None:
+            workers += children(process.pid)
+            process.kill()
+            await process.wait()
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        # The pipes are open as long as a worker holds its end of them.
+        await process.stdout.read()
+        await reader
+
+
+async def _collect(stream: asyncio.StreamReader, into: bytearray) -> None:
+    while part := await stream.read(65536):
+        into += part
+
+
+async def refused(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return True
+    writer.transport.abort()
+    return False
+
+
+async def until_refused(port: int) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not await refused(port):  # noqa: ASYNC110 - another process's state
+            await asyncio.sleep(0.02)

@@ -1,0 +1,191 @@
+"""The supervisor and its workers, as processes: starting, replacing, draining, dying."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
+from .served import Served, alive, serve, until_refused, until_true
+
+ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+
+
+async def begin_stream(served: Served, upstream: ScriptedUpstream) -> tuple[Peer, Peer]:
+    """A client and an upstream in the middle of a stream, of which the first token was received."""
+    client = await served.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    # Every stream is a connection of its own, whatever worker it comes from.
+    api.send(STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), chunk(delta("Hi")))
+    await client.read_until(chunk(delta("Hi")))
+    return client, api
+
+
+async def finish_stream(client: Peer, api: Peer) -> None:
+    api.send(chunk(usage(7, 2)), chunk(DONE), LAST_CHUNK)
+    assert (await client.read_until(LAST_CHUNK)).endswith(DONE + b"\r\n" + LAST_CHUNK)
+
+
+async def test_it_says_where_it_listens_and_measures_what_passes(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1") as served:
+        assert served.lines[0].startswith("sseproxy ")
+        assert f"  /v1  ->  {upstream.url}/v1" in served.lines
+        await finish_stream(*await begin_stream(served, upstream))
+        await served.until(r'requests_total\{code="200",outcome="completed",.*\}', 1)
+        assert await served.sample(r"time_to_first_token_seconds_count\{.*\}") == 1
+        assert await served.sample(r'tokens_total\{.*type="input".*\}') == 7
+        assert await served.sample("workers") == 1
+        assert await served.sample("process_open_fds") > 0
+
+
+async def test_the_admin_listener_negotiates_and_tells_health(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
+        await finish_stream(*await begin_stream(served, upstream))
+        await served.until(r"requests_total\{.*\}", 1)
+        status, content_type, text = await served.get("/metrics", "application/openmetrics-text; version=1.0.0")
+        assert status == 200
+        assert content_type.startswith("application/openmetrics-text")
+        assert text.endswith("# EOF\n")
+        assert re.search(r'time_to_first_token_seconds_bucket\{.*\} 1.0 # \{request_id="\w+"\}', text)
+        assert "_created" not in text
+        status, content_type, text = await served.get("/metrics")
+        assert content_type.startswith("text/plain")
+        assert "# EOF" not in text
+        assert (await served.get("/livez"))[0] == 200
+        assert (await served.get("/readyz"))[0] == 200
+        assert (await served.get("/nothing"))[0] == 404
+
+
+async def test_two_workers_share_the_port(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
+        assert len(served.workers) == 2
+        assert await served.sample("workers") == 2
+        streams = [await begin_stream(served, upstream) for _ in range(20)]
+        await served.until(r"streams_active\{.*\}", 20)
+        for stream in streams:
+            await finish_stream(*stream)
+        await served.until(r"requests_total\{.*\}", 20)
+        await served.until(r"(streams|requests)_active\{.*\}", 0)
+
+
+async def test_a_killed_worker_is_replaced_and_its_streams_are_cut_and_counted(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
+        await finish_stream(*await begin_stream(served, upstream))
+        client, api = await begin_stream(served, upstream)
+        await served.until(r"streams_active\{.*\}", 1)
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGKILL)
+        received, _ = await client.rest()
+        assert not received.endswith(LAST_CHUNK)
+        await api.gone()
+        await until_true(lambda: worker not in served.workers and len(served.workers) == 1)
+        await served.until("workers", 1)
+        assert await served.sample("worker_restarts_total") == 1
+        assert await served.sample(r"(streams|requests)_active\{.*\}") == 0
+        assert await served.sample(r'requests_total\{.*outcome="proxy_error".*\}') == 1
+        assert await served.sample(r'requests_total\{.*outcome="completed".*\}') == 1
+        await finish_stream(*await begin_stream(served, upstream))
+        await served.until(r'requests_total\{.*outcome="completed".*\}', 2)
+
+
+async def test_workers_that_die_again_and_again_are_started_later_and_later(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
+        for deaths in range(1, 5):
+            await until_true(lambda: bool(served.workers))
+            os.kill(served.workers[0], signal.SIGKILL)
+            await until_true(lambda expected=deaths: served.stderr.count("the next starts in") == expected)  # type: ignore[misc]
+        assert re.findall(r"the next starts in ([\d.]+)s", served.stderr) == ["0.1", "0.2", "0.4", "0.8"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains(upstream: ScriptedUpstream, number: signal.Signals) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
+        client, api = await begin_stream(served, upstream)
+        idle = await served.connect()
+        served.process.send_signal(number)
+        await idle.gone()
+        assert (await served.get("/readyz"))[0] == 503
+        assert (await served.get("/livez"))[0] == 200
+        await until_refused(served.port)
+        await finish_stream(client, api)
+        assert await served.ended() == 0
+
+
+def write_config(path: Path, upstream: ScriptedUpstream, drain_timeout: str) -> str:
+    file = path / "sseproxy.yaml"
+    file.write_text(
+        f"listen: 127.0.0.1:0\nadmin: {{listen: '127.0.0.1:0'}}\nworkers: 1\ndrain_timeout: {drain_timeout}\n"
+        f"upstreams:\n  - {{name: up, url: '{upstream.url}/v1'}}\n"
+        "routes:\n  - {name: api, match: {path: /v1}, upstream: up}\n"
+    )
+    return str(file)
+
+
+async def test_what_is_still_running_at_the_end_of_the_drain_is_told_so(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with serve("-c", write_config(tmp_path, upstream, "500ms")) as served:
+        client, api = await begin_stream(served, upstream)
+        waiting = await served.connect()
+        waiting.send(post())
+        await (await upstream.accept()).message()
+        served.process.send_signal(signal.SIGTERM)
+        received, _ = await client.rest()
+        assert b'event: error\ndata: {"type": "error"' in received
+        assert b'"code": "draining"' in received
+        assert not received.endswith(LAST_CHUNK)
+        response = await waiting.message()
+        assert response.status == 503
+        assert response.json()["error"]["code"] == "draining"
+        await api.gone()
+        assert await served.ended() == 0
+
+
+async def test_a_second_signal_ends_at_once(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
+        client, api = await begin_stream(served, upstream)
+        workers = served.workers
+        served.process.send_signal(signal.SIGTERM)
+        await until_true(lambda: "draining" in served.stderr)
+        served.process.send_signal(signal.SIGTERM)
+        assert await served.ended() == 128 + signal.SIGTERM
+        received, _ = await client.rest()
+        assert not received.endswith(LAST_CHUNK)
+        await api.gone()
+        await until_true(lambda: not any(map(alive, workers)))
+
+
+async def test_workers_whose_supervisor_died_finish_and_go(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
+        client, api = await begin_stream(served, upstream)
+        workers = served.workers
+        served.process.kill()
+        await served.ended()
+        await until_refused(served.port)
+        await finish_stream(client, api)
+        await until_true(lambda: not any(map(alive, workers)))
+        assert "Traceback" not in served.stderr
+
+
+@pytest.mark.parametrize("option", ["listen", "admin"])
+async def test_a_port_that_is_taken_is_one_line(upstream: ScriptedUpstream, option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sseproxy", "serve", "--upstream", upstream.url, *ANYWHERE),
+            *(f"--{option}", f"127.0.0.1:{port}"),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, errors = await asyncio.wait_for(process.communicate(), 10)
+    name = {"listen": "listen", "admin": "admin.listen"}[option]
+    assert errors.decode() == f"sseproxy: {name}: cannot listen on 127.0.0.1:{port}: address already in use\n"
+    assert process.returncode == 1
