@@ -1,0 +1,150 @@
+"""The command line, as it is typed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from math import inf
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from openai import AsyncOpenAI
+
+from sseproxy import __version__, cli
+from sseproxy.demo import Pace, answer, backend
+
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, ScriptedUpstream, chunk, post
+from .served import serve
+
+ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", "1")
+GOOD = """\
+upstreams:
+  - name: up
+    url: http://127.0.0.1:1/v1
+    api_key: ${KEY:-}
+routes:
+  - {name: api, match: {path: /v1}, upstream: up}
+"""
+
+
+def test_a_good_file_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+    assert cli.main(["check-config", str(file)]) == 0
+    assert capsys.readouterr() == (f"{file}: ok (1 route, 1 upstream)\n", "")
+
+
+def test_all_problems_of_a_file_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(GOOD.replace("upstream: up", "upstream: down") + "drain_timeout: 30\nlisten: nowhere\n")
+    assert cli.main(["check-config", str(file)]) == 1
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert [line.removeprefix(f"sseproxy: {file}:").split(": ")[1] for line in errors.splitlines()] == [
+        "routes[0].upstream",
+        "drain_timeout",
+        "listen",
+    ]
+
+
+def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "-c", "/nowhere/sseproxy.yaml"]) == 1
+    assert capsys.readouterr().err == "sseproxy: /nowhere/sseproxy.yaml: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--upstream", "not a url"], "--upstream"),
+        (["--upstream", "http://127.0.0.1:1", "--listen", "here"], "--listen"),
+        (["--upstream", "http://127.0.0.1:1", "--admin", "here"], "--admin"),
+        (["--upstream", "http://127.0.0.1:1", "--workers", "none"], "--workers"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_named(
+    arguments: list[str], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sseproxy: {flag}: expected ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["serve"],
+        ["serve", "-c", "x", "--upstream", "y"],
+        ["check-config"],
+        ["demo", "--rate", "0"],
+        ["demo", "--ttft", "-1"],
+        ["demo", "--tokens", "1.5"],
+    ],
+)
+def test_what_cannot_be_meant_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: sseproxy" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"sseproxy {__version__}\n"
+
+
+@pytest.fixture
+async def demo_port() -> AsyncIterator[int]:
+    runner = web.AppRunner(backend(Pace(ttft=0, rate=inf, tokens=5)), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield site.port
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
+async def test_an_upstream_with_and_without_a_path_serves_the_same_clients(demo_port: int, path: str) -> None:
+    async with serve("--upstream", f"http://127.0.0.1:{demo_port}{path}", *ANYWHERE) as served:
+        async with AsyncOpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="k", max_retries=0) as client:
+            stream = await client.chat.completions.create(
+                model="demo", stream=True, messages=[{"role": "user", "content": "Hello"}]
+            )
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            assert text == "".join(answer(5))
+
+
+async def test_a_key_from_the_environment_goes_upstream_and_nowhere_else(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = tmp_path / "sseproxy.yaml"
+    file.write_text(GOOD.replace("http://127.0.0.1:1", upstream.url))
+    async with serve("-c", str(file), *ANYWHERE, KEY="sk-planted") as served:
+        client = await served.connect()
+        client.send(post().replace(b"Host:", b"Authorization: Bearer sk-of-the-client\r\nHost:"))
+        api = await upstream.accept()
+        assert (await api.message()).all("authorization") == ["Bearer sk-planted"]
+        api.send(STREAM_HEAD, chunk(DONE), LAST_CHUNK)
+        received = (await client.message()).body
+        await served.until(r"requests_total\{.*\}", 1)
+        client.send(post())
+        await api.message()
+        api.send(b"HTTP/9.9 garbage\r\n\r\n")
+        received += (await client.message()).body
+        _, _, metrics = await served.get("/metrics")
+        served.process.terminate()
+        await served.ended()
+        said = "\n".join([*served.lines, served.stderr, metrics, received.decode()])
+        assert "sk-" not in said
+        assert str(upstream.port) not in received.decode()
+
+
+async def test_the_module_runs_as_the_command_does() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sseproxy", "--version", stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 10)
+    assert out.decode() == f"sseproxy {__version__}\n"
