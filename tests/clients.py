@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 import openai
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
 from .harness import DEADLINE, DONE
 
@@ -67,6 +67,11 @@ class Seen:
             self.finish = self.finish or choice.finish_reason
         return text
 
+    def take_whole(self, completion: ChatCompletion) -> None:
+        self.text = completion.choices[0].message.content or ""
+        self.finish = completion.choices[0].finish_reason
+        self.usage = completion.usage.to_dict() if completion.usage is not None else None
+
     def fail(self, error: openai.OpenAIError) -> None:
         name, body = type(error).__name__, getattr(error, "body", None)
         if isinstance(error, openai.APIStatusError):
@@ -90,6 +95,7 @@ class Ask:
         return [{"role": "user", "content": self.prompt}]
 
 
+_ASK = Ask()
 Told = Callable[[str], None]
 
 
@@ -127,8 +133,7 @@ def _read_sync(url: str, ask: Ask, told: Told) -> Seen:
                 seen.models = [client.models.retrieve(ask.model).id]
             elif ask.do == "complete":
                 completion = client.chat.completions.create(model=ask.model, messages=ask.messages)
-                seen.text, seen.finish = completion.choices[0].message.content or "", completion.choices[0].finish_reason
-                seen.usage = completion.usage.to_dict() if completion.usage is not None else None
+                seen.take_whole(completion)
             else:
                 for chunk in client.chat.completions.create(
                     model=ask.model,
@@ -143,11 +148,11 @@ def _read_sync(url: str, ask: Ask, told: Told) -> Seen:
     return seen
 
 
-async def read_with_python_sync(url: str, ask: Ask = Ask(), told: Told = _nobody) -> Seen:
+async def read_with_python_sync(url: str, ask: Ask = _ASK, told: Told = _nobody) -> Seen:
     return await asyncio.to_thread(_read_sync, url, ask, partial(asyncio.get_running_loop().call_soon_threadsafe, told))
 
 
-async def read_with_python_async(url: str, ask: Ask = Ask(), told: Told = _nobody) -> Seen:
+async def read_with_python_async(url: str, ask: Ask = _ASK, told: Told = _nobody) -> Seen:
     seen = Seen()
     async with async_client(url, max_retries=ask.retries) as client:
         try:
@@ -157,8 +162,7 @@ async def read_with_python_async(url: str, ask: Ask = Ask(), told: Told = _nobod
                 seen.models = [(await client.models.retrieve(ask.model)).id]
             elif ask.do == "complete":
                 completion = await client.chat.completions.create(model=ask.model, messages=ask.messages)
-                seen.text, seen.finish = completion.choices[0].message.content or "", completion.choices[0].finish_reason
-                seen.usage = completion.usage.to_dict() if completion.usage is not None else None
+                seen.take_whole(completion)
             else:
                 async for chunk in await client.chat.completions.create(
                     model=ask.model,
@@ -227,7 +231,7 @@ def curl(url: str, ask: Ask, *more: str) -> Child:
     return Child("curl", f"{url}/v1/chat/completions", "-sS", *more, *headers, "-N", "-d", data)
 
 
-async def read_with_node(url: str, ask: Ask = Ask(), told: Told = _nobody) -> Seen:
+async def read_with_node(url: str, ask: Ask = _ASK, told: Told = _nobody) -> Seen:
     scenario = "stream_usage" if ask.usage else ask.do
     async with node(url, scenario, prompt=ask.prompt, model=ask.model, retries=ask.retries, live=True) as child:
         while "delta" in (line := msgspec.json.decode(await child.read_until(b"\n"))):
@@ -236,13 +240,16 @@ async def read_with_node(url: str, ask: Ask = Ask(), told: Told = _nobody) -> Se
     return msgspec.convert(line, Seen)
 
 
-async def read_with_curl(url: str, ask: Ask = Ask(), told: Told = _nobody) -> Seen:
-    """Reads to the end marker; an application that uses curl has to know the format."""
+def parse(event: bytes) -> ChatCompletionChunk:
+    assert event.startswith(b"data: {")
+    return ChatCompletionChunk.construct(**msgspec.json.decode(event.removeprefix(b"data: ")))
+
+
+async def read_with_curl(url: str, ask: Ask = _ASK, told: Told = _nobody) -> Seen:
     seen = Seen()
     async with curl(url, ask) as child:
         while (event := await child.read_until(b"\n\n")) != DONE:
-            chunk = ChatCompletionChunk.construct(**msgspec.json.decode(event.removeprefix(b"data: ")))
-            if text := seen.take(chunk):
+            if text := seen.take(parse(event)):
                 told(text)
         assert await child.end() == (0, b"")
     return seen
@@ -255,20 +262,223 @@ SDKS: dict[str, Reader] = {
 }
 READERS: dict[str, Reader] = SDKS | {"curl": read_with_curl}
 
+
+class Application:
+    """A reader at work. `seen` is there when its block has ended."""
+
+    def __init__(self) -> None:
+        self.texts: asyncio.Queue[str] = asyncio.Queue()
+        self.seen = Seen()
+
+    async def text(self) -> str:
+        """The next piece of text that it has got."""
+        async with asyncio.timeout(DEADLINE):
+            return await self.texts.get()
+
+
+@contextlib.asynccontextmanager
+async def asking(read: Reader, url: str, ask: Ask = _ASK) -> AsyncIterator[Application]:
+    application = Application()
+    async with asyncio.TaskGroup() as tasks:
+        reading = tasks.create_task(read(url, ask, application.texts.put_nowait))
+        yield application
+    application.seen = reading.result()
+
+
 Leave = Callable[[], None]
 Leaver = Callable[[str], AbstractAsyncContextManager[Leave]]
-"""Runs the application while its block lasts. It leaves when it has the first text, or else when it is told to."""
+"""Runs the application while its block lasts. It leaves where its name says, or when it is told to."""
+
+SyncStream = openai.Stream[ChatCompletionChunk]
+AsyncStream = openai.AsyncStream[ChatCompletionChunk]
 
 
-async def _first_text(stream: openai.AsyncStream[ChatCompletionChunk]) -> None:
+def open_sync(client: openai.OpenAI) -> SyncStream:
+    return client.chat.completions.create(model=_ASK.model, messages=_ASK.messages, stream=True)
+
+
+async def open_async(client: openai.AsyncOpenAI) -> AsyncStream:
+    return await client.chat.completions.create(model=_ASK.model, messages=_ASK.messages, stream=True)
+
+
+def _break_and_close(client: openai.OpenAI) -> SyncStream:
+    stream = open_sync(client)
+    for chunk in stream:
+        if content(chunk):
+            break
+    stream.close()
+    return stream
+
+
+def _leave_with(client: openai.OpenAI) -> SyncStream:
+    with open_sync(client) as stream:
+        for chunk in stream:
+            if content(chunk):
+                return stream
+    raise AssertionError("there was no text")
+
+
+def _close_unread(client: openai.OpenAI) -> SyncStream:
+    stream = open_sync(client)
+    stream.close()
+    return stream
+
+
+def _give_up(client: openai.OpenAI) -> None:
+    try:
+        open_sync(client.with_options(timeout=0.2))
+    except openai.APITimeoutError:
+        return
+    raise AssertionError("there was an answer")
+
+
+@contextlib.asynccontextmanager
+async def _python_sync(leave: Callable[[openai.OpenAI], SyncStream | None], url: str) -> AsyncIterator[Leave]:
+    released = threading.Event()
+
+    def application() -> None:
+        with sync_client(url) as client:
+            kept = leave(client)
+            released.wait(2 * DEADLINE)
+            del kept
+
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(asyncio.to_thread(application))
+        try:
+            yield lambda: None
+            assert not running.done()
+        finally:
+            released.set()
+
+
+async def _async_break_and_close(client: openai.AsyncOpenAI, told: asyncio.Event) -> AsyncStream:
+    stream = await open_async(client)
     async for chunk in stream:
         if content(chunk):
             break
+    await stream.close()
+    return stream
 
 
-def _create(client: openai.AsyncOpenAI) -> Awaitable[openai.AsyncStream[ChatCompletionChunk]]:
-    return client.chat.completions.create(model="demo", messages=Ask().messages, stream=True)
+async def _leave_async_with(client: openai.AsyncOpenAI, told: asyncio.Event) -> AsyncStream:
+    async with await open_async(client) as stream:
+        async for chunk in stream:
+            if content(chunk):
+                break
+    return stream
 
 
-def _create_sync(client: openai.OpenAI) -> openai.Stream[ChatCompletionChunk]:
-    return client.chat.completions.create(model="demo", messages=Ask().messages, stream=True)
+async def _fail_in_try_finally(client: openai.AsyncOpenAI, told: asyncio.Event) -> AsyncStream:
+    stream = await open_async(client)
+    with contextlib.suppress(ZeroDivisionError):
+        try:
+            async for chunk in stream:
+                if content(chunk):
+                    raise ZeroDivisionError
+        finally:
+            await stream.close()
+    return stream
+
+
+async def _cancel_reading(client: openai.AsyncOpenAI, told: asyncio.Event) -> AsyncStream:
+    stream = await open_async(client)
+    has_text = asyncio.Event()
+
+    async def read() -> None:
+        async for chunk in stream:
+            if content(chunk):
+                has_text.set()
+
+    await _cancel(read(), has_text)
+    return stream
+
+
+async def _cancel_asking(client: openai.AsyncOpenAI, told: asyncio.Event) -> None:
+    await _cancel(open_async(client), told)
+
+
+async def _cancel(work: Coroutine[Any, Any, object], when: asyncio.Event) -> None:
+    task = asyncio.ensure_future(work)
+    await when.wait()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+async def _async_close_unread(client: openai.AsyncOpenAI, told: asyncio.Event) -> AsyncStream:
+    async with await open_async(client) as stream:
+        return stream
+
+
+@contextlib.asynccontextmanager
+async def _python_async(
+    leave: Callable[[openai.AsyncOpenAI, asyncio.Event], Awaitable[AsyncStream | None]], url: str
+) -> AsyncIterator[Leave]:
+    told, released = asyncio.Event(), asyncio.Event()
+
+    async def application() -> None:
+        async with async_client(url) as client:
+            kept = await leave(client, told)
+            await released.wait()
+            del kept
+
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(application())
+        yield told.set
+        assert not running.done()
+        released.set()
+
+
+@contextlib.asynccontextmanager
+async def _node(scenario: str, error: str | None, url: str) -> AsyncIterator[Leave]:
+    async with node(url, scenario, after=1) as child:
+        yield lambda: child.stdin.write(b"go\n")
+        seen = msgspec.json.decode(await child.read_until(b"\n"), type=Seen)
+        assert (seen.error and seen.error.name) == error
+        assert child.alive
+        assert await child.end() == (0, b"")
+
+
+@contextlib.asynccontextmanager
+async def _killed_curl(number: Signals, url: str) -> AsyncIterator[Leave]:
+    async with curl(url, _ASK) as child, asyncio.TaskGroup() as tasks:
+
+        async def leave() -> None:
+            while not content(parse(await child.read_until(b"\n\n"))):
+                pass
+            child.signal(number)
+
+        tasks.create_task(leave())
+        yield lambda: None
+
+
+@contextlib.asynccontextmanager
+async def _killed_curl_waiting(url: str) -> AsyncIterator[Leave]:
+    async with curl(url, _ASK) as child:
+        yield partial(child.signal, Signals.SIGKILL)
+
+
+BEFORE_HEAD: dict[str, Leaver] = {
+    "python-sync: timeout": partial(_python_sync, _give_up),
+    "python-async: cancelled": partial(_python_async, _cancel_asking),
+    "node: AbortController": partial(_node, "abort_before_head", "APIUserAbortError"),
+    "curl: SIGKILL": _killed_curl_waiting,
+}
+BEFORE_TEXT: dict[str, Leaver] = {
+    "python-sync: close": partial(_python_sync, _close_unread),
+    "python-async: async with": partial(_python_async, _async_close_unread),
+}
+AT_FIRST_TEXT: dict[str, Leaver] = {
+    "python-sync: break, close": partial(_python_sync, _break_and_close),
+    "python-sync: with": partial(_python_sync, _leave_with),
+    "python-async: break, close": partial(_python_async, _async_break_and_close),
+    "python-async: async with": partial(_python_async, _leave_async_with),
+    "python-async: cancelled": partial(_python_async, _cancel_reading),
+    "python-async: try, finally": partial(_python_async, _fail_in_try_finally),
+    "node: break": partial(_node, "break", None),
+    "node: abort": partial(_node, "abort", None),
+    "node: try, finally": partial(_node, "try_finally", None),
+    "curl: SIGKILL": partial(_killed_curl, Signals.SIGKILL),
+    "curl: SIGTERM": partial(_killed_curl, Signals.SIGTERM),
+}
