@@ -109,13 +109,18 @@ class ExchangeError(SseproxyError):
         """The body of an error response."""
         return json.dumps({"error": self.document()}).encode() + b"\n"
 
-    def event(self) -> bytes:
+    def event(self, sequence_number: int | None = None) -> bytes:
         """The error as an event within a stream.
 
-        `event: error` together with a nested `error` is the one form on which every OpenAI SDK raises, whatever
-        follows it on the connection.
+        `event: error` together with a nested `error` is the one form on which every SDK of OpenAI and Anthropic
+        raises, whatever follows it on the connection. With a `sequence_number` it is the Responses API's as well,
+        which has the same fields at the top level.
         """
-        return b"event: error\ndata: " + json.dumps({"type": "error", "error": self.document()}).encode() + b"\n\n"
+        event: dict[str, object] = {"type": "error", "error": self.document()}
+        if sequence_number is not None:
+            flat = {"code": self.code, "message": self.message, "param": None}
+            event = {"type": "error", "sequence_number": sequence_number, **flat, "error": self.document()}
+        return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
 
 
 class RequestError(ExchangeError):

@@ -249,22 +249,22 @@ class Inspector:
     def end(self) -> None:
         """The body is complete."""
 
-    @property
-    def at_boundary(self) -> bool:
-        """True if an error event could be added to what was forwarded so far."""
-        return False
+    def farewell(self, error: ExchangeError) -> bytes:
+        """What may still be forwarded to say that `error` ends the body; empty where nothing can be understood."""
+        return b""
 
 
 class StreamInspector(Inspector):
     """An event stream in `dialect`."""
 
-    __slots__ = ("_awaits_token", "_clock", "_exchange", "_parser", "_read")
+    __slots__ = ("_awaits_token", "_clock", "_exchange", "_numbered", "_parser", "_read")
 
     def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock) -> None:
         self._exchange = exchange
         self._clock = clock
         self._parser = EventParser(MAX_LARGE_EVENT if dialect.large else MAX_EVENT)
         self._read = dialect.read
+        self._numbered = dialect.numbered
         self._awaits_token = dialect.generates
         if dialect.generates:
             clock.enter("first_token", exchange.received_at)
@@ -281,9 +281,10 @@ class StreamInspector(Inspector):
                 self._awaits_token = False
                 self._clock.enter("idle", read_at)
 
-    @property
-    def at_boundary(self) -> bool:
-        return self._parser.at_boundary
+    def farewell(self, error: ExchangeError) -> bytes:
+        if not self._parser.at_boundary:
+            return b""
+        return error.event(self._exchange.events if self._numbered else None)
 
 
 class JsonInspector(Inspector):

@@ -154,9 +154,10 @@ class Pump:
             return
         self._detach()
         self._upstream.abort()
-        if self._extendable and self._inspector.at_boundary and self._downstream.left_at is None:
-            event = error.event()
-            self._write(frame(event) if self._chunked_out else event)
+        if self._extendable and self._downstream.left_at is None:
+            event = self._inspector.farewell(error)
+            if event:
+                self._write(frame(event) if self._chunked_out else event)
         self.done.set_exception(error)
 
     def _detach(self) -> None:

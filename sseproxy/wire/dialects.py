@@ -63,7 +63,8 @@ FAILED: Final = Meaning(error=True)
 class Dialect(NamedTuple):
     """`read(type, data)` is the meaning of an event; `path` matches the path on the upstream's side.
 
-    `generates`: its streams have a first token to wait for. `large`: its events may have megabytes.
+    `generates`: its streams have a first token to wait for. `large`: its events may have megabytes. `numbered`: its
+    events carry their number in the stream.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Dialect(NamedTuple):
     read: Callable[[bytes, bytes], Meaning]
     generates: bool = True
     large: bool = False
+    numbered: bool = False
 
 
 # The fields are Raw, because a known key may hold anything: a wrong type in one, or a string that is no Unicode, must
@@ -508,7 +510,7 @@ def read_run(kind: bytes, data: bytes) -> Meaning:
 DIALECTS: Final = (
     Dialect("chat", re.compile(r"/chat/completions$"), read_completion),
     Dialect("completions", re.compile(r"/completions$"), read_completion),
-    Dialect("responses", re.compile(r"/responses(/[^/]+)?$"), read_response, large=True),
+    Dialect("responses", re.compile(r"/responses(/[^/]+)?$"), read_response, large=True, numbered=True),
     Dialect("assistants", re.compile(r"/threads/(runs|[^/]+/runs(/[^/]+(/submit_tool_outputs)?)?)$"), read_run),
     Dialect("messages", re.compile(r"(?<!/threads)/messages$|:streamRawPredict$"), read_message),
     Dialect("gemini", re.compile(r":(streamG|g)enerateContent$"), read_gemini, large=True),
