@@ -93,7 +93,7 @@ async def test_a_cut_within_an_event_raises_as_well(start: StartProxy, play: Pla
     upstream = await play(cut)
     proxy = await start(upstream.url)
     # Anthropic's SDK lets its transport's exception through, OpenAI's wraps it.
-    with pytest.raises(Exception, match="incomplete chunked read|Connection error") as raised:
+    with pytest.raises(Exception, match=r"incomplete chunked read|Connection error") as raised:
         async for _ in CLIENTS[api](proxy.url):
             pass
     assert "incomplete chunked read" in f"{raised.value!r} {raised.value.__cause__!r}"
