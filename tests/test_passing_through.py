@@ -359,3 +359,51 @@ async def test_a_compressed_stream_passes_unread(proxy: RunningProxy, upstream: 
     assert response.get("content-encoding") == "gzip"
     assert response.body == compressed
     assert await proxy.ended() == {"completed": 1}
+
+
+async def test_what_follows_a_connect_is_not_taken_for_a_request(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client = await proxy.connect()
+    client.send(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n", post())
+    assert (await client.message()).get("connection") == "close"
+    await client.gone()
+    assert await proxy.ended() == {"rejected": 1}
+    assert upstream.connections == 0
+
+
+async def test_an_upgrade_is_ignored_and_the_connection_goes_on(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client = await proxy.connect()
+    upgrade = b"GET /v1/ws HTTP/1.1\r\nHost: p\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    client.send(upgrade, post())
+    api = await upstream.accept()
+    request = await api.message()
+    assert (request.get("upgrade"), request.get("connection")) == (None, None)
+    api.send(b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\n\r\n")
+    assert (await client.message()).status == 426
+    assert (await api.message()).start_line.startswith("POST")
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (await client.message()).body == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n"), ("GET", b"HTTP/1.1 304 Not Modified\r\n\r\n")],
+)
+async def test_a_body_where_none_may_be_reaches_nobody(
+    proxy: RunningProxy, upstream: ScriptedUpstream, method: str, head: bytes
+) -> None:
+    client = await proxy.connect()
+    client.send(f"{method} /v1/files HTTP/1.1\r\nHost: p\r\n\r\n".encode())
+    api = await upstream.accept()
+    await api.message()
+    api.send(head, b"evil")
+    await client.message(bodiless=True)
+    await api.gone()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood")
+    assert (await client.message()).body == b"good"

@@ -197,9 +197,13 @@ class _Relay:
         return self._exchange
 
     def _can_keep_alive(self) -> bool:
-        """The connection can take another request: this one is wholly read, its response framed."""
+        """The connection can take another request: this one is wholly read, its response framed.
+
+        What follows a CONNECT was meant for whoever it was to connect to.
+        """
         return (
             self._request.keep_alive
+            and self._request.method != "CONNECT"
             and not self._proxy.draining
             and self._request.content.is_eof()
             and self._framing_out != "close"

@@ -127,13 +127,13 @@ class Pump:
     def pause_writing(self) -> None:
         """The client takes less than the upstream sends."""
         if not self.done.done():
-            self._upstream.transport.pause_reading()
+            self._upstream.protocol.pause()
             self._clock.client_blocked(self._downstream.stall_detector())
 
     def resume_writing(self) -> None:
         if not self.done.done():
             self._clock.client_unblocked()
-            self._upstream.transport.resume_reading()
+            self._upstream.protocol.resume()
 
     def _complete(self, *, reusable: bool) -> None:
         if not self.done.done():

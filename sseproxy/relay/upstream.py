@@ -110,7 +110,7 @@ class RelayProtocol(ResponseHandler):
         self._sink = sink
         held, self._held = self._held, b""
         if len(held) > _HELD_LIMIT:
-            self._resume_transport_reading()
+            self.resume()
         if held:
             sink.data_received(held)
         if self._connection_lost_called and self._sink is not None:
@@ -122,6 +122,13 @@ class RelayProtocol(ResponseHandler):
         if not reusable or self._held:
             self._should_close = True
         self._held = b""
+
+    def pause(self) -> None:
+        """Reads no more until `resume`; does nothing once the connection is gone."""
+        self._pause_transport_reading()
+
+    def resume(self) -> None:
+        self._resume_transport_reading()
 
     async def send(self, data: bytes) -> None:
         """Writes `data`, and waits until the upstream takes more. Raises ConnectionError if it is gone."""
@@ -138,7 +145,7 @@ class RelayProtocol(ResponseHandler):
         elif self._head.done():
             self._held += data
             if len(self._held) > _HELD_LIMIT:
-                self._pause_transport_reading()
+                self.pause()
         else:
             self._held += data
             try:
