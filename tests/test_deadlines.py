@@ -45,6 +45,24 @@ async def test_head(start: StartProxy, upstream: ScriptedUpstream) -> None:
     assert (await (await upstream.accept()).message()).start_line.startswith("POST")
 
 
+async def test_the_time_to_a_head_begins_when_the_upload_has_ended(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, timeouts={"head": 2 * SHORT})
+    client = await proxy.connect()
+    client.send(b"POST /v1/files HTTP/1.1\r\nHost: proxy\r\nContent-Length: 10\r\n\r\n")
+    api = await upstream.accept()
+    await api.head()
+    for _ in range(10):
+        client.send(b"x")
+        assert await api.read(1) == b"x"
+        # To take its time is what makes an upload slow.
+        await asyncio.sleep(SHORT / 2)
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (await client.message()).body == b"ok"
+    assert await proxy.ended() == {"completed": 1}
+
+
 async def test_first_token_is_not_met_by_comments_and_roles(start: StartProxy, upstream: ScriptedUpstream) -> None:
     proxy = await start(upstream.url, timeouts={"first_token": SHORT, "idle": 0.1})
     client = await proxy.connect()

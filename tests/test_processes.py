@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
+import resource
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
-from .served import Served, alive, serve, until_refused, until_true
+from .served import Served, alive, run, serve, until_refused, until_true
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 
@@ -77,6 +76,15 @@ async def test_two_workers_share_the_port(upstream: ScriptedUpstream) -> None:
         await served.until(r"(streams|requests)_active\{.*\}", 0)
 
 
+async def test_each_worker_serves_alone_while_the_other_stands_still(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
+        for worker in served.workers:
+            os.kill(worker, signal.SIGSTOP)
+            await finish_stream(*await begin_stream(served, upstream))
+            os.kill(worker, signal.SIGCONT)
+        await served.until(r'requests_total\{.*outcome="completed".*\}', 2)
+
+
 async def test_a_killed_worker_is_replaced_and_its_streams_are_cut_and_counted(upstream: ScriptedUpstream) -> None:
     async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
         await finish_stream(*await begin_stream(served, upstream))
@@ -106,6 +114,20 @@ async def test_workers_that_die_again_and_again_are_started_later_and_later(upst
         assert re.findall(r"the next starts in ([\d.]+)s", served.stderr) == ["0.1", "0.2", "0.4", "0.8"]
 
 
+async def test_a_worker_that_cannot_be_started_is_started_as_soon_as_it_can_be(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
+        (worker,) = served.workers
+        limit = resource.prlimit(served.pid, resource.RLIMIT_NOFILE)
+        # Below what is in use since the start: nothing can be opened any more.
+        resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (8, limit[1]))
+        os.kill(worker, signal.SIGKILL)
+        await until_true(lambda: "could not be started" in served.stderr)
+        resource.prlimit(served.pid, resource.RLIMIT_NOFILE, limit)
+        await served.until("workers", 1)
+        assert await served.sample("worker_restarts_total") == 1
+        await finish_stream(*await begin_stream(served, upstream))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains(upstream: ScriptedUpstream, number: signal.Signals) -> None:
     async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
@@ -113,7 +135,8 @@ async def test_a_signal_drains(upstream: ScriptedUpstream, number: signal.Signal
         idle = await served.connect()
         served.process.send_signal(number)
         await idle.gone()
-        assert (await served.get("/readyz"))[0] == 503
+        status, _, reason = await served.get("/readyz")
+        assert (status, reason) == (503, "draining\n")
         assert (await served.get("/livez"))[0] == 200
         await until_refused(served.port)
         await finish_stream(client, api)
@@ -146,18 +169,20 @@ async def test_what_is_still_running_at_the_end_of_the_drain_is_told_so(
         response = await waiting.message()
         assert response.status == 503
         assert response.json()["error"]["code"] == "draining"
+        assert response.get("retry-after") == "1"
         await api.gone()
         assert await served.ended() == 0
 
 
-async def test_a_second_signal_ends_at_once(upstream: ScriptedUpstream) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_at_once(upstream: ScriptedUpstream, number: signal.Signals) -> None:
     async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
         client, api = await begin_stream(served, upstream)
         workers = served.workers
-        served.process.send_signal(signal.SIGTERM)
+        served.process.send_signal(number)
         await until_true(lambda: "draining" in served.stderr)
-        served.process.send_signal(signal.SIGTERM)
-        assert await served.ended() == 128 + signal.SIGTERM
+        served.process.send_signal(number)
+        assert await served.ended() == 128 + number
         received, _ = await client.rest()
         assert not received.endswith(LAST_CHUNK)
         await api.gone()
@@ -180,12 +205,9 @@ async def test_workers_whose_supervisor_died_finish_and_go(upstream: ScriptedUps
 async def test_a_port_that_is_taken_is_one_line(upstream: ScriptedUpstream, option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sseproxy", "serve", "--upstream", upstream.url, *ANYWHERE),
-            *(f"--{option}", f"127.0.0.1:{port}"),
-            stderr=asyncio.subprocess.PIPE,
+        status, out, errors = await run(
+            "serve", "--upstream", upstream.url, *ANYWHERE, f"--{option}", f"127.0.0.1:{port}"
         )
-        _, errors = await asyncio.wait_for(process.communicate(), 10)
     name = {"listen": "listen", "admin": "admin.listen"}[option]
-    assert errors.decode() == f"sseproxy: {name}: cannot listen on 127.0.0.1:{port}: address already in use\n"
-    assert process.returncode == 1
+    assert errors == f"sseproxy: {name}: cannot listen on 127.0.0.1:{port}: address already in use\n"
+    assert (status, out) == (1, "")

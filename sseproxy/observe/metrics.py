@@ -33,6 +33,8 @@ DURATION: Final = (
 # The proxy's own share: from tens of microseconds, where it belongs, to what would wake somebody up.
 OWN_DELAY: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0)
 
+_OPENMETRICS: Final = "application/openmetrics-text"
+
 Labels = tuple[str, ...]
 
 
@@ -317,7 +319,8 @@ def exposition(registry: Registry, accept: str) -> tuple[bytes, str]:
     served = CollectorRegistry()
     served.register(registry)
     ProcessCollector(registry=served)
-    encode, content_type = choose_encoder(accept)
+    # The library fails on versions that are no numbers, and answers with whatever version it is asked for.
+    encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accept else "")
     return encode(served), content_type
 
 

@@ -24,6 +24,8 @@ FLUSH_INTERVAL = 0.1
 LAG_INTERVAL = 0.5
 # nginx's status for a client that closed the connection before it was answered.
 _CLIENT_CLOSED_REQUEST = 499
+# OpenMetrics allows an exemplar's label names and values 128 characters together; clients may choose longer ids.
+_EXEMPLAR_ID = 128 - len("request_id")
 
 _HEADER = struct.Struct("!I")
 _encode = msgspec.msgpack.Encoder().encode
@@ -166,8 +168,9 @@ class RouteObserver:
 
     def first_token(self, seconds: float, request_id: str) -> None:
         bucket = self._first_token.observe(seconds)
-        at = time.time()  # noqa: TID251 - an exemplar's timestamp is wall-clock time
-        self._first_token.exemplars[bucket] = ExemplarValue(seconds, request_id, at)
+        if len(request_id) <= _EXEMPLAR_ID:
+            at = time.time()  # noqa: TID251 - an exemplar's timestamp is wall-clock time
+            self._first_token.exemplars[bucket] = ExemplarValue(seconds, request_id, at)
 
     def gap(self, seconds: float) -> None:
         self._gaps.observe(seconds)

@@ -173,28 +173,38 @@ class Supervisor:
         backoff = 0.0
         while not self._stopping.is_set():
             started = perf_counter()
-            status = await self._run_worker()
+            try:
+                fate = f"ended with status {await self._run_worker()}"
+                ended = True
+            except OSError as error:
+                # Out of descriptors, processes or memory; there may be some again.
+                fate, ended = f"could not be started ({error})", False
             if self._stopping.is_set():
                 return
-            self._recorder.count(metrics.RESTARTS, ())
+            if ended:
+                self._recorder.count(metrics.RESTARTS, ())
             lived = perf_counter() - started
             backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
-            log.error("a worker ended with status %d after %.1fs; the next starts in %.1fs", status, lived, backoff)
+            log.error("a worker %s after %.1fs; the next starts in %.1fs", fate, lived, backoff)
             try:
                 await asyncio.wait_for(self._stopping.wait(), backoff)
             except TimeoutError:
                 continue
 
     async def _run_worker(self) -> int:
-        """Runs one worker to its end; returns its exit status."""
+        """Runs one worker to its end; returns its exit status. Raises `OSError` if there is no starting one."""
         assert self._listener is not None
         ours, theirs = socket.socketpair()
         number, self._next_id = self._next_id, self._next_id + 1
         fds = [theirs.fileno(), self._listener.fileno()]
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds), pass_fds=fds
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds), pass_fds=fds
+                )
+            except OSError:
+                ours.close()
+                raise
         self._processes[number] = process
         if self._stopping.is_set():
             process.terminate()

@@ -220,7 +220,11 @@ class _Relay:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(None)
         exchange.status = error.status
-        return Answer(error, keep_alive=self._can_keep_alive(), extra=[(b"X-Request-Id", self._request_id)])
+        extra = [(b"X-Request-Id", self._request_id)]
+        if error.status == 503:
+            # Another replica, or this one's successor, takes it now.
+            extra.append((b"Retry-After", b"1"))
+        return Answer(error, keep_alive=self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
         route, path, query, body = await self._route()
@@ -292,9 +296,10 @@ class _Relay:
 
     async def _send(self, upstream: Upstream, target: str, body: bytes | None, *, read: bool) -> ResponseHead:
         """Phases 3, Send, and 4, Head: returns the upstream's response head."""
-        request, connection, exchange = self._request, self._connection, self._exchange
+        request, connection, exchange, clock = self._request, self._connection, self._exchange, self._clock
         assert connection is not None
         assert exchange is not None
+        assert clock is not None
         framing: Framing | None = None
         if body is not None:
             framing = len(body) if request.body_exists else None
@@ -324,16 +329,18 @@ class _Relay:
         connection.transport.write(head if body is None else head + body)
         if body is None and framing is not None:
             self._continue()
-            self._upload = self._loop.create_task(self._send_body(connection, exchange, chunked=framing == "chunked"))
+            self._upload = self._loop.create_task(self._send_body(connection, exchange, clock, framing == "chunked"))
         elif body is not None:
             exchange.request_bytes += len(body)
         return await response
 
-    async def _send_body(self, connection: UpstreamConnection, exchange: Exchange, *, chunked: bool) -> None:
+    async def _send_body(self, connection: UpstreamConnection, exchange: Exchange, clock: Clock, chunked: bool) -> None:
         try:
             while part := await self._request.content.readany():
                 exchange.request_bytes += len(part)
                 await connection.protocol.send(frame(part) if chunked else part)
+                # The upstream's time to answer begins when it has what it is to answer.
+                clock.touched = perf_counter()
             if chunked:
                 await connection.protocol.send(LAST_CHUNK)
         except ConnectionError:
