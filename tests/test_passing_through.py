@@ -8,9 +8,10 @@ import random
 import pytest
 
 from sseproxy import config
+from sseproxy.wire.sse import MAX_EVENT
 
 from .conftest import StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, RunningProxy, ScriptedUpstream, chunk, delta, post
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, RunningProxy, ScriptedUpstream, chunk, delta, post, usage
 
 
 async def test_a_stream_arrives_byte_for_byte(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
@@ -359,6 +360,50 @@ async def test_a_compressed_stream_passes_unread(proxy: RunningProxy, upstream: 
     assert response.get("content-encoding") == "gzip"
     assert response.body == compressed
     assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("bodies_not_read_total", reason="encoded") == 1
+    assert proxy.sample("streams_without_usage_total", reason="not_read") == 1
+    assert proxy.sample("stream_ends_total") == 0
+
+
+async def test_an_event_too_large_to_be_read_passes_and_the_next_is_read(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    large = delta("x" * (MAX_EVENT + 1))
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(large), chunk(usage(3, 2)), chunk(DONE), LAST_CHUNK)
+    assert (await client.message()).body == delta("Hi") + large + usage(3, 2) + DONE
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("bodies_not_read_total", reason="oversize") == 1
+    assert proxy.sample("tokens_total", type="output") == 2
+    assert proxy.sample("stream_ends_total", end="marker") == 1
+    assert proxy.sample("stream_events_total") == 4
+
+
+async def test_a_clean_end_without_a_marker_is_told_apart(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("Hi")), LAST_CHUNK)
+    assert (await client.message()).complete
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("stream_ends_total", end="eof") == 1
+    assert proxy.sample("stream_ends_total", end="marker") == 0
+
+
+async def test_what_is_fetched_is_not_counted_as_generated(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client = await proxy.connect()
+    client.send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: p\r\n\r\n")
+    api = await upstream.accept()
+    await api.message()
+    body = b'{"object":"response","usage":{"input_tokens":7,"output_tokens":2}}'
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body)
+    assert (await client.message()).body == body
+    await proxy.idle()
+    assert proxy.sample("tokens_total") == 0
 
 
 async def test_what_follows_a_connect_is_not_taken_for_a_request(
