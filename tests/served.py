@@ -137,6 +137,32 @@ async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
         await reader
 
 
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Ends a process and its children, if they have not ended."""
+    if process.returncode is not None:
+        return
+    family = [process.pid, *children(process.pid)]
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    await process.wait()
+
+
+async def run(*arguments: str) -> tuple[int | None, str, str]:
+    """Runs `sseproxy ARGUMENTS` to its end: the exit status, what it wrote, and what it complained about."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sseproxy", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(DEADLINE):
+            out, errors = await process.communicate()
+    finally:
+        await end(process)
+    return process.returncode, out.decode(), errors.decode()
+
+
 async def _collect(stream: asyncio.StreamReader, into: bytearray) -> None:
     while part := await stream.read(65536):
         into += part

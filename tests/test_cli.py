@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from collections.abc import AsyncIterator
 from math import inf
 from pathlib import Path
@@ -16,7 +14,7 @@ from sseproxy import __version__, cli
 from sseproxy.demo import Pace, answer, backend
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, ScriptedUpstream, chunk, post
-from .served import serve
+from .served import run, serve
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", "1")
 GOOD = """\
@@ -90,6 +88,34 @@ def test_what_cannot_be_meant_is_a_usage_error(arguments: list[str], capsys: pyt
     assert "usage: sseproxy" in capsys.readouterr().err
 
 
+def test_all_flags_that_make_no_sense_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--upstream", "u", "--listen", "l", "--admin", "a", "--workers", "0"]) == 1
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "--upstream",
+        "--listen",
+        "--admin",
+        "--workers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], ["serve", "check-config", "demo", "--version"]),
+        (["serve"], ["--config FILE", "--upstream URL", "--workers N", "--listen HOST:PORT", "--admin HOST:PORT"]),
+        (["check-config"], ["FILE"]),
+        (["demo"], ["--once", "--ttft S", "--rate N", "--tokens N", "--listen HOST:PORT", "--admin HOST:PORT"]),
+    ],
+)
+def test_help_names_every_option(arguments: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*arguments, "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(" ".join(["usage: sseproxy", *arguments]))
+    assert [option for option in named if option not in out] == []
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
@@ -142,9 +168,28 @@ async def test_a_key_from_the_environment_goes_upstream_and_nowhere_else(
         assert str(upstream.port) not in received.decode()
 
 
+async def test_flags_go_before_the_file_and_each_route_is_told(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = tmp_path / "sseproxy.yaml"
+    more = "  - {name: some, match: {path: /v1/models, model: [a, b*], methods: [get]}, upstream: up}\n"
+    file.write_text(GOOD + more + "listen: 192.0.2.1:1\nadmin: {listen: '192.0.2.1:2'}\nworkers: 7\n")
+    async with serve("-c", str(file), *ANYWHERE) as served:
+        assert served.lines == [
+            f"sseproxy {__version__} listens on http://127.0.0.1:{served.port}",
+            "  /v1         ->  http://127.0.0.1:1/v1",
+            "  /v1/models  ->  http://127.0.0.1:1/v1 (GET, model a, model b*)",
+            f"  metrics and health: http://127.0.0.1:{served.admin}/metrics /livez /readyz",
+            "  workers: 1",
+        ]
+
+
+async def test_a_file_that_cannot_be_used_starts_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(GOOD.replace("upstream: up", "upstream: down"))
+    status, out, errors = await run("serve", "-c", str(file), *ANYWHERE)
+    assert (status, out) == (1, "")
+    assert errors.startswith(f"sseproxy: {file}:6:")
+    assert errors.count("\n") == 1
+
+
 async def test_the_module_runs_as_the_command_does() -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sseproxy", "--version", stdout=asyncio.subprocess.PIPE
-    )
-    out, _ = await asyncio.wait_for(process.communicate(), 10)
-    assert out.decode() == f"sseproxy {__version__}\n"
+    assert await run("--version") == (0, f"sseproxy {__version__}\n", "")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import socket
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+
+import pytest
 
 from sseproxy.demo import answer
 
 from .harness import DEADLINE
-from .served import alive, children, until_true
+from .served import alive, children, end, run, until_true
 
 FAST = ("--ttft", "0.05", "--rate", "500", "--tokens", "20")
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
@@ -41,20 +45,41 @@ class Demo:
         return self.output
 
 
-async def demo(*arguments: str) -> Demo:
-    return Demo(
-        await asyncio.create_subprocess_exec(
+Start = Callable[..., Awaitable[Demo]]
+
+
+@pytest.fixture
+async def demo() -> AsyncIterator[Start]:
+    """`await demo(*arguments)`: a demonstration, which is ended with the test if it has not."""
+    started: list[asyncio.subprocess.Process] = []
+
+    async def begin(*arguments: str) -> Demo:
+        process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "sseproxy", "demo", *arguments),
+            # As a shell does it, so that a signal can be sent as a terminal sends it.
+            start_new_session=True,
+            # What is seen at once has to be seen at once by everybody.
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-    )
+        started.append(process)
+        return Demo(process)
+
+    yield begin
+    for process in started:
+        await end(process)
 
 
-async def test_one_answer_and_what_the_metrics_say_of_it() -> None:
+async def test_one_answer_and_what_the_metrics_say_of_it(demo: Start) -> None:
     running = await demo("--once", *FAST, *ANYWHERE)
+    await running.read_until("POST")
+    workers = children(running.process.pid)
+    assert len(workers) == 1
+    async with asyncio.timeout(DEADLINE):
+        assert await running.process.wait() == 0
+    assert not alive(workers[0])
     output = await running.rest()
-    assert running.process.returncode == 0
     assert "".join(answer(20)) in output
     assert re.search(r'sseproxy_requests_total\{code="200",outcome="completed",.*\} 1\.0', output)
     assert re.search(r'sseproxy_tokens_total\{.*type="output".*\} 20\.0', output)
@@ -64,18 +89,18 @@ async def test_one_answer_and_what_the_metrics_say_of_it() -> None:
     assert "Traceback" not in output
 
 
-async def test_tokens_are_shown_as_they_arrive() -> None:
+async def test_tokens_are_shown_as_they_arrive(demo: Start) -> None:
     running = await demo("--ttft", "0", "--rate", "0.01", *ANYWHERE)
     await running.read_until("\n\nA")
     assert running.output.endswith("A")
     workers = children(running.process.pid)
-    running.process.send_signal(signal.SIGINT)
+    os.killpg(running.process.pid, signal.SIGINT)
     await running.rest()
     await until_true(lambda: not any(map(alive, workers)))
     assert "Traceback" not in running.output
 
 
-async def test_taken_ports_are_said_and_replaced() -> None:
+async def test_taken_ports_are_said_and_replaced(demo: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         ports = [taken.getsockname()[1] for taken in (one, other)]
         arguments = ("--listen", f"127.0.0.1:{ports[0]}", "--admin", f"127.0.0.1:{ports[1]}")
@@ -87,7 +112,13 @@ async def test_taken_ports_are_said_and_replaced() -> None:
     assert "".join(answer(20)) in output
 
 
-async def test_what_it_says_to_try_works_as_it_stands() -> None:
+async def test_an_address_that_is_not_of_this_machine_is_one_line() -> None:
+    status, out, errors = await run("demo", "--once", "--listen", "192.0.2.1:0", "--admin", "127.0.0.1:0")
+    assert (status, out) == (1, "")
+    assert errors == "sseproxy: listen: cannot listen on 192.0.2.1:0: cannot assign requested address\n"
+
+
+async def test_what_it_says_to_try_works_as_it_stands(demo: Start) -> None:
     running = await demo(*FAST, *ANYWHERE)
     await running.read_until("/metrics | grep ^sseproxy_")
     (curl,) = re.findall(r"^  (curl -N .*\n.*)$", running.output, re.M)
@@ -107,6 +138,9 @@ async def shell(command: str) -> str:
     process = await asyncio.create_subprocess_exec(
         "bash", "-c", command, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parent
     )
-    out, _ = await asyncio.wait_for(process.communicate(), DEADLINE)
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), DEADLINE)
+    finally:
+        await end(process)
     assert process.returncode == 0
     return out.decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -14,13 +15,54 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from sseproxy.observe import metrics
 from sseproxy.observe.metrics import METRICS, ExemplarValue, Metric, Recorder, Registry, Report, exposition
-from sseproxy.observe.telemetry import encode_report, read_reports
+from sseproxy.observe.telemetry import Telemetry, encode_report, read_reports
 
 from .conftest import PlayScript, StartProxy
-from .harness import Peer, post
+from .harness import DEADLINE, DONE, LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, chunk, delta, post
 from .splits import cut, splits
 
 R = ("api", "up")
+
+TO_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160),
+    *(640, 2560),
+)
+BETWEEN_TOKENS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20),
+    *(40, 80),
+)
+DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+OWN_DELAY = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1, 10)
+# What dashboards and alerts are written against, once more: (labels, R being route and upstream; buckets or type).
+CONTRACT = {
+    "requests": ("R code outcome", "counter"),
+    "requests_active": ("R", "gauge"),
+    "streams_active": ("R", "gauge"),
+    "request_duration_seconds": ("R", DURATION),
+    "time_to_response_head_seconds": ("R", TO_TOKEN),
+    "time_to_first_event_seconds": ("R", TO_TOKEN),
+    "time_to_first_token_seconds": ("R", TO_TOKEN),
+    "inter_token_latency_seconds": ("R", BETWEEN_TOKENS),
+    "time_per_output_token_seconds": ("R", BETWEEN_TOKENS),
+    "tokens": ("R type", "counter"),
+    "audio_seconds": ("R", "counter"),
+    "streams_without_usage": ("R reason", "counter"),
+    "stream_ends": ("R end", "counter"),
+    "bodies_not_read": ("R reason", "counter"),
+    "stream_events": ("R", "counter"),
+    "stream_events_garbled": ("R", "counter"),
+    "request_bytes": ("R", "counter"),
+    "response_bytes": ("R", "counter"),
+    "chunk_forward_seconds": ("R", OWN_DELAY),
+    "upstream_release_seconds": ("R", OWN_DELAY),
+    "upstream_errors": ("R type", "counter"),
+    "requests_rejected": ("route reason", "counter"),
+    "upstream_connections": ("upstream state", "gauge"),
+    "event_loop_lag_seconds": ("", OWN_DELAY),
+    "workers": ("", "gauge"),
+    "worker_restarts": ("", "counter"),
+    "build_info": ("version python aiohttp", "gauge"),
+}
 
 
 def sent(report: Report) -> Report:
@@ -126,6 +168,162 @@ def test_a_metric_is_exposed_in_both_formats_as_it_is_declared(metric: Metric) -
 
 def test_names_are_told_once() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+def test_names_labels_types_and_buckets_are_what_dashboards_know() -> None:
+    recorder, registry = Recorder(), Registry()
+    for metric in METRICS:
+        if metric.kind == "histogram":
+            recorder.histogram(metric, metric.labels).observe(1)
+        elif metric.kind == "counter":
+            recorder.count(metric, metric.labels)
+        else:
+            recorder.set(metric, metric.labels, 1)
+    registry.add(1, sent(recorder.report()))
+    found: dict[str, tuple[str, object]] = {}
+    for family in parse_text(exposition(registry, "")[0].decode()):
+        if not family.name.startswith("process_"):
+            les = tuple(float(sample.labels.pop("le")) for sample in family.samples if "le" in sample.labels)
+            assert les[-1:] in ((), (float("inf"),))
+            (labels,) = {" ".join(sample.labels) for sample in family.samples}
+            found[family.name.removeprefix("sseproxy_")] = (labels, les[:-1] or family.type)
+    expected = {name: (labels.replace("R", "route upstream"), kind) for name, (labels, kind) in CONTRACT.items()}
+    assert {name: (set(labels.split()), kind) for name, (labels, kind) in found.items()} == {
+        name: (set(labels.split()), kind) for name, (labels, kind) in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("accept", "version"),
+    [
+        ("", "text/plain; version=0.0.4"),
+        ("*/*", "text/plain; version=0.0.4"),
+        ("text/plain;version=odd", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text", "application/openmetrics-text; version=1.0.0"),
+        ("application/openmetrics-text;version=odd", "application/openmetrics-text; version=1.0.0"),
+        ("application/openmetrics-text;version=99.0.0", "application/openmetrics-text; version=1.0.0"),
+        (
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.4",
+            "application/openmetrics-text; version=1.0.0",
+        ),
+    ],
+)
+def test_a_scraper_gets_the_format_it_asks_for_in_the_version_there_is(accept: str, version: str) -> None:
+    body, content_type = exposition(Registry(), accept)
+    assert content_type == f"{version}; charset=utf-8"
+    assert body.endswith(b"# EOF\n") == accept.startswith("application/openmetrics-text")
+
+
+def test_a_report_that_could_not_be_sent_keeps_the_latest_exemplar_of_each_bucket() -> None:
+    recorder, registry = Recorder(), Registry()
+    histogram = recorder.histogram(metrics.TO_FIRST_TOKEN, R)
+
+    def first_token(seconds: float, request_id: str) -> None:
+        histogram.exemplars[histogram.observe(seconds)] = ExemplarValue(seconds, request_id, 1.0)
+
+    first_token(0.3, "early")
+    first_token(3.0, "slow")
+    unsent = recorder.report()
+    first_token(0.4, "late")
+    recorder.take_back(unsent)
+    registry.add(1, sent(recorder.report()))
+    families = parse_openmetrics(exposition(registry, "application/openmetrics-text")[0].decode())  # type: ignore[no-untyped-call]
+    samples = [sample for family in families for sample in family.samples if sample.exemplar is not None]
+    assert {sample.labels["le"]: sample.exemplar.labels["request_id"] for sample in samples} == {
+        "0.5": "late",
+        "5.0": "slow",
+    }
+
+
+class Channel:
+    """Where a worker's reports go. `open` tells whether they are taken now."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.refused = 0
+        self.sent: asyncio.Queue[Report] = asyncio.Queue()
+
+    def send(self, report: Report) -> bool:
+        if self.open:
+            self.sent.put_nowait(report)
+        else:
+            self.refused += 1
+        return self.open
+
+    async def next(self) -> Report:
+        async with asyncio.timeout(DEADLINE):
+            return await self.sent.get()
+
+    async def observed(self) -> dict[str, int]:
+        """How often what was observed, as the next report says in which anything was."""
+        while not (histograms := (await self.next()).histograms):
+            pass
+        return {name: sum(taken.counts) for name, _, taken in histograms}
+
+
+@pytest.fixture
+def channel() -> Channel:
+    return Channel()
+
+
+@pytest.fixture
+async def telemetry(channel: Channel) -> AsyncIterator[Telemetry]:
+    running = Telemetry(asyncio.get_running_loop(), channel.send, lambda: [("up", 2, 5)])
+    yield running
+    running.close()
+
+
+async def test_reports_go_out_unasked_while_an_exchange_is_under_way(telemetry: Telemetry, channel: Channel) -> None:
+    observer = telemetry.observer(*R)
+    observer.started()
+    gauges = (await channel.next()).gauges
+    assert ("requests_active", R, 1) in gauges
+    assert ("upstream_connections", ("up", "active"), 2) in gauges
+    assert ("upstream_connections", ("up", "idle"), 5) in gauges
+    observer.gap(0.03)
+    # And not only with the next measurement of the lag, which makes a report of its own.
+    assert await channel.observed() == {metrics.GAPS.name: 1}
+
+
+async def test_a_channel_that_takes_no_reports_for_a_while_loses_none(telemetry: Telemetry, channel: Channel) -> None:
+    channel.open = False
+    for times in range(1, 4):
+        telemetry.recorder.count(metrics.EVENTS, R, 2)
+        telemetry.observer(*R).gap(0.03)
+        telemetry.flush()
+        assert channel.refused == times
+    channel.open = True
+    report = await channel.next()
+    assert report.counters == [("stream_events", R, 6)]
+    assert [(name, sum(taken.counts)) for name, _, taken in report.histograms] == [(metrics.GAPS.name, 3)]
+
+
+async def test_the_last_report_has_what_was_left(telemetry: Telemetry, channel: Channel) -> None:
+    telemetry.recorder.count(metrics.EVENTS, R)
+    telemetry.close()
+    assert channel.sent.get_nowait().counters == [("stream_events", R, 1)]
+
+
+async def test_a_worker_measures_how_late_its_timers_are(telemetry: Telemetry, channel: Channel) -> None:
+    assert await channel.observed() == {metrics.LOOP_LAG.name: 1}
+    assert await channel.observed() == {metrics.LOOP_LAG.name: 1}
+
+
+@pytest.mark.parametrize(("size", "shown"), [(8, True), (118, True), (119, False), (128, False)])
+async def test_an_exemplar_is_never_longer_than_openmetrics_allows(
+    proxy: RunningProxy, upstream: ScriptedUpstream, size: int, shown: bool
+) -> None:
+    client = await proxy.connect()
+    client.send(post().replace(b"Host:", b"X-Request-Id: %b\r\nHost:" % (b"x" * size)))
+    api = await upstream.accept()
+    assert (await api.message()).get("x-request-id") == "x" * size
+    api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(DONE), LAST_CHUNK)
+    assert (await client.message()).complete
+    await proxy.idle()
+    families = parse_openmetrics(proxy.exposed("application/openmetrics-text"))  # type: ignore[no-untyped-call]
+    exemplars = [sample.exemplar.labels for family in families for sample in family.samples if sample.exemplar]
+    assert exemplars == [{"request_id": "x" * size}] * shown
+    assert proxy.sample("time_to_first_token_seconds_count") == 1
 
 
 REPORTS = st.lists(

@@ -132,7 +132,8 @@ async def test_a_worker_that_cannot_be_started_is_started_as_soon_as_it_can_be(u
 async def test_a_signal_drains(upstream: ScriptedUpstream, number: signal.Signals) -> None:
     async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
         client, api = await begin_stream(served, upstream)
-        idle = await served.connect()
+        idle, other = await begin_stream(served, upstream)
+        await finish_stream(idle, other)
         served.process.send_signal(number)
         await idle.gone()
         status, _, reason = await served.get("/readyz")

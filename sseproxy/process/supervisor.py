@@ -200,7 +200,10 @@ class Supervisor:
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds), pass_fds=fds
+                    *(sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds)),
+                    pass_fds=fds,
+                    # The terminal's Ctrl-C goes to a whole process group; what it means is decided here.
+                    start_new_session=True,
                 )
             except OSError:
                 ours.close()

@@ -119,8 +119,6 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
 
 
 def main() -> None:
-    # The terminal's Ctrl-C goes to the whole process group; the supervisor decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     channel, *listeners = map(int, sys.argv[1:])
     uvloop.run(_serve(channel, listeners))
