@@ -31,7 +31,8 @@ and it is reported once.*
 
     cli             serve, check-config, demo
     demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
-    config          YAML to a frozen, typed configuration, with file:line:col in every error
+    config          a frozen, typed configuration, with file:line:col in every error
+    document        YAML to plain data that knows where each of its parts stands
     errors          every exception we raise; the one table from an error to status, body and outcome
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       headers         hop-by-hop, forwarding, credentials

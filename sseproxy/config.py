@@ -1,7 +1,7 @@
 """The configuration: its model, and how it is read from YAML and from command-line flags.
 
-Everything wrong with a document is reported at once, each problem with its place. What is shown of a value is the
-document's own spelling, from before `${VAR}` was expanded, so no message contains the value of an environment variable.
+Everything wrong with a document is reported at once: what `document` finds, what the model does not take, and what does
+not fit together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -32,10 +31,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from yarl import URL
 
-from sseproxy.errors import ConfigError
+from .document import INVALID, Document, Loc, dotted, position, quoted
+from .errors import ConfigError
 
 T = TypeVar("T")
-Loc = tuple[str | int, ...]
 
 _DOCUMENT: Final = object()
 """Validation context of text written by an operator: there, numbers need a unit."""
@@ -287,7 +286,7 @@ class Config(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         conflicts = [
-            f"{_dotted(loc)}: {message}"
+            f"{dotted(loc)}: {message}"
             for loc, message in _conflicts(
                 [upstream.name for upstream in self.upstreams],
                 [route.name for route in self.routes],
@@ -318,7 +317,7 @@ def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> C
     except OSError as error:
         problem = f"{source}: cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        line, column = _position(data[: error.start].decode("utf-8-sig"))
+        line, column = position(data[: error.start].decode("utf-8-sig"))
         problem = f"{source}:{line}:{column}: expected UTF-8 text"
     if problem:
         raise ConfigError([problem])
@@ -330,8 +329,8 @@ def parse(text: str, source: str, env: Mapping[str, str] = os.environ) -> Config
 
     `${VAR}`, `${VAR:-default}` and `$$` are expanded in values, after the YAML is parsed.
     """
-    document = _Document(text, env)
-    config = document.validate()
+    document = Document(text, env)
+    config = _validate(document)
     if config is None or document.problems:
         raise ConfigError(
             [
@@ -390,7 +389,7 @@ def _flag(problems: list[str], flag: str, read: Callable[[object], T], value: ob
     try:
         return read(value)
     except PydanticCustomError as error:
-        got = f", got {_quoted(str(value))}" if error.type == "expected" else ""
+        got = f", got {quoted(str(value))}" if error.type == "expected" else ""
         problems.append(f"{flag}: {error.message()}{got}")
         return None
 
@@ -421,23 +420,12 @@ def _conflicts(
     names = [name for name in upstreams if name is not None]
     if not names or len(names) < len(upstreams):
         return
-    known = ", ".join(_quoted(spell(("upstreams", index, "name"), name))[1:-1] for index, name in enumerate(names))
+    known = ", ".join(quoted(spell(("upstreams", index, "name"), name))[1:-1] for index, name in enumerate(names))
     for index, use in enumerate(uses):
         if use is not None and use not in names:
             loc = ("routes", index, "upstream")
-            yield loc, f"expected the name of an upstream ({known}), got {_quoted(spell(loc, use))}"
+            yield loc, f"expected the name of an upstream ({known}), got {quoted(spell(loc, use))}"
 
-
-_SHARED = "!shared"
-_STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
-_MAX_DEPTH = 32
-_INVALID: Final = object()
-"""Stands for a value whose problem is already reported."""
-
-_NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
-_VARIABLE = re.compile(
-    r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?)", re.A
-)
 
 _TYPE_PROBLEMS = {
     "model_type": "expected a mapping",
@@ -446,254 +434,56 @@ _TYPE_PROBLEMS = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes nodes, tagging aliases and what has an anchor as `_SHARED`: nothing is ever expanded."""
+def _report_invalid(document: Document, kind: str, loc: Loc, message: str) -> None:
+    """Add the problem that pydantic calls `kind`, unless there is one already: conflicts are found without it."""
+    if kind == "conflict":
+        return
+    if kind == "missing":
+        document.report(loc, "required key is missing", document.parts[loc[:-1]].node.start_mark)
+        return
+    if kind == "extra_forbidden":
+        known = sorted(_model_at(loc[:-1]).model_fields)
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        document.report(loc, f"unknown key; expected one of {', '.join(known)}{hint}")
+        return
 
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        shared = event.anchor is not None
-        event.anchor = None
-        if self.check_event(yaml.AliasEvent):
-            self.get_event()  # type: ignore[no-untyped-call]
-            return yaml.ScalarNode(_SHARED, "", event.start_mark, event.end_mark)
-        if self.depth == _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if shared and node is not None:
-            node.tag = _SHARED
-        return node
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A part of a document: where it is named (by its key, or as an item of a list), its node and its value."""
-
-    place: yaml.Mark
-    node: yaml.Node
-    value: object
-
-    def kind(self) -> str:
-        """What the document has here, without its words: where a structure is expected, text may hold a secret."""
-        if isinstance(self.node, yaml.MappingNode):
-            return "a mapping"
-        if isinstance(self.node, yaml.SequenceNode):
-            return "a list"
-        match self.value:
-            case None:
-                return "nothing"
-            case bool():
-                return "a boolean"
-            case int() | float():
-                return "a number"
-        return "text"
-
-    def spelled(self) -> str:
-        """What the document has here, in its own words."""
-        match self.value:
-            case str():
-                return _quoted(self.node.value)
-            case int() | float():
-                return f"{self.kind()} ({_shortened(self.node.value)})"
-        return self.kind()
+    while loc not in document.parts:  # the item of a list that is written as a single text
+        loc = loc[:-1]
+    part = document.parts[loc]
+    if part.value is INVALID:
+        return
+    if kind == "too_short":
+        if part.value == ():  # and not for the items that are not valid
+            document.report(loc, "expected at least one entry")
+    elif kind == "expected_secret":
+        document.report(loc, message)
+    elif kind in _TYPE_PROBLEMS:
+        document.report(loc, f"{_TYPE_PROBLEMS[kind]}, got {part.kind()}")
+    else:
+        document.report(loc, f"{message}, got {part.spelled()}")
 
 
-class _Document:
-    """A YAML document as plain data, the place of each of its parts, and everything wrong with it so far."""
-
-    def __init__(self, text: str, env: Mapping[str, str]) -> None:
-        self.problems: list[tuple[tuple[int, int], str]] = []
-        self._env = env
-        self._parts: dict[Loc, _Part] = {}
-        self._data: dict[str, object] | None = None
-        try:
-            self._loader = _Loader(text)
-            self._read()
-        except yaml.reader.ReaderError as error:
-            self.problems.append((_position(text[: error.position]), "not valid YAML: unprintable character"))
-        except yaml.MarkedYAMLError as error:
-            # A tag handle is text of the document, which may be secret.
-            problem = str(error.problem).partition(" handle ")[0]
-            context = f" ({error.context})" if error.context else ""
-            mark = error.problem_mark
-            place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-            self.problems.append((place, f"not valid YAML: {problem}{context}"))
-
-    def validate(self) -> Config | None:
-        """The configuration, or `None` after adding to `problems` what keeps the data from being one."""
-        data = self._data
-        if data is None:
-            return None
-        upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
-        for loc, message in _conflicts(
-            [_text(upstream.get("name")) for upstream in upstreams],
-            [_text(route.get("name")) for route in routes],
-            [_valid_match(route.get("match")) for route in routes],
-            [_text(route.get("upstream")) for route in routes],
-            spell=lambda loc, _: str(self._parts[loc].node.value),
-        ):
-            self._report(loc, message)
-        try:
-            return Config.model_validate(data, context=_DOCUMENT)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False, include_context=False, include_input=False):
-                self._report_invalid(detail["type"], detail["loc"], detail["msg"])
+def _validate(document: Document) -> Config | None:
+    """The configuration, or `None` after adding to `problems` what keeps the data from being one."""
+    data = document.data
+    if data is None:
         return None
-
-    def _report(self, loc: Loc, message: str, mark: yaml.Mark | None = None) -> None:
-        mark = mark or self._parts[loc].place
-        path = _dotted(loc)
-        self.problems.append(((mark.line + 1, mark.column + 1), f"{path}: {message}" if path else message))
-
-    def _report_invalid(self, kind: str, loc: Loc, message: str) -> None:
-        """Add the problem that pydantic calls `kind`, unless there is one already: conflicts are found without it."""
-        if kind == "conflict":
-            return
-        if kind == "missing":
-            self._report(loc, "required key is missing", self._parts[loc[:-1]].node.start_mark)
-            return
-        if kind == "extra_forbidden":
-            known = sorted(_model_at(loc[:-1]).model_fields)
-            close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            self._report(loc, f"unknown key; expected one of {', '.join(known)}{hint}")
-            return
-
-        while loc not in self._parts:  # the item of a list that is written as a single text
-            loc = loc[:-1]
-        part = self._parts[loc]
-        if part.value is _INVALID:
-            return
-        if kind == "too_short":
-            if part.value == ():  # and not for the items that are not valid
-                self._report(loc, "expected at least one entry")
-        elif kind == "expected_secret":
-            self._report(loc, message)
-        elif kind in _TYPE_PROBLEMS:
-            self._report(loc, f"{_TYPE_PROBLEMS[kind]}, got {part.kind()}")
-        else:
-            self._report(loc, f"{message}, got {part.spelled()}")
-
-    def _read(self) -> None:
-        root = self._loader.get_node() if self._loader.check_node() else None
-        if self._loader.check_node():
-            event = self._loader.peek_event()  # type: ignore[no-untyped-call]
-            self._report((), "expected a single YAML document", event.start_mark)
-        if root is None:
-            self.problems.append(((1, 1), "expected a mapping, got an empty document"))
-            return
-        value = self._add((), root, root.start_mark)
-        if isinstance(value, dict):
-            self._data = value
-        elif value is not _INVALID:
-            self._report((), f"expected a mapping, got {self._parts[()].kind()}")
-
-    def _add(self, loc: Loc, node: yaml.Node, place: yaml.Mark) -> object:
-        self._parts[loc] = _Part(place, node, _INVALID)
-        value = self._value(loc, node)
-        self._parts[loc] = _Part(place, node, value)
-        return value
-
-    def _value(self, loc: Loc, node: yaml.Node) -> object:
-        if node.tag == _SHARED:
-            self._report(
-                loc, "anchors and aliases are not supported; text that starts with & or * has to be put in quotes"
-            )
-        elif node.tag != self._implicit_tag(node):
-            self._report(loc, "tags are not supported; text that starts with ! has to be put in quotes")
-        elif isinstance(node, yaml.MappingNode):
-            return self._mapping(loc, node)
-        elif isinstance(node, yaml.SequenceNode):
-            return tuple(self._add((*loc, index), item, item.start_mark) for index, item in enumerate(node.value))
-        elif isinstance(node, yaml.ScalarNode):
-            return self._scalar(loc, node)
-        return _INVALID
-
-    def _implicit_tag(self, node: yaml.Node) -> str:
-        if isinstance(node, yaml.ScalarNode):
-            return self._resolve(node.value) if node.style is None else _STR
-        return _MAP if isinstance(node, yaml.MappingNode) else _SEQ
-
-    def _resolve(self, plain: str) -> str:
-        return str(self._loader.resolve(yaml.ScalarNode, plain, (True, False)))  # type: ignore[no-untyped-call]
-
-    def _mapping(self, loc: Loc, node: yaml.MappingNode) -> dict[str, object]:
-        mapping: dict[str, object] = {}
-        for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                self._report(loc, "merge keys (<<) are not supported", key.start_mark)
-            elif key.tag != _STR:
-                self._report(loc, "expected a key that is text", key.start_mark)
-            elif key.value in mapping:
-                first = self._parts[(*loc, key.value)].place.line + 1
-                self._report((*loc, key.value), f"duplicate key; the first one is in line {first}", key.start_mark)
-            else:
-                mapping[key.value] = self._add((*loc, key.value), value, key.start_mark)
-        return mapping
-
-    def _scalar(self, loc: Loc, node: yaml.ScalarNode) -> object:
-        text = self._expand(loc, node.value)
-        if text is None:
-            return _INVALID
-        if node.style is not None:
-            return text
-        plain = yaml.ScalarNode(self._resolve(text), text, node.start_mark, node.end_mark)
-        try:
-            match plain.tag.rpartition(":")[2]:
-                case "null":
-                    return None
-                case "bool":
-                    return self._loader.construct_yaml_bool(plain)
-                case "int":
-                    return self._loader.construct_yaml_int(plain)
-                case "float":
-                    return self._loader.construct_yaml_float(plain)
-        except (ValueError, OverflowError):
-            pass  # such as 0x_ or a number of thousands of digits
-        return text
-
-    def _expand(self, loc: Loc, text: str) -> str | None:
-        """`text` with its variables replaced, or `None` after reporting those that cannot be."""
-        problems: list[str] = []
-
-        def replacement(match: re.Match[str]) -> str:
-            name, default = match["name"], match["default"]
-            if match["dollar"]:
-                return "$"
-            if name is None:
-                problems.append("expected ${NAME} or ${NAME:-default}; a literal ${ is written as $${")
-                return ""
-            value = self._env.get(name)
-            if default is not None:
-                return value or default
-            if value is None:
-                problems.append(f"environment variable {name} is not set")
-                return ""
-            return value
-
-        expanded = _VARIABLE.sub(replacement, text)
-        for problem in problems:
-            self._report(loc, problem)
-        return None if problems else expanded
-
-
-def _dotted(loc: Loc) -> str:
-    """`path.to[0].key`. Of a key that is no plain word only the start is shown, and nothing that is below an api_key:
-    either may contain the key itself, as in `{api_key:secret}`.
-    """
-    path = ""
-    for key in loc:
-        if isinstance(key, int):
-            path += f"[{key}]"
-            continue
-        word = _NOT_IN_WORD.split(key)[0][:64]
-        path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
-        if key == "api_key":
-            break
-    return path.removeprefix(".")
+    upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
+    for loc, message in _conflicts(
+        [_text(upstream.get("name")) for upstream in upstreams],
+        [_text(route.get("name")) for route in routes],
+        [_valid_match(route.get("match")) for route in routes],
+        [_text(route.get("upstream")) for route in routes],
+        spell=lambda loc, _: str(document.parts[loc].node.value),
+    ):
+        document.report(loc, message)
+    try:
+        return Config.model_validate(data, context=_DOCUMENT)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_context=False, include_input=False):
+            _report_invalid(document, detail["type"], detail["loc"], detail["msg"])
+    return None
 
 
 def _entries(data: Mapping[str, object], section: str) -> list[dict[str, object]]:
@@ -710,19 +500,6 @@ def _model_at(loc: Loc) -> type[BaseModel]:
             annotation = model.model_fields[key].annotation
             (model, *_) = get_args(annotation) or (annotation,)
     return model
-
-
-def _position(before: str) -> tuple[int, int]:
-    """Line and column, from 1, of what follows the text `before`."""
-    return before.count("\n") + 1, len(before) - before.rfind("\n")
-
-
-def _quoted(text: str) -> str:
-    return repr(_shortened(text))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 64 else text[:63] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _text(value: object) -> str | None:

@@ -344,3 +344,12 @@ def post(body: bytes = b'{"model":"m","stream":true,"messages":[]}', path: str =
         len(body),
         body,
     )
+
+
+async def begin(proxy: RunningProxy, upstream: ScriptedUpstream, request: bytes | None = None) -> tuple[Peer, Peer]:
+    """A client and an upstream, which has received the client's request (`post()`) and not yet answered it."""
+    client = await proxy.connect()
+    client.send(post() if request is None else request)
+    api = await upstream.accept()
+    await api.message()
+    return client, api

@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from .conftest import PlayScript, StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, begin, chunk, delta, post
 
 # Long enough for a loaded machine to do what it has to before, short enough to wait for.
 SHORT = 0.3
@@ -32,10 +32,7 @@ async def test_connect(start: StartProxy) -> None:
 
 async def test_head(start: StartProxy, upstream: ScriptedUpstream) -> None:
     proxy = await start(upstream.url, timeouts={"head": SHORT})
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     response = await client.message()
     assert response.status == 504
     assert "start its response" in response.json()["error"]["message"]
@@ -65,10 +62,7 @@ async def test_the_time_to_a_head_begins_when_the_upload_has_ended(
 
 async def test_first_token_is_not_met_by_comments_and_roles(start: StartProxy, upstream: ScriptedUpstream) -> None:
     proxy = await start(upstream.url, timeouts={"first_token": SHORT, "idle": 0.1})
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(b": keep-alive\n\n"), chunk(delta("")))
     received, _ = await client.rest()
     assert b'"code": "upstream_timeout"' in received
@@ -99,10 +93,7 @@ async def test_idle_after_the_first_token_and_comments_do_not_count(start: Start
 
 async def test_idle_of_other_bodies_counts_between_reads(start: StartProxy, upstream: ScriptedUpstream) -> None:
     proxy = await start(upstream.url, timeouts={"idle": SHORT})
-    client = await proxy.connect()
-    client.send(post(path="/v1/files"))
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream, post(path="/v1/files"))
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
     response = await client.message()
     assert (response.body, response.complete) == (b"half", False)

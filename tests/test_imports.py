@@ -14,7 +14,8 @@ ROOT = Path(sseproxy.__file__).parent
 EVERYWHERE = {"config", "errors"}
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
+    "document": set(),
+    "config": {"errors", "document"},
     "wire": {"errors", "wire"},
     "relay": {"wire", "relay"} | EVERYWHERE,
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,

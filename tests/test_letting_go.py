@@ -11,7 +11,19 @@ import pytest
 from sseproxy.relay.downstream import DownstreamProtocol
 
 from .conftest import PlayScript, StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, chunk, delta, post, until
+from .harness import (
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    RunningProxy,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    post,
+    until,
+)
 
 Leave = Callable[[Peer], None]
 WAYS = pytest.mark.parametrize("leave", [Peer.close, Peer.reset, Peer.half_close], ids=["fin", "rst", "half-close"])
@@ -21,10 +33,7 @@ WAYS = pytest.mark.parametrize("leave", [Peer.close, Peer.reset, Peer.half_close
 async def test_while_waiting_for_the_response_head(
     proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     leave(client)
     await api.gone()
     assert await proxy.ended() == {"client_gone_before_head": 1}
@@ -36,10 +45,7 @@ async def test_while_waiting_for_the_response_head(
 async def test_between_the_head_and_the_first_token(
     proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("")))
     await client.read_until(delta("") + b"\r\n")
     leave(client)
@@ -52,10 +58,7 @@ async def test_between_the_head_and_the_first_token(
 async def test_between_the_chunks_of_a_silent_stream(
     proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")))
     await client.read_until(delta("Hi") + b"\r\n")
     leave(client)
@@ -155,10 +158,7 @@ async def test_after_it_pipelined_more_than_can_wait(proxy: RunningProxy, upstre
 async def test_after_the_end_marker_it_has_not_cancelled_anything(
     proxy: RunningProxy, upstream: ScriptedUpstream, leave: Leave
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(DONE))
     await client.read_until(DONE + b"\r\n")
     leave(client)
@@ -167,10 +167,7 @@ async def test_after_the_end_marker_it_has_not_cancelled_anything(
 
 
 async def test_usage_that_came_before_it_left_is_counted(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     running = delta("Hi", usage={"prompt_tokens": 5, "completion_tokens": 1})
     api.send(STREAM_HEAD, chunk(running))
     await client.read_until(running + b"\r\n")
@@ -195,10 +192,7 @@ async def test_one_client_leaving_touches_no_other(proxy: RunningProxy, upstream
 
 
 async def test_a_cancelled_connection_is_never_reused(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     client.close()
     await api.gone()
     await proxy.idle()
@@ -218,10 +212,7 @@ async def test_what_ended_the_body_first_is_what_counts(
     proxy: RunningProxy, upstream: ScriptedUpstream, last_words: bytes, outcome: str
 ) -> None:
     """The client leaves on the last bytes, before the exchange's task has had a turn to hear of the end."""
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")))
     await client.read_until(chunk(delta("Hi")))
     (relay,) = proxy.worker.proxy.active

@@ -11,7 +11,7 @@ from sseproxy import config
 from sseproxy.wire.sse import MAX_EVENT
 
 from .conftest import StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, RunningProxy, ScriptedUpstream, chunk, delta, post, usage
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, RunningProxy, ScriptedUpstream, begin, chunk, delta, post, usage
 
 
 async def test_a_stream_arrives_byte_for_byte(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
@@ -32,10 +32,7 @@ async def test_a_stream_arrives_byte_for_byte(proxy: RunningProxy, upstream: Scr
 async def test_a_chunk_is_with_the_client_before_the_upstream_sends_another(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD)
     head = await client.head()
     assert head.status == 200
@@ -47,10 +44,7 @@ async def test_a_chunk_is_with_the_client_before_the_upstream_sends_another(
 
 
 async def test_the_head_is_with_the_client_before_any_body(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD)
     head = await client.head()
     assert head.get("content-type") == "text/event-stream; charset=utf-8"
@@ -77,10 +71,7 @@ async def test_what_the_upstream_answers_passes_unchanged(
     fields: list[tuple[str, str]],
     body: bytes,
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
     api.send(f"HTTP/1.1 {status} {reason}\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode(), body)
     response = await client.message()
@@ -92,10 +83,7 @@ async def test_what_the_upstream_answers_passes_unchanged(
 
 
 async def test_json_with_usage_passes_and_is_counted(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     body = b'{"choices":[{"message":{"content":"Hi"}}],"usage":{"prompt_tokens":7,"completion_tokens":2}}'
     api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body)
     response = await client.message()
@@ -194,10 +182,7 @@ async def test_a_binary_download_passes_at_any_size(proxy: RunningProxy, upstrea
 async def test_a_close_delimited_response_is_framed_for_the_client(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", delta("Hi"), DONE)
     api.close()
     response = await client.message()
@@ -256,10 +241,7 @@ async def test_connections_are_reused_on_both_sides(proxy: RunningProxy, upstrea
 
 
 async def test_interim_responses_are_dropped(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     assert (await client.head()).start_line == "HTTP/1.1 200 OK"
@@ -369,10 +351,7 @@ async def test_an_event_too_large_to_be_read_passes_and_the_next_is_read(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
     large = delta("x" * (MAX_EVENT + 1))
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(large), chunk(usage(3, 2)), chunk(DONE), LAST_CHUNK)
     assert (await client.message()).body == delta("Hi") + large + usage(3, 2) + DONE
     assert await proxy.ended() == {"completed": 1}
@@ -383,10 +362,7 @@ async def test_an_event_too_large_to_be_read_passes_and_the_next_is_read(
 
 
 async def test_a_clean_end_without_a_marker_is_told_apart(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")), LAST_CHUNK)
     assert (await client.message()).complete
     assert await proxy.ended() == {"completed": 1}

@@ -7,7 +7,19 @@ import socket
 import pytest
 
 from .conftest import StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, chunk, delta, post, usage
+from .harness import (
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    RunningProxy,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    post,
+    usage,
+)
 
 ENDS = pytest.mark.parametrize("end", [Peer.close, Peer.reset], ids=["fin", "rst"])
 
@@ -16,10 +28,7 @@ ENDS = pytest.mark.parametrize("end", [Peer.close, Peer.reset], ids=["fin", "rst
 async def test_a_cut_between_events_is_announced_in_band(
     proxy: RunningProxy, upstream: ScriptedUpstream, end: object
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")))
     await client.read_until(chunk(delta("Hi")))
     end(api)  # type: ignore[operator]
@@ -38,10 +47,7 @@ async def test_a_cut_between_events_is_announced_in_band(
 async def test_a_cut_inside_an_event_ends_without_a_word(
     proxy: RunningProxy, upstream: ScriptedUpstream, end: object
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(b'data: {"cho'))
     await client.read_until(chunk(b'data: {"cho'))
     end(api)  # type: ignore[operator]
@@ -50,10 +56,7 @@ async def test_a_cut_inside_an_event_ends_without_a_word(
 
 
 async def test_a_cut_inside_a_chunk_delivers_what_came(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, b"100\r\nhalf")
     api.close()
     response = await client.message()
@@ -62,10 +65,7 @@ async def test_a_cut_inside_a_chunk_delivers_what_came(proxy: RunningProxy, upst
 
 
 async def test_short_of_its_length_is_incomplete(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
     api.close()
     response = await client.message()
@@ -76,10 +76,7 @@ async def test_short_of_its_length_is_incomplete(proxy: RunningProxy, upstream: 
 async def test_a_close_delimited_body_that_is_reset_is_incomplete(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    client = await proxy.connect()
-    client.send(post(path="/v1/files"))
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream, post(path="/v1/files"))
     api.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
     await client.read_until(b"half\r\n")
     api.reset()
@@ -90,10 +87,7 @@ async def test_a_close_delimited_body_that_is_reset_is_incomplete(
 async def test_an_http_1_0_client_sees_a_reset_instead_of_an_end(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    client = await proxy.connect()
-    client.send(post(path="/v1/files").replace(b"HTTP/1.1", b"HTTP/1.0"))
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream, post(path="/v1/files").replace(b"HTTP/1.1", b"HTTP/1.0"))
     api.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", chunk(b"half"))
     await client.read_until(b"half")
     api.close()
@@ -103,10 +97,7 @@ async def test_an_http_1_0_client_sees_a_reset_instead_of_an_end(
 
 @ENDS
 async def test_gone_before_its_head_is_a_502(proxy: RunningProxy, upstream: ScriptedUpstream, end: object) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     end(api)  # type: ignore[operator]
     response = await client.message()
     assert response.status == 502
@@ -171,10 +162,7 @@ async def test_no_tls_where_tls_is_expected_is_a_502(start: StartProxy, upstream
 async def test_a_head_that_is_not_http_1_1_is_a_502(
     proxy: RunningProxy, upstream: ScriptedUpstream, head: bytes
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(head, b"ok")
     response = await client.message()
     assert response.status == 502
@@ -188,10 +176,7 @@ async def test_a_head_that_is_not_http_1_1_is_a_502(
 async def test_broken_chunked_framing_is_never_forwarded(
     proxy: RunningProxy, upstream: ScriptedUpstream, broken: bytes
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")))
     await client.read_until(chunk(delta("Hi")))
     api.send(broken)
@@ -206,10 +191,7 @@ async def test_broken_chunked_framing_is_never_forwarded(
 async def test_bytes_beyond_the_length_are_not_forwarded_and_the_connection_not_reused(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
     assert (await client.message()).body == b"ok"
     await api.gone()
@@ -223,10 +205,7 @@ async def test_bytes_beyond_the_length_are_not_forwarded_and_the_connection_not_
 async def test_an_answer_nobody_asked_for_ends_the_idle_connection(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     assert (await client.message()).body == b"ok"
     await proxy.idle()
@@ -240,10 +219,7 @@ async def test_an_answer_nobody_asked_for_ends_the_idle_connection(
 
 
 async def test_an_error_event_of_the_upstream_is_its_error(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(b'data: {"error":{"message":"overloaded"}}\n\n'), chunk(DONE), LAST_CHUNK)
     assert (await client.message()).complete
     assert await proxy.ended() == {"upstream_error": 1}
@@ -252,10 +228,7 @@ async def test_an_error_event_of_the_upstream_is_its_error(proxy: RunningProxy, 
 async def test_a_head_and_body_and_close_in_one_write_are_a_whole_response(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    client = await proxy.connect()
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
+    client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(usage(3, 1)), chunk(DONE), LAST_CHUNK)
     api.close()
     assert (await client.message()).complete

@@ -1,0 +1,246 @@
+"""A YAML document as plain data that knows where each of its parts stands.
+
+Everything wrong with it is collected, each problem with its place. What is shown of a value is the document's own
+spelling, from before `${VAR}` was expanded, so no problem contains the value of an environment variable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import yaml
+
+Loc = tuple[str | int, ...]
+"""Where a part is: keys and indices, from the top."""
+
+_SHARED = "!shared"
+_STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+# The configuration has five levels; what goes much deeper is meant to exhaust somebody's stack.
+_MAX_DEPTH = 32
+INVALID: Final = object()
+"""Stands for a value whose problem is already reported."""
+
+_NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
+_VARIABLE = re.compile(
+    r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?)", re.A
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes, tagging aliases and what has an anchor as `_SHARED`: nothing is ever expanded."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        shared = event.anchor is not None
+        event.anchor = None
+        if self.check_event(yaml.AliasEvent):
+            self.get_event()  # type: ignore[no-untyped-call]
+            return yaml.ScalarNode(_SHARED, "", event.start_mark, event.end_mark)
+        if self.depth == _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if shared and node is not None:
+            node.tag = _SHARED
+        return node
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a document: where it is named (by its key, or as an item of a list), its node and its value."""
+
+    place: yaml.Mark
+    node: yaml.Node
+    value: object
+
+    def kind(self) -> str:
+        """What the document has here, without its words: where a structure is expected, text may hold a secret."""
+        if isinstance(self.node, yaml.MappingNode):
+            return "a mapping"
+        if isinstance(self.node, yaml.SequenceNode):
+            return "a list"
+        match self.value:
+            case None:
+                return "nothing"
+            case bool():
+                return "a boolean"
+            case int() | float():
+                return "a number"
+        return "text"
+
+    def spelled(self) -> str:
+        """What the document has here, in its own words."""
+        match self.value:
+            case str():
+                return quoted(self.node.value)
+            case int() | float():
+                return f"{self.kind()} ({shortened(self.node.value)})"
+        return self.kind()
+
+
+class Document:
+    """A YAML document: `data` (None if it is no mapping), its `parts` by where they are, and its `problems`.
+
+    A problem is ((line, column), text), counted from 1. `${VAR}` comes from `env`.
+    """
+
+    def __init__(self, text: str, env: Mapping[str, str]) -> None:
+        self.problems: list[tuple[tuple[int, int], str]] = []
+        self._env = env
+        self.parts: dict[Loc, Part] = {}
+        self.data: dict[str, object] | None = None
+        try:
+            self._loader = _Loader(text)
+            self._read()
+        except yaml.reader.ReaderError as error:
+            self.problems.append((position(text[: error.position]), "not valid YAML: unprintable character"))
+        except yaml.MarkedYAMLError as error:
+            # A tag handle is text of the document, which may be secret.
+            problem = str(error.problem).partition(" handle ")[0]
+            context = f" ({error.context})" if error.context else ""
+            mark = error.problem_mark
+            place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+            self.problems.append((place, f"not valid YAML: {problem}{context}"))
+
+    def report(self, loc: Loc, message: str, mark: yaml.Mark | None = None) -> None:
+        """Adds a problem of the part at `loc`; its place is `mark`, or else where the part is named."""
+        mark = mark or self.parts[loc].place
+        path = dotted(loc)
+        self.problems.append(((mark.line + 1, mark.column + 1), f"{path}: {message}" if path else message))
+
+    def _read(self) -> None:
+        root = self._loader.get_node() if self._loader.check_node() else None
+        if self._loader.check_node():
+            event = self._loader.peek_event()  # type: ignore[no-untyped-call]
+            self.report((), "expected a single YAML document", event.start_mark)
+        if root is None:
+            self.problems.append(((1, 1), "expected a mapping, got an empty document"))
+            return
+        value = self._add((), root, root.start_mark)
+        if isinstance(value, dict):
+            self.data = value
+        elif value is not INVALID:
+            self.report((), f"expected a mapping, got {self.parts[()].kind()}")
+
+    def _add(self, loc: Loc, node: yaml.Node, place: yaml.Mark) -> object:
+        self.parts[loc] = Part(place, node, INVALID)
+        value = self._value(loc, node)
+        self.parts[loc] = Part(place, node, value)
+        return value
+
+    def _value(self, loc: Loc, node: yaml.Node) -> object:
+        if node.tag == _SHARED:
+            self.report(
+                loc, "anchors and aliases are not supported; text that starts with & or * has to be put in quotes"
+            )
+        elif node.tag != self._implicit_tag(node):
+            self.report(loc, "tags are not supported; text that starts with ! has to be put in quotes")
+        elif isinstance(node, yaml.MappingNode):
+            return self._mapping(loc, node)
+        elif isinstance(node, yaml.SequenceNode):
+            return tuple(self._add((*loc, index), item, item.start_mark) for index, item in enumerate(node.value))
+        elif isinstance(node, yaml.ScalarNode):
+            return self._scalar(loc, node)
+        return INVALID
+
+    def _implicit_tag(self, node: yaml.Node) -> str:
+        if isinstance(node, yaml.ScalarNode):
+            return self._resolve(node.value) if node.style is None else _STR
+        return _MAP if isinstance(node, yaml.MappingNode) else _SEQ
+
+    def _resolve(self, plain: str) -> str:
+        return str(self._loader.resolve(yaml.ScalarNode, plain, (True, False)))  # type: ignore[no-untyped-call]
+
+    def _mapping(self, loc: Loc, node: yaml.MappingNode) -> dict[str, object]:
+        mapping: dict[str, object] = {}
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                self.report(loc, "merge keys (<<) are not supported", key.start_mark)
+            elif key.tag != _STR:
+                self.report(loc, "expected a key that is text", key.start_mark)
+            elif key.value in mapping:
+                first = self.parts[(*loc, key.value)].place.line + 1
+                self.report((*loc, key.value), f"duplicate key; the first one is in line {first}", key.start_mark)
+            else:
+                mapping[key.value] = self._add((*loc, key.value), value, key.start_mark)
+        return mapping
+
+    def _scalar(self, loc: Loc, node: yaml.ScalarNode) -> object:
+        text = self._expand(loc, node.value)
+        if text is None:
+            return INVALID
+        if node.style is not None:
+            return text
+        plain = yaml.ScalarNode(self._resolve(text), text, node.start_mark, node.end_mark)
+        try:
+            match plain.tag.rpartition(":")[2]:
+                case "null":
+                    return None
+                case "bool":
+                    return self._loader.construct_yaml_bool(plain)
+                case "int":
+                    return self._loader.construct_yaml_int(plain)
+                case "float":
+                    return self._loader.construct_yaml_float(plain)
+        except (ValueError, OverflowError):
+            pass  # such as 0x_ or a number of thousands of digits
+        return text
+
+    def _expand(self, loc: Loc, text: str) -> str | None:
+        """`text` with its variables replaced, or `None` after reporting those that cannot be."""
+        problems: list[str] = []
+
+        def replacement(match: re.Match[str]) -> str:
+            name, default = match["name"], match["default"]
+            if match["dollar"]:
+                return "$"
+            if name is None:
+                problems.append("expected ${NAME} or ${NAME:-default}; a literal ${ is written as $${")
+                return ""
+            value = self._env.get(name)
+            if default is not None:
+                return value or default
+            if value is None:
+                problems.append(f"environment variable {name} is not set")
+                return ""
+            return value
+
+        expanded = _VARIABLE.sub(replacement, text)
+        for problem in problems:
+            self.report(loc, problem)
+        return None if problems else expanded
+
+
+def dotted(loc: Loc) -> str:
+    """`path.to[0].key`. Of a key that is no plain word only the start is shown, and nothing that is below an api_key:
+    either may contain the key itself, as in `{api_key:secret}`.
+    """
+    path = ""
+    for key in loc:
+        if isinstance(key, int):
+            path += f"[{key}]"
+            continue
+        word = _NOT_IN_WORD.split(key)[0][:64]
+        path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
+        if key == "api_key":
+            break
+    return path.removeprefix(".")
+
+
+def position(before: str) -> tuple[int, int]:
+    """Line and column, from 1, of what follows the text `before`."""
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
+
+
+def quoted(text: str) -> str:
+    return repr(shortened(text))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 64 else text[:63] + "\N{HORIZONTAL ELLIPSIS}"
