@@ -33,6 +33,7 @@ from yarl import URL
 
 from .document import INVALID, Document, Loc, dotted, position, quoted
 from .errors import ConfigError
+from .wire.dialects import DIALECT_NAMES
 
 T = TypeVar("T")
 
@@ -121,6 +122,12 @@ def _duration_or_off(value: object, info: ValidationInfo) -> float | None:
     if seconds is None:
         raise _expected("a duration such as 30s or 5m, or off")
     return seconds
+
+
+def _dialect(value: object) -> str:
+    if value == "auto" or value in DIALECT_NAMES:
+        return str(value)
+    raise _expected(f"auto or the name of a dialect ({', '.join(DIALECT_NAMES)})")
 
 
 def _glob(value: object) -> str:
@@ -266,6 +273,8 @@ class Route(_Model):
     match: Match
     upstream: str
     """The name of an upstream."""
+    dialect: Annotated[str, BeforeValidator(_dialect)] = "auto"
+    """As what responses are read; `auto` goes by the path on the upstream's side."""
     timeouts: Timeouts = Timeouts()
 
 

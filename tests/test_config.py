@@ -14,6 +14,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from sseproxy import config
 from sseproxy.config import Address, Admin, Config, Match, Route, Timeouts, Upstream
 from sseproxy.errors import ConfigError
+from sseproxy.wire.dialects import DIALECT_NAMES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SECRET = "sk-5ecret"
@@ -713,3 +714,19 @@ def test_any_structure_is_a_config_or_a_config_error(data: dict[str, object]) ->
         config.parse(json.dumps(data), "f", {})
     except ConfigError as error:
         assert all(problem.startswith("f:") and len(problem.splitlines()) == 1 for problem in error.problems)
+
+
+def test_an_unknown_dialect_names_the_known_ones() -> None:
+    text = """\
+upstreams: [{name: up, url: "http://h"}]
+routes:
+  - {name: api, match: {path: /}, upstream: up, dialect: chatty}
+"""
+    with pytest.raises(ConfigError) as raised:
+        config.parse(text, "f", {})
+    assert str(raised.value) == (
+        "f:3:49: routes[0].dialect: expected auto or the name of a dialect (chat, completions, responses, assistants, "
+        "messages, gemini, speech, transcriptions, images, generic), got 'chatty'"
+    )
+    reference = Path(__file__).parent.parent / "configs" / "reference.yaml"
+    assert all(name in reference.read_text() for name in DIALECT_NAMES)

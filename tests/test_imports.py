@@ -15,7 +15,7 @@ EVERYWHERE = {"config", "errors"}
 MAY_IMPORT = {
     "errors": set(),
     "document": set(),
-    "config": {"errors", "document"},
+    "config": {"errors", "document", "wire.dialects"},
     "wire": {"errors", "wire"},
     "relay": {"wire", "relay"} | EVERYWHERE,
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,

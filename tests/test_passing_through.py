@@ -428,3 +428,15 @@ async def test_a_body_where_none_may_be_reaches_nobody(
     await api.message()
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood")
     assert (await client.message()).body == b"good"
+
+
+async def test_a_route_can_say_which_dialect_is_spoken(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    route = config.Route(name="api", match=config.Match(path="/v1"), upstream="up", dialect="messages")
+    proxy = await start(upstream.url, routes=(route,))
+    client, api = await begin(proxy, upstream, post(path="/v1/claude"))
+    event = b'data: {"type":"content_block_delta","delta":{"text":"Hi"}}\n\n'
+    api.send(STREAM_HEAD, chunk(event), chunk(b'data: {"type":"message_stop"}\n\n'), LAST_CHUNK)
+    assert (await client.message()).complete
+    await proxy.idle()
+    assert proxy.sample("time_to_first_token_seconds_count") == 1
+    assert proxy.sample("stream_ends_total", end="marker") == 1

@@ -248,7 +248,7 @@ class _Relay:
         self._recorded(route.name, upstream.name)
         clock = self._clock = Clock(self._loop, route.timeouts, self._received_at, self.fail)
         target = routes.upstream_path(route, upstream.base_path, path)
-        dialect = dialect_of(target)
+        dialect = dialect_of(target, route.dialect)
 
         clock.enter("connect", perf_counter())
         await self._connect(upstream)

@@ -522,6 +522,11 @@ DIALECTS: Final = (
 """Tried in this order; the last one takes every path, and finds usage that looks like OpenAI's."""
 
 
-def dialect_of(path: str) -> Dialect:
-    """The dialect spoken on `path`, the path of the request that goes upstream."""
-    return next(dialect for dialect in DIALECTS if dialect.path.search(path))
+DIALECT_NAMES: Final = tuple(dialect.name for dialect in DIALECTS)
+
+
+def dialect_of(path: str, name: str = "auto") -> Dialect:
+    """The dialect `name`, or for `auto` the one spoken on `path`, the path of the request that goes upstream."""
+    return next(
+        dialect for dialect in DIALECTS if (dialect.path.search(path) if name == "auto" else dialect.name == name)
+    )
