@@ -275,6 +275,8 @@ class Route(_Model):
     """The name of an upstream."""
     dialect: Annotated[str, BeforeValidator(_dialect)] = "auto"
     """As what responses are read; `auto` goes by the path on the upstream's side."""
+    heartbeat: DurationOrOff = None
+    """Write a comment into an event stream that has been silent for so long, in seconds; `None` writes none."""
     timeouts: Timeouts = Timeouts()
 
 

@@ -249,6 +249,10 @@ class Inspector:
     def end(self) -> None:
         """The body is complete."""
 
+    def heartbeat(self) -> bytes:
+        """What may be forwarded now to show that the body goes on; empty where nothing may."""
+        return b""
+
     def farewell(self, error: ExchangeError) -> bytes:
         """What may still be forwarded to say that `error` ends the body; empty where nothing can be understood."""
         return b""
@@ -280,6 +284,10 @@ class StreamInspector(Inspector):
             elif exchange.first_token_at is not None:
                 self._awaits_token = False
                 self._clock.enter("idle", read_at)
+
+    def heartbeat(self) -> bytes:
+        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.
+        return b": heartbeat\n" if self._parser.at_boundary and not self._exchange.marker_seen else b""
 
     def farewell(self, error: ExchangeError) -> bytes:
         if not self._parser.at_boundary:

@@ -151,6 +151,8 @@ class _Relay:
         """The client is gone."""
         if self._connection is not None:
             self._connection.abort()
+        if self._pump is not None:
+            self._pump.stop()
         self._task.cancel()
 
     async def run(self) -> web.StreamResponse:
@@ -200,7 +202,8 @@ class _Relay:
     def _end(self, outcome: Outcome) -> None:
         """Phase 6: End."""
         self._downstream.on_leave = None
-        self._downstream.pump = None
+        if self._pump is not None:
+            self._pump.stop()
         if self._clock is not None:
             self._clock.stop()
         if self._upload is not None:
@@ -258,7 +261,7 @@ class _Relay:
         read = dialect.generates or self._request.method == "POST"
         head = await self._send(upstream, target + query, body, read=read)
 
-        await self._respond(head, dialect, clock)
+        await self._respond(head, dialect, clock, route.heartbeat)
 
     async def _route(self) -> tuple[Route, str, str, bytes | None]:
         """Phase 1: Route. The route, the path, the query, and the body if it had to be read."""
@@ -365,7 +368,7 @@ class _Relay:
         except RequestPayloadError:
             self.fail(RequestError("bad_request"))
 
-    async def _respond(self, head: ResponseHead, dialect: Dialect, clock: Clock) -> None:
+    async def _respond(self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None) -> None:
         """Phases 4, Head, and 5, Body: what the upstream answers goes downstream."""
         request, connection, downstream = self._request, self._connection, self._downstream
         exchange, transport = self._exchange, self._downstream.transport
@@ -408,6 +411,7 @@ class _Relay:
             framing_in=head.framing,
             framing_out=self._framing_out,
             reusable=reusable,
+            heartbeat=heartbeat,
         )
         self._pump.start()
         await self._pump.done

@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Pump:
-    """Moves one body. `framing_in` is the upstream's framing, `framing_out` the client's."""
+    """Moves one body. `framing_in` is the upstream's framing, `framing_out` the client's.
+
+    With a `heartbeat`, an event stream that was silent for so many seconds gets a comment from us.
+    """
 
     __slots__ = (
         "_body",
@@ -30,12 +33,15 @@ class Pump:
         "_downstream",
         "_exchange",
         "_extendable",
+        "_heartbeat",
+        "_heartbeat_timer",
         "_inspector",
-        "_paused_phase",
+        "_loop",
         "_reusable",
         "_upstream",
         "_verbatim",
         "_write",
+        "_written_at",
         "done",
     )
 
@@ -50,9 +56,11 @@ class Pump:
         framing_in: Framing,
         framing_out: Framing,
         reusable: bool,
+        heartbeat: float | None = None,
     ) -> None:
         assert downstream.transport is not None
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[None] = self._loop.create_future()
         self._upstream = upstream
         self._downstream = downstream
         self._write = downstream.transport.write
@@ -63,6 +71,9 @@ class Pump:
         self._chunked_out = framing_out == "chunked"
         self._extendable = exchange.is_stream and not isinstance(framing_out, int)
         self._reusable = reusable
+        self._heartbeat = heartbeat if self._extendable else None
+        self._heartbeat_timer: asyncio.TimerHandle | None = None
+        self._written_at = perf_counter()
         # True while the next byte from the upstream starts a chunk that may be forwarded as it is.
         self._verbatim = self._chunked_out and isinstance(self._body, ChunkedDecoder)
 
@@ -71,6 +82,8 @@ class Pump:
         self._downstream.pump = self
         if self._downstream.writing_paused:
             self.pause_writing()
+        if self._heartbeat is not None:
+            self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._beat, self._heartbeat)
         self._upstream.protocol.feed_to(self)
 
     def data_received(self, data: bytes) -> None:
@@ -80,6 +93,7 @@ class Pump:
             offset = whole_chunk(data)
             if offset:
                 self._write(data)
+                self._written_at = read_at
                 self._exchange.observer.forwarded(perf_counter() - read_at)
                 self._exchange.response_bytes += len(data) - offset - 2
                 self._look(data[offset:-2], read_at)
@@ -98,6 +112,7 @@ class Pump:
             out += LAST_CHUNK
         if out:
             self._write(out)
+            self._written_at = read_at
             self._exchange.observer.forwarded(perf_counter() - read_at)
         if payload:
             self._exchange.response_bytes += len(payload)
@@ -114,6 +129,17 @@ class Pump:
             # Looking must never stop the bytes.
             log.exception("the inspector failed; this stream goes on without it")
             self._inspector = Inspector()
+
+    def _beat(self, interval: float) -> None:
+        now = perf_counter()
+        due = self._written_at + interval
+        if now >= due:
+            due = now + interval
+            comment = self._inspector.heartbeat()
+            if comment and not self._downstream.writing_paused:
+                self._write(frame(comment) if self._chunked_out else comment)
+                self._written_at = now
+        self._heartbeat_timer = self._loop.call_later(due - now, self._beat, interval)
 
     def connection_lost(self, clean: bool) -> None:
         """The upstream's connection has ended."""
@@ -137,7 +163,7 @@ class Pump:
 
     def _complete(self, *, reusable: bool) -> None:
         if not self.done.done():
-            self._detach()
+            self.stop()
             self._upstream.release(reusable=reusable)
             try:
                 self._inspector.end()
@@ -152,7 +178,7 @@ class Pump:
         """
         if self.done.done():
             return
-        self._detach()
+        self.stop()
         self._upstream.abort()
         if self._extendable and self._downstream.left_at is None:
             event = self._inspector.farewell(error)
@@ -160,6 +186,9 @@ class Pump:
                 self._write(frame(event) if self._chunked_out else event)
         self.done.set_exception(error)
 
-    def _detach(self) -> None:
+    def stop(self) -> None:
+        """Nothing is moved any more, whether the body has ended or not."""
         self._downstream.pump = None
         self._verbatim = False
+        if self._heartbeat_timer is not None:
+            self._heartbeat_timer.cancel()
