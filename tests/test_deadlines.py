@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from .conftest import PlayScript, StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, begin, chunk, delta, post
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, begin, chunk, delta, post, until
 
 # Long enough for a loaded machine to do what it has to before, short enough to wait for.
 SHORT = 0.3
@@ -195,3 +195,25 @@ async def test_a_slow_client_is_not_a_stalled_one(start: StartProxy, play: PlayS
             # To take its time is what makes a client slow.
             await asyncio.sleep(SHORT / 10)
     assert await proxy.ended() == {"completed": 1}
+
+
+async def test_an_upload_that_is_not_taken_ends_with_the_time_to_a_head(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, timeouts={"head": SHORT})
+    client = await proxy.connect()
+    client.send(b"POST /v1/files HTTP/1.1\r\nHost: proxy\r\nContent-Length: 1000000000\r\n\r\n")
+    api = await upstream.accept()
+    await api.head()
+    api.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    hangups = proxy.worker.proxy.server.hangups
+    async with asyncio.timeout(10):
+        while not hangups._watched:
+            client.send(b"x" * 16384)
+            await client.writer.drain()
+            await asyncio.sleep(0)
+    assert (await client.message()).status == 504
+    assert await proxy.ended() == {"upstream_timeout_head": 1}
+    client.close()
+    await until(lambda: not proxy.worker.proxy.server.connections)
+    assert not hangups._watched

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sseproxy.process.supervisor import cores
+
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
 from .served import Served, alive, run, serve, until_refused, until_true
 
@@ -212,3 +214,11 @@ async def test_a_port_that_is_taken_is_one_line(upstream: ScriptedUpstream, opti
     name = {"listen": "listen", "admin": "admin.listen"}[option]
     assert errors == f"sseproxy: {name}: cannot listen on 127.0.0.1:{port}: address already in use\n"
     assert (status, out) == (1, "")
+
+
+async def test_without_a_number_there_is_a_worker_for_every_core_it_may_use(upstream: ScriptedUpstream) -> None:
+    assert 1 <= cores() <= len(os.sched_getaffinity(0))
+    async with serve("--upstream", upstream.url, *ANYWHERE) as served:
+        assert served.lines[-1] == f"  workers: {cores()}"
+        assert len(served.workers) == cores()
+        assert await served.sample("workers") == cores()
