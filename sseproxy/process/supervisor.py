@@ -110,19 +110,18 @@ class Supervisor:
     async def start(self) -> None:
         """Starts the admin listener and the workers, and returns when every worker accepts."""
         assert self._admin_socket is not None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
         self._admin = web.AppRunner(application(self.registry, self._unready), access_log=None)
         await self._admin.setup()
         await web.SockSite(self._admin, self._admin_socket).start()
-        loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.workers)]
         await self._until(lambda: len(self._ready) == self.workers or self._stopping.is_set())
 
     async def run(self) -> int:
         """Runs until a signal ends it; returns the exit status."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled, number)
         await self._stopping.wait()
         log.info("draining for at most %gs; a second signal ends at once", self.config.drain_timeout)
         await self.close()

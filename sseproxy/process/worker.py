@@ -107,8 +107,11 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     gc.freeze()
 
     async def supervisor_gone() -> None:
-        await reader.read()
-        ending.set()
+        try:
+            await reader.read()
+        finally:
+            # A supervisor that died with reports unread is a reset, not an end.
+            ending.set()
 
     watch = loop.create_task(supervisor_gone())
     await ending.wait()

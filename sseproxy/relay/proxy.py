@@ -269,7 +269,14 @@ class _Relay:
         if request.method == "CONNECT":
             raise RequestError("method")
         codings = headers.tokens(self._fields, b"transfer-encoding")
-        if request.version not in ((1, 0), (1, 1)) or codings not in ([], [b"chunked"]):
+        if (
+            request.version not in ((1, 0), (1, 1))
+            or codings not in ([], [b"chunked"])
+            or (
+                # RFC 9112, section 6.1: a transfer coding in HTTP/1.0 is faulty framing.
+                codings and request.version == (1, 0)
+            )
+        ):
             raise RequestError("bad_request")
         if any(expectation.lower() != b"100-continue" for expectation in headers.named(self._fields, b"expect")):
             raise RequestError("expectation")

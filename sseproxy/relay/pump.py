@@ -80,11 +80,11 @@ class Pump:
     def start(self) -> None:
         """Takes over both connections; the response head has been written."""
         self._downstream.pump = self
-        if self._downstream.writing_paused:
-            self.pause_writing()
         if self._heartbeat is not None:
             self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._beat, self._heartbeat)
         self._upstream.protocol.feed_to(self)
+        if self._downstream.writing_paused:
+            self.pause_writing()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the body, with its framing, as read from the upstream."""

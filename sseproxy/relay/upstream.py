@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -94,6 +95,8 @@ class RelayProtocol(ResponseHandler):
         self._held = b""
         self._sink: BodySink | None = None
         self._closed_cleanly = False
+        self._ended_in_order = False
+        self._held_paused = False
 
     @property
     def should_close(self) -> bool:
@@ -109,7 +112,8 @@ class RelayProtocol(ResponseHandler):
         """The body goes to `sink` from now on, what was held back of it first."""
         self._sink = sink
         held, self._held = self._held, b""
-        if len(held) > _HELD_LIMIT:
+        if self._held_paused:
+            self._held_paused = False
             self.resume()
         if held:
             sink.data_received(held)
@@ -122,6 +126,10 @@ class RelayProtocol(ResponseHandler):
         if not reusable or self._held:
             self._should_close = True
         self._held = b""
+        if not self._should_close:
+            # The read that ended the body may have filled the client's buffer, and so paused a connection that others
+            # are going to use.
+            self.resume()
 
     def pause(self) -> None:
         """Reads no more until `resume`; does nothing once the connection is gone."""
@@ -129,6 +137,13 @@ class RelayProtocol(ResponseHandler):
 
     def resume(self) -> None:
         self._resume_transport_reading()
+
+    def eof_received(self) -> None:
+        """The upstream has ended its side in order: by a FIN, or in TLS by close_notify."""
+        self._ended_in_order = True
+        if self.transport is not None:
+            # What still waits to be written, the rest of an upload, would hold up the end of the connection.
+            self.transport.abort()
 
     async def send(self, data: bytes) -> None:
         """Writes `data`, and waits until the upstream takes more. Raises ConnectionError if it is gone."""
@@ -145,6 +160,7 @@ class RelayProtocol(ResponseHandler):
         elif self._head.done():
             self._held += data
             if len(self._held) > _HELD_LIMIT:
+                self._held_paused = True
                 self.pause()
         else:
             self._held += data
@@ -178,11 +194,30 @@ class RelayProtocol(ResponseHandler):
         if self._head is not None and not self._head.done():
             self._head.set_exception(error)
 
+    def _left_in_tls(self) -> bytes:
+        """What uvloop's TLS had received and not delivered: it drops that when the FIN finds it paused."""
+        tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
+        parts: list[bytes] = []
+        if tls is not None:
+            try:
+                while part := tls.read(1 << 18):
+                    parts.append(part)
+                self._ended_in_order = True
+            except ssl.SSLZeroReturnError:
+                self._ended_in_order = True
+            except ssl.SSLError:
+                # No close_notify: the body may have been cut (RFC 8446, section 6.1).
+                pass
+        return b"".join(parts)
+
     def connection_lost(self, exc: BaseException | None) -> None:
+        left = self._left_in_tls()
+        if left and self._sink is not None:
+            self._sink.data_received(left)
         super().connection_lost(exc)
         # Nobody reads from the queue that the base class puts its exception into.
         self._exception = None
-        self._closed_cleanly = exc is None
+        self._closed_cleanly = exc is None and self._ended_in_order
         self._fail_head(UpstreamError("reset"))
         if self._sink is not None:
             self._sink.connection_lost(self._closed_cleanly)
@@ -273,6 +308,9 @@ class UpstreamConnection:
         connection, self._connection = self._connection, None
         if connection is not None:
             self.protocol.finish(reusable=reusable)
+            if self.protocol.should_close:
+                # Its close would wait to flush an upload that nobody takes any more.
+                self.protocol.abort()
             connection.release()
 
     def abort(self) -> None:
