@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import random
 
@@ -11,7 +12,19 @@ from sseproxy import config
 from sseproxy.wire.sse import MAX_EVENT
 
 from .conftest import StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, RunningProxy, ScriptedUpstream, begin, chunk, delta, post, usage
+from .harness import (
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    RunningProxy,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    post,
+    until,
+    usage,
+)
 
 
 async def test_a_stream_arrives_byte_for_byte(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
@@ -312,6 +325,7 @@ async def test_the_model_picks_the_route_and_the_body_stays_as_it_was(
         (b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n", 501, "method"),
         (b"POST /v1 HTTP/1.1\r\nHost: p\r\nExpect: a-pony\r\nContent-Length: 0\r\n\r\n", 417, "expectation"),
         (b"NOT HTTP\r\n\r\n", 400, "bad_request"),
+        (b"POST /v1 HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "bad_request"),
         (b"GET /v1 HTTP/1.1\r\n\r\n", 400, "bad_request"),
         (b"POST /v1 HTTP/1.1\r\nHost: p\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400, "bad_request"),
     ],
@@ -440,3 +454,30 @@ async def test_a_route_can_say_which_dialect_is_spoken(start: StartProxy, upstre
     await proxy.idle()
     assert proxy.sample("time_to_first_token_seconds_count") == 1
     assert proxy.sample("stream_ends_total", end="marker") == 1
+
+
+async def test_a_connection_whose_last_read_blocked_a_client_serves_the_next(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, timeouts={"head": 3.0})
+    slow = await proxy.connect()
+    slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    slow.send(b"GET /v1/files/f HTTP/1.1\r\nHost: p\r\n\r\n")
+    api = await upstream.accept()
+    await api.message()
+    api.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    (connection,) = proxy.worker.proxy.server.connections
+    assert connection.transport is not None
+    while not connection.transport.get_write_buffer_size():
+        api.send(chunk(b"x" * 20_000))
+        await api.drain()
+        await asyncio.sleep(0.002)  # until the kernel takes no more
+    api.send(chunk(b"y" * 70_000), LAST_CHUNK)
+    await until(lambda: proxy.sample("upstream_connections", state="idle") == 1)
+    slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    assert (await slow.message()).complete
+    client = await proxy.connect()
+    client.send(post())
+    await api.message()
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (await client.message()).body == b"ok"
