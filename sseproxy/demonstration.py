@@ -61,11 +61,15 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool) 
         supervisor = _bound(config.single(f"http://127.0.0.1:{site.port}/v1", listen=listen, admin=admin, workers=1))
         await supervisor.start()
         _say(f"A backend on port {site.port} makes {pace.rate:g} tokens a second; the proxy is {supervisor.url}.\n")
-        await _stream_one(supervisor)
-        if once:
-            await supervisor.close()
-            return 0
-        _say(_NEXT.format(url=supervisor.url, admin=supervisor.admin_url, model=MODEL))
+        answer = asyncio.create_task(_stream_one(supervisor))
+        stopped = asyncio.create_task(supervisor.stopping.wait())
+        await asyncio.wait((answer, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.cancel():
+            answer.result()
+            if once:
+                await supervisor.close()
+                return 0
+            _say(_NEXT.format(url=supervisor.url, admin=supervisor.admin_url, model=MODEL))
         return await supervisor.run()
     finally:
         await runner.cleanup()

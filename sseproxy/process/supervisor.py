@@ -86,7 +86,8 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._next_id = 1
         self._keepers: list[asyncio.Task[None]] = []
-        self._stopping = asyncio.Event()
+        self.stopping = asyncio.Event()
+        """Set once a signal, or `close`, has asked for the end."""
         self._forced: signal.Signals | None = None
 
     @property
@@ -118,18 +119,22 @@ class Supervisor:
         await self._admin.setup()
         await web.SockSite(self._admin, self._admin_socket).start()
         self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.workers)]
-        await self._until(lambda: len(self._ready) == self.workers or self._stopping.is_set())
+        await self._until(lambda: len(self._ready) == self.workers or self.stopping.is_set())
 
     async def run(self) -> int:
         """Runs until a signal ends it; returns the exit status."""
-        await self._stopping.wait()
+        await self.stopping.wait()
         log.info("draining for at most %gs; a second signal ends at once", self.config.drain_timeout)
         await self.close()
         return 128 + self._forced if self._forced is not None else 0
 
+    def _stop(self) -> None:
+        self.stopping.set()
+        self._changed.set()
+
     def _signalled(self, number: signal.Signals) -> None:
-        if not self._stopping.is_set():
-            self._stopping.set()
+        if not self.stopping.is_set():
+            self._stop()
             return
         self._forced = number
         for process in self._processes.values():
@@ -137,8 +142,7 @@ class Supervisor:
 
     async def close(self) -> None:
         """Drains: not ready, no accepting, workers told; returns when all have ended."""
-        self._stopping.set()
-        self._changed.set()
+        self._stop()
         if self._listener is not None:
             self._listener.close()
         for process in self._processes.values():
@@ -158,7 +162,7 @@ class Supervisor:
         return self._registry
 
     def _unready(self) -> str | None:
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             return "draining"
         return None if self._ready else "no worker accepts connections"
 
@@ -170,7 +174,7 @@ class Supervisor:
     async def _keep_worker(self) -> None:
         """Keeps one worker running."""
         backoff = 0.0
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             started = perf_counter()
             try:
                 fate = f"ended with status {await self._run_worker()}"
@@ -178,7 +182,7 @@ class Supervisor:
             except OSError as error:
                 # Out of descriptors, processes or memory; there may be some again.
                 fate, ended = f"could not be started ({error})", False
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 return
             if ended:
                 self._recorder.count(metrics.RESTARTS, ())
@@ -186,7 +190,7 @@ class Supervisor:
             backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
             log.error("a worker %s after %.1fs; the next starts in %.1fs", fate, lived, backoff)
             try:
-                await asyncio.wait_for(self._stopping.wait(), backoff)
+                await asyncio.wait_for(self.stopping.wait(), backoff)
             except TimeoutError:
                 continue
 
@@ -208,7 +212,7 @@ class Supervisor:
                 ours.close()
                 raise
         self._processes[number] = process
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             process.terminate()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_config(self.config))
