@@ -11,6 +11,7 @@ import ipaddress
 import math
 import os
 import re
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -96,6 +97,20 @@ def _api_key(value: object) -> SecretStr | None:
     if isinstance(value, SecretStr) and _API_KEY.fullmatch(value.get_secret_value()):
         return value
     raise _expected("an API key: text of visible ASCII characters", show=False)
+
+
+def _ca_file(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value:
+        try:
+            ssl.create_default_context(cafile=value)
+            return value
+        except OSError as error:
+            # An SSLError is one as well.
+            why = "no certificate is in it" if isinstance(error, ssl.SSLError) else (error.strerror or "").lower()
+            raise _expected(f"a readable file of PEM certificates ({why})") from None
+    raise _expected("the path of a file of PEM certificates")
 
 
 def _seconds(value: object, info: ValidationInfo) -> float | None:
@@ -227,6 +242,13 @@ class Admin(_Model):
     listen: ListenAddress = Address("127.0.0.1", 9464)
 
 
+class UpstreamTLS(_Model):
+    """How an `https` upstream is verified."""
+
+    ca_file: Annotated[str | None, BeforeValidator(_ca_file)] = None
+    """The certificates of the authorities that are trusted; `None` are the system's."""
+
+
 class Upstream(_Model):
     """A server that requests are relayed to."""
 
@@ -235,6 +257,7 @@ class Upstream(_Model):
     """Canonical, without trailing slash. Its path takes the place of the matched prefix."""
     api_key: Annotated[SecretStr | None, BeforeValidator(_api_key)] = None
     """Sent as the bearer token instead of the client's `Authorization`."""
+    tls: UpstreamTLS = UpstreamTLS()
 
 
 class Match(_Model):
@@ -253,6 +276,8 @@ class Timeouts(_Model):
 
     connect: Duration = 10.0
     """DNS, TCP and TLS to the upstream."""
+    body: Duration = 30.0
+    """A client that sends nothing of its request body for that long is cut."""
     head: Duration = 600.0
     """From the request being sent to the response head, which reasoning models may hold for minutes."""
     first_token: Duration = 900.0

@@ -9,7 +9,7 @@
           +-- UpstreamError             the upstream's fault
           |    +-- UpstreamTimeout      it was given the time of its phase and did not use it
           |    +-- Truncated            it left after its response head
-          +-- StalledClient             the client takes no bytes
+          +-- StalledClient             the client neither takes nor sends what it is to
           +-- Draining                  this process ends before the exchange does
           +-- InternalError             a defect of sseproxy
 
@@ -134,6 +134,7 @@ class RequestError(ExchangeError):
         "bad_target": (400, "The request target is not a plain path: dot segments and control characters are refused."),
         "no_route": (404, "No route matches this request."),
         "method": (501, "This method is not supported."),
+        "head_too_large": (431, "The request head is too large."),
         "body_too_large": (413, "The request body is too large to be read for its model."),
         "expectation": (417, "Only Expect: 100-continue can be met."),
     }
@@ -193,14 +194,15 @@ class Truncated(UpstreamError):
 
 
 class StalledClient(ExchangeError):
-    """The client took no byte for the route's write timeout."""
+    """The client `took` no byte of the response, or `sent` none of its request, for `seconds`."""
 
     status = 408
     code = type = "stalled_client"
     outcome = Outcome.STALLED_CLIENT
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"The client took nothing for {seconds:g} seconds.")
+    def __init__(self, missed: Literal["took", "sent"], seconds: float) -> None:
+        what = "the response" if missed == "took" else "its request"
+        super().__init__(f"The client {missed} nothing of {what} for {seconds:g} seconds.")
 
 
 class Draining(ExchangeError):

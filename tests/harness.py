@@ -271,8 +271,7 @@ class RunningProxy:
 
     async def idle(self) -> None:
         """Waits until no exchange is under way."""
-        async with asyncio.timeout(DEADLINE):
-            await self.worker.proxy.idle.wait()
+        await until(lambda: not self.worker.proxy.active)
 
     def exposed(self, accept: str = "text/plain") -> str:
         self.worker.telemetry.flush()

@@ -35,7 +35,7 @@ routes:
 VALID = UPSTREAMS + ROUTES
 
 TOP_KEYS = "admin, drain_timeout, listen, max_body, routes, upstreams, workers"
-TIMEOUT_KEYS = "connect, first_token, head, idle, total, write"
+TIMEOUT_KEYS = "body, connect, first_token, head, idle, total, write"
 HOST_PORT = "expected HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535"
 DURATION = "expected a duration such as 30s or 5m"
 SIZE = "expected a size such as 512KiB or 32MiB"
@@ -198,7 +198,7 @@ MISTAKES = {
     ),
     "api_key_without_space": (
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
-        "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, name, url; did you mean 'api_key'?",
+        "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, name, tls, url; did you mean 'api_key'?",
     ),
     "name": (match("{path: /v1}").replace("api", "my api", 1), f"f:2:5: routes[0].name: {NAME}, got 'my api'"),
     "name_number": (match("{path: /v1}").replace("api", "1", 1), f"f:2:5: routes[0].name: {NAME}, got a number (1)"),

@@ -75,11 +75,11 @@ class Worker:
             server.close()
         self.proxy.drain()
         try:
-            await asyncio.wait_for(self.proxy.idle.wait(), self._config.drain_timeout)
+            await asyncio.wait_for(self.proxy.server.empty.wait(), self._config.drain_timeout)
         except TimeoutError:
             log.warning("%d exchanges are ended by the drain timeout", len(self.proxy.active))
             self.proxy.end_exchanges()
-            await asyncio.wait([asyncio.ensure_future(self.proxy.idle.wait())], timeout=_LAST_WORDS)
+            await asyncio.wait([asyncio.ensure_future(self.proxy.server.empty.wait())], timeout=_LAST_WORDS)
         await self.proxy.close()
         self.telemetry.close()
 
@@ -95,7 +95,7 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
         if writer.transport.is_closing():
             # The supervisor is gone, and with it whoever could be told.
             return True
-        if writer.transport.get_write_buffer_size() > _UNREAD_REPORTS:
+        if writer.transport.get_write_buffer_size() > _UNREAD_REPORTS and not ending.is_set():
             return False
         writer.write(encode_report(report))
         return True
@@ -117,8 +117,12 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     await ending.wait()
     watch.cancel()
     await worker.drain()
-    if not writer.transport.is_closing():
-        writer.close()
+    writer.close()
+    try:
+        await asyncio.wait_for(writer.wait_closed(), _LAST_WORDS)
+    except (OSError, TimeoutError):
+        # The supervisor is gone, or takes nothing.
+        pass
 
 
 def main() -> None:

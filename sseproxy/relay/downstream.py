@@ -13,11 +13,13 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.http_parser import HttpRequestParser
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
 
@@ -32,6 +34,10 @@ KEEPALIVE = 75.0
 READ_BUFFER = 16 * 1024
 # Bytes of a response that wait for the client before the upstream is paused.
 WRITE_BUFFER = 64 * 1024
+# Of a whole request head, as of Node.js and nginx; aiohttp bounds only each of its lines.
+MAX_HEAD = 32 * 1024
+# Requests that a client may send ahead of their responses.
+MAX_PIPELINED = 4
 # A close that waits for a client to take the last bytes waits so long.
 LINGER = 30.0
 
@@ -82,14 +88,36 @@ class HangupWatch:
 class DownstreamProtocol(RequestHandler):
     """One client connection. `on_leave` is called, once, the moment the client is seen gone while it is `busy`."""
 
-    __slots__ = ("_fd", "_server", "left_at", "on_leave", "pump", "read_at")
+    __slots__ = ("_fd", "_incoming", "_server", "_unparsed", "free_at", "left_at", "on_leave", "pump", "read_at")
 
-    def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
-        super().__init__(server, loop=loop, **kwargs)
+    def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=KEEPALIVE,
+            read_bufsize=READ_BUFFER,
+            access_log=cast(logging.Logger, None),
+        )
+        self._max_msg_queue_size, self._msg_queue_resume_size = MAX_PIPELINED, MAX_PIPELINED // 2
+        self._parser = HttpRequestParser(
+            self,
+            loop,
+            READ_BUFFER,
+            max_line_size=MAX_HEAD,
+            max_field_size=MAX_HEAD,
+            payload_exception=RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=MAX_PIPELINED,
+        )
         self._server = server
         self._fd = -1
+        # The body of the request that was read last, and the bytes read since of a head that is not whole.
+        self._incoming: StreamReader = EMPTY_PAYLOAD
+        self._unparsed = 0
         self.read_at = 0.0
         """When bytes were last read from the client."""
+        self.free_at = 0.0
+        """When the exchange before this one ended."""
         self.left_at: float | None = None
         """When the client was seen gone, if it left during an exchange."""
         self.on_leave: Callable[[], None] | None = None
@@ -102,7 +130,35 @@ class DownstreamProtocol(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         self.read_at = perf_counter()
+        received, in_body = self._request_count, not self._incoming.is_eof()
         super().data_received(data)
+        if self._request_count != received:
+            self._unparsed = 0
+            message, incoming = self._messages[-1]
+            if isinstance(message, _ErrInfo):
+                self._break_off()
+            self._incoming = incoming
+        elif in_body:
+            self._unparsed = 0
+        else:
+            self._unparsed += len(data)
+            if self._unparsed > MAX_HEAD:
+                self._refuse_head()
+
+    def _break_off(self) -> None:
+        """What was read cannot be parsed. A body that it was part of fails: aiohttp's parser only forgets it."""
+        if not self._incoming.is_eof():
+            self._incoming.set_exception(RequestPayloadError("the request body is broken"))
+            # There is no end of it to wait for.
+            self._lingering_time = 0.0
+
+    def _refuse_head(self) -> None:
+        error = RequestError("head_too_large")
+        self._messages.append((_ErrInfo(status=error.status, exc=error, message=""), EMPTY_PAYLOAD))
+        # Nothing more is read.
+        self._close = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def eof_received(self) -> None:
         if self._current_request is not None:
@@ -110,7 +166,8 @@ class DownstreamProtocol(RequestHandler):
 
     def close_if_idle(self) -> None:
         """Closes the connection unless a request is on it, or about to be."""
-        if self._waiter is not None and not self._waiter.done():
+        fresh = self._request_count == 0 and self._waiter is None
+        if fresh or (self._waiter is not None and not self._waiter.done()):
             self.force_close()
 
     def _leave(self) -> None:
@@ -188,9 +245,14 @@ class DownstreamProtocol(RequestHandler):
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """Answers what is not HTTP/1.1, without a byte of it."""
-        if status != 400:
+        error: ExchangeError
+        if isinstance(exc, RequestError):
+            error = exc
+        elif status == 400:
+            error = RequestError("bad_request")
+        else:
             log.error("an exchange failed outside its own error handling", exc_info=exc)
-        error = RequestError("bad_request") if status == 400 else InternalError()
+            error = InternalError()
         self._server.malformed(error)
         return Answer(error)
 
@@ -205,6 +267,7 @@ class Answer(web.StreamResponse):
         super().__init__()
         self._keep_alive = keep_alive
         self._head_bytes = self._body_bytes = b""
+        self._written_to: DownstreamProtocol | None = None
         if error is not None:
             self._body_bytes = body = error.body()
             fields = [
@@ -219,10 +282,19 @@ class Answer(web.StreamResponse):
         transport = request.transport
         if self._head_bytes and transport is not None:
             transport.write(self._head_bytes if request.method == "HEAD" else self._head_bytes + self._body_bytes)
+            protocol = request.protocol
+            assert isinstance(protocol, DownstreamProtocol)
+            self._written_to = protocol
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to write: `prepare` is called just before, and wrote all there is."""
+        """`prepare` has written all there is. A client that does not take it gets no other answer."""
+        if self._written_to is not None:
+            try:
+                async with asyncio.timeout(LINGER):
+                    await self._written_to.flushed()
+            except TimeoutError:
+                self._written_to.cut(flush=False)
 
 
 _REASONS = {
@@ -231,6 +303,7 @@ _REASONS = {
     408: b"Request Timeout",
     413: b"Content Too Large",
     417: b"Expectation Failed",
+    431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
     501: b"Not Implemented",
     502: b"Bad Gateway",
@@ -254,6 +327,26 @@ class DownstreamServer(Server):
         super().__init__(handler, handler_cancellation=True)
         self.malformed = malformed
         self.hangups = HangupWatch(self._loop)
+        self.empty = asyncio.Event()
+        """Set while there is no connection, nor an exchange that has still to end after one."""
+        self.empty.set()
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self.empty.clear()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        task = handler._task_handler
+        super().connection_lost(handler, exc)
+        if task is None:
+            self._forgot()
+        else:
+            # The base class forgets a connection when its task has ended.
+            task.add_done_callback(self._forgot)
+
+    def _forgot(self, _: object = None) -> None:
+        if not self._connections:
+            self.empty.set()
 
     def close_idle(self) -> None:
         for connection in self.connections:
@@ -261,13 +354,4 @@ class DownstreamServer(Server):
             connection.close_if_idle()
 
     def __call__(self) -> DownstreamProtocol:
-        return DownstreamProtocol(
-            self,
-            self._loop,
-            keepalive_timeout=KEEPALIVE,
-            read_bufsize=READ_BUFFER,
-            auto_decompress=False,
-            access_log=None,
-            max_line_size=16 * 1024,
-            max_field_size=16 * 1024,
-        )
+        return DownstreamProtocol(self, self._loop)

@@ -83,7 +83,7 @@ class Exchange:
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
         self.marker_seen = False
-        """The dialect's end was seen; what comes after it concerns nobody."""
+        """The dialect's end was seen, and forwarded."""
         self.stream_error = False
         self.unread: Literal["encoded", "oversize"] | None = None
         """Why the body, or a part of it, could not be read in passing."""
@@ -126,10 +126,18 @@ class Exchange:
         if not meaning.understood:
             self.garbled += 1
 
+    def completed(self) -> Outcome:
+        """The outcome if all of the response was forwarded."""
+        return Outcome.UPSTREAM_ERROR if self.stream_error else Outcome.COMPLETED
+
+    def failed(self, error: ExchangeError) -> Outcome:
+        """The outcome if `error` ends it now. What follows the end marker concerns nobody."""
+        return self.completed() if self.marker_seen and not isinstance(error, StalledClient) else error.outcome
+
     def client_left(self) -> Outcome:
         """The outcome if the client leaves now."""
         if self.marker_seen:
-            return Outcome.UPSTREAM_ERROR if self.stream_error else Outcome.COMPLETED
+            return self.completed()
         if self.head_at is None:
             return Outcome.CLIENT_GONE_BEFORE_HEAD
         if self.is_stream and self.first_token_at is None:
@@ -173,7 +181,7 @@ class Clock:
         self._timeouts = timeouts
         self._loop = loop
         self._fail = fail
-        self._phase: Phase = "connect"
+        self._phase: Phase | Literal["body"] = "connect"
         self._limit = timeouts.connect
         self._stalled: Callable[[], bool] | None = None
         self._blocked_at = 0.0
@@ -181,8 +189,8 @@ class Clock:
         self._armed_for = float("inf")
         self._handle: asyncio.TimerHandle | None = None
 
-    def enter(self, phase: Phase, since: float) -> None:
-        """`phase` begins; its time counts from `since`."""
+    def enter(self, phase: Phase | Literal["body"], since: float) -> None:
+        """`phase` begins; its time counts from `since`. In `body` it is the client's request that is waited for."""
         self._phase = phase
         self._limit = getattr(self._timeouts, phase)
         self.touched = since
@@ -202,6 +210,11 @@ class Clock:
         self._stalled = None
         self.touched = perf_counter()
         self._arm()
+
+    def only_client(self, stalled: Callable[[], bool]) -> None:
+        """Nothing is waited for any more but that the client takes the last bytes."""
+        self._total_due = float("inf")
+        self.client_blocked(stalled)
 
     def stop(self) -> None:
         if self._handle is not None:
@@ -228,13 +241,16 @@ class Clock:
             self._arm()
         elif now >= self._total_due:
             self._fail(UpstreamTimeout("total", self._timeouts.total or 0.0))
-        elif self._stalled is None:
-            self._fail(UpstreamTimeout(self._phase, self._limit))
-        elif self._stalled():
-            self._fail(StalledClient(self._timeouts.write))
+        elif self._stalled is not None:
+            if self._stalled():
+                self._fail(StalledClient("took", self._timeouts.write))
+            else:
+                self._blocked_at = now
+                self._arm()
+        elif self._phase == "body":
+            self._fail(StalledClient("sent", self._limit))
         else:
-            self._blocked_at = now
-            self._arm()
+            self._fail(UpstreamTimeout(self._phase, self._limit))
 
 
 class Inspector:
@@ -290,7 +306,7 @@ class StreamInspector(Inspector):
         return b": heartbeat\n" if self._parser.at_boundary and not self._exchange.marker_seen else b""
 
     def farewell(self, error: ExchangeError) -> bytes:
-        if not self._parser.at_boundary:
+        if not self._parser.at_boundary or self._exchange.marker_seen:
             return b""
         return error.event(self._exchange.events if self._numbered else None)
 

@@ -17,19 +17,20 @@ import logging
 import secrets
 from collections.abc import Callable
 from time import perf_counter
+from typing import Literal
 
 import msgspec
 from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 from aiohttp.web_request import BaseRequest
 
-from ..config import Config, Route
+from ..config import Config, Route, Timeouts
 from ..errors import Draining, ExchangeError, InternalError, Outcome, RequestError, StalledClient, UpstreamError
 from ..wire import headers
 from ..wire.dialects import Dialect, dialect_of
 from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
 from . import routes
-from .downstream import Answer, DownstreamProtocol, DownstreamServer, status_line
+from .downstream import MAX_HEAD, Answer, DownstreamProtocol, DownstreamServer, status_line
 from .exchange import Clock, Exchange, Inspector, JsonInspector, Observer, OpaqueInspector, StreamInspector
 from .pump import Pump
 from .upstream import ResponseHead, Upstream, UpstreamConnection
@@ -68,24 +69,18 @@ class Proxy:
         self.upstreams = {upstream.name: Upstream(upstream) for upstream in config.upstreams}
         self.active: set[_Relay] = set()
         self.draining = False
-        self.idle = asyncio.Event()
-        """Set while no exchange is under way."""
-        self.idle.set()
         self.server = DownstreamServer(self.handle, self._malformed)
 
     async def handle(self, request: BaseRequest) -> web.StreamResponse:
         relay = _Relay(self, request)
         self.active.add(relay)
-        self.idle.clear()
         try:
             return await relay.run()
         finally:
             self.active.discard(relay)
-            if not self.active:
-                self.idle.set()
 
     def drain(self) -> None:
-        """Connections end after the exchange that is on them; idle ones end now."""
+        """Connections end after the exchange that is on them, idle ones now; `server.empty` tells when all have."""
         self.draining = True
         self.server.close_idle()
 
@@ -123,7 +118,7 @@ class _Relay:
         self._downstream = downstream
         self._task = task
         self._loop = asyncio.get_running_loop()
-        self._received_at = downstream.read_at
+        self._received_at = max(downstream.read_at, downstream.free_at)
         self._request_id = headers.request_id(self._fields) or secrets.token_hex(8).encode()
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -161,17 +156,17 @@ class _Relay:
         outcome = Outcome.PROXY_ERROR
         try:
             await self._relay()
-            outcome = self._completed()
-            return Answer(None, keep_alive=self._keep_alive)
+            outcome = self._recorded().completed()
+            return Answer(None, keep_alive=self._keep_alive and not self._proxy.draining)
         except ExchangeError as error:
-            outcome = error.outcome
+            outcome = self._failed(error)
             return self._refuse(error)
         except asyncio.CancelledError:
             if self._error is None:
                 outcome = self._left()
                 raise
             self._task.uncancel()
-            outcome = self._error.outcome
+            outcome = self._failed(self._error)
             return self._refuse(self._error)
         except Exception:
             log.exception("an exchange failed in a way that nobody foresaw")
@@ -179,29 +174,31 @@ class _Relay:
         finally:
             self._end(outcome)
 
-    def _completed(self) -> Outcome:
-        return Outcome.UPSTREAM_ERROR if self._recorded().stream_error else Outcome.COMPLETED
-
     def _left(self) -> Outcome:
         """The outcome if the client has left, unless the body had ended and this task was only about to hear of it."""
+        if self._downstream.left_at is None:
+            # Nobody left: the worker's end does not wait for this exchange.
+            return Outcome.DRAINED
         body = self._pump.done if self._pump is not None else None
         if body is None or not body.done() or body.cancelled() or self._flushing:
             return self._recorded().client_left()
         error = body.exception()
-        if not isinstance(error, ExchangeError):
-            return self._completed()
-        self._count(error)
-        return error.outcome
+        return self._failed(error) if isinstance(error, ExchangeError) else self._recorded().completed()
 
-    def _count(self, error: ExchangeError) -> None:
+    def _failed(self, error: ExchangeError) -> Outcome:
+        outcome = self._recorded().failed(error)
+        if outcome is not error.outcome:
+            return outcome
         if isinstance(error, UpstreamError):
             self._recorded().observer.upstream_failed(error.kind)
         elif isinstance(error, RequestError):
             self._recorded().observer.rejected(error.reason)
+        return outcome
 
     def _end(self, outcome: Outcome) -> None:
         """Phase 6: End."""
         self._downstream.on_leave = None
+        self._downstream.free_at = perf_counter()
         if self._pump is not None:
             self._pump.stop()
         if self._clock is not None:
@@ -234,7 +231,6 @@ class _Relay:
 
     def _refuse(self, error: ExchangeError) -> web.StreamResponse:
         """The response if its head was not sent yet; otherwise the connection is cut short of a clean end."""
-        self._count(error)
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(None)
@@ -256,7 +252,6 @@ class _Relay:
         clock.enter("connect", perf_counter())
         await self._connect(upstream)
 
-        clock.enter("head", perf_counter())
         # Anything else is fetched, not generated, and may come as compressed as the client wants it.
         read = dialect.generates or self._request.method == "POST"
         head = await self._send(upstream, target + query, body, read=read)
@@ -268,6 +263,8 @@ class _Relay:
         request = self._request
         if request.method == "CONNECT":
             raise RequestError("method")
+        if len(request.raw_path) + headers.size(self._fields) > MAX_HEAD:
+            raise RequestError("head_too_large")
         codings = headers.tokens(self._fields, b"transfer-encoding")
         if (
             request.version not in ((1, 0), (1, 1))
@@ -285,29 +282,39 @@ class _Relay:
         model: str | None = None
         body: bytes | None = None
         if any(route.match.model for route in candidates):
-            body = await self._whole_body()
+            # Whichever of them it will be, it would wait at least as long.
+            body = await self._whole_body(max(route.timeouts.body for route in candidates))
             model = _model_of(body)
         return routes.choose(candidates, model), path, query, body
 
-    async def _whole_body(self) -> bytes:
+    async def _whole_body(self, silence: float) -> bytes:
         content, limit = self._request.content, self._proxy.max_body
+        clock = self._clock = Clock(self._loop, Timeouts(body=silence), self._received_at, self.fail)
+        clock.enter("body", perf_counter())
         self._continue()
         parts: list[bytes] = []
         size = 0
         try:
             while part := await content.readany():
+                clock.touched = perf_counter()
                 size += len(part)
                 if size > limit:
                     raise RequestError("body_too_large")
                 parts.append(part)
         except RequestPayloadError:
             raise RequestError("bad_request") from None
+        clock.stop()
         return b"".join(parts)
 
     def _continue(self) -> None:
         """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
         transport = self._downstream.transport
-        if headers.named(self._fields, b"expect") and not self._request.content.is_eof() and transport is not None:
+        if (
+            headers.named(self._fields, b"expect")
+            and self._request.version == (1, 1)
+            and not self._request.content.is_eof()
+            and transport is not None
+        ):
             transport.write(_CONTINUE)
 
     async def _connect(self, upstream: Upstream) -> None:
@@ -353,7 +360,9 @@ class _Relay:
         )
         response = connection.protocol.expect_head(request.method)
         connection.transport.write(head if body is None else head + body)
-        if body is None and framing is not None:
+        streamed = body is None and framing is not None
+        clock.enter("body" if streamed else "head", perf_counter())
+        if streamed:
             self._continue()
             self._upload = self._loop.create_task(self._send_body(connection, exchange, clock, framing == "chunked"))
         elif body is not None:
@@ -361,12 +370,18 @@ class _Relay:
         return await response
 
     async def _send_body(self, connection: UpstreamConnection, exchange: Exchange, clock: Clock, chunked: bool) -> None:
+        def waits_for(phase: Literal["body", "head"]) -> None:
+            if exchange.head_at is None:
+                clock.enter(phase, perf_counter())
+
         try:
             while part := await self._request.content.readany():
                 exchange.request_bytes += len(part)
+                waits_for("head")
                 await connection.protocol.send(frame(part) if chunked else part)
-                # The upstream's time to answer begins when it has what it is to answer.
-                clock.touched = perf_counter()
+                waits_for("body")
+            # The upstream's time to answer begins when it has what it is to answer.
+            waits_for("head")
             if chunked:
                 await connection.protocol.send(LAST_CHUNK)
         except ConnectionError:
@@ -407,24 +422,24 @@ class _Relay:
         reusable = head.reusable and (self._upload is None or self._upload.done())
         if head.framing is None or head.framing == 0:
             connection.release(reusable=reusable)
-            return
-        assert self._framing_out is not None
-        self._pump = Pump(
-            connection,
-            downstream,
-            exchange,
-            self._inspector(head, event_stream, dialect, exchange, clock),
-            clock,
-            framing_in=head.framing,
-            framing_out=self._framing_out,
-            reusable=reusable,
-            heartbeat=heartbeat,
-        )
-        self._pump.start()
-        await self._pump.done
+        else:
+            assert self._framing_out is not None
+            self._pump = Pump(
+                connection,
+                downstream,
+                exchange,
+                self._inspector(head, event_stream, dialect, exchange, clock),
+                clock,
+                framing_in=head.framing,
+                framing_out=self._framing_out,
+                reusable=reusable,
+                heartbeat=heartbeat,
+            )
+            self._pump.start()
+            await self._pump.done
         if transport.get_write_buffer_size():
             self._flushing = True
-            clock.client_blocked(downstream.stall_detector())
+            clock.only_client(downstream.stall_detector())
             await downstream.flushed()
 
     def _inspector(

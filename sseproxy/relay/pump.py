@@ -83,8 +83,6 @@ class Pump:
         if self._heartbeat is not None:
             self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._beat, self._heartbeat)
         self._upstream.protocol.feed_to(self)
-        if self._downstream.writing_paused:
-            self.pause_writing()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the body, with its framing, as read from the upstream."""

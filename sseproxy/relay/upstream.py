@@ -12,7 +12,7 @@ import asyncio
 import functools
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
 from aiohttp.client_exceptions import (
@@ -227,17 +227,17 @@ class _Target:
     """What a connector asks of an `aiohttp.ClientRequest` to connect, without one being made for each request."""
 
     proxy = proxy_auth = proxy_headers = server_hostname = None
-    ssl = True
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, tls: ssl.SSLContext | Literal[True]) -> None:
         self.url = url
+        self.ssl = tls
         self.host = url.raw_host
         self.port = url.port
         self.connection_key = ConnectionKey(
             host=url.raw_host or "",
             port=url.port,
             is_ssl=self.is_ssl(),
-            ssl=True,
+            ssl=tls,
             proxy=None,
             proxy_auth=None,
             proxy_headers_hash=None,
@@ -256,7 +256,9 @@ class Upstream:
         self.api_key = config.api_key.get_secret_value().encode() if config.api_key is not None else None
         self.base_path = url.raw_path.rstrip("/")
         self.host = (url.host_port_subcomponent or "").encode("ascii")
-        self._target = cast(ClientRequest, _Target(url))
+        ca_file = config.tls.ca_file
+        tls: ssl.SSLContext | Literal[True] = ssl.create_default_context(cafile=ca_file) if ca_file else True
+        self._target = cast(ClientRequest, _Target(url, tls))
         # No limit: a request is never queued for a connection where nobody sees it.
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
         self._connector._factory = cast(

@@ -55,6 +55,11 @@ def tokens(fields: Fields, name: bytes) -> list[bytes]:
     ]
 
 
+def size(fields: Fields) -> int:
+    """The bytes that `fields` take on the wire."""
+    return sum(len(name) + len(value) + 4 for name, value in fields)
+
+
 def _end_to_end(fields: Fields, dropped: Set[bytes]) -> list[tuple[bytes, bytes]]:
     drop = _HOP_BY_HOP.union(dropped, tokens(fields, b"connection"))
     return [field for field in fields if field[0].lower() not in drop]
