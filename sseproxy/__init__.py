@@ -39,6 +39,7 @@ and it is reported once.*
       framing         where a response body ends: chunked, by length, by close
       sse             bytes to events, incremental, bounded
       dialects        what one event means in each API: content, usage, end, error
+      usage           asking for usage that the client did not ask for, and keeping it from the client
     relay           the life of an exchange
       proxy           the phases
       routes          which route, which path upstream

@@ -260,6 +260,13 @@ class Upstream(_Model):
     tls: UpstreamTLS = UpstreamTLS()
 
 
+class Metrics(_Model):
+    """What is measured beyond what always is."""
+
+    models: Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], BeforeValidator(_listed)] = ()
+    """Globs for models; the first that takes a request's model is its label, as it is written. The rest is `other`."""
+
+
 class Match(_Model):
     """The requests that belong to a route."""
 
@@ -291,6 +298,13 @@ class Timeouts(_Model):
     """A client that takes no byte for that long is cut."""
 
 
+class UsageOptions(_Model):
+    """What is done for the sake of token counts."""
+
+    request: bool = False
+    """Ask the upstream for the usage of streams whose request does not, and keep it from the client."""
+
+
 class Route(_Model):
     """Sends the requests that `match` to an upstream."""
 
@@ -302,6 +316,7 @@ class Route(_Model):
     """As what responses are read; `auto` goes by the path on the upstream's side."""
     heartbeat: DurationOrOff = None
     """Write a comment into an event stream that has been silent for so long, in seconds; `None` writes none."""
+    usage: UsageOptions = UsageOptions()
     timeouts: Timeouts = Timeouts()
 
 
@@ -315,7 +330,9 @@ class Config(_Model):
     drain_timeout: Duration = 30.0
     """How long running streams may go on after SIGTERM, in seconds."""
     max_body: Size = 32 << 20
-    """The largest request body that is read to find its `model`, in bytes; only where a route matches on it."""
+    """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
+    asked for, and where models are labels."""
+    metrics: Metrics = Metrics()
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
 

@@ -323,10 +323,14 @@ async def start_proxy(settings: config.Config) -> RunningProxy:
 
 
 def settings(upstream_url: str, **more: Any) -> config.Config:
-    """One route, `/v1`, to one upstream's `/v1`. `timeouts`, `api_key` and what a `Config` has can be given."""
+    """One route, `/v1`, to one upstream's `/v1`.
+
+    `timeouts`, `api_key`, `route` (what else a `Route` has) and what a `Config` has can be given.
+    """
     timeouts = config.Timeouts(**more.pop("timeouts", {}))
     upstream = config.Upstream(name="up", url=f"{upstream_url}/v1", api_key=more.pop("api_key", None))
-    route = config.Route(name="api", match=config.Match(path="/v1"), upstream="up", timeouts=timeouts)
+    match, options = config.Match(path="/v1"), more.pop("route", {})
+    route = config.Route(name="api", match=match, upstream="up", timeouts=timeouts, **options)
     defaults: dict[str, Any] = {
         "listen": config.Address("127.0.0.1", 0),
         "drain_timeout": 5.0,

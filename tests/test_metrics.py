@@ -41,10 +41,10 @@ CONTRACT = {
     "request_duration_seconds": ("R", DURATION),
     "time_to_response_head_seconds": ("R", TO_TOKEN),
     "time_to_first_event_seconds": ("R", TO_TOKEN),
-    "time_to_first_token_seconds": ("R", TO_TOKEN),
+    "time_to_first_token_seconds": ("R model", TO_TOKEN),
     "inter_token_latency_seconds": ("R", BETWEEN_TOKENS),
-    "time_per_output_token_seconds": ("R", BETWEEN_TOKENS),
-    "tokens": ("R type", "counter"),
+    "time_per_output_token_seconds": ("R model", BETWEEN_TOKENS),
+    "tokens": ("R model type", "counter"),
     "audio_seconds": ("R", "counter"),
     "streams_without_usage": ("R reason", "counter"),
     "stream_ends": ("R end", "counter"),
@@ -274,7 +274,7 @@ async def telemetry(channel: Channel) -> AsyncIterator[Telemetry]:
 
 
 async def test_reports_go_out_unasked_while_an_exchange_is_under_way(telemetry: Telemetry, channel: Channel) -> None:
-    observer = telemetry.observer(*R)
+    observer = telemetry.observer(*R, "other")
     observer.started()
     gauges = (await channel.next()).gauges
     assert ("requests_active", R, 1) in gauges
@@ -289,7 +289,7 @@ async def test_a_channel_that_takes_no_reports_for_a_while_loses_none(telemetry:
     channel.open = False
     for times in range(1, 4):
         telemetry.recorder.count(metrics.EVENTS, R, 2)
-        telemetry.observer(*R).gap(0.03)
+        telemetry.observer(*R, "other").gap(0.03)
         telemetry.flush()
         assert channel.refused == times
     channel.open = True

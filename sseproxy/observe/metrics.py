@@ -49,6 +49,7 @@ class Metric(NamedTuple):
 
 
 _R: Final = ("route", "upstream")
+_RM: Final = (*_R, "model")
 
 REQUESTS = Metric("requests", "counter", (*_R, "code", "outcome"), "Exchanges that have ended, by why they ended.")
 REQUESTS_ACTIVE = Metric("requests_active", "gauge", _R, "Exchanges under way.")
@@ -65,7 +66,7 @@ TO_FIRST_EVENT = Metric(
 TO_FIRST_TOKEN = Metric(
     "time_to_first_token_seconds",
     "histogram",
-    _R,
+    _RM,
     "Request head received to the first event with generated content written downstream.",
     TO_TOKEN,
 )
@@ -79,14 +80,14 @@ GAPS = Metric(
 TPOT = Metric(
     "time_per_output_token_seconds",
     "histogram",
-    _R,
+    _RM,
     "First to last generated event over output tokens minus one, where usage was reported.",
     BETWEEN_TOKENS,
 )
 TOKENS = Metric(
     "tokens",
     "counter",
-    (*_R, "type"),
+    (*_RM, "type"),
     "Tokens as the upstream counted them.",
 )
 WITHOUT_USAGE = Metric(

@@ -63,17 +63,18 @@ class Telemetry:
         self._loop = loop
         self._send = send
         self._connections = connections
-        self._observers: dict[tuple[str, str], RouteObserver] = {}
+        self._observers: dict[tuple[str, str, str], RouteObserver] = {}
         self._flush: asyncio.TimerHandle | None = None
         self._lag = self.recorder.histogram(metrics.LOOP_LAG, ())
         self._lag_timer = loop.call_later(LAG_INTERVAL, self._measure_lag, perf_counter() + LAG_INTERVAL)
         self._active = 0
 
-    def observer(self, route: str, upstream: str) -> RouteObserver:
-        """What the exchanges of `route` and `upstream` are recorded by."""
-        found = self._observers.get((route, upstream))
+    def observer(self, route: str, upstream: str, model: str) -> RouteObserver:
+        """What the exchanges of `route` and `upstream`, for the models that are called `model`, are recorded by."""
+        key = (route, upstream, model)
+        found = self._observers.get(key)
         if found is None:
-            found = self._observers[route, upstream] = RouteObserver(self, (route, upstream))
+            found = self._observers[key] = RouteObserver(self, (route, upstream), model)
         return found
 
     def changed(self) -> None:
@@ -121,7 +122,7 @@ class Telemetry:
 
 
 class RouteObserver:
-    """Implements `relay.exchange.Observer` for one route and upstream."""
+    """Implements `relay.exchange.Observer` for one route, upstream and label of a model."""
 
     __slots__ = (
         "_first_event",
@@ -130,19 +131,21 @@ class RouteObserver:
         "_gaps",
         "_head",
         "_labels",
+        "_of_model",
         "_recorder",
         "_release",
         "_telemetry",
     )
 
-    def __init__(self, telemetry: Telemetry, labels: Labels) -> None:
+    def __init__(self, telemetry: Telemetry, labels: Labels, model: str) -> None:
         recorder = telemetry.recorder
         self._telemetry = telemetry
         self._recorder = recorder
         self._labels = labels
+        self._of_model = (*labels, model)
         self._head = recorder.histogram(metrics.TO_HEAD, labels)
         self._first_event = recorder.histogram(metrics.TO_FIRST_EVENT, labels)
-        self._first_token = recorder.histogram(metrics.TO_FIRST_TOKEN, labels)
+        self._first_token = recorder.histogram(metrics.TO_FIRST_TOKEN, self._of_model)
         self._gaps = recorder.histogram(metrics.GAPS, labels)
         self._forward = recorder.histogram(metrics.FORWARD, labels)
         self._release = recorder.histogram(metrics.RELEASE, labels)
@@ -210,14 +213,14 @@ class RouteObserver:
     def _count_usage(self, usage: Usage) -> None:
         for kind in ("input", "output", "cached_input", "reasoning"):
             if tokens := getattr(usage, kind):
-                self._recorder.count(metrics.TOKENS, (*self._labels, kind), tokens)
+                self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
         if usage.seconds:
             self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)
 
     def _count_pace(self, exchange: Exchange, output: int | None) -> None:
         if exchange.first_delta_at is not None and output is not None and output > 1:
             pace = (exchange.last_delta_at - exchange.first_delta_at) / (output - 1)
-            self._recorder.histogram(metrics.TPOT, self._labels).observe(pace)
+            self._recorder.histogram(metrics.TPOT, self._of_model).observe(pace)
 
 
 def _why_without_usage(exchange: Exchange) -> str:

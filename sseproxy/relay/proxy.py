@@ -1,6 +1,6 @@
 """The life of a request, in numbered phases, of which the last always runs and records.
 
-1. *Route*: the target is checked, the route found; where it depends on the model, the body is read for it.
+1. *Route*: the target is checked, the route found; where something depends on the model, the body is read for it.
 2. *Connect*: a connection to the upstream, pooled or new.
 3. *Send*: the head at once, the body as it comes.
 4. *Head*: the upstream's response head is awaited, and sent downstream before any byte of the body.
@@ -27,16 +27,19 @@ from aiohttp.web_request import BaseRequest
 from ..config import Config, Route, Timeouts
 from ..errors import Draining, ExchangeError, InternalError, Outcome, RequestError, StalledClient, UpstreamError
 from ..wire import headers
-from ..wire.dialects import Dialect, dialect_of
+from ..wire.dialects import Dialect, dialect_of, model_in
 from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
+from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper, with_usage
 from . import routes
 from .downstream import MAX_HEAD, Answer, DownstreamProtocol, DownstreamServer, status_line
 from .exchange import Clock, Exchange, Inspector, JsonInspector, Observer, OpaqueInspector, StreamInspector
-from .pump import Pump
+from .pump import Peek, Pump
 from .upstream import ResponseHead, Upstream, UpstreamConnection
 
 log = logging.getLogger(__name__)
 
+# What a backend says of an option that it does not know is short.
+_MAX_REFUSAL = 64 * 1024
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -58,12 +61,14 @@ def _model_of(body: bytes) -> str | None:
 class Proxy:
     """The relay of one worker: its routes, its upstreams, and the exchanges that are under way.
 
-    `observer(route, upstream)` gives what those two names are recorded by; both are empty where there is no route.
+    `observer(route, upstream, model)` gives what these labels are recorded by; the first two are empty where there is
+    no route.
     Create, and close, in the running loop.
     """
 
-    def __init__(self, config: Config, observer: Callable[[str, str], Observer]) -> None:
+    def __init__(self, config: Config, observer: Callable[[str, str, str], Observer]) -> None:
         self.max_body = config.max_body
+        self.models = config.metrics.models
         self.router = routes.Router(config.routes)
         self.observer = observer
         self.upstreams = {upstream.name: Upstream(upstream) for upstream in config.upstreams}
@@ -96,7 +101,7 @@ class Proxy:
             await upstream.close()
 
     def _malformed(self, error: ExchangeError) -> None:
-        observer = self.observer("", "")
+        observer = self.observer("", "", routes.OTHER)
         exchange = Exchange("", "", observer, "", perf_counter())
         exchange.status = error.status
         if isinstance(error, RequestError):
@@ -119,6 +124,9 @@ class _Relay:
         self._task = task
         self._loop = asyncio.get_running_loop()
         self._received_at = max(downstream.read_at, downstream.free_at)
+        # The request's body as far as it was read in advance, and whether that is all of it.
+        self._body = b""
+        self._whole = False
         self._request_id = headers.request_id(self._fields) or secrets.token_hex(8).encode()
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -212,7 +220,7 @@ class _Relay:
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The exchange's record, begun here if it has not got so far as to have one."""
         if self._exchange is None:
-            observer = self._proxy.observer(route, upstream)
+            observer = self._proxy.observer(route, upstream, routes.OTHER)
             self._exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
         return self._exchange
 
@@ -242,24 +250,62 @@ class _Relay:
         return Answer(error, keep_alive=self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
-        route, path, query, body = await self._route()
+        route, path, query = await self._route()
         upstream = self._proxy.upstreams[route.upstream]
-        self._recorded(route.name, upstream.name)
+        exchange = self._recorded(route.name, upstream.name)
         clock = self._clock = Clock(self._loop, route.timeouts, self._received_at, self.fail)
         target = routes.upstream_path(route, upstream.base_path, path)
         dialect = dialect_of(target, route.dialect)
 
-        clock.enter("connect", perf_counter())
-        await self._connect(upstream)
+        is_json = headers.is_json(self._fields) and not headers.is_encoded(self._fields)
+        wants_usage = route.usage.request and dialect.asks_usage and is_json
+        if wants_usage or (self._proxy.models and is_json):
+            await self._read_body(clock)
+        model = (_model_of(self._body) if self._whole else None) or model_in(target)
+        exchange.observer = self._proxy.observer(
+            route.name, upstream.name, routes.model_label(self._proxy.models, model)
+        )
+        asking = (
+            with_usage(self._body) if wants_usage and self._whole and upstream.takes_stream_options(model) else None
+        )
 
         # Anything else is fetched, not generated, and may come as compressed as the client wants it.
         read = dialect.generates or self._request.method == "POST"
-        head = await self._send(upstream, target + query, body, read=read)
+        target += query
+        head = await self._ask(upstream, target, asking, clock, read=read)
+        if asking is not None and await self._refuses_stream_options(head):
+            upstream.refuses_stream_options(model)
+            log.info("upstream %s takes no stream_options for a model; its usage stays unknown", upstream.name)
+            asking = None
+            head = await self._ask(upstream, target, None, clock, read=read)
 
-        await self._respond(head, dialect, clock, route.heartbeat)
+        await self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
 
-    async def _route(self) -> tuple[Route, str, str, bytes | None]:
-        """Phase 1: Route. The route, the path, the query, and the body if it had to be read."""
+    async def _ask(
+        self, upstream: Upstream, target: str, asking: bytes | None, clock: Clock, *, read: bool
+    ) -> ResponseHead:
+        """Phases 2 to 4. The request goes upstream, with `asking` for its body if there is such a one."""
+        clock.enter("connect", perf_counter())
+        await self._connect(upstream)
+        return await self._send(upstream, target, asking, clock, read=read)
+
+    async def _refuses_stream_options(self, head: ResponseHead) -> bool:
+        """Whether the response says so; it is let go then, and otherwise still to be forwarded."""
+        assert self._connection is not None
+        if head.status not in REFUSAL_STATUSES or not head.framing:
+            return False
+        peek = Peek(self._connection, head.framing, _MAX_REFUSAL)
+        if REFUSED not in await peek.look():
+            peek.put_back()
+            return False
+        if peek.whole:
+            self._connection.release(reusable=head.reusable)
+        else:
+            self._connection.abort()
+        return True
+
+    async def _route(self) -> tuple[Route, str, str]:
+        """Phase 1: Route. The route, the path and the query."""
         request = self._request
         if request.method == "CONNECT":
             raise RequestError("method")
@@ -280,31 +326,35 @@ class _Relay:
         path, query = routes.split_target(request.raw_path)
         candidates = self._proxy.router.candidates(request.method, path)
         model: str | None = None
-        body: bytes | None = None
         if any(route.match.model for route in candidates):
-            # Whichever of them it will be, it would wait at least as long.
-            body = await self._whole_body(max(route.timeouts.body for route in candidates))
-            model = _model_of(body)
-        return routes.choose(candidates, model), path, query, body
+            # Whichever of them it will be, it would wait no longer.
+            silence = max(route.timeouts.body for route in candidates)
+            clock = self._clock = Clock(self._loop, Timeouts(body=silence), self._received_at, self.fail)
+            await self._read_body(clock)
+            clock.stop()
+            if not self._whole:
+                raise RequestError("body_too_large")
+            model = _model_of(self._body)
+        return routes.choose(candidates, model), path, query
 
-    async def _whole_body(self, silence: float) -> bytes:
+    async def _read_body(self, clock: Clock) -> None:
+        """Reads the body in advance, as far as its limit allows."""
+        if self._whole:
+            return
         content, limit = self._request.content, self._proxy.max_body
-        clock = self._clock = Clock(self._loop, Timeouts(body=silence), self._received_at, self.fail)
         clock.enter("body", perf_counter())
         self._continue()
         parts: list[bytes] = []
         size = 0
         try:
-            while part := await content.readany():
+            while size <= limit and (part := await content.readany()):
                 clock.touched = perf_counter()
                 size += len(part)
-                if size > limit:
-                    raise RequestError("body_too_large")
                 parts.append(part)
         except RequestPayloadError:
             raise RequestError("bad_request") from None
-        clock.stop()
-        return b"".join(parts)
+        self._body = b"".join(parts)
+        self._whole = size <= limit
 
     def _continue(self) -> None:
         """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
@@ -327,23 +377,21 @@ class _Relay:
         if left_at is not None:
             self._recorded().observer.released(perf_counter() - left_at)
 
-    async def _send(self, upstream: Upstream, target: str, body: bytes | None, *, read: bool) -> ResponseHead:
+    async def _send(
+        self, upstream: Upstream, target: str, asking: bytes | None, clock: Clock, *, read: bool
+    ) -> ResponseHead:
         """Phases 3, Send, and 4, Head: returns the upstream's response head."""
-        request, connection, exchange, clock = self._request, self._connection, self._exchange, self._clock
+        request, connection, exchange = self._request, self._connection, self._recorded()
         assert connection is not None
-        assert exchange is not None
-        assert clock is not None
-        framing: Framing | None = None
-        if body is not None:
-            framing = len(body) if request.body_exists else None
-        elif headers.named(self._fields, b"transfer-encoding"):
-            framing = "chunked"
-        elif request.content_length is not None:
-            framing = request.content_length
-        if body is None and request.content.is_eof():
+        chunked = bool(headers.named(self._fields, b"transfer-encoding"))
+        framing: Framing | None = "chunked" if chunked else request.content_length
+        if not self._whole and request.content.is_eof():
             # It came together with its head, as the JSON of a completion does: one write takes both.
-            body = request.content.read_nowait()
-            framing = len(body) if framing is not None else None
+            self._body += request.content.read_nowait()
+            self._whole = True
+        body = self._body if asking is None else asking
+        if self._whole and framing is not None:
+            framing = len(body)
         peer = self._downstream.peername
         head = headers.serialize(
             b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
@@ -359,14 +407,12 @@ class _Relay:
             ),
         )
         response = connection.protocol.expect_head(request.method)
-        connection.transport.write(head if body is None else head + body)
-        streamed = body is None and framing is not None
-        clock.enter("body" if streamed else "head", perf_counter())
-        if streamed:
+        connection.transport.write(head + (frame(body) if body and framing == "chunked" else body))
+        exchange.request_bytes += len(body)
+        clock.enter("head" if self._whole else "body", perf_counter())
+        if not self._whole:
             self._continue()
             self._upload = self._loop.create_task(self._send_body(connection, exchange, clock, framing == "chunked"))
-        elif body is not None:
-            exchange.request_bytes += len(body)
         return await response
 
     async def _send_body(self, connection: UpstreamConnection, exchange: Exchange, clock: Clock, chunked: bool) -> None:
@@ -390,7 +436,9 @@ class _Relay:
         except RequestPayloadError:
             self.fail(RequestError("bad_request"))
 
-    async def _respond(self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None) -> None:
+    async def _respond(
+        self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None, *, strip: bool
+    ) -> None:
         """Phases 4, Head, and 5, Body: what the upstream answers goes downstream."""
         request, connection, downstream = self._request, self._connection, self._downstream
         exchange, transport = self._exchange, self._downstream.transport
@@ -398,7 +446,8 @@ class _Relay:
         assert exchange is not None
         assert transport is not None
         event_stream = headers.is_event_stream(head.fields) and head.framing is not None
-        if isinstance(head.framing, int) or head.framing is None:
+        stripper = UsageStripper() if strip and event_stream and not headers.is_encoded(head.fields) else None
+        if head.framing is None or (isinstance(head.framing, int) and stripper is None):
             self._framing_out = head.framing
         else:
             self._framing_out = "chunked" if request.version == (1, 1) else "close"
@@ -434,6 +483,7 @@ class _Relay:
                 framing_out=self._framing_out,
                 reusable=reusable,
                 heartbeat=heartbeat,
+                stripper=stripper,
             )
             self._pump.start()
             await self._pump.done

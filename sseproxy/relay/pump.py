@@ -13,6 +13,7 @@ from time import perf_counter
 
 from ..errors import ExchangeError, ProtocolError, Truncated, UpstreamError
 from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, whole_chunk
+from ..wire.usage import UsageStripper
 from .downstream import DownstreamProtocol
 from .exchange import Clock, Exchange, Inspector
 from .upstream import UpstreamConnection
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 class Pump:
     """Moves one body. `framing_in` is the upstream's framing, `framing_out` the client's.
 
-    With a `heartbeat`, an event stream that was silent for so many seconds gets a comment from us.
+    With a `heartbeat`, an event stream that was silent for so many seconds gets a comment from us. With a `stripper`,
+    what the client did not ask for is taken out.
     """
 
     __slots__ = (
@@ -38,6 +40,7 @@ class Pump:
         "_inspector",
         "_loop",
         "_reusable",
+        "_stripper",
         "_upstream",
         "_verbatim",
         "_write",
@@ -57,6 +60,7 @@ class Pump:
         framing_out: Framing,
         reusable: bool,
         heartbeat: float | None = None,
+        stripper: UsageStripper | None = None,
     ) -> None:
         assert downstream.transport is not None
         self._loop = asyncio.get_running_loop()
@@ -71,6 +75,7 @@ class Pump:
         self._chunked_out = framing_out == "chunked"
         self._extendable = exchange.is_stream and not isinstance(framing_out, int)
         self._reusable = reusable
+        self._stripper = stripper
         self._heartbeat = heartbeat if self._extendable else None
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._written_at = perf_counter()
@@ -90,11 +95,13 @@ class Pump:
         if self._verbatim:
             offset = whole_chunk(data)
             if offset:
-                self._write(data)
-                self._written_at = read_at
-                self._exchange.observer.forwarded(perf_counter() - read_at)
-                self._exchange.response_bytes += len(data) - offset - 2
-                self._look(data[offset:-2], read_at)
+                payload = data[offset:-2]
+                kept = payload if self._stripper is None else self._stripper.feed(payload)
+                if kept is payload:
+                    self._forward(data, len(kept), read_at)
+                elif kept:
+                    self._forward(frame(kept), len(kept), read_at)
+                self._look(payload, read_at)
                 return
         self._walk(data, read_at)
 
@@ -105,20 +112,29 @@ class Pump:
         except ProtocolError:
             self.fail(UpstreamError("protocol"))
             return
-        out = frame(payload) if self._chunked_out and payload else payload
+        kept = payload
+        if self._stripper is not None:
+            kept = self._stripper.feed(payload)
+            if body.done:
+                kept += self._stripper.end()
+        out = frame(kept) if self._chunked_out and kept else kept
         if body.done and self._chunked_out:
             out += LAST_CHUNK
         if out:
-            self._write(out)
-            self._written_at = read_at
-            self._exchange.observer.forwarded(perf_counter() - read_at)
+            self._forward(out, len(kept), read_at)
         if payload:
-            self._exchange.response_bytes += len(payload)
             self._look(payload, read_at)
         if body.done:
             self._complete(reusable=self._reusable and not body.excess)
         else:
             self._verbatim = self._chunked_out and isinstance(body, ChunkedDecoder) and body.at_start
+
+    def _forward(self, out: bytes, size: int, read_at: float) -> None:
+        """`size` bytes of the body, framed, go downstream."""
+        self._write(out)
+        self._written_at = read_at
+        self._exchange.observer.forwarded(perf_counter() - read_at)
+        self._exchange.response_bytes += size
 
     def _look(self, payload: bytes, read_at: float) -> None:
         try:
@@ -142,8 +158,10 @@ class Pump:
     def connection_lost(self, clean: bool) -> None:
         """The upstream's connection has ended."""
         if clean and self._body.end():
-            if self._chunked_out:
-                self._write(LAST_CHUNK)
+            held = self._stripper.end() if self._stripper is not None else b""
+            out = (frame(held) if self._chunked_out and held else held) + (LAST_CHUNK if self._chunked_out else b"")
+            if out:
+                self._forward(out, len(held), perf_counter())
             self._complete(reusable=False)
         else:
             self.fail(Truncated())
@@ -190,3 +208,44 @@ class Pump:
         self._verbatim = False
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
+
+
+class Peek:
+    """Looks at the beginning of a body. Once it is `put_back`, another sink gets it as if nobody had looked."""
+
+    def __init__(self, upstream: UpstreamConnection, framing: Framing, limit: int) -> None:
+        self._protocol = upstream.protocol
+        self._limit = limit
+        self._body = decoder(framing)
+        self._raw = self._payload = b""
+        self._seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def look(self) -> bytes:
+        """The body, or so much of it as `limit` allows, without its framing."""
+        self._protocol.feed_to(self)
+        await self._seen
+        return self._payload
+
+    def put_back(self) -> None:
+        self._protocol.unread(self._raw)
+
+    @property
+    def whole(self) -> bool:
+        """Nothing of the body is left, and nothing came after it."""
+        return self._body.done and not self._body.excess
+
+    def data_received(self, data: bytes) -> None:
+        self._raw += data
+        try:
+            self._payload += self._body.feed(data)
+        except ProtocolError:
+            self._enough()
+        if self._body.done or len(self._raw) >= self._limit:
+            self._enough()
+
+    def connection_lost(self, clean: bool) -> None:
+        self._enough()
+
+    def _enough(self) -> None:
+        if not self._seen.done():
+            self._seen.set_result(None)

@@ -15,6 +15,9 @@ from urllib.parse import unquote
 from ..config import Route
 from ..errors import RequestError
 
+OTHER: Final = "other"
+"""The label of the models that the configuration does not name."""
+
 _ABSOLUTE: Final = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 
 
@@ -69,6 +72,11 @@ def choose(candidates: Sequence[Route], model: str | None) -> Route:
         if not globs or (model is not None and any(fnmatchcase(model, glob) for glob in globs)):
             return route
     raise RequestError("no_route")
+
+
+def model_label(globs: Sequence[str], model: str | None) -> str:
+    """The first of `globs` that takes `model`, or `other`: clients name models, the configuration names labels."""
+    return next((glob for glob in globs if model is not None and fnmatchcase(model, glob)), OTHER)
 
 
 def upstream_path(route: Route, base_path: str, path: str) -> str:

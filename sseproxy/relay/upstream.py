@@ -41,6 +41,8 @@ KEEPALIVE = 4.0
 # As much as nginx's large_client_header_buffers and Go's defaults let through in practice; OpenAI sends 1 to 2 KiB.
 MAX_HEAD = 32 * 1024
 MAX_HEADER_FIELDS = 200
+# Models of one upstream of which it is remembered; clients name them.
+_MAX_REFUSING = 1024
 # Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
 _HELD_LIMIT = 64 * 1024
 
@@ -119,6 +121,11 @@ class RelayProtocol(ResponseHandler):
             sink.data_received(held)
         if self._connection_lost_called and self._sink is not None:
             sink.connection_lost(self._closed_cleanly)
+
+    def unread(self, data: bytes) -> None:
+        """Takes the body back from its sink; what the sink was given, `data`, is for the next one."""
+        self._sink = None
+        self._held = data
 
     def finish(self, *, reusable: bool) -> None:
         """The exchange is over. Unless `reusable`, the connection will not be pooled."""
@@ -261,9 +268,19 @@ class Upstream:
         self._target = cast(ClientRequest, _Target(url, tls))
         # No limit: a request is never queued for a connection where nobody sees it.
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
+        self._refusing: dict[str | None, None] = {}
         self._connector._factory = cast(
             "functools.partial[ResponseHandler]", functools.partial(RelayProtocol, loop=asyncio.get_running_loop())
         )
+
+    def takes_stream_options(self, model: str | None) -> bool:
+        """Whether requests for `model` may have them; so it is until `refuses_stream_options`."""
+        return model not in self._refusing
+
+    def refuses_stream_options(self, model: str | None) -> None:
+        while len(self._refusing) >= _MAX_REFUSING:
+            del self._refusing[next(iter(self._refusing))]
+        self._refusing[model] = None
 
     async def connect(self) -> Connection:
         """A connection of its own, from the pool or a new one, until it is released or closed."""

@@ -64,7 +64,7 @@ class Dialect(NamedTuple):
     """`read(type, data)` is the meaning of an event; `path` matches the path on the upstream's side.
 
     `generates`: its streams have a first token to wait for. `large`: its events may have megabytes. `numbered`: its
-    events carry their number in the stream.
+    events carry their number in the stream. `asks_usage`: its streams tell usage only where the request asks for it.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Dialect(NamedTuple):
     generates: bool = True
     large: bool = False
     numbered: bool = False
+    asks_usage: bool = False
 
 
 # The fields are Raw, because a known key may hold anything: a wrong type in one, or a string that is no Unicode, must
@@ -508,8 +509,8 @@ def read_run(kind: bytes, data: bytes) -> Meaning:
 
 
 DIALECTS: Final = (
-    Dialect("chat", re.compile(r"/chat/completions$"), read_completion),
-    Dialect("completions", re.compile(r"/completions$"), read_completion),
+    Dialect("chat", re.compile(r"/chat/completions$"), read_completion, asks_usage=True),
+    Dialect("completions", re.compile(r"/completions$"), read_completion, asks_usage=True),
     Dialect("responses", re.compile(r"/responses(/[^/]+)?$"), read_response, large=True, numbered=True),
     Dialect("assistants", re.compile(r"/threads/(runs|[^/]+/runs(/[^/]+(/submit_tool_outputs)?)?)$"), read_run),
     Dialect("messages", re.compile(r"(?<!/threads)/messages$|:streamRawPredict$"), read_message),
@@ -522,7 +523,15 @@ DIALECTS: Final = (
 """Tried in this order; the last one takes every path, and finds usage that looks like OpenAI's."""
 
 
+_MODEL_IN_PATH: Final = re.compile(r"/(?:models|deployments)/([^/:]+)[/:]")
+
 DIALECT_NAMES: Final = tuple(dialect.name for dialect in DIALECTS)
+
+
+def model_in(path: str) -> str | None:
+    """The model that `path` names, as Gemini's, Vertex AI's and Azure's do."""
+    match = _MODEL_IN_PATH.search(path)
+    return match[1] if match else None
 
 
 def dialect_of(path: str, name: str = "auto") -> Dialect:

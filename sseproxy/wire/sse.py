@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _BOM: Final = b"\xef\xbb\xbf"
 
 # The largest event that is looked at; larger ones pass all the same. Four times the largest chat event seen (1 MiB).
@@ -90,7 +90,7 @@ class EventParser:
             payload = payload[1:]
         events: list[Event] = []
         pos = 0
-        for end in _LINE_END.finditer(payload):
+        for end in LINE_END.finditer(payload):
             event = self._end_line(payload[pos : end.start()])
             if event is not None:
                 events.append(event)

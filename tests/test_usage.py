@@ -1,0 +1,189 @@
+"""Asking for usage: what is put into a request, and what is taken out of a stream."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sseproxy.wire.sse import EventParser
+from sseproxy.wire.usage import UsageStripper, with_usage
+
+from .harness import DONE, delta, usage
+from .splits import splits, steps
+
+# The bytes of the other members, as no JSON library would write them again.
+ODD = b'"seed": 1e400, "n":1.0,\t"user":"\\u0041\\ud83d\\ude00"'
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        (b'{"stream":true}', {"include_usage": True}),
+        (b'{"stream": true , "stream_options":null}', {"include_usage": True}),
+        (b'{"stream":true,"stream_options":{}}', {"include_usage": True}),
+        (b'{"stream":true,"stream_options":{"include_usage":null}}', {"include_usage": True}),
+        (
+            b'{"stream":true,"stream_options":{"include_obfuscation":false}}',
+            {"include_obfuscation": False, "include_usage": True},
+        ),
+    ],
+)
+def test_usage_is_asked_for(body: bytes, options: object) -> None:
+    asking = with_usage(body)
+    assert asking is not None
+    assert json.loads(asking) == {"stream": True, "stream_options": options}
+
+
+def test_everything_else_is_asked_as_it_was_spelled() -> None:
+    asking = with_usage(b'{"messages": [ {"role":"user"} ], "stream":true,' + ODD + b"}")
+    assert asking is not None
+    for part in (b'[ {"role":"user"} ]', b"1e400", b"1.0", b'"\\u0041\\ud83d\\ude00"'):
+        assert part in asking
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not JSON",
+        b"[1]",
+        b'{"stream":true',
+        b"{}",
+        b'{"stream":false}',
+        b'{"stream":1}',
+        b'{"stream":"true"}',
+        b'{"x":{"stream":true}}',
+        b'{"stream":true,"stream_options":{"include_usage":false}}',
+        b'{"stream":true,"stream_options":{"include_usage":true}}',
+        b'{"stream":true,"stream_options":[]}',
+        b'{"stream":true,"stream_options":"x"}',
+        b'{"stream":true,"x":' + b"[" * 100_000 + b"}",
+        b'{"stream":true,"\xff":1}',
+    ],
+)
+def test_where_there_is_nothing_to_ask_nothing_is_changed(body: bytes) -> None:
+    assert with_usage(body) is None
+
+
+def stripped(*parts: bytes) -> bytes:
+    stripper = UsageStripper()
+    return b"".join(stripper.feed(part) for part in parts) + stripper.end()
+
+
+FULL = (
+    b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","system_fingerprint":null,'
+    b'"service_tier":"default","choices" : [ ],"usage":{"prompt_tokens":1},"obfuscation":"x"}\n\n'
+)
+
+
+@pytest.mark.parametrize("event", [usage(3, 5), FULL, FULL.replace(b"\n", b"\r\n"), b"id: 3\nevent: x\n" + FULL])
+def test_an_event_that_only_tells_usage_is_taken_out(event: bytes) -> None:
+    assert stripped(delta("Hi") + event + DONE) == delta("Hi") + DONE
+    assert stripped(delta("Hi"), event, DONE) == delta("Hi") + DONE
+    assert stripped(*steps(delta("Hi") + event + DONE)) == delta("Hi") + DONE
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"choices":[],"usage":null}\n\n',
+        b'data: {"choices":[]}\n\n',
+        b'data: {"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":1},"prompt_filter_results":[]}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":1},"citations":["x"]}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":1},"error":{"message":"x"}}\n\n',
+        b'data: {"choices":{"x":[]},"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"x":{"choices":[],"usage":{"prompt_tokens":1}}}\n\n',
+        delta('"choices":[],"usage":{"prompt_tokens":1}'),
+        b'data: {"choices":[],"usage":{"prompt_tokens":1}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":1}}',
+        b'data: {"choices":[],"usage":{"prompt_tokens":1}}\n',
+        b'data {"choices":[],"usage":{"prompt_tokens":1}}\n\n',
+        b': {"choices":[],"usage":{"prompt_tokens":1}}\n\n',
+        DONE,
+    ],
+)
+def test_any_other_event_stays(event: bytes) -> None:
+    assert stripped(delta("Hi") + event) == delta("Hi") + event
+    assert stripped(*steps(delta("Hi") + event)) == delta("Hi") + event
+
+
+def test_a_comment_in_the_event_stays() -> None:
+    assert stripped(b": one\n" + usage(1, 2)[:-1] + b": two\n\n" + DONE) == b": one\n: two\n" + DONE
+
+
+def test_nothing_but_an_event_that_may_tell_usage_is_held() -> None:
+    stripper = UsageStripper()
+    assert stripper.feed(b": wait") == b": wait"
+    assert stripper.feed(b"ing\n") == b"ing\n"
+    assert stripper.feed(b"data: [DO") == b"data: [DO"
+    assert stripper.feed(b"NE]\n") == b"NE]\n"
+    assert stripper.feed(b"\n") == b"\n"
+    assert stripper.feed(b'data: {"cho') == b""
+    large = b"x" * 70_000
+    assert stripper.feed(large) == b'data: {"cho' + large
+    assert stripper.feed(b"y") == b"y"
+    assert stripper.feed(b"\n\n") == b"\n\n"
+    event = delta("Hi")
+    assert stripper.feed(event) is event
+
+
+EVENTS = st.sampled_from(
+    [
+        delta("Hi"),
+        delta("é\u2028"),
+        usage(3, 5),
+        FULL,
+        b"event: e\n" + usage(1, 1),
+        b"id: 1\n: c\n" + usage(1, 1),
+        b'data: {"choices":[],\ndata: "usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"choices":[],"usage":null}\n\n',
+        b": comment\n",
+        b": comment\n\n",
+        b"retry: 3\n\n",
+        b"\n",
+        DONE,
+        b"data: [1]\n\n",
+        b"data\n\n",
+        b"data:\n\n",
+        b'data: {"unfinished',
+    ]
+)
+STREAMS = st.tuples(
+    st.sampled_from([b"", b"", b"\xef\xbb\xbf"]), st.lists(st.tuples(EVENTS, st.sampled_from([b"\n", b"\r\n", b"\r"])))
+).map(lambda made: made[0] + b"".join(event.replace(b"\n", end) for event, end in made[1]))
+
+
+def only_usage(data: bytes) -> bool:
+    try:
+        event = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(event, dict) and event.get("choices") == [] and bool(event.get("usage")) and len(event) < 10
+
+
+@given(st.data(), STREAMS)
+def test_every_split_leaves_the_same_and_every_event_in_time(data: st.DataObject, stream: bytes) -> None:
+    stripper, before, after = UsageStripper(), EventParser(), EventParser()
+    sent: list[tuple[bytes, bytes | None]] = []
+    received: list[tuple[bytes, bytes | None]] = []
+    out = b""
+    for part in data.draw(splits(stream)):
+        kept = stripper.feed(part)
+        out += kept
+        sent += before.feed(part)
+        received += after.feed(kept)
+        assert received == [event for event in sent if not only_usage(event[1] or b"")]
+    out += stripper.end()
+    assert out == stripped(stream)
+    assert after.comments == before.comments
+
+
+@given(st.data(), STREAMS.filter(lambda stream: b"usage" not in stream))
+def test_without_usage_every_byte_stays(data: st.DataObject, stream: bytes) -> None:
+    assert stripped(*data.draw(splits(stream))) == stream
