@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sseproxy.wire.sse import Event, EventParser
 
+from .reference import Reference
 from .splits import cut, splits, steps
 
 BOM = b"\xef\xbb\xbf"
@@ -37,62 +38,6 @@ TOKENS = st.sampled_from(
 STREAMS = st.tuples(st.sampled_from([b"", b"", BOM, BOM[:2]]), st.lists(TOKENS, max_size=30)).map(
     lambda parts: parts[0] + b"".join(parts[1])
 )
-
-
-class Reference:
-    """The whole stream `text` by the letter of the specification, one character after the other.
-
-    `events` are (type, data), `comments` counts; `pending` is true if a line or an event is incomplete at the end.
-    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
-    """
-
-    def __init__(self, stream: bytes) -> None:
-        self.events: list[tuple[str, str]] = []
-        self.comments = 0
-        self.data = self.kind = ""
-        lines, rest = self._lines(stream.decode("utf-8", "replace"))
-        fields = 0
-        for number, line in enumerate(lines):
-            if number == 0 and line.startswith("\ufeff"):
-                line = line[1:]
-            if line == "":
-                self._dispatch()
-                fields = 0
-            elif line[0] == ":":
-                self.comments += 1
-            elif ":" in line:
-                colon = line.index(":")
-                value = line[colon + 1 :]
-                self._field(line[:colon], value[1:] if value[:1] == " " else value)
-                fields += 1
-            else:
-                self._field(line, "")
-                fields += 1
-        self.pending = rest != "" or fields > 0
-
-    @staticmethod
-    def _lines(text: str) -> tuple[list[str], str]:
-        lines, line, at = [], "", 0
-        while at < len(text):
-            if text[at] in "\r\n":
-                lines.append(line)
-                line = ""
-                at += 2 if text[at : at + 2] == "\r\n" else 1
-            else:
-                line += text[at]
-                at += 1
-        return lines, line
-
-    def _field(self, name: str, value: str) -> None:
-        if name == "event":
-            self.kind = value
-        elif name == "data":
-            self.data += value + "\n"
-
-    def _dispatch(self) -> None:
-        if self.data != "":
-            self.events.append((self.kind, self.data[:-1]))
-        self.data = self.kind = ""
 
 
 def parse(pieces: list[bytes], limit: int = 1 << 20) -> tuple[EventParser, list[Event]]:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from ..config import Timeouts
 from ..errors import ExchangeError, Outcome, Phase, StalledClient, UpstreamTimeout
-from ..wire.dialects import NOTHING, Dialect, Meaning, Usage
+from ..wire.dialects import DELTA, NOTHING, Dialect, Meaning, Usage
 from ..wire.sse import MAX_EVENT, MAX_LARGE_EVENT, EventParser
 
 
@@ -112,7 +112,7 @@ class Exchange:
             else:
                 self.observer.gap(read_at - self.last_delta_at)
             self.last_delta_at = read_at
-            if meaning.usage is None and meaning.finish is None:
+            if meaning is DELTA:
                 return
         if meaning.usage is not None:
             earlier = self.usage if meaning.overlay else None

@@ -1,0 +1,192 @@
+"""Streams as vendors could send them, with what goes wrong in them: what is measured is what a plain reading says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sseproxy.config import Timeouts
+from sseproxy.relay.exchange import Clock, Exchange, StreamInspector
+from sseproxy.wire.dialects import dialect_of
+
+from . import reference
+from .splits import splits, steps
+
+TEXTS = st.one_of(
+    st.sampled_from(["", "Hi", "é😀", '"usage":{"prompt_tokens":9}', "data: [DONE]\n\n", "\u2028", "\\"]),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+)
+COUNTS: st.SearchStrategy[Any] = st.one_of(
+    st.integers(0, 2000),
+    st.sampled_from([None, -1, 1.0, 1e300, "7", True, [], {}, {"prompt_tokens": 1}, 10**14, 10**15, 10**40, 0]),
+)
+ODD: st.SearchStrategy[Any] = st.sampled_from([None, "", "x", 1, -1.5, True, [], {}, [1], {"a": 1}, [{}], [None]])
+
+
+def members(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Objects with some of the members, one of which may be odd."""
+    return st.fixed_dictionaries(
+        {}, optional={name: st.one_of(value, value, value, ODD) for name, value in values.items()}
+    )
+
+
+USAGE = members(
+    prompt_tokens=COUNTS,
+    completion_tokens=COUNTS,
+    input_tokens=COUNTS,
+    output_tokens=COUNTS,
+    prompt_tokens_details=members(cached_tokens=COUNTS),
+    input_tokens_details=members(cached_tokens=COUNTS),
+    completion_tokens_details=members(reasoning_tokens=COUNTS),
+    output_tokens_details=members(reasoning_tokens=COUNTS),
+    prompt_cache_hit_tokens=COUNTS,
+    cache_read_input_tokens=COUNTS,
+)
+ERROR = st.sampled_from([{"message": "no", "type": "server_error"}, "no", None])
+CHOICE = members(
+    index=st.integers(0, 3),
+    delta=members(
+        role=TEXTS,
+        content=TEXTS,
+        reasoning_content=TEXTS,
+        reasoning=TEXTS,
+        refusal=TEXTS,
+        tool_calls=st.lists(members(index=st.integers(0, 2)), max_size=2),
+    ),
+    text=TEXTS,
+    finish_reason=st.sampled_from([None, "", "stop", "length", "tool_calls"]),
+)
+EVENTS = {
+    "chat": members(
+        id=TEXTS, choices=st.lists(CHOICE, max_size=3), usage=USAGE, x_groq=members(usage=USAGE), error=ERROR
+    ),
+    "responses": members(
+        type=st.sampled_from(
+            [
+                *("response.created", "response.output_text.delta", "response.function_call_arguments.delta"),
+                *("response.completed", "response.incomplete", "response.failed", "error", ""),
+            ]
+        ),
+        delta=TEXTS,
+        response=members(status=TEXTS, usage=USAGE),
+        error=ERROR,
+    ),
+    "messages": members(
+        type=st.sampled_from(
+            [
+                "message_start",
+                "ping",
+                "content_block_start",
+                "content_block_delta",
+                "message_delta",
+                "message_stop",
+                "error",
+            ]
+        ),
+        message=members(id=TEXTS, usage=USAGE),
+        delta=members(type=TEXTS, text=TEXTS, thinking=TEXTS, partial_json=TEXTS, stop_reason=TEXTS),
+        usage=USAGE,
+    ),
+    "gemini": members(
+        candidates=st.lists(
+            members(
+                content=members(parts=st.lists(members(text=TEXTS, functionCall=members(name=TEXTS)), max_size=2)),
+                finishReason=st.sampled_from(["STOP", "MAX_TOKENS", None]),
+            ),
+            max_size=2,
+        ),
+        usageMetadata=members(promptTokenCount=COUNTS, candidatesTokenCount=COUNTS, thoughtsTokenCount=COUNTS),
+        error=ERROR,
+    ),
+}
+NO_JSON = st.sampled_from(
+    ["", "x", "[DONE]", "[DONE] ", "{", '{"usage":{"prompt_tokens":1}', "[1]", "null", '{"usage":NaN}']
+)
+BETWEEN = st.sampled_from(["", "", "", ": comment\n", ": comment\n\n", "retry: 3\n\n", "id: 7\n", "\n", "other\n"])
+KINDS = st.sampled_from(["", "", "", "event: error\n", "event: message\n", "event:x\n"])
+
+
+@st.composite
+def streams(draw: st.DrawFn, api: str) -> bytes:
+    text = ""
+    for _ in range(draw(st.integers(0, 6))):
+        spelled = draw(NO_JSON) if draw(st.integers(0, 5)) == 0 else draw(st.deferred(lambda: spellings(EVENTS[api])))
+        prefix = draw(st.sampled_from(["data: ", "data:"]))
+        lines = "".join(f"{prefix}{line}\n" for line in spelled.split("\n"))
+        text += draw(BETWEEN) + draw(KINDS) + lines + draw(st.sampled_from(["\n", "\n", "\n\n", ""]))
+    text = text.replace("\n", draw(st.sampled_from(["\n", "\r\n", "\r"])))
+    return draw(st.sampled_from([b"", b"", b"\xef\xbb\xbf"])) + text.encode()
+
+
+@st.composite
+def spellings(draw: st.DrawFn, events: st.SearchStrategy[dict[str, Any]]) -> str:
+    """The same event as different servers write it."""
+    event = draw(events)
+    if draw(st.booleans()):
+        event = dict(reversed(event.items()))
+    separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", " : ")]))
+    return json.dumps(
+        event, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, None, 1])), separators=separators
+    )
+
+
+class Recording:
+    """An observer that keeps which events had generated content."""
+
+    def __init__(self) -> None:
+        self.deltas: list[int] = []
+        self.exchange = Exchange("r", "u", self, "id", 0.0)
+
+    def started(self) -> None: ...
+    def rejected(self, reason: str) -> None: ...
+    def upstream_failed(self, kind: str) -> None: ...
+    def response_head(self, seconds: float) -> None: ...
+    def stream_started(self) -> None: ...
+    def first_event(self, seconds: float) -> None: ...
+    def forwarded(self, seconds: float) -> None: ...
+    def released(self, seconds: float) -> None: ...
+    def finished(self, exchange: Exchange) -> None: ...
+
+    def first_token(self, seconds: float, request_id: str) -> None:
+        assert not self.deltas
+        self.deltas.append(self.exchange.events - 1)
+
+    def gap(self, seconds: float) -> None:
+        assert self.deltas
+        self.deltas.append(self.exchange.events - 1)
+
+
+def measured(api: str, pieces: list[bytes]) -> reference.Seen:
+    recording = Recording()
+    exchange = recording.exchange
+    # Its timers never fire: the loop does not run.
+    loop = asyncio.new_event_loop()
+    inspector = StreamInspector(exchange, dialect_of("", api), Clock(loop, Timeouts(), 0.0, lambda error: None))
+    for number, piece in enumerate(pieces):
+        inspector.look(piece, float(number))
+    loop.close()
+    usage = exchange.usage
+    return reference.Seen(
+        events=exchange.events,
+        deltas=recording.deltas,
+        usage=None if usage is None else {name: count for name, count in usage._asdict().items() if count is not None},
+        finish=exchange.finish_reason,
+        ended=exchange.marker_seen,
+        failed=exchange.stream_error,
+        garbled=exchange.garbled,
+    )
+
+
+@pytest.mark.parametrize("api", list(reference.APIS))
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_split_of_any_stream_is_measured_as_it_reads(api: str, data: st.DataObject) -> None:
+    stream = data.draw(streams(api))
+    truth = reference.read(api, stream)
+    for pieces in ([stream], steps(stream), data.draw(splits(stream))):
+        assert measured(api, pieces) == truth
