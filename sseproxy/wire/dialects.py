@@ -261,7 +261,7 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
     for choice in chunk.choices or ():
         delta = delta or _generated(choice)
         if _filled(choice.finish_reason):
-            finish = _text(choice.finish_reason)
+            finish = _text(choice.finish_reason) or finish
     usage = read_usage(chunk.usage)
     if usage is None and chunk.x_groq is not None:
         usage = read_usage(chunk.x_groq.usage)
