@@ -61,48 +61,58 @@ TO_HEAD = Metric(
     "time_to_response_head_seconds", "histogram", _R, "Request head received to the upstream's response head.", TO_TOKEN
 )
 TO_FIRST_EVENT = Metric(
-    "time_to_first_event_seconds", "histogram", _R, "Request head received to the first complete event.", TO_TOKEN
+    "time_to_first_event_seconds",
+    "histogram",
+    _R,
+    "Request head received to the first complete event of any kind; comments are none.",
+    TO_TOKEN,
 )
 TO_FIRST_TOKEN = Metric(
     "time_to_first_token_seconds",
     "histogram",
     _RM,
-    "Request head received to the first event with generated content written downstream.",
+    "Request head received to the first event with a generated delta written downstream.",
     TO_TOKEN,
 )
 GAPS = Metric(
     "inter_token_latency_seconds",
     "histogram",
     _R,
-    "Gap between consecutive events with generated content, at the time they were read.",
+    "Gap between consecutive events with a generated delta, at the time they were read.",
     BETWEEN_TOKENS,
 )
 TPOT = Metric(
     "time_per_output_token_seconds",
     "histogram",
     _RM,
-    "First to last generated event over output tokens minus one, where usage was reported.",
+    "(last - first event with a generated delta) / (output tokens - 1), where usage says more than one.",
     BETWEEN_TOKENS,
 )
 TOKENS = Metric(
     "tokens",
     "counter",
     (*_RM, "type"),
-    "Tokens as the upstream counted them.",
+    "The upstream's own counts, the last non-null ones of a response; never summed over events, never estimated.",
 )
 WITHOUT_USAGE = Metric(
-    "streams_without_usage", "counter", (*_R, "reason"), "Event streams that ended without reported usage."
+    "streams_without_usage",
+    "counter",
+    (*_R, "reason"),
+    "Event streams that ended without usage, by why it is not known.",
 )
 STREAM_ENDS = Metric(
     "stream_ends",
     "counter",
     (*_R, "end"),
-    "Completed event streams, by what ended them: the API's end marker, or only the end of the body.",
+    "Completed event streams, by what ended them: the API's end marker, or only the end of the body (eof).",
 )
 NOT_READ = Metric(
-    "bodies_not_read", "counter", (*_R, "reason"), "Bodies that could not be read in passing, or not all of them."
+    "bodies_not_read",
+    "counter",
+    (*_R, "reason"),
+    "Bodies not read, or not wholly: compressed, or with an event above 4 MiB (24 MiB where there may be images).",
 )
-SECONDS = Metric("audio_seconds", "counter", _R, "Audio that the upstream counted in seconds instead of tokens.")
+SECONDS = Metric("audio_seconds", "counter", _R, "Seconds of audio, where the upstream counts them instead of tokens.")
 EVENTS = Metric("stream_events", "counter", _R, "Events of event streams.")
 EVENTS_GARBLED = Metric("stream_events_garbled", "counter", _R, "Events whose data could not be decoded.")
 REQUEST_BYTES = Metric("request_bytes", "counter", _R, "Bytes of request bodies sent upstream.")
@@ -117,7 +127,9 @@ FORWARD = Metric(
 RELEASE = Metric(
     "upstream_release_seconds", "histogram", _R, "Client seen gone to the upstream connection closed.", OWN_DELAY
 )
-UPSTREAM_ERRORS = Metric("upstream_errors", "counter", (*_R, "type"), "Failures of upstreams, by type.")
+UPSTREAM_ERRORS = Metric(
+    "upstream_errors", "counter", (*_R, "type"), "Failures of upstreams: dns, connect, tls, timeout, reset, protocol."
+)
 REJECTED = Metric("requests_rejected", "counter", ("route", "reason"), "Requests answered here, never sent upstream.")
 CONNECTIONS = Metric("upstream_connections", "gauge", ("upstream", "state"), "Connections to upstreams.")
 LOOP_LAG = Metric("event_loop_lag_seconds", "histogram", (), "How late a worker's timer fires.", OWN_DELAY)
