@@ -41,6 +41,7 @@ MAX_PIPELINED = 4
 # A close that waits for a client to take the last bytes waits so long.
 LINGER = 30.0
 
+_BLANK_LINE = b"\r\n\r\n"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -88,7 +89,22 @@ class HangupWatch:
 class DownstreamProtocol(RequestHandler):
     """One client connection. `on_leave` is called, once, the moment the client is seen gone while it is `busy`."""
 
-    __slots__ = ("_fd", "_incoming", "_server", "_unparsed", "free_at", "left_at", "on_leave", "pump", "read_at")
+    __slots__ = (
+        "_body_left",
+        "_chunked",
+        "_fd",
+        "_incoming",
+        "_last_request",
+        "_server",
+        "_tail",
+        "_unparsed",
+        "_unread",
+        "free_at",
+        "left_at",
+        "on_leave",
+        "pump",
+        "read_at",
+    )
 
     def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -99,21 +115,19 @@ class DownstreamProtocol(RequestHandler):
             access_log=cast(logging.Logger, None),
         )
         self._max_msg_queue_size, self._msg_queue_resume_size = MAX_PIPELINED, MAX_PIPELINED // 2
-        self._parser = HttpRequestParser(
-            self,
-            loop,
-            READ_BUFFER,
-            max_line_size=MAX_HEAD,
-            max_field_size=MAX_HEAD,
-            payload_exception=RequestPayloadError,
-            auto_decompress=False,
-            max_msg_queue_size=MAX_PIPELINED,
-        )
+        self._parser = self._new_parser()
         self._server = server
         self._fd = -1
-        # The body of the request that was read last, and the bytes read since of a head that is not whole.
+        # The body of the request that was read last, and whether it is the last one of the connection.
         self._incoming: StreamReader = EMPTY_PAYLOAD
+        self._last_request = False
+        self._chunked = False
+        # Of a body with a length, what is to come; of a head, what has come; the last bytes that were parsed.
+        self._body_left = 0
         self._unparsed = 0
+        self._tail = b""
+        # What waits for a place in the queue, or in the body's buffer.
+        self._unread = b""
         self.read_at = 0.0
         """When bytes were last read from the client."""
         self.free_at = 0.0
@@ -123,27 +137,80 @@ class DownstreamProtocol(RequestHandler):
         self.on_leave: Callable[[], None] | None = None
         self.pump: FlowControlled | None = None
 
+    def _new_parser(self) -> HttpRequestParser:
+        return HttpRequestParser(
+            self,
+            self._loop,
+            READ_BUFFER,
+            max_line_size=MAX_HEAD,
+            max_field_size=MAX_HEAD,
+            payload_exception=RequestPayloadError,
+            auto_decompress=False,
+        )
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._fd = transport.get_extra_info("socket").fileno()
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=WRITE_BUFFER)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
+        """Parses heads and bodies one after the other: in one call, a broken head would cost the request before it."""
+        if self._close or self._force_close:
+            return
         self.read_at = perf_counter()
+        if not data:
+            # The parser goes on with what it has kept.
+            self._parse(b"")
+        data, self._unread = self._unread + data, b""
+        while data:
+            if self._last_request and self._incoming.is_eof():
+                # What follows a request that closes the connection is nobody's.
+                return
+            if self._reading_paused or len(self._messages) >= MAX_PIPELINED:
+                self._unread = data
+                return
+            end = self._end_of_part(data)
+            self._parse(data[:end])
+            data = data[end:]
+
+    def _end_of_part(self, data: bytes) -> int:
+        """Where in `data` the head, or the body, that is being read may end."""
+        if self._body_left and not self._incoming.is_eof():
+            return min(self._body_left, len(data))
+        # So end heads, and so do chunked bodies.
+        end = (self._tail + data).find(_BLANK_LINE)
+        return end + len(_BLANK_LINE) - len(self._tail) if end >= 0 else len(data)
+
+    def _parse(self, data: bytes) -> None:
         received, in_body = self._request_count, not self._incoming.is_eof()
+        self._body_left = max(0, self._body_left - len(data))
+        self._tail = (self._tail + data[-len(_BLANK_LINE) :])[-len(_BLANK_LINE) + 1 :]
+        assert self._parser is not None
         super().data_received(data)
+        if self._upgraded:
+            # Nothing is upgraded here: the next bytes are the next request.
+            self._parser.set_upgraded(False)
+            self._upgraded = False
         if self._request_count != received:
-            self._unparsed = 0
             message, incoming = self._messages[-1]
             if isinstance(message, _ErrInfo):
                 self._break_off()
+            else:
+                self._last_request = message.should_close or message.method == "CONNECT"
+                self._body_left = int(message.headers.get("Content-Length", 0))
+                self._chunked = message.chunked
             self._incoming = incoming
-        elif in_body:
-            self._unparsed = 0
-        else:
+            self._tail = b""
+        elif not in_body:
             self._unparsed += len(data)
             if self._unparsed > MAX_HEAD:
                 self._refuse_head()
+            return
+        elif self._chunked and self._incoming.is_eof():
+            # aiohttp's parser would take the last trailer for a field of the next request.
+            self._parser = self._new_parser()
+            self._tail = b""
+        self._unparsed = 0
 
     def _break_off(self) -> None:
         """What was read cannot be parsed. A body that it was part of fails: aiohttp's parser only forgets it."""

@@ -25,7 +25,16 @@ from aiohttp.web_protocol import RequestPayloadError
 from aiohttp.web_request import BaseRequest
 
 from ..config import Config, Route, Timeouts
-from ..errors import Draining, ExchangeError, InternalError, Outcome, RequestError, StalledClient, UpstreamError
+from ..errors import (
+    Draining,
+    ExchangeError,
+    InternalError,
+    Outcome,
+    ProtocolError,
+    RequestError,
+    StalledClient,
+    UpstreamError,
+)
 from ..wire import headers
 from ..wire.dialects import Dialect, dialect_of, model_in
 from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
@@ -247,7 +256,9 @@ class _Relay:
         if error.status == 503:
             # Another replica, or this one's successor, takes it now.
             extra.append((b"Retry-After", b"1"))
-        return Answer(error, keep_alive=self._can_keep_alive(), extra=extra)
+        # What is not read as others might read it is the last that is read.
+        trusted = not (isinstance(error, RequestError) and error.reason == "bad_request")
+        return Answer(error, keep_alive=trusted and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
         route, path, query = await self._route()
@@ -311,16 +322,12 @@ class _Relay:
             raise RequestError("method")
         if len(request.raw_path) + headers.size(self._fields) > MAX_HEAD:
             raise RequestError("head_too_large")
-        codings = headers.tokens(self._fields, b"transfer-encoding")
-        if (
-            request.version not in ((1, 0), (1, 1))
-            or codings not in ([], [b"chunked"])
-            or (
-                # RFC 9112, section 6.1: a transfer coding in HTTP/1.0 is faulty framing.
-                codings and request.version == (1, 0)
-            )
-        ):
+        if request.version not in ((1, 0), (1, 1)):
             raise RequestError("bad_request")
+        try:
+            headers.check_request(request.version, self._fields)
+        except ProtocolError:
+            raise RequestError("bad_request") from None
         if any(expectation.lower() != b"100-continue" for expectation in headers.named(self._fields, b"expect")):
             raise RequestError("expectation")
         path, query = routes.split_target(request.raw_path)

@@ -37,6 +37,8 @@ _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 
 # RFC 9112, sections 2.2, 5.1 and 5.2: no bare CR or LF, no control characters, no folding.
 _BROKEN_HEAD: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)|\r\n[ \t]")
+# RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port; no user, no list, not empty.
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -129,6 +131,19 @@ def to_downstream(
 def serialize(start_line: bytes, fields: Iterable[tuple[bytes, bytes]]) -> bytes:
     """A message head, with its blank line."""
     return b"".join((start_line, b"\r\n", *(b"%b: %b\r\n" % field for field in fields), b"\r\n"))
+
+
+def check_request(version: tuple[int, int], fields: Fields) -> None:
+    """Raises `ProtocolError` for fields that others could read in another way than we do.
+
+    A transfer coding other than chunked, or in HTTP/1.0 (RFC 9112, sections 6.1 and 6.3); a Host that is missing, not
+    the only one, or no host (section 3.2).
+    """
+    codings, hosts = named(fields, b"transfer-encoding"), named(fields, b"host")
+    if codings and (tokens(fields, b"transfer-encoding") != [b"chunked"] or version == (1, 0)):
+        raise ProtocolError("the transfer coding is not chunked")
+    if len(hosts) > 1 or (not hosts and version != (1, 0)) or not all(map(_HOST.fullmatch, hosts)):
+        raise ProtocolError("there is not one valid Host")
 
 
 def check_head(head: bytes) -> None:
