@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -182,8 +183,9 @@ Script = Callable[["Peer"], Awaitable[None]]
 class ScriptedUpstream:
     """A server that does what a test says: connection by connection (`accept`), or all alike (`script`)."""
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, tls: ssl.SSLContext | None = None) -> None:
         self._script = script
+        self._tls = tls
         self._accepted: asyncio.Queue[Peer] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._peers: list[Peer] = []
@@ -192,7 +194,11 @@ class ScriptedUpstream:
         self.open = 0
 
     async def __aenter__(self) -> ScriptedUpstream:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        # As most servers do, it does not wait long for a close_notify in return for its own.
+        patience = 0.1 if self._tls else None
+        self._server = await asyncio.start_server(
+            self._connected, "127.0.0.1", 0, ssl=self._tls, ssl_shutdown_timeout=patience
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -212,7 +218,7 @@ class ScriptedUpstream:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -325,10 +331,11 @@ async def start_proxy(settings: config.Config) -> RunningProxy:
 def settings(upstream_url: str, **more: Any) -> config.Config:
     """One route, `/v1`, to one upstream's `/v1`.
 
-    `timeouts`, `api_key`, `route` (what else a `Route` has) and what a `Config` has can be given.
+    `timeouts`, `api_key`, `tls`, `route` (what else a `Route` has) and what a `Config` has can be given.
     """
     timeouts = config.Timeouts(**more.pop("timeouts", {}))
-    upstream = config.Upstream(name="up", url=f"{upstream_url}/v1", api_key=more.pop("api_key", None))
+    tls = config.UpstreamTLS(**more.pop("tls", {}))
+    upstream = config.Upstream(name="up", url=f"{upstream_url}/v1", api_key=more.pop("api_key", None), tls=tls)
     match, options = config.Match(path="/v1"), more.pop("route", {})
     route = config.Route(name="api", match=match, upstream="up", timeouts=timeouts, **options)
     defaults: dict[str, Any] = {

@@ -43,6 +43,7 @@ NAME = "expected a name: 1 to 64 of the characters A-Z a-z 0-9 _ . -"
 URL = "expected a URL such as https://api.openai.com/v1"
 PATH = "expected a path such as /v1, without query, empty segments and dot segments"
 API_KEY = "expected an API key: text of visible ASCII characters"
+CA_FILE = "expected a readable file of PEM certificates"
 ALIAS = "anchors and aliases are not supported; text that starts with & or * has to be put in quotes"
 TAG = "tags are not supported; text that starts with ! has to be put in quotes"
 
@@ -199,6 +200,22 @@ MISTAKES = {
     "api_key_without_space": (
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
         "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, name, tls, url; did you mean 'api_key'?",
+    ),
+    "ca_file_missing": (
+        upstream("tls: {ca_file: /nowhere/ca.pem}"),
+        f"f:4:11: upstreams[0].tls.ca_file: {CA_FILE} (no such file or directory), got '/nowhere/ca.pem'",
+    ),
+    "ca_file_directory": (
+        upstream("tls: {ca_file: /}"),
+        f"f:4:11: upstreams[0].tls.ca_file: {CA_FILE} (is a directory), got '/'",
+    ),
+    "ca_file_without_certificates": (
+        upstream("tls: {ca_file: /dev/null}"),
+        f"f:4:11: upstreams[0].tls.ca_file: {CA_FILE} (no certificate is in it), got '/dev/null'",
+    ),
+    "ca_file_number": (
+        upstream("tls: {ca_file: 1}"),
+        "f:4:11: upstreams[0].tls.ca_file: expected the path of a file of PEM certificates, got a number (1)",
     ),
     "name": (match("{path: /v1}").replace("api", "my api", 1), f"f:2:5: routes[0].name: {NAME}, got 'my api'"),
     "name_number": (match("{path: /v1}").replace("api", "1", 1), f"f:2:5: routes[0].name: {NAME}, got a number (1)"),
