@@ -86,6 +86,10 @@ class HangupWatch:
         self._epoll.close()
 
 
+class _BrokenBody(RequestPayloadError, TimeoutError):
+    """Fails the body of a request. When aiohttp only waits for the end of one, it expects no failure but a timeout."""
+
+
 class DownstreamProtocol(RequestHandler):
     """One client connection. `on_leave` is called, once, the moment the client is seen gone while it is `busy`."""
 
@@ -215,9 +219,7 @@ class DownstreamProtocol(RequestHandler):
     def _break_off(self) -> None:
         """What was read cannot be parsed. A body that it was part of fails: aiohttp's parser only forgets it."""
         if not self._incoming.is_eof():
-            self._incoming.set_exception(RequestPayloadError("the request body is broken"))
-            # There is no end of it to wait for.
-            self._lingering_time = 0.0
+            self._incoming.set_exception(_BrokenBody("the request body is broken"))
 
     def _refuse_head(self) -> None:
         error = RequestError("head_too_large")
