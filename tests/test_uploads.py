@@ -1,0 +1,250 @@
+"""Requests whose body comes in parts, and what can go wrong with it on either side."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from sseproxy import config
+
+from .conftest import StartProxy
+from .harness import LAST_CHUNK, Peer, RunningProxy, ScriptedUpstream, begin, chunk, post, until
+
+# Long enough for a loaded machine to do what it has to before, short enough to wait for.
+SHORT = 0.3
+CHUNKED = b"POST /v1/files HTTP/1.1\r\nHost: proxy\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = b"POST /v1/files HTTP/1.1\r\nHost: proxy\r\nContent-Length: 1000000000\r\n\r\n"
+# What no chunk begins with, and what must not be taken for a request then.
+BROKEN = b"ZZZ\r\n" + post() * 2
+
+
+def by_model(**timeouts: float) -> dict[str, Any]:
+    """A route for which the whole body is read first."""
+    match = config.Match(path="/v1", model=("m*",))
+    return {"routes": (config.Route(name="m", match=match, upstream="up", timeouts=config.Timeouts(**timeouts)),)}
+
+
+async def refused(client: Peer) -> None:
+    """Waits for a 400 and for nothing after it."""
+    response = await client.message()
+    assert (response.status, response.json()["error"]["code"]) == (400, "bad_request")
+    assert response.get("connection") == "close"
+    assert (await client.rest())[0] == b""
+
+
+async def upload_until_blocked(proxy: RunningProxy, upstream: ScriptedUpstream) -> tuple[Peer, Peer]:
+    """A client whose upload is not taken by the upstream, so that nothing more of it is read from the client."""
+    client = await proxy.connect()
+    client.send(ENDLESS)
+    api = await upstream.accept()
+    await api.head()
+    api.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    async with asyncio.timeout(10):
+        while not proxy.worker.proxy.server.hangups._watched:
+            client.send(b"x" * 16384)
+            await client.drain()
+            await asyncio.sleep(0)
+    return client, api
+
+
+async def test_a_broken_chunk_is_refused_at_once_and_the_upstream_let_go(
+    proxy: RunningProxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await proxy.connect()
+    client.send(CHUNKED, chunk(b"abc"))
+    api = await upstream.accept()
+    await api.head()
+    assert await api.read_until(b"abc\r\n") == chunk(b"abc")
+    client.send(BROKEN)
+    await refused(client)
+    assert await api.rest() == (b"", "fin")
+    assert await proxy.ended() == {"rejected": 1}
+    assert proxy.sample("requests_rejected_total", reason="bad_request", route="api") == 1
+    assert proxy.sample("request_bytes_total") == 3
+    assert proxy.sample("upstream_connections") == 0
+    assert upstream.connections == 1
+    assert not caplog.records
+
+
+async def test_a_broken_chunk_that_comes_with_its_head_never_goes_upstream(
+    proxy: RunningProxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await proxy.connect()
+    client.send(CHUNKED, chunk(b"abc"), BROKEN)
+    await refused(client)
+    assert await proxy.ended() == {"rejected": 1}
+    assert proxy.sample("requests_rejected_total", reason="bad_request") == 1
+    assert upstream.connections == 0
+    assert not caplog.records
+
+
+async def test_a_broken_chunk_of_a_body_that_is_read_for_its_model(
+    start: StartProxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = await start(upstream.url, **by_model())
+    client = await proxy.connect()
+    client.send(CHUNKED, chunk(b'{"model":'))
+    await proxy.busy()
+    client.send(BROKEN)
+    await refused(client)
+    assert await proxy.ended() == {"rejected": 1}
+    assert proxy.sample("requests_rejected_total", reason="bad_request") == 1
+    assert upstream.connections == 0
+    assert not caplog.records
+
+
+async def test_a_broken_chunk_of_a_request_that_waits_does_not_touch_the_one_before_it(
+    proxy: RunningProxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, api = await begin(proxy, upstream)
+    client.send(CHUNKED, chunk(b"abc"))
+    (connection,) = proxy.worker.proxy.server.connections
+    await until(lambda: bool(connection._messages))
+    client.send(BROKEN)
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+    await client.read_until(b"\r\n\r\n")
+    api.send(b"first")
+    assert await client.read(5) == b"first"
+    await refused(client)
+    assert await proxy.ended() == {"completed": 1, "rejected": 1}
+    assert upstream.connections == 1
+    assert not caplog.records
+
+
+async def test_a_broken_chunk_after_the_upload_was_answered_ends_the_connection(
+    proxy: RunningProxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await proxy.connect()
+    client.send(CHUNKED, chunk(b"abc"))
+    api = await upstream.accept()
+    await api.head()
+    api.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig")
+    assert (await client.message()).body == b"big"
+    await proxy.idle()
+    client.send(BROKEN)
+    assert (await client.rest())[0] == b""
+    assert await proxy.ended() == {"completed": 1}
+    assert upstream.connections == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("sent", [b"", chunk(b"abc")], ids=["nothing", "something"])
+async def test_a_client_that_stalls_its_upload_is_told_so_and_the_upstream_let_go(
+    start: StartProxy, upstream: ScriptedUpstream, sent: bytes
+) -> None:
+    proxy = await start(upstream.url, timeouts={"body": SHORT})
+    client = await proxy.connect()
+    client.send(CHUNKED, sent)
+    api = await upstream.accept()
+    await api.head()
+    response = await client.message()
+    assert (response.status, response.json()["error"]["code"]) == (408, "stalled_client")
+    assert response.get("connection") == "close"
+    assert await api.rest() == (sent, "fin")
+    assert await proxy.ended() == {"stalled_client": 1}
+    assert proxy.sample("requests_total", code="408", upstream="up") == 1
+    assert proxy.sample("upstream_errors_total") == 0
+
+
+async def test_a_client_that_stalls_a_body_that_is_read_for_its_model_is_told_so(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, **by_model(body=SHORT))
+    client = await proxy.connect()
+    client.send(CHUNKED, chunk(b'{"model":'))
+    response = await client.message()
+    assert (response.status, response.json()["error"]["code"]) == (408, "stalled_client")
+    assert response.get("connection") == "close"
+    assert await proxy.ended() == {"stalled_client": 1}
+    assert upstream.connections == 0
+
+
+@pytest.mark.parametrize("route", ["any", "model"])
+async def test_a_slow_upload_is_not_a_stalled_one(start: StartProxy, upstream: ScriptedUpstream, route: str) -> None:
+    patience = {"body": 2 * SHORT}
+    proxy = await start(upstream.url, **(by_model(**patience) if route == "model" else {"timeouts": patience}))
+    client = await proxy.connect()
+    client.send(CHUNKED)
+    body = b'{"model":"m"}'
+    for start_at in range(0, len(body), 2):
+        # To take its time is what makes an upload slow.
+        await asyncio.sleep(SHORT / 2)
+        client.send(chunk(body[start_at : start_at + 2]))
+    client.send(LAST_CHUNK)
+    api = await upstream.accept()
+    assert (await api.message()).body == body
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (await client.message()).body == b"ok"
+    assert await proxy.ended() == {"completed": 1}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"Content-Length: 3\r\n\r\nbig",
+        b"Transfer-Encoding: chunked\r\n\r\n" + chunk(b"big") + LAST_CHUNK,
+        b"Content-Length: 0\r\n\r\n",
+        b"Connection: close\r\n\r\nbig",
+    ],
+    ids=["length", "chunked", "empty", "close"],
+)
+async def test_an_answer_to_an_upload_that_the_upstream_does_not_take_is_whole_and_ends_the_upload(
+    proxy: RunningProxy, upstream: ScriptedUpstream, answer: bytes
+) -> None:
+    client, api = await upload_until_blocked(proxy, upstream)
+    (relay,) = proxy.worker.proxy.active
+    assert relay._connection is not None
+    transport = relay._connection.transport
+    assert transport.get_write_buffer_size()
+    api.send(b"HTTP/1.1 413 Content Too Large\r\n", answer)
+    if b"close" in answer:
+        api.half_close()
+    response = await client.message()
+    assert (response.status, response.complete) == (413, True)
+    assert response.body == (b"" if b": 0" in answer else b"big")
+    assert response.get("connection") == "close"
+    # The upstream has not taken what waited for it, and nobody waits for that.
+    await until(lambda: not transport.get_write_buffer_size())
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("requests_total", code="413") == 1
+    assert proxy.sample("upstream_connections") == 0
+
+
+@pytest.mark.parametrize("end", [Peer.half_close, Peer.reset], ids=["fin", "rst"])
+async def test_an_upstream_that_goes_without_taking_the_upload_is_a_502_at_once(
+    proxy: RunningProxy, upstream: ScriptedUpstream, end: Any
+) -> None:
+    client, api = await upload_until_blocked(proxy, upstream)
+    end(api)
+    response = await client.message()
+    assert (response.status, response.json()["error"]["code"]) == (502, "upstream_disconnected")
+    assert response.get("connection") == "close"
+    assert await proxy.ended() == {"upstream_error": 1}
+    assert proxy.sample("upstream_errors_total", type="reset") == 1
+
+
+@pytest.mark.parametrize("route", ["any", "model"])
+async def test_a_client_of_http_1_0_is_never_told_to_continue(
+    start: StartProxy, upstream: ScriptedUpstream, route: str
+) -> None:
+    """RFC 9110, section 10.1.1: it could not tell an interim response from the final one."""
+    proxy = await start(upstream.url, **(by_model() if route == "model" else {}))
+    client = await proxy.connect()
+    client.send(b"POST /v1/files HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 13\r\n\r\n")
+    if route == "any":
+        # It has the head while there is no body yet.
+        api = await upstream.accept()
+        await api.head()
+        client.send(b'{"model":"m"}')
+        assert await api.read(13) == b'{"model":"m"}'
+    else:
+        await proxy.busy()
+        client.send(b'{"model":"m"}')
+        api = await upstream.accept()
+        assert (await api.message()).body == b'{"model":"m"}'
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (await client.head()).status == 200
+    assert await client.rest() == (b"ok", "fin")
+    assert await proxy.ended() == {"completed": 1}
