@@ -322,7 +322,7 @@ class _Relay:
             raise RequestError("method")
         if len(request.raw_path) + headers.size(self._fields) > MAX_HEAD:
             raise RequestError("head_too_large")
-        if request.version not in ((1, 0), (1, 1)):
+        if request.version not in ((1, 0), (1, 1)) or request.content.exception() is not None:
             raise RequestError("bad_request")
         try:
             headers.check_request(request.version, self._fields)
