@@ -139,6 +139,24 @@ def _duration_or_off(value: object, info: ValidationInfo) -> float | None:
     return seconds
 
 
+def _count(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise _expected("a number from 1 up")
+
+
+def _count_or_off(value: object) -> int | None:
+    if value is None or value is False or value == "off":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise _expected("a number from 1 up, or off")
+
+
+def _size_or_off(value: object, info: ValidationInfo) -> int | None:
+    return None if value is None or value is False or value == "off" else _size(value, info)
+
+
 def _dialect(value: object) -> str:
     if value == "auto" or value in DIALECT_NAMES:
         return str(value)
@@ -229,11 +247,65 @@ Name = Annotated[str, BeforeValidator(_name)]
 Size = Annotated[int, BeforeValidator(_size)]
 """Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
 
+SizeOrOff = Annotated[int | None, BeforeValidator(_size_or_off)]
+"""A `Size`, or `None`, which is written as `off`."""
+
+Count = Annotated[int, BeforeValidator(_count)]
+
+CountOrOff = Annotated[int | None, BeforeValidator(_count_or_off)]
+"""A number from 1 up, or `None`, which is written as `off`."""
+
 
 class _Model(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, use_attribute_docstrings=True
     )
+
+
+def _part(limit: int | None, workers: int) -> int | None:
+    return None if limit is None else -(-limit // workers)
+
+
+class Limits(_Model):
+    """What is accepted and held at most. Numbers of things are for all workers together; each has its share of them."""
+
+    connections: Count = 10_000
+    """Clients' connections; requests on more are answered 503."""
+    connections_per_client: CountOrOff = None
+    """Connections from one address; requests on more are answered 429."""
+    active_requests: CountOrOff = None
+    """Exchanges under way; more are answered 503."""
+    pending_connects: Count = 1_000
+    """Connections to one upstream that are being made; requests that want more are answered 503."""
+    request_head: Size = 32 << 10
+    """A request line and its fields; larger ones are answered 431."""
+    request_fields: Count = 100
+    """Fields of a request; more are answered 400."""
+    request_head_time: Duration = 10.0
+    """From the first byte of a request head to its last; slower ones are answered 408."""
+    request_body: SizeOrOff = 1 << 30
+    """A request body; larger ones are answered 413, also while they are relayed."""
+    request_body_rate: SizeOrOff = 240
+    """Bytes a second that a client has to send of its body on average, once it has had `timeouts.body` to begin."""
+    response_head: Size = 32 << 10
+    """An upstream's response head; larger ones are answered 502."""
+    event: Size = 4 << 20
+    """Events that are read in passing, six times that where they may carry images; larger ones pass all the same."""
+
+    def share(self, workers: int) -> Limits:
+        """What one of `workers` accepts and holds at most: its part of the whole, rounded up."""
+        names = ("connections", "connections_per_client", "active_requests", "pending_connects")
+        return self.model_copy(update={name: _part(getattr(self, name), workers) for name in names})
+
+
+class RouteLimits(_Model):
+    """What a route has of the whole."""
+
+    active_requests: CountOrOff = None
+    """Exchanges under way; more are answered 503."""
+
+    def share(self, workers: int) -> RouteLimits:
+        return self.model_copy(update={"active_requests": _part(self.active_requests, workers)})
 
 
 class Admin(_Model):
@@ -317,6 +389,7 @@ class Route(_Model):
     heartbeat: DurationOrOff = None
     """Write a comment into an event stream that has been silent for so long, in seconds; `None` writes none."""
     usage: UsageOptions = UsageOptions()
+    limits: RouteLimits = RouteLimits()
     timeouts: Timeouts = Timeouts()
 
 
@@ -333,6 +406,7 @@ class Config(_Model):
     """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
     asked for, and where models are labels."""
     metrics: Metrics = Metrics()
+    limits: Limits = Limits()
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
 
@@ -351,6 +425,11 @@ class Config(_Model):
         if conflicts:
             raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(conflicts)})
         return self
+
+    def share(self, workers: int) -> Config:
+        """The configuration of one of `workers`, with its share of the limits."""
+        routes = tuple(route.model_copy(update={"limits": route.limits.share(workers)}) for route in self.routes)
+        return self.model_copy(update={"limits": self.limits.share(workers), "routes": routes})
 
     def upstream(self, name: str) -> Upstream:
         """Raises `KeyError` for a name that no upstream has; those of routes always exist."""

@@ -135,13 +135,21 @@ class RequestError(ExchangeError):
         "no_route": (404, "No route matches this request."),
         "method": (501, "This method is not supported."),
         "head_too_large": (431, "The request head is too large."),
-        "body_too_large": (413, "The request body is too large to be read for its model."),
+        "head_timeout": (408, "The request head took too long."),
+        "body_too_large": (413, "The request body is too large."),
         "expectation": (417, "Only Expect: 100-continue can be met."),
+        "loop": (508, "The request has come through here too often."),
+        "connections": (503, "There are too many connections."),
+        "connections_per_client": (429, "There are too many connections from this address."),
+        "active_requests": (503, "There are too many requests under way."),
+        "pending_connects": (503, "Too many requests wait for a connection to the upstream."),
     }
 
     def __init__(self, reason: str) -> None:
         self.reason = self.code = reason
         self.status, message = self._TABLE[reason]
+        if self.status in (429, 503):
+            self.type = "overloaded_error"
         super().__init__(message)
 
 
@@ -194,15 +202,20 @@ class Truncated(UpstreamError):
 
 
 class StalledClient(ExchangeError):
-    """The client `took` no byte of the response, or `sent` none of its request, for `seconds`."""
+    """For `seconds` the client `took` nothing of the response, or `sent` nothing, or too `little`, of its request."""
 
     status = 408
     code = type = "stalled_client"
     outcome = Outcome.STALLED_CLIENT
 
-    def __init__(self, missed: Literal["took", "sent"], seconds: float) -> None:
-        what = "the response" if missed == "took" else "its request"
-        super().__init__(f"The client {missed} nothing of {what} for {seconds:g} seconds.")
+    _TABLE: ClassVar[dict[Literal["took", "sent", "little"], str]] = {
+        "took": "The client took nothing of the response for {:.3g} seconds.",
+        "sent": "The client sent nothing of its request for {:.3g} seconds.",
+        "little": "The client sent too little of its request in {:.3g} seconds.",
+    }
+
+    def __init__(self, missed: Literal["took", "sent", "little"], seconds: float) -> None:
+        super().__init__(self._TABLE[missed].format(seconds))
 
 
 class Draining(ExchangeError):

@@ -166,7 +166,9 @@ def measured(api: str, pieces: list[bytes]) -> reference.Seen:
     exchange = recording.exchange
     # Its timers never fire: the loop does not run.
     loop = asyncio.new_event_loop()
-    inspector = StreamInspector(exchange, dialect_of("", api), Clock(loop, Timeouts(), 0.0, lambda error: None))
+    inspector = StreamInspector(
+        exchange, dialect_of("", api), Clock(loop, Timeouts(), 0.0, lambda error: None), 1 << 22
+    )
     for number, piece in enumerate(pieces):
         inspector.look(piece, float(number))
     loop.close()

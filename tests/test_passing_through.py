@@ -9,7 +9,6 @@ import random
 import pytest
 
 from sseproxy import config
-from sseproxy.wire.sse import MAX_EVENT
 
 from .conftest import StartProxy
 from .harness import (
@@ -364,7 +363,7 @@ async def test_a_compressed_stream_passes_unread(proxy: RunningProxy, upstream: 
 async def test_an_event_too_large_to_be_read_passes_and_the_next_is_read(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    large = delta("x" * (MAX_EVENT + 1))
+    large = delta("x" * (config.Limits().event + 1))
     client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(large), chunk(usage(3, 2)), chunk(DONE), LAST_CHUNK)
     assert (await client.message()).body == delta("Hi") + large + usage(3, 2) + DONE

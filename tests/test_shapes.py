@@ -123,7 +123,7 @@ def expected(shape: Shape) -> Seen:
 
 def read(shape: Shape, pieces: Iterable[bytes]) -> Seen:
     dialect = dialect_of(shape.path.partition("?")[0])
-    parser, seen = EventParser(), Seen()
+    parser, seen = EventParser(1 << 22), Seen()
     for piece in pieces:
         for kind, data in parser.feed(piece):
             assert data is not None

@@ -67,7 +67,7 @@ def test_any_split_of_any_stream_is_read_by_the_specification(data: st.DataObjec
 @given(STREAMS)
 @example(BOM + b"data: a\r\n\r\ndata: b\r\r: c\n\nid: 1\n\n")
 def test_bytes_may_be_added_exactly_where_no_line_and_no_event_is_pending(stream: bytes) -> None:
-    parser = EventParser()
+    parser = EventParser(1 << 22)
     assert parser.at_boundary
     for size, byte in enumerate(steps(stream), 1):
         parser.feed(byte)

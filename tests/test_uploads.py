@@ -164,7 +164,8 @@ async def test_a_client_that_stalls_a_body_that_is_read_for_its_model_is_told_so
 @pytest.mark.parametrize("route", ["any", "model"])
 async def test_a_slow_upload_is_not_a_stalled_one(start: StartProxy, upstream: ScriptedUpstream, route: str) -> None:
     patience = {"body": 2 * SHORT}
-    proxy = await start(upstream.url, **(by_model(**patience) if route == "model" else {"timeouts": patience}))
+    options = by_model(**patience) if route == "model" else {"timeouts": patience}
+    proxy = await start(upstream.url, limits=config.Limits(request_body_rate=None), **options)
     client = await proxy.connect()
     client.send(CHUNKED)
     body = b'{"model":"m"}'

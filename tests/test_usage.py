@@ -169,7 +169,7 @@ def only_usage(data: bytes) -> bool:
 
 @given(st.data(), STREAMS)
 def test_every_split_leaves_the_same_and_every_event_in_time(data: st.DataObject, stream: bytes) -> None:
-    stripper, before, after = UsageStripper(), EventParser(), EventParser()
+    stripper, before, after = UsageStripper(), EventParser(1 << 22), EventParser(1 << 22)
     sent: list[tuple[bytes, bytes | None]] = []
     received: list[tuple[bytes, bytes | None]] = []
     out = b""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import platform
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 # A worker that lived this long was not part of a crash loop.
 _HEALTHY_AFTER = 10.0
 _BACKOFF_MIN, _BACKOFF_MAX = 0.1, 10.0
+# Of a connection that is served: the client's side and the upstream's.
+_DESCRIPTORS, _DESCRIPTORS_OF_ITS_OWN = 2, 50
 # What a draining worker may take beyond the drain timeout before it is killed.
 _DRAIN_GRACE = 5.0
 
@@ -68,6 +71,21 @@ def cores() -> int:
         return max(1, min(available, -(-int(quota) // int(period))))
     except (OSError, ValueError):
         return available
+
+
+def raise_descriptors(connections: int) -> None:
+    """Lets this process and its workers have as many descriptors as they may; says so if `connections` need more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    needed = _DESCRIPTORS * connections + _DESCRIPTORS_OF_ITS_OWN
+    if most != resource.RLIM_INFINITY and most < needed:
+        log.warning(
+            "a process may have %d descriptors (ulimit -n), and %d connections of a worker need %d: "
+            "raise it, or lower limits.connections",
+            most,
+            connections,
+            needed,
+        )
 
 
 class Supervisor:
@@ -114,6 +132,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        raise_descriptors(self.config.share(self.workers).limits.connections)
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
         self._admin = web.AppRunner(application(self.registry, self._unready), access_log=None)
         await self._admin.setup()
@@ -215,7 +234,7 @@ class Supervisor:
         if self.stopping.is_set():
             process.terminate()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        writer.write(encode_config(self.config))
+        writer.write(encode_config(self.config.share(self.workers)))
         async for report in read_reports(reader):
             self._registry.add(number, report)
             if number not in self._ready:

@@ -11,18 +11,21 @@ import logging
 import select
 import socket
 import struct
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Protocol, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
 
+from ..config import Limits
 from ..errors import ExchangeError, InternalError, RequestError
 from ..wire import headers
 
@@ -34,8 +37,8 @@ KEEPALIVE = 75.0
 READ_BUFFER = 16 * 1024
 # Bytes of a response that wait for the client before the upstream is paused.
 WRITE_BUFFER = 64 * 1024
-# Of a whole request head, as of Node.js and nginx; aiohttp bounds only each of its lines.
-MAX_HEAD = 32 * 1024
+# Connections above their limit that are still told so; more are closed without a word.
+_TOLD = 500
 # Requests that a client may send ahead of their responses.
 MAX_PIPELINED = 4
 # A close that waits for a client to take the last bytes waits so long.
@@ -97,8 +100,10 @@ class DownstreamProtocol(RequestHandler):
         "_body_left",
         "_chunked",
         "_fd",
+        "_head_timer",
         "_incoming",
         "_last_request",
+        "_limits",
         "_server",
         "_tail",
         "_unparsed",
@@ -108,6 +113,7 @@ class DownstreamProtocol(RequestHandler):
         "on_leave",
         "pump",
         "read_at",
+        "refused",
     )
 
     def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop) -> None:
@@ -119,9 +125,13 @@ class DownstreamProtocol(RequestHandler):
             access_log=cast(logging.Logger, None),
         )
         self._max_msg_queue_size, self._msg_queue_resume_size = MAX_PIPELINED, MAX_PIPELINED // 2
+        self._limits = server.limits
         self._parser = self._new_parser()
         self._server = server
         self._fd = -1
+        self.refused: RequestError | None = None
+        """Why no request of this connection is taken, if none is."""
+        self._head_timer: asyncio.TimerHandle | None = None
         # The body of the request that was read last, and whether it is the last one of the connection.
         self._incoming: StreamReader = EMPTY_PAYLOAD
         self._last_request = False
@@ -146,8 +156,9 @@ class DownstreamProtocol(RequestHandler):
             self,
             self._loop,
             READ_BUFFER,
-            max_line_size=MAX_HEAD,
-            max_field_size=MAX_HEAD,
+            max_line_size=self._limits.request_head,
+            max_headers=self._limits.request_fields,
+            max_field_size=self._limits.request_head,
             payload_exception=RequestPayloadError,
             auto_decompress=False,
         )
@@ -156,6 +167,7 @@ class DownstreamProtocol(RequestHandler):
         self._fd = transport.get_extra_info("socket").fileno()
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=WRITE_BUFFER)
         super().connection_made(transport)
+        self.refused = self._server.admit(self)
 
     def data_received(self, data: bytes) -> None:
         """Parses heads and bodies one after the other: in one call, a broken head would cost the request before it."""
@@ -207,25 +219,37 @@ class DownstreamProtocol(RequestHandler):
             self._tail = b""
         elif not in_body:
             self._unparsed += len(data)
-            if self._unparsed > MAX_HEAD:
-                self._refuse_head()
+            if self._unparsed > self._limits.request_head:
+                self._refuse_head("head_too_large")
+            elif self._unparsed and self._head_timer is None:
+                # aiohttp bounds the size of each line, and no time.
+                self._head_timer = self._loop.call_later(
+                    self._limits.request_head_time, self._refuse_head, "head_timeout"
+                )
             return
         elif self._chunked and self._incoming.is_eof():
             # aiohttp's parser would take the last trailer for a field of the next request.
             self._parser = self._new_parser()
             self._tail = b""
         self._unparsed = 0
+        self._stop_head_timer()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _break_off(self) -> None:
         """What was read cannot be parsed. A body that it was part of fails: aiohttp's parser only forgets it."""
         if not self._incoming.is_eof():
             self._incoming.set_exception(_BrokenBody("the request body is broken"))
 
-    def _refuse_head(self) -> None:
-        error = RequestError("head_too_large")
+    def _refuse_head(self, reason: str) -> None:
+        self._stop_head_timer()
+        error = RequestError(reason)
         self._messages.append((_ErrInfo(status=error.status, exc=error, message=""), EMPTY_PAYLOAD))
-        # Nothing more is read.
-        self._close = True
+        # Nothing more is read; what waits before it is still answered.
+        self._incoming, self._last_request = EMPTY_PAYLOAD, True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -248,6 +272,7 @@ class DownstreamProtocol(RequestHandler):
             self.transport.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._stop_head_timer()
         self._server.hangups.remove(self._fd)
         if self._current_request is not None:
             self._leave()
@@ -317,6 +342,8 @@ class DownstreamProtocol(RequestHandler):
         error: ExchangeError
         if isinstance(exc, RequestError):
             error = exc
+        elif isinstance(exc, LineTooLong):
+            error = RequestError("head_too_large")
         elif status == 400:
             error = RequestError("bad_request")
         else:
@@ -372,12 +399,14 @@ _REASONS = {
     408: b"Request Timeout",
     413: b"Content Too Large",
     417: b"Expectation Failed",
+    429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
     501: b"Not Implemented",
     502: b"Bad Gateway",
     503: b"Service Unavailable",
     504: b"Gateway Timeout",
+    508: b"Loop Detected",
 }
 
 
@@ -385,16 +414,27 @@ def status_line(status: int, reason: bytes | None = None) -> bytes:
     return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)
 
 
+def _address(connection: RequestHandler) -> str:
+    peer = connection.peername
+    return str(peer[0]) if isinstance(peer, tuple) else ""
+
+
 class DownstreamServer(Server):
-    """aiohttp's low-level server with our protocol. `malformed` is told of requests that never became exchanges."""
+    """aiohttp's low-level server with our protocol, and the count of its connections.
+
+    `malformed` is told of requests that never became exchanges.
+    """
 
     def __init__(
         self,
         handler: Callable[[BaseRequest], Awaitable[web.StreamResponse]],
         malformed: Callable[[ExchangeError], None],
+        limits: Limits,
     ) -> None:
         super().__init__(handler, handler_cancellation=True)
         self.malformed = malformed
+        self.limits = limits
+        self._clients: Counter[str] = Counter()
         self.hangups = HangupWatch(self._loop)
         self.empty = asyncio.Event()
         """Set while there is no connection, nor an exchange that has still to end after one."""
@@ -403,8 +443,25 @@ class DownstreamServer(Server):
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         self.empty.clear()
+        self._clients[_address(handler)] += 1
+
+    def admit(self, connection: DownstreamProtocol) -> RequestError | None:
+        """Why no request of a new `connection` may be taken, or None. Far above the limit it is closed at once."""
+        above = len(self._connections) - self.limits.connections
+        if above > _TOLD:
+            connection.force_close()
+        if above > 0:
+            return RequestError("connections")
+        most = self.limits.connections_per_client
+        if most is not None and self._clients[_address(connection)] > most:
+            return RequestError("connections_per_client")
+        return None
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        address = _address(handler)
+        self._clients[address] -= 1
+        if not self._clients[address]:
+            del self._clients[address]
         task = handler._task_handler
         super().connection_lost(handler, exc)
         if task is None:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from ..config import Timeouts
 from ..errors import ExchangeError, Outcome, Phase, StalledClient, UpstreamTimeout
 from ..wire.dialects import DELTA, NOTHING, Dialect, Meaning, Usage
-from ..wire.sse import MAX_EVENT, MAX_LARGE_EVENT, EventParser
+from ..wire.sse import EventParser
 
 
 class Observer(Protocol):
@@ -216,6 +216,11 @@ class Clock:
         self._total_due = float("inf")
         self.client_blocked(stalled)
 
+    @property
+    def patience(self) -> float:
+        """Seconds that the client may take to send something of its request's body."""
+        return self._timeouts.body
+
     def stop(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
@@ -279,10 +284,10 @@ class StreamInspector(Inspector):
 
     __slots__ = ("_awaits_token", "_clock", "_exchange", "_numbered", "_parser", "_read")
 
-    def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock) -> None:
+    def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock, max_event: int) -> None:
         self._exchange = exchange
         self._clock = clock
-        self._parser = EventParser(MAX_LARGE_EVENT if dialect.large else MAX_EVENT)
+        self._parser = EventParser(dialect.max_event(max_event))
         self._read = dialect.read
         self._numbered = dialect.numbered
         self._awaits_token = dialect.generates
@@ -316,11 +321,11 @@ class JsonInspector(Inspector):
 
     __slots__ = ("_clock", "_exchange", "_limit", "_parts", "_read", "_size")
 
-    def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock) -> None:
+    def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock, max_event: int) -> None:
         self._exchange = exchange
         self._read = dialect.read
         self._clock = clock
-        self._limit = MAX_LARGE_EVENT if dialect.large else MAX_EVENT
+        self._limit = dialect.max_event(max_event)
         self._parts: list[bytes] = []
         self._size = 0
 

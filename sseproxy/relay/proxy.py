@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 from typing import Literal
@@ -40,7 +41,7 @@ from ..wire.dialects import Dialect, dialect_of, model_in
 from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper, with_usage
 from . import routes
-from .downstream import MAX_HEAD, Answer, DownstreamProtocol, DownstreamServer, status_line
+from .downstream import Answer, DownstreamProtocol, DownstreamServer, status_line
 from .exchange import Clock, Exchange, Inspector, JsonInspector, Observer, OpaqueInspector, StreamInspector
 from .pump import Peek, Pump
 from .upstream import ResponseHead, Upstream, UpstreamConnection
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 
 # What a backend says of an option that it does not know is short.
 _MAX_REFUSAL = 64 * 1024
+# A request may come through here more than once on purpose; this often it goes in circles.
+_MAX_PASSES = 8
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -76,14 +79,17 @@ class Proxy:
     """
 
     def __init__(self, config: Config, observer: Callable[[str, str, str], Observer]) -> None:
+        self.limits = config.limits
         self.max_body = config.max_body
         self.models = config.metrics.models
         self.router = routes.Router(config.routes)
         self.observer = observer
-        self.upstreams = {upstream.name: Upstream(upstream) for upstream in config.upstreams}
+        self.upstreams = {upstream.name: Upstream(upstream, config.limits) for upstream in config.upstreams}
+        self._route_limits = {route.name: route.limits.active_requests for route in config.routes}
+        self._on_route: Counter[str] = Counter()
         self.active: set[_Relay] = set()
         self.draining = False
-        self.server = DownstreamServer(self.handle, self._malformed)
+        self.server = DownstreamServer(self.handle, self._malformed, self.limits)
 
     async def handle(self, request: BaseRequest) -> web.StreamResponse:
         relay = _Relay(self, request)
@@ -92,6 +98,16 @@ class Proxy:
             return await relay.run()
         finally:
             self.active.discard(relay)
+
+    def enter(self, route: str) -> None:
+        """Another exchange on `route`, until it `leaves`. Raises `RequestError` if there are too many."""
+        most = self._route_limits[route]
+        if most is not None and self._on_route[route] >= most:
+            raise RequestError("active_requests")
+        self._on_route[route] += 1
+
+    def leave(self, route: str) -> None:
+        self._on_route[route] -= 1
 
     def drain(self) -> None:
         """Connections end after the exchange that is on them, idle ones now; `server.empty` tells when all have."""
@@ -136,6 +152,10 @@ class _Relay:
         # The request's body as far as it was read in advance, and whether that is all of it.
         self._body = b""
         self._whole = False
+        # Of the request's body: seconds that the client was waited for, and bytes that came.
+        self._waited = 0.0
+        self._received = 0
+        self._on_route = ""
         self._request_id = headers.request_id(self._fields) or secrets.token_hex(8).encode()
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -224,6 +244,8 @@ class _Relay:
             self._upload.cancel()
         if self._connection is not None:
             self._connection.abort()
+        if self._on_route:
+            self._proxy.leave(self._on_route)
         self._recorded().finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
@@ -253,17 +275,19 @@ class _Relay:
             return Answer(None)
         self._recorded().status = error.status
         extra = [(b"X-Request-Id", self._request_id)]
-        if error.status == 503:
+        if error.status in (429, 503):
             # Another replica, or this one's successor, takes it now.
             extra.append((b"Retry-After", b"1"))
         # What is not read as others might read it is the last that is read.
-        trusted = not (isinstance(error, RequestError) and error.reason == "bad_request")
-        return Answer(error, keep_alive=trusted and self._can_keep_alive(), extra=extra)
+        last = self._downstream.refused is not None or error.code in ("bad_request", "head_too_large")
+        return Answer(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
         route, path, query = await self._route()
         upstream = self._proxy.upstreams[route.upstream]
         exchange = self._recorded(route.name, upstream.name)
+        self._proxy.enter(route.name)
+        self._on_route = route.name
         clock = self._clock = Clock(self._loop, route.timeouts, self._received_at, self.fail)
         target = routes.upstream_path(route, upstream.base_path, path)
         dialect = dialect_of(target, route.dialect)
@@ -271,7 +295,7 @@ class _Relay:
         is_json = headers.is_json(self._fields) and not headers.is_encoded(self._fields)
         wants_usage = route.usage.request and dialect.asks_usage and is_json
         if wants_usage or (self._proxy.models and is_json):
-            await self._read_body(clock)
+            await self._read_body(clock, route.timeouts.body)
         model = (_model_of(self._body) if self._whole else None) or model_in(target)
         exchange.observer = self._proxy.observer(
             route.name, upstream.name, routes.model_label(self._proxy.models, model)
@@ -317,11 +341,19 @@ class _Relay:
 
     async def _route(self) -> tuple[Route, str, str]:
         """Phase 1: Route. The route, the path and the query."""
-        request = self._request
+        request, limits = self._request, self._proxy.limits
+        if self._downstream.refused is not None:
+            raise self._downstream.refused
+        if limits.active_requests is not None and len(self._proxy.active) > limits.active_requests:
+            raise RequestError("active_requests")
         if request.method == "CONNECT":
             raise RequestError("method")
-        if len(request.raw_path) + headers.size(self._fields) > MAX_HEAD:
+        if len(request.raw_path) + headers.size(self._fields) > limits.request_head:
             raise RequestError("head_too_large")
+        if limits.request_body is not None and (request.content_length or 0) > limits.request_body:
+            raise RequestError("body_too_large")
+        if headers.passes(self._fields) > _MAX_PASSES:
+            raise RequestError("loop")
         if request.version not in ((1, 0), (1, 1)) or request.content.exception() is not None:
             raise RequestError("bad_request")
         try:
@@ -337,29 +369,46 @@ class _Relay:
             # Whichever of them it will be, it would wait no longer.
             silence = max(route.timeouts.body for route in candidates)
             clock = self._clock = Clock(self._loop, Timeouts(body=silence), self._received_at, self.fail)
-            await self._read_body(clock)
+            await self._read_body(clock, silence)
             clock.stop()
             if not self._whole:
                 raise RequestError("body_too_large")
             model = _model_of(self._body)
         return routes.choose(candidates, model), path, query
 
-    async def _read_body(self, clock: Clock) -> None:
+    async def _next_part(self, grace: float) -> bytes:
+        """The next bytes of the client's body, empty at its end.
+
+        Raises `RequestError` if it is broken or too large, `StalledClient` if it is too slow once `grace` is over.
+        """
+        before = perf_counter()
+        try:
+            part = await self._request.content.readany()
+        except RequestPayloadError:
+            raise RequestError("bad_request") from None
+        self._waited += perf_counter() - before
+        self._received += len(part)
+        limits = self._proxy.limits
+        if limits.request_body is not None and self._received > limits.request_body:
+            raise RequestError("body_too_large")
+        if limits.request_body_rate is not None and self._waited > grace:
+            if self._received < limits.request_body_rate * self._waited:
+                raise StalledClient("little", self._waited)
+        return part
+
+    async def _read_body(self, clock: Clock, grace: float) -> None:
         """Reads the body in advance, as far as its limit allows."""
         if self._whole:
             return
-        content, limit = self._request.content, self._proxy.max_body
+        limit = self._proxy.max_body
         clock.enter("body", perf_counter())
         self._continue()
         parts: list[bytes] = []
         size = 0
-        try:
-            while size <= limit and (part := await content.readany()):
-                clock.touched = perf_counter()
-                size += len(part)
-                parts.append(part)
-        except RequestPayloadError:
-            raise RequestError("bad_request") from None
+        while size <= limit and (part := await self._next_part(grace)):
+            clock.touched = perf_counter()
+            size += len(part)
+            parts.append(part)
         self._body = b"".join(parts)
         self._whole = size <= limit
 
@@ -428,7 +477,7 @@ class _Relay:
                 clock.enter(phase, perf_counter())
 
         try:
-            while part := await self._request.content.readany():
+            while part := await self._next_part(clock.patience):
                 exchange.request_bytes += len(part)
                 waits_for("head")
                 await connection.protocol.send(frame(part) if chunked else part)
@@ -440,8 +489,8 @@ class _Relay:
         except ConnectionError:
             # One side is gone. If it is the upstream, its response, or that there is none, is about to say so.
             return
-        except RequestPayloadError:
-            self.fail(RequestError("bad_request"))
+        except ExchangeError as error:
+            self.fail(error)
 
     async def _respond(
         self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None, *, strip: bool
@@ -506,8 +555,8 @@ class _Relay:
         if headers.is_encoded(head.fields):
             exchange.unread = "encoded"
         elif event_stream:
-            return StreamInspector(exchange, dialect, clock)
+            return StreamInspector(exchange, dialect, clock, self._proxy.limits.event)
         elif self._request.method == "POST" and headers.is_json(head.fields):
             # What a GET fetches was counted when it was generated.
-            return JsonInspector(exchange, dialect, clock)
+            return JsonInspector(exchange, dialect, clock, self._proxy.limits.event)
         return OpaqueInspector(clock)

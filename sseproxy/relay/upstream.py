@@ -29,17 +29,16 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
 from yarl import URL
 
-from ..errors import ProtocolError, UpstreamError
+from ..errors import ProtocolError, RequestError, UpstreamError
 from ..wire import headers
 from ..wire.framing import Framing, response_framing
 
 if TYPE_CHECKING:
+    from ..config import Limits
     from ..config import Upstream as UpstreamConfig
 
 # Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
 KEEPALIVE = 4.0
-# As much as nginx's large_client_header_buffers and Go's defaults let through in practice; OpenAI sends 1 to 2 KiB.
-MAX_HEAD = 32 * 1024
 MAX_HEADER_FIELDS = 200
 # Models of one upstream of which it is remembered; clients name them.
 _MAX_REFUSING = 1024
@@ -78,14 +77,15 @@ class RelayProtocol(ResponseHandler):
     (`feed_to`). Bytes that come in any other state were not asked for, and end the connection.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_head: int) -> None:
         super().__init__(loop)
+        self._max_head = max_head
         self._heads = HttpResponseParser(
             self,
             loop,
             2**16,
-            max_line_size=MAX_HEAD,
-            max_field_size=MAX_HEAD,
+            max_line_size=max_head,
+            max_field_size=max_head,
             max_headers=MAX_HEADER_FIELDS,
             # Only heads are fed to it; every message ends with its head.
             response_with_body=False,
@@ -182,7 +182,7 @@ class RelayProtocol(ResponseHandler):
         assert self._head is not None
         while not self._head.done():
             end = self._held.find(b"\r\n\r\n") + 4
-            if max(end, len(self._held) if end < 4 else 0) > MAX_HEAD:
+            if max(end, len(self._held) if end < 4 else 0) > self._max_head:
                 raise ProtocolError("the response head is too long")
             if end < 4:
                 return
@@ -257,7 +257,7 @@ class _Target:
 class Upstream:
     """A named API and its connections. Create and close it in the running loop."""
 
-    def __init__(self, config: UpstreamConfig) -> None:
+    def __init__(self, config: UpstreamConfig, limits: Limits) -> None:
         url = URL(config.url, encoded=True)
         self.name = config.name
         self.api_key = config.api_key.get_secret_value().encode() if config.api_key is not None else None
@@ -270,8 +270,11 @@ class Upstream:
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
         self._refusing: dict[str | None, None] = {}
         self._connector._factory = cast(
-            "functools.partial[ResponseHandler]", functools.partial(RelayProtocol, loop=asyncio.get_running_loop())
+            "functools.partial[ResponseHandler]",
+            functools.partial(RelayProtocol, loop=asyncio.get_running_loop(), max_head=limits.response_head),
         )
+        self._max_pending = limits.pending_connects
+        self._pending = 0
 
     def takes_stream_options(self, model: str | None) -> bool:
         """Whether requests for `model` may have them; so it is until `refuses_stream_options`."""
@@ -284,6 +287,9 @@ class Upstream:
 
     async def connect(self) -> Connection:
         """A connection of its own, from the pool or a new one, until it is released or closed."""
+        if self._pending >= self._max_pending:
+            raise RequestError("pending_connects")
+        self._pending += 1
         try:
             return await self._connector.connect(self._target, [], _NO_TIMEOUT)
         except ClientConnectorDNSError:
@@ -292,6 +298,8 @@ class Upstream:
             raise UpstreamError("tls") from None
         except (ClientConnectorError, ClientError, OSError):
             raise UpstreamError("connect") from None
+        finally:
+            self._pending -= 1
 
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""

@@ -133,6 +133,11 @@ def serialize(start_line: bytes, fields: Iterable[tuple[bytes, bytes]]) -> bytes
     return b"".join((start_line, b"\r\n", *(b"%b: %b\r\n" % field for field in fields), b"\r\n"))
 
 
+def passes(fields: Fields) -> int:
+    """How often the message has come through an sseproxy already."""
+    return tokens(fields, b"via").count(_VIA)
+
+
 def check_request(version: tuple[int, int], fields: Fields) -> None:
     """Raises `ProtocolError` for fields that others could read in another way than we do.
 

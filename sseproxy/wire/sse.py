@@ -14,10 +14,6 @@ from typing import Final
 LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _BOM: Final = b"\xef\xbb\xbf"
 
-# The largest event that is looked at; larger ones pass all the same. Four times the largest chat event seen (1 MiB).
-MAX_EVENT: Final = 4 * 1024 * 1024
-# The same where events carry images: a 4096 x 4096 PNG in base64, and a line of 16 MiB with its field name.
-MAX_LARGE_EVENT: Final = 24 * 1024 * 1024
 # Of a line above the limit so much is kept as tells data, another field and a comment apart.
 _LINE_STUB: Final = 16
 
@@ -47,7 +43,7 @@ class EventParser:
         "oversize",
     )
 
-    def __init__(self, limit: int = MAX_EVENT) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self.comments = 0
         self.oversize = 0

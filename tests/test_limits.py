@@ -1,0 +1,336 @@
+"""What is over a limit is answered, at once, with a reason that clients and operators understand; the rest goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import sys
+
+import msgspec
+import pytest
+
+from sseproxy import config
+from sseproxy.errors import RequestError
+from sseproxy.relay import downstream
+
+from .conftest import PlayScript, StartProxy
+from .harness import (
+    DEADLINE,
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Message,
+    Peer,
+    RunningProxy,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    post,
+    until,
+)
+from .served import end, serve
+
+# Long enough for a loaded machine to do what it has to before, short enough to wait for.
+SHORT = 0.3
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+CHUNKED = b"POST /v1/files HTTP/1.1\r\nHost: proxy\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+async def limited(start: StartProxy, upstream: ScriptedUpstream, **limits: object) -> RunningProxy:
+    return await start(upstream.url, limits=config.Limits(**limits))  # type: ignore[arg-type]
+
+
+def refused(response: Message, reason: str, proxy: RunningProxy, route: str = "") -> None:
+    """`response` says what is over its limit, and so do the metrics."""
+    error = RequestError(reason)
+    assert response.status == error.status
+    assert response.json()["error"] == error.document()
+    assert (response.get("retry-after") is not None) == (error.status in (429, 503))
+    assert proxy.sample("requests_rejected_total", reason=reason, route=route) == 1
+
+
+async def finish(client: Peer, api: Peer) -> None:
+    api.send(chunk(delta("Hi") + DONE), LAST_CHUNK)
+    assert (await client.message()).complete
+
+
+async def test_connections(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, connections=1)
+    client, api = await begin(proxy, upstream)
+    other = await proxy.connect()
+    other.send(post(), post())
+    response = await other.message()
+    refused(response, "connections", proxy)
+    assert response.get("connection") == "close"
+    await other.gone()
+    api.send(STREAM_HEAD)
+    await finish(client, api)
+    assert await proxy.ended() == {"rejected": 1, "completed": 1}
+    client.close()
+    await until(proxy.worker.proxy.server.empty.is_set)
+    (await proxy.connect()).send(post())
+    await api.message()
+
+
+async def test_connections_far_above_the_limit_are_closed_at_once(
+    start: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downstream, "_TOLD", 1)
+    proxy = await limited(start, upstream, connections=1)
+    await begin(proxy, upstream)
+    await proxy.connect()
+    third = await proxy.connect()
+    assert await third.rest() == (b"", "fin")
+
+
+async def test_connections_of_one_address(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, connections_per_client=1)
+    client, api = await begin(proxy, upstream)
+    other = await proxy.connect()
+    other.send(post())
+    refused(await other.message(), "connections_per_client", proxy)
+    elsewhere = Peer(*await asyncio.open_connection("127.0.0.1", proxy.port, local_addr=("127.0.0.2", 0)))
+    elsewhere.send(post())
+    await (await upstream.accept()).message()
+    elsewhere.close()
+    api.send(STREAM_HEAD)
+    await finish(client, api)
+    client.close()
+    await until(proxy.worker.proxy.server.empty.is_set)
+    assert not proxy.worker.proxy.server._clients
+    (await proxy.connect()).send(post())
+    await api.message()
+
+
+async def test_active_requests(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, active_requests=1)
+    client, api = await begin(proxy, upstream)
+    other = await proxy.connect()
+    other.send(post())
+    refused(await other.message(), "active_requests", proxy)
+    api.send(STREAM_HEAD)
+    await finish(client, api)
+    other.send(post())
+    await api.message()
+    api.send(STREAM_HEAD)
+    await finish(other, api)
+    assert await proxy.ended() == {"rejected": 1, "completed": 2}
+
+
+async def test_active_requests_of_a_route(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    routes = tuple(
+        config.Route(name=name, match=config.Match(path=path), upstream="up", limits=config.RouteLimits(**limits))
+        for name, path, limits in (("api", "/v1", {"active_requests": 1}), ("files", "/v1/files", {}))
+    )
+    proxy = await start(upstream.url, routes=routes)
+    client, api = await begin(proxy, upstream)
+    other = await proxy.connect()
+    other.send(post())
+    refused(await other.message(), "active_requests", proxy, route="api")
+    other.send(post(path="/v1/files"))
+    await (await upstream.accept()).message()
+    client.close()
+    await api.gone()
+    await until(lambda: proxy.sample("requests_active", route="api") == 0)
+    await begin(proxy, upstream)
+
+
+async def test_pending_connects(start: StartProxy) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        proxy = await start(url, limits=config.Limits(pending_connects=1), timeouts={"connect": SHORT})
+        client, other = await proxy.connect(), await proxy.connect()
+        client.send(post())
+        await proxy.busy()
+        other.send(post())
+        refused(await other.message(), "pending_connects", proxy, route="api")
+        assert (await client.message()).status == 504
+        client.send(post())
+        assert (await client.message()).status == 504
+        assert await proxy.ended() == {"rejected": 1, "upstream_timeout_connect": 2}
+        for sock in waiting:
+            sock.close()
+
+
+@pytest.mark.parametrize("before", [b"", post(path="/nowhere")])
+async def test_the_time_of_a_head(start: StartProxy, upstream: ScriptedUpstream, before: bytes) -> None:
+    proxy = await limited(start, upstream, request_head_time=SHORT)
+    client = await proxy.connect()
+    client.send(before + b"GET /v1/models HTTP/1.1\r\nHost:")
+    if before:
+        assert (await client.message()).status == 404
+    response = await client.message()
+    refused(response, "head_timeout", proxy)
+    await client.gone()
+
+
+async def test_a_head_that_comes_in_time_may_be_followed_by_a_slow_answer(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await limited(start, upstream, request_head_time=SHORT)
+    client = await proxy.connect()
+    client.send(post()[:30])
+    await until(lambda: any(getattr(one, "_unparsed", 0) for one in proxy.worker.proxy.server.connections))
+    client.send(post()[30:])
+    api = await upstream.accept()
+    await api.message()
+    done, _ = await asyncio.wait([asyncio.ensure_future(client.head())], timeout=2 * SHORT)
+    assert not done
+    api.send(OK)
+    assert await proxy.ended() == {"completed": 1}
+
+
+async def test_a_head_timeout_waits_for_the_answer_before_it(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, request_head_time=SHORT)
+    client, api = await begin(proxy, upstream)
+    client.send(b"GET /v1/")
+    api.send(STREAM_HEAD)
+    done, _ = await asyncio.wait([asyncio.ensure_future(api.rest())], timeout=2 * SHORT)
+    assert not done
+    await finish(client, api)
+    assert (await client.message()).status == 408
+    assert await proxy.ended() == {"completed": 1, "rejected": 1}
+
+
+@pytest.mark.parametrize("count", [3, 4])
+async def test_fields(start: StartProxy, upstream: ScriptedUpstream, count: int) -> None:
+    proxy = await limited(start, upstream, request_fields=4)
+    client = await proxy.connect()
+    client.send(b"GET /v1/x HTTP/1.1\r\nHost: h\r\n" + b"X: y\r\n" * count + b"\r\n")
+    if count == 3:
+        await (await upstream.accept()).message()
+        client.close()
+    else:
+        assert (await client.message()).status == 400
+
+
+async def test_a_body_that_says_it_is_too_large(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, request_body=1000)
+    client = await proxy.connect()
+    client.send(post(b"x" * 1001))
+    refused(await client.message(), "body_too_large", proxy)
+    assert upstream.connections == 0
+    client.send(post(b"x" * 1000))
+    assert len((await (await upstream.accept()).message()).body) == 1000
+
+
+async def test_a_body_that_becomes_too_large(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, request_body=1000)
+    client = await proxy.connect()
+    client.send(CHUNKED, chunk(b"x" * 600))
+    api = await upstream.accept()
+    await api.head()
+    client.send(chunk(b"x" * 600))
+    refused(await client.message(), "body_too_large", proxy, route="api")
+    received, _ = await api.rest()
+    assert LAST_CHUNK not in received
+    assert await proxy.ended() == {"rejected": 1}
+
+
+@pytest.mark.parametrize("by_model", [False, True])
+async def test_a_body_that_comes_too_slowly(start: StartProxy, upstream: ScriptedUpstream, by_model: bool) -> None:
+    more = {"metrics": config.Metrics(models=("m",))} if by_model else {}
+    proxy = await start(upstream.url, limits=config.Limits(request_body_rate=1000), timeouts={"body": SHORT}, **more)
+    client = await proxy.connect()
+    client.send(post(b"x" * 1000, "/v1/embeddings")[:-1000])
+    answered = asyncio.ensure_future(client.message())
+    while not answered.done():
+        client.send(b"x")
+        # To take its time is what makes an upload slow.
+        await asyncio.wait([answered], timeout=SHORT / 6)
+    response = await answered
+    assert response.status == 408
+    assert "sent too little of its request" in response.json()["error"]["message"]
+    assert await proxy.ended() == {"stalled_client": 1}
+
+
+async def test_an_upload_is_not_slow_because_the_upstream_is(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await start(upstream.url, limits=config.Limits(request_body_rate=1 << 30), timeouts={"body": SHORT})
+    body = b"x" * 8_000_000
+    client = await proxy.connect()
+    client.send(post(body))
+    api = await upstream.accept()
+    await api.head()
+    api.reader._transport.pause_reading()  # type: ignore[attr-defined]
+    done, _ = await asyncio.wait([asyncio.ensure_future(client.head())], timeout=2 * SHORT)
+    assert not done
+    api.reader._transport.resume_reading()  # type: ignore[attr-defined]
+    assert await api.read(len(body)) == body
+
+
+async def test_a_response_head(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, response_head=1000)
+    client, api = await begin(proxy, upstream)
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: " + b"y" * 1000 + b"\r\n\r\nok")
+    response = await client.message()
+    assert (response.status, response.json()["error"]["code"]) == (502, "upstream_protocol")
+
+
+async def test_events_that_are_read(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, event=1000)
+    client, api = await begin(proxy, upstream)
+    stream = delta("x" * 1000) + delta("Hi") + DONE
+    api.send(STREAM_HEAD, chunk(stream), LAST_CHUNK)
+    assert (await client.message()).body == stream
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("bodies_not_read_total", reason="oversize") == 1
+
+
+async def test_a_request_that_goes_in_circles_ends(start: StartProxy, play: PlayScript) -> None:
+    sock = socket.create_server(("127.0.0.1", 0))
+    port = sock.getsockname()[1]
+    sock.close()
+    proxy = await start(f"http://127.0.0.1:{port}", listen=config.Address("127.0.0.1", port))
+    client = await proxy.connect()
+    client.send(post())
+    response = await client.message()
+    assert (response.status, response.json()["error"]["code"]) == (508, "loop")
+    outcomes = await proxy.ended()
+    assert outcomes["rejected"] == 1
+    assert sum(outcomes.values()) == 10
+
+
+def test_a_worker_has_its_share() -> None:
+    document = {
+        "upstreams": [{"name": "u", "url": "http://u"}],
+        "routes": [{"name": "r", "match": {"path": "/"}, "upstream": "u", "limits": {"active_requests": 3}}],
+        "limits": {"connections": 10, "active_requests": 5, "request_body": "1MiB"},
+    }
+    settings = config.parse(msgspec.json.encode(document).decode(), "f")
+    share = settings.share(4)
+    assert (share.limits.connections, share.limits.active_requests, share.limits.pending_connects) == (3, 2, 250)
+    assert share.limits.connections_per_client is None
+    assert share.limits.request_body == 1 << 20
+    assert share.routes[0].limits.active_requests == 1
+    assert settings.share(1) == settings
+
+
+async def test_workers_have_all_the_descriptors_they_may_have(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0") as served:
+        for pid in (served.pid, *served.workers):
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            assert soft == hard
+        assert ("ulimit" in served.stderr) == (hard < 10_050)
+
+
+async def test_too_few_descriptors_are_told(upstream: ScriptedUpstream) -> None:
+    command = f"ulimit -n 300; exec {sys.executable} -m sseproxy serve --upstream {upstream.url} --workers 1"
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", f"{command} --listen 127.0.0.1:0 --admin 127.0.0.1:0"),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(DEADLINE):
+            line = (await process.stderr.readline()).decode()
+    finally:
+        await end(process)
+    assert "may have 300 descriptors (ulimit -n), and 10000 connections of a worker need 20050" in line
+    assert "lower limits.connections" in line
