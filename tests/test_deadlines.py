@@ -217,3 +217,52 @@ async def test_an_upload_that_is_not_taken_ends_with_the_time_to_a_head(
     client.close()
     await until(lambda: not proxy.worker.proxy.server.connections)
     assert not hangups._watched
+
+
+async def test_the_time_of_a_request_that_waited_begins_when_the_one_before_it_ended(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    waited = 4 * SHORT
+    proxy = await start(upstream.url, timeouts={"first_token": 3 * SHORT})
+    client, api = await begin(proxy, upstream, post() * 2)
+    api.send(STREAM_HEAD, chunk(delta("Hi")))
+    await client.read_until(chunk(delta("Hi")))
+    # To take its time is what makes the second wait.
+    await asyncio.sleep(waited)
+    api.send(chunk(DONE), LAST_CHUNK)
+    await client.read_until(LAST_CHUNK)
+    await api.message()
+    api.send(STREAM_HEAD)
+    await client.read_until(b"\r\n\r\n")
+    api.send(chunk(delta("Hi")), chunk(DONE), LAST_CHUNK)
+    assert (await client.read_until(LAST_CHUNK)).endswith(DONE + b"\r\n" + LAST_CHUNK)
+    assert await proxy.ended() == {"completed": 2}
+    assert proxy.sample("time_to_first_token_seconds_count") == 2
+    assert proxy.sample("time_to_first_token_seconds_sum") < waited
+    assert proxy.sample("upstream_errors_total") == 0
+
+
+async def test_the_total_is_not_for_a_client_that_only_has_to_take_the_last_bytes(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, timeouts={"total": 2 * SHORT, "write": 3 * SHORT})
+    client, api = await begin(proxy, upstream)
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    (connection,) = proxy.worker.proxy.server.connections
+    assert connection.transport is not None
+    for transport, option in ((client.writer.transport, socket.SO_RCVBUF), (connection.transport, socket.SO_SNDBUF)):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 4096)
+    api.send(STREAM_HEAD)
+    while not connection.transport.get_write_buffer_size():
+        api.send(chunk(delta("x" * 5_000)))
+        await asyncio.sleep(0)
+    # What the kernels have no room for, but less than would pause the upstream.
+    api.send(chunk(delta("x" * 30_000)), LAST_CHUNK)
+    await until(lambda: proxy.sample("upstream_connections", state="idle") == 1)
+    assert connection.transport.get_write_buffer_size()
+    assert await proxy.ended() == {"stalled_client": 1}
+    assert proxy.sample("upstream_errors_total") == 0
+    client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    received, how = await client.rest()
+    assert how == "reset"
+    assert not received.endswith(LAST_CHUNK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -234,3 +235,31 @@ async def test_a_head_and_body_and_close_in_one_write_are_a_whole_response(
     assert (await client.message()).complete
     assert await proxy.ended() == {"completed": 1}
     assert proxy.sample("tokens_total", type="output") == 1
+
+
+def fall_silent(api: Peer) -> None:
+    """Until the time for that is over."""
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"], ids=["1.1", "1.0"])
+@pytest.mark.parametrize("end", [Peer.close, Peer.reset, fall_silent, "drain"], ids=["fin", "rst", "silence", "drain"])
+async def test_what_follows_the_end_marker_changes_nothing_but_is_no_clean_end(
+    start: StartProxy, upstream: ScriptedUpstream, end: Callable[[Peer], None] | str, version: bytes
+) -> None:
+    proxy = await start(upstream.url, timeouts={"idle": 0.3} if end is fall_silent else {})
+    client, api = await begin(proxy, upstream, post().replace(b"HTTP/1.1", version))
+    api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(DONE))
+    await client.read_until(DONE + b"\r\n" if version == b"HTTP/1.1" else DONE)
+    if callable(end):
+        end(api)
+    else:
+        proxy.worker.proxy.end_exchanges()
+    received, how = await client.rest()
+    assert received == b""
+    # Where the end of the connection is that of the body, nothing else can tell.
+    assert how == "reset" or version == b"HTTP/1.1"
+    await api.gone()
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("stream_ends_total", end="marker") == 1
+    assert proxy.sample("upstream_errors_total") == 0
+    assert proxy.sample("streams_active") == 0
