@@ -4,6 +4,7 @@
      +-- ConfigError                    the operator's configuration cannot be used
      +-- ListenError                    an address cannot be listened on
      +-- ProtocolError                  bytes that break a wire format (raised by `sseproxy.wire`)
+     |    +-- BrokenBodyError           in a body, after some that do not
      +-- ExchangeError                  an exchange cannot go on; carries status, code and outcome
           +-- RequestError              the client's fault: never sent upstream
           +-- UpstreamError             the upstream's fault
@@ -83,6 +84,14 @@ class ListenError(SseproxyError):
 
 class ProtocolError(SseproxyError):
     """Bytes that break a wire format. The text names the rule, never the bytes."""
+
+
+class BrokenBodyError(ProtocolError):
+    """The framing of a body breaks; `payload` came before that in the same bytes."""
+
+    def __init__(self, rule: str, payload: bytes) -> None:
+        super().__init__(rule)
+        self.payload = payload
 
 
 class ExchangeError(SseproxyError):

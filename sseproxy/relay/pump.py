@@ -11,7 +11,7 @@ import asyncio
 import logging
 from time import perf_counter
 
-from ..errors import ExchangeError, ProtocolError, Truncated, UpstreamError
+from ..errors import BrokenBodyError, ExchangeError, Truncated, UpstreamError
 from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, whole_chunk
 from ..wire.usage import UsageStripper
 from .downstream import DownstreamProtocol
@@ -106,12 +106,11 @@ class Pump:
         self._walk(data, read_at)
 
     def _walk(self, data: bytes, read_at: float) -> None:
-        body = self._body
+        body, broken = self._body, False
         try:
             payload = body.feed(data)
-        except ProtocolError:
-            self.fail(UpstreamError("protocol"))
-            return
+        except BrokenBodyError as error:
+            payload, broken = error.payload, True
         kept = payload
         if self._stripper is not None:
             kept = self._stripper.feed(payload)
@@ -124,7 +123,9 @@ class Pump:
             self._forward(out, len(kept), read_at)
         if payload:
             self._look(payload, read_at)
-        if body.done:
+        if broken:
+            self.fail(UpstreamError("protocol"))
+        elif body.done:
             self._complete(reusable=self._reusable and not body.excess)
         else:
             self._verbatim = self._chunked_out and isinstance(body, ChunkedDecoder) and body.at_start
@@ -238,7 +239,8 @@ class Peek:
         self._raw += data
         try:
             self._payload += self._body.feed(data)
-        except ProtocolError:
+        except BrokenBodyError as error:
+            self._payload += error.payload
             self._enough()
         if self._body.done or len(self._raw) >= self._limit:
             self._enough()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Literal, Protocol
 
-from ..errors import ProtocolError
+from ..errors import BrokenBodyError, ProtocolError
 from .headers import Fields, named, tokens
 
 Framing = int | Literal["chunked", "close"]
@@ -83,7 +83,7 @@ class BodyDecoder(Protocol):
     excess: bool
 
     def feed(self, data: bytes) -> bytes:
-        """The payload within `data`. Raises `ProtocolError`; nothing of `data` is then usable."""
+        """The payload within `data`. Raises `BrokenBodyError`, with the payload before the break."""
 
     def end(self) -> bool:
         """The connection has ended. True if the body was complete by that."""
@@ -157,6 +157,13 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         payload: list[bytes] = []
+        try:
+            self._walk(data, payload)
+        except ProtocolError as error:
+            raise BrokenBodyError(str(error), b"".join(payload)) from None
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _walk(self, data: bytes, payload: list[bytes]) -> None:
         pos, end = 0, len(data)
         while pos < end and not self.done:
             if self._remaining:
@@ -178,7 +185,6 @@ class ChunkedDecoder:
             else:
                 self._size_line(line)
         self.excess |= pos < end
-        return payload[0] if len(payload) == 1 else b"".join(payload)
 
     def _take_line(self, data: bytes, pos: int) -> tuple[bytes | None, int]:
         limit = 2 if self._expect_crlf else MAX_TRAILERS if self._in_trailers else MAX_SIZE_LINE
