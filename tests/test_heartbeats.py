@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-import openai
 import pytest
 
 from sseproxy import config
 
 from .conftest import PlayScript, StartProxy
+from .ends import EVENTS, LAST_EVENTS, READERS, api_of
 from .harness import (
     DONE,
     LAST_CHUNK,
@@ -93,24 +93,25 @@ async def test_off_is_the_default(start: StartProxy, upstream: ScriptedUpstream)
     assert BEAT not in (await client.rest())[0]
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("with_id", [False, True], ids=["plain", "with ids"])
-async def test_the_sdk_reads_over_them(start: StartProxy, play: PlayScript, with_id: bool) -> None:
+async def test_every_sdk_reads_over_them(start: StartProxy, play: PlayScript, with_id: bool) -> None:
     async def pause_in_between(api: Peer) -> None:
         while True:
-            await api.message()
+            dialect = api_of(await api.message())
             api.send(STREAM_HEAD)
-            for text in ("Hi", " there"):
-                api.send(chunk((b"id: 1\n" if with_id else b"") + delta(text)))
+            for event in (*EVENTS[dialect], LAST_EVENTS[dialect]):
+                api.send(chunk((b"id: 1\n" if with_id else b"") + event))
                 # A silence is what is to be filled.
                 await asyncio.sleep(2 * SHORT)
-            api.send(chunk(DONE), LAST_CHUNK)
+            api.send(LAST_CHUNK)
 
     upstream = await play(pause_in_between)
-    proxy = await beating(start, upstream)
+    silent, proxy = await start(upstream.url), await beating(start, upstream)
     raw = await proxy.connect()
     raw.send(post())
     assert (await raw.read_until(LAST_CHUNK)).count(BEAT) >= 2
-    async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="k", max_retries=0) as client:
-        stream = await client.chat.completions.create(model="m", stream=True, messages=[])
-        text = "".join([event.choices[0].delta.content or "" async for event in stream])
-    assert text == "Hi there"
+    for name, read in READERS.items():
+        with_comments, without = await asyncio.gather(read(proxy.url), read(silent.url))
+        assert with_comments == without, name
+        assert not any(end.error for end in with_comments), name
