@@ -295,7 +295,10 @@ class Limits(_Model):
     def share(self, workers: int) -> Limits:
         """What one of `workers` accepts and holds at most: its part of the whole, rounded up."""
         names = ("connections", "connections_per_client", "active_requests", "pending_connects")
-        return self.model_copy(update={name: _part(getattr(self, name), workers) for name in names})
+        shared = self.model_copy(update={name: _part(getattr(self, name), workers) for name in names})
+        # What was set stays so, and what was not.
+        shared.__pydantic_fields_set__ = self.model_fields_set
+        return shared
 
 
 class RouteLimits(_Model):

@@ -73,19 +73,25 @@ def cores() -> int:
         return available
 
 
-def raise_descriptors(connections: int) -> None:
-    """Lets this process and its workers have as many descriptors as they may; says so if `connections` need more."""
+def within_descriptors(config: Config) -> Config:
+    """`config`, of a worker, with no more connections than there may be descriptors for.
+
+    This process and its children may have as many as the system lets them from now on.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    needed = _DESCRIPTORS * connections + _DESCRIPTORS_OF_ITS_OWN
-    if most != resource.RLIM_INFINITY and most < needed:
+    wanted = config.limits.connections
+    possible = max(1, (most - _DESCRIPTORS_OF_ITS_OWN) // _DESCRIPTORS)
+    if most == resource.RLIM_INFINITY or wanted <= possible:
+        return config
+    if "connections" in config.limits.model_fields_set:
         log.warning(
-            "a process may have %d descriptors (ulimit -n), and %d connections of a worker need %d: "
-            "raise it, or lower limits.connections",
+            "a worker takes %d connections instead of %d: it may have %d descriptors (ulimit -n)",
+            possible,
+            wanted,
             most,
-            connections,
-            needed,
         )
+    return config.model_copy(update={"limits": config.limits.model_copy(update={"connections": possible})})
 
 
 class Supervisor:
@@ -94,6 +100,7 @@ class Supervisor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.workers = cores() if config.workers == "auto" else config.workers
+        self._of_a_worker = config.share(self.workers)
         self._recorder = Recorder()
         self._registry = Registry()
         self._listener: socket.socket | None = None
@@ -132,7 +139,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        raise_descriptors(self.config.share(self.workers).limits.connections)
+        self._of_a_worker = within_descriptors(self._of_a_worker)
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
         self._admin = web.AppRunner(application(self.registry, self._unready), access_log=None)
         await self._admin.setup()
@@ -234,7 +241,7 @@ class Supervisor:
         if self.stopping.is_set():
             process.terminate()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        writer.write(encode_config(self.config.share(self.workers)))
+        writer.write(encode_config(self._of_a_worker))
         async for report in read_reports(reader):
             self._registry.add(number, report)
             if number not in self._ready:
