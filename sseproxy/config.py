@@ -183,6 +183,17 @@ def _method(value: object) -> str:
     raise _expected("an HTTP method such as POST")
 
 
+def _network(value: object) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    try:
+        if isinstance(value, str):
+            return ipaddress.ip_network(value)
+    except ValueError:
+        pass
+    raise _expected("an address or a network such as 10.0.0.0/8")
+
+
 def _name(value: object) -> str:
     if isinstance(value, str) and _NAME.fullmatch(value):
         return value
@@ -238,6 +249,8 @@ Duration = Annotated[float, BeforeValidator(_duration)]
 
 DurationOrOff = Annotated[float | None, BeforeValidator(_duration_or_off)]
 """A `Duration`, or `None`, which is written as `off`."""
+
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
 
 ListenAddress = Annotated[Address, BeforeValidator(_address)]
 
@@ -408,6 +421,8 @@ class Config(_Model):
     max_body: Size = 32 << 20
     """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
     asked for, and where models are labels."""
+    trusted_proxies: Annotated[tuple[Network, ...], BeforeValidator(_listed)] = ()
+    """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to instead of replaced."""
     metrics: Metrics = Metrics()
     limits: Limits = Limits()
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]

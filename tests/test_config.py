@@ -34,7 +34,7 @@ routes:
 """
 VALID = UPSTREAMS + ROUTES
 
-TOP_KEYS = "admin, drain_timeout, limits, listen, max_body, metrics, routes, upstreams, workers"
+TOP_KEYS = "admin, drain_timeout, limits, listen, max_body, metrics, routes, trusted_proxies, upstreams, workers"
 TIMEOUT_KEYS = "body, connect, first_token, head, idle, total, write"
 HOST_PORT = "expected HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535"
 DURATION = "expected a duration such as 30s or 5m"

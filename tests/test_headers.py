@@ -40,13 +40,19 @@ END_TO_END: list[Field] = [
 
 
 def upstream(
-    *fields: Field, framing: Fields = (), api_key: bytes | None = None, read: bool = False, scheme: bytes = b"http"
+    *fields: Field,
+    framing: Fields = (),
+    api_key: bytes | None = None,
+    read: bool = False,
+    scheme: bytes = b"http",
+    trusted: bool = False,
 ) -> list[Field]:
     return headers.to_upstream(
         fields,
         host=b"api.example:8000",
         framing=framing,
         peer=b"192.0.2.7",
+        trusted=trusted,
         scheme=scheme,
         request_id=b"id-1",
         api_key=api_key,
@@ -281,3 +287,30 @@ def test_a_harmless_request_id_is_taken_over(value: bytes) -> None:
 )
 def test_any_other_request_id_is_not(values: list[bytes]) -> None:
     assert headers.request_id([(b"X-Request-Id", value) for value in values]) is None
+
+
+SAID: list[Field] = [
+    (b"X-Forwarded-For", b"203.0.113.9"),
+    (b"x-forwarded-for", b"198.51.100.1"),
+    (b"X-Forwarded-Proto", b"https"),
+    (b"X-Forwarded-Host", b"public.example"),
+    (b"Forwarded", b"for=203.0.113.9"),
+]
+
+
+def test_what_a_trusted_proxy_says_is_added_to() -> None:
+    fields = upstream((b"Host", b"h"), *SAID, trusted=True)
+    assert named(fields, b"x-forwarded-for") == [b"203.0.113.9, 198.51.100.1, 192.0.2.7"]
+    assert named(fields, b"x-forwarded-proto") == [b"https"]
+    assert named(fields, b"x-forwarded-host") == [b"public.example"]
+    assert named(fields, b"forwarded") == [b"for=203.0.113.9"]
+
+
+def test_what_a_trusted_proxy_does_not_say_is_ours() -> None:
+    fields = upstream((b"Host", b"h"), trusted=True)
+    assert fields == upstream((b"Host", b"h"))
+
+
+def test_what_anybody_else_says_is_replaced() -> None:
+    fields = upstream((b"Host", b"h"), *SAID)
+    assert fields == upstream((b"Host", b"h"))

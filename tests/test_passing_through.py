@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import ipaddress
 import random
 
 import pytest
@@ -480,3 +481,14 @@ async def test_a_connection_whose_last_read_blocked_a_client_serves_the_next(
     await api.message()
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     assert (await client.message()).body == b"ok"
+
+
+@pytest.mark.parametrize(("network", "believed"), [("127.0.0.0/8", True), ("::1", False), ("10.0.0.0/8", False)])
+async def test_only_trusted_proxies_say_where_a_request_comes_from(
+    start: StartProxy, upstream: ScriptedUpstream, network: str, believed: bool
+) -> None:
+    proxy = await start(upstream.url, trusted_proxies=(ipaddress.ip_network(network),))
+    client = await proxy.connect()
+    client.send(b"GET /v1/x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.9\r\n\r\n")
+    request = await (await upstream.accept()).message()
+    assert request.get("x-forwarded-for") == ("203.0.113.9, 127.0.0.1" if believed else "127.0.0.1")

@@ -108,6 +108,7 @@ class DownstreamProtocol(RequestHandler):
         "_tail",
         "_unparsed",
         "_unread",
+        "address",
         "free_at",
         "left_at",
         "on_leave",
@@ -144,6 +145,8 @@ class DownstreamProtocol(RequestHandler):
         self._unread = b""
         self.read_at = 0.0
         """When bytes were last read from the client."""
+        self.address = ""
+        """The client's, without its port; empty if it has none."""
         self.free_at = 0.0
         """When the exchange before this one ended."""
         self.left_at: float | None = None
@@ -165,6 +168,10 @@ class DownstreamProtocol(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._fd = transport.get_extra_info("socket").fileno()
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple):
+            # A socket for both tells an IPv4 client as ::ffff:192.0.2.1.
+            self.address = str(peer[0]).removeprefix("::ffff:")
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=WRITE_BUFFER)
         super().connection_made(transport)
         self.refused = self._server.admit(self)
@@ -414,11 +421,6 @@ def status_line(status: int, reason: bytes | None = None) -> bytes:
     return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)
 
 
-def _address(connection: RequestHandler) -> str:
-    peer = connection.peername
-    return str(peer[0]) if isinstance(peer, tuple) else ""
-
-
 class DownstreamServer(Server):
     """aiohttp's low-level server with our protocol, and the count of its connections.
 
@@ -443,7 +445,8 @@ class DownstreamServer(Server):
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         self.empty.clear()
-        self._clients[_address(handler)] += 1
+        assert isinstance(handler, DownstreamProtocol)
+        self._clients[handler.address] += 1
 
     def admit(self, connection: DownstreamProtocol) -> RequestError | None:
         """Why no request of a new `connection` may be taken, or None. Far above the limit it is closed at once."""
@@ -453,12 +456,13 @@ class DownstreamServer(Server):
         if above > 0:
             return RequestError("connections")
         most = self.limits.connections_per_client
-        if most is not None and self._clients[_address(connection)] > most:
+        if most is not None and self._clients[connection.address] > most:
             return RequestError("connections_per_client")
         return None
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
-        address = _address(handler)
+        assert isinstance(handler, DownstreamProtocol)
+        address = handler.address
         self._clients[address] -= 1
         if not self._clients[address]:
             del self._clients[address]

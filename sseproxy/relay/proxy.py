@@ -13,6 +13,7 @@ A client that leaves cancels whichever phase it is in; a deadline or the end of 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import secrets
 from collections import Counter
@@ -87,6 +88,7 @@ class Proxy:
         self.upstreams = {upstream.name: Upstream(upstream, config.limits) for upstream in config.upstreams}
         self._route_limits = {route.name: route.limits.active_requests for route in config.routes}
         self._on_route: Counter[str] = Counter()
+        self._trusted = config.trusted_proxies
         self.active: set[_Relay] = set()
         self.draining = False
         self.server = DownstreamServer(self.handle, self._malformed, self.limits)
@@ -108,6 +110,13 @@ class Proxy:
 
     def leave(self, route: str) -> None:
         self._on_route[route] -= 1
+
+    def trusts(self, address: str) -> bool:
+        """Whether a client at `address` is believed where its requests come from."""
+        if not self._trusted or not address:
+            return False
+        host = ipaddress.ip_address(address)
+        return any(host in network for network in self._trusted)
 
     def drain(self) -> None:
         """Connections end after the exchange that is on them, idle ones now; `server.empty` tells when all have."""
@@ -448,14 +457,15 @@ class _Relay:
         body = self._body if asking is None else asking
         if self._whole and framing is not None:
             framing = len(body)
-        peer = self._downstream.peername
+        peer = self._downstream.address
         head = headers.serialize(
             b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
             headers.to_upstream(
                 self._fields,
                 host=upstream.host,
                 framing=framing_fields(framing),
-                peer=peer[0].encode() if isinstance(peer, tuple) else b"unknown",
+                peer=peer.encode() or b"unknown",
+                trusted=self._proxy.trusts(peer),
                 scheme=b"https" if self._downstream.ssl_context else b"http",
                 request_id=self._request_id,
                 api_key=upstream.api_key,

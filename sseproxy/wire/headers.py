@@ -73,6 +73,7 @@ def to_upstream(
     host: bytes,
     framing: Fields,
     peer: bytes,
+    trusted: bool,
     scheme: bytes,
     request_id: bytes,
     api_key: bytes | None,
@@ -80,10 +81,13 @@ def to_upstream(
 ) -> list[tuple[bytes, bytes]]:
     """The fields of the request that goes upstream.
 
-    `framing` announces the request's body, `peer` is the client's address. With an `api_key` no credential of the
-    client's goes along. Where the response is to be `read`, no content coding is asked for.
+    `framing` announces the request's body, `peer` is the client's address; if it is `trusted`, what it says of where
+    the request comes from is kept. With an `api_key` no credential of the client's goes along. Where the response is to
+    be `read`, no content coding is asked for.
     """
-    dropped = {b"host", b"content-length", b"expect", b"x-request-id", *_FORWARDING}
+    said = {name: named(fields, name) if trusted else [] for name in _FORWARDING}
+    dropped = {b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for"}
+    dropped |= {name for name, values in said.items() if not values}
     if api_key is not None:
         dropped |= _CREDENTIALS
     if read:
@@ -96,10 +100,12 @@ def to_upstream(
     if b"trailers" in tokens(fields, b"te"):
         out += [(b"TE", b"trailers"), (b"Connection", b"TE")]
     out += framing
+    out.append((b"X-Forwarded-For", b", ".join([*said[b"x-forwarded-for"], peer])))
+    if not said[b"x-forwarded-proto"]:
+        out.append((b"X-Forwarded-Proto", scheme))
+    if not said[b"x-forwarded-host"]:
+        out += [(b"X-Forwarded-Host", value) for value in named(fields, b"host")]
     out += [
-        (b"X-Forwarded-For", peer),
-        (b"X-Forwarded-Proto", scheme),
-        *((b"X-Forwarded-Host", value) for value in named(fields, b"host")),
         (b"X-Request-Id", request_id),
         (b"Via", _VIA),
     ]
