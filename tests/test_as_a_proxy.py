@@ -1,0 +1,202 @@
+"""What is expected of any reverse proxy: nothing invented, nothing mixed up, nobody slowed down by another."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+
+import pytest
+
+from sseproxy.relay import routes
+from sseproxy.relay import upstream as relay_upstream
+
+from .conftest import PlayScript, StartProxy
+from .harness import (
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    RunningProxy,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    post,
+    until,
+)
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+OURS = {"via", "x-request-id"}
+
+
+async def test_nothing_is_invented_in_either_direction(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client = await proxy.connect()
+    client.send(b"POST /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi")
+    api = await upstream.accept()
+    request = await api.message()
+    assert {name.lower() for name, _ in request.fields} - OURS == {
+        *("host", "content-length", "accept-encoding"),
+        *("x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"),
+    }
+    api.send(OK)
+    response = await client.message()
+    assert {name.lower() for name, _ in response.fields} - OURS == {"content-length"}
+
+
+async def test_the_upstreams_own_fields_pass_as_they_are(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client, api = await begin(proxy, upstream)
+    fields = [("Server", "up/1"), ("Date", "yesterday"), ("Set-Cookie", "a=1"), ("Set-Cookie", "a=2"), ("x_Y", "z")]
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    api.send(b"HTTP/1.1 299 Odd Reason\r\n" + lines.encode() + b"Content-Length: 0\r\n\r\n")
+    response = await client.message()
+    assert response.start_line == "HTTP/1.1 299 Odd Reason"
+    assert response.fields[: len(fields)] == fields
+
+
+@pytest.mark.parametrize("value", [b"caf\xe9", "日本".encode(), b"\xff\xfe", b"a\tb"])
+async def test_the_bytes_of_a_field_pass_both_ways(
+    proxy: RunningProxy, upstream: ScriptedUpstream, value: bytes
+) -> None:
+    client = await proxy.connect()
+    client.send(b"GET /v1/x HTTP/1.1\r\nHost: h\r\nX-Odd: " + value + b"\r\nX_Under: " + value + b"\r\n\r\n")
+    api = await upstream.accept()
+    request = await api.message()
+    assert (request.get("x-odd"), request.get("x_under")) == (value.decode("latin-1"), value.decode("latin-1"))
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Odd: " + value + b"\r\n\r\n")
+    assert (await client.message()).get("x-odd") == value.decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        b"GET /EVIL/%s HTTP/1.1\r\nHost: EVIL\r\nEVIL: EVIL\r\n\r\n",
+        b"GET /v1/../EVIL HTTP/1.1\r\nHost: EVIL\r\n\r\n",
+        b"GET /v1/EVIL HTTP/1.1\r\nHost: EVIL\r\nExpect: EVIL\r\n\r\n",
+        b"EVIL /v1/EVIL HTTP/1.1\r\nHost: EVIL\r\n\r\n",
+        b"EVIL\r\n\r\n",
+        b"POST /v1/EVIL HTTP/1.1\r\nHost: EVIL\r\nTransfer-Encoding: EVIL\r\n\r\n",
+    ],
+)
+async def test_an_answer_of_ours_has_nothing_of_the_request(proxy: RunningProxy, request_of: bytes) -> None:
+    client = await proxy.connect()
+    client.send(request_of)
+    received = (await client.message()).body
+    assert received
+    assert b"EVIL" not in received
+    assert str(proxy.worker.proxy.upstreams["up"].host).encode() not in received
+
+
+async def test_a_compressed_request_passes_as_it_is(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    packed = gzip.compress(b'{"model":"m","stream":true}' * 100)
+    client = await proxy.connect()
+    client.send(post(packed).replace(b"Content-Type", b"Content-Encoding: gzip\r\nContent-Type"))
+    request = await (await upstream.accept()).message()
+    assert (request.body, request.get("content-encoding")) == (packed, "gzip")
+
+
+async def test_redirects_and_cookies_are_the_clients_business(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client, api = await begin(proxy, upstream)
+    api.send(
+        b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://elsewhere/\r\nSet-Cookie: who=one; Path=/\r\n"
+        b"Content-Length: 0\r\n\r\n"
+    )
+    response = await client.message()
+    assert (response.status, response.get("location")) == (307, "http://elsewhere/")
+    other = await proxy.connect()
+    other.send(post())
+    assert (await api.message()).get("cookie") is None
+    assert upstream.connections == 1
+
+
+async def test_a_slow_reader_delays_no_other(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    slow, api = await begin(proxy, upstream)
+    slow.reader._transport.pause_reading()  # type: ignore[attr-defined]
+    api.send(STREAM_HEAD)
+    (connection,) = proxy.worker.proxy.server.connections
+    while not connection.writing_paused:
+        api.send(chunk(delta("x" * 10_000)))
+        await asyncio.sleep(0)
+    quick, other = await begin(proxy, upstream)
+    for _ in range(20):
+        other.send(STREAM_HEAD, chunk(delta("Hi") + DONE), LAST_CHUNK)
+        assert (await quick.message()).complete
+        quick.send(post())
+        await other.message()
+    slow.reader._transport.resume_reading()  # type: ignore[attr-defined]
+    await slow.read_until(delta("x" * 10_000))
+    slow.close()
+
+
+async def test_an_upstream_that_takes_nothing_stops_the_reading_of_the_upload(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client = await proxy.connect()
+    client.send(b"POST /v1/files HTTP/1.1\r\nHost: h\r\nContent-Length: 100000000\r\n\r\n")
+    api = await upstream.accept()
+    api.reader._transport.pause_reading()  # type: ignore[attr-defined]
+    sent = 0
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            while sent < 100_000_000:
+                client.send(b"x" * 100_000)
+                sent += 100_000
+                await client.writer.drain()
+    # The kernel's buffers took most of it; what is kept here is what counts.
+    (connection,) = proxy.worker.proxy.server.connections
+    (relay,) = proxy.worker.proxy.active
+    assert relay._connection is not None
+    assert connection._current_request is not None
+    held = connection._current_request.content._size + relay._connection.transport.get_write_buffer_size()
+    assert 0 < held < 1_000_000
+    assert sent < 100_000_000
+    api.reader._transport.resume_reading()  # type: ignore[attr-defined]
+    client.writer.transport.abort()
+    await api.gone()
+
+
+async def test_a_crash_in_one_exchange_touches_no_other(
+    proxy: RunningProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, api = await begin(proxy, upstream)
+    with monkeypatch.context() as broken:
+        broken.setattr(routes, "upstream_path", None)
+        other = await proxy.connect()
+        other.send(post())
+        response = await other.message()
+    assert (response.status, response.json()["error"]["code"]) == (500, "internal_error")
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    api.send(STREAM_HEAD, chunk(delta("Hi") + DONE), LAST_CHUNK)
+    assert (await client.message()).complete
+    assert await proxy.ended() == {"proxy_error": 1, "completed": 1}
+
+
+async def test_an_idle_connection_to_the_upstream_is_closed_by_us_first(
+    start: StartProxy, play: PlayScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Below the five seconds of uvicorn and Node.js.
+    assert relay_upstream.KEEPALIVE < 5
+    monkeypatch.setattr(relay_upstream, "KEEPALIVE", 0.2)
+    ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def answer(api: Peer) -> None:
+        await api.message()
+        api.send(OK)
+        ended.set_result((await api.rest())[1])
+
+    upstream = await play(answer)
+    proxy = await start(upstream.url)
+    client = await proxy.connect()
+    client.send(post())
+    await client.message()
+    assert await ended == "fin"
+    await until(lambda: proxy.sample("upstream_connections") == 0)
+
+
+async def test_a_client_that_left_is_counted_as_499(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client, api = await begin(proxy, upstream)
+    client.close()
+    await api.gone()
+    await proxy.idle()
+    assert proxy.sample("requests_total", code="499", outcome="client_gone_before_head") == 1
+    assert proxy.sample("requests_total") == 1
