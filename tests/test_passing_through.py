@@ -468,11 +468,12 @@ async def test_a_connection_whose_last_read_blocked_a_client_serves_the_next(
     api.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     (connection,) = proxy.worker.proxy.server.connections
     assert connection.transport is not None
-    while not connection.transport.get_write_buffer_size():
+    while connection.transport.get_write_buffer_size() < 45_000:
         api.send(chunk(b"x" * 20_000))
         await api.drain()
         await asyncio.sleep(0.002)  # until the kernel takes no more
-    api.send(chunk(b"y" * 70_000), LAST_CHUNK)
+    assert not connection.writing_paused
+    api.send(chunk(b"y" * 25_000), LAST_CHUNK)
     await until(lambda: proxy.sample("upstream_connections", state="idle") == 1)
     slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert (await slow.message()).complete
