@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import resource
 import signal
 import socket
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from sseproxy.process.supervisor import cores
+from sseproxy import config
+from sseproxy.observe.metrics import Recorder, Registry, exposition
+from sseproxy.observe.telemetry import FLUSH_INTERVAL, encode_report, read_reports
+from sseproxy.process.supervisor import Supervisor, cores, listen
+from sseproxy.process.worker import encode_config
 
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
-from .served import Served, alive, run, serve, until_refused, until_true
+from .conftest import StartProxy
+from .harness import (
+    DEADLINE,
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    RunningProxy,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    post,
+    settings,
+    until,
+    usage,
+)
+from .served import Served, alive, children, end, run, serve, until_refused, until_true
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 
@@ -202,6 +225,172 @@ async def test_workers_whose_supervisor_died_finish_and_go(upstream: ScriptedUps
         await finish_stream(client, api)
         await until_true(lambda: not any(map(alive, workers)))
         assert "Traceback" not in served.stderr
+
+
+async def test_workers_whose_supervisor_died_with_their_reports_unread_go_as_well(upstream: ScriptedUpstream) -> None:
+    """To them that is no end of the channel but a reset."""
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
+        client, api = await begin_stream(served, upstream)
+        workers = served.workers
+        served.process.send_signal(signal.SIGSTOP)
+        for _ in range(20):
+            await finish_stream(*await begin_stream(served, upstream))
+        # A report is under way by then.
+        await asyncio.sleep(3 * FLUSH_INTERVAL)
+        served.process.kill()
+        await served.ended()
+        await until_refused(served.port)
+        await finish_stream(client, api)
+        await until_true(lambda: not any(map(alive, workers)))
+        assert "Traceback" not in served.stderr
+
+
+@pytest.mark.parametrize("started", [1, 2])
+async def test_a_signal_while_the_workers_start_ends_them_as_well(upstream: ScriptedUpstream, started: int) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sseproxy", "serve", "--upstream", upstream.url, *ANYWHERE, "--workers", "2"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        workers: list[int] = []
+        while len(workers) < started:
+            workers = children(process.pid)
+            await asyncio.sleep(0)
+        process.terminate()
+        async with asyncio.timeout(DEADLINE):
+            _, errors = await process.communicate()
+        assert process.returncode == 0
+        assert b"Traceback" not in errors
+        assert not any(map(alive, workers))
+    finally:
+        await end(process)
+
+
+async def test_a_worker_that_is_just_being_started_when_the_end_comes_is_ended_as_well(
+    upstream: ScriptedUpstream,
+) -> None:
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere, drain_timeout=3600.0))
+    supervisor.bind()
+    others = children(os.getpid())
+    starting = asyncio.get_running_loop().create_task(supervisor.start())
+    await until(lambda: len(children(os.getpid())) > len(others))
+    (worker,) = set(children(os.getpid())).difference(others)
+    # It is there, but its supervisor has not heard so.
+    heard = bool(supervisor._processes)
+    closing = asyncio.get_running_loop().create_task(supervisor.close())
+    try:
+        await until_true(lambda: not alive(worker))
+        assert not heard
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+        await closing
+        await starting
+
+
+async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstream: ScriptedUpstream) -> None:
+    ours, theirs = socket.socketpair()
+    # The channel is full of reports before the worker has sent any.
+    theirs.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            theirs.send(encode_report(Recorder().report()))
+    theirs.setblocking(True)
+    configured = settings(upstream.url)
+    with theirs, listen("listen", configured.listen) as listener:
+        fds = [theirs.fileno(), listener.fileno()]
+        port = listener.getsockname()[1]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds)), pass_fds=fds
+        )
+    ours.sendall(encode_config(configured))
+    try:
+        client = Peer(*await asyncio.open_connection("127.0.0.1", port))
+        client.send(b"GET /nowhere HTTP/1.1\r\nHost: p\r\n\r\n")
+        assert (await client.message()).status == 404
+        process.terminate()
+        # It drains, and has nothing left to do but to report.
+        await client.gone()
+        client.close()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await process.wait()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        registry = Registry()
+        async for report in read_reports(reader):
+            registry.add(1, report)
+        writer.close()
+        assert (
+            'sseproxy_requests_rejected_total{reason="no_route",route=""} 1.0' in exposition(registry, "")[0].decode()
+        )
+        assert await process.wait() == 0
+    finally:
+        await end(process)
+
+
+async def drained(proxy: RunningProxy) -> asyncio.Task[None]:
+    """The drain of a worker, begun."""
+    draining = asyncio.get_running_loop().create_task(proxy.worker.drain())
+    await until(lambda: proxy.worker.proxy.draining)
+    return draining
+
+
+async def test_a_request_that_waits_when_the_drain_begins_is_not_begun(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, drain_timeout=3600.0)
+    client, api = await begin(proxy, upstream, post() * 2)
+    api.send(STREAM_HEAD, chunk(delta("Hi")))
+    await client.read_until(chunk(delta("Hi")))
+    draining = await drained(proxy)
+    api.send(chunk(DONE), LAST_CHUNK)
+    assert await client.rest() == (chunk(DONE) + LAST_CHUNK, "fin")
+    async with asyncio.timeout(DEADLINE):
+        await draining
+    assert await api.rest() == (b"", "fin")
+    assert proxy.outcomes() == {"completed": 1}
+    assert upstream.connections == 1
+
+
+async def test_connections_without_a_request_do_not_hold_up_the_drain(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, drain_timeout=3600.0)
+    idle, api = await begin(proxy, upstream)
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (await idle.message()).body == b"ok"
+    half = await proxy.connect()
+    half.send(post()[:40])
+    server = proxy.worker.proxy.server
+    await until(lambda: len(server.connections) == 2)
+    connecting = asyncio.get_running_loop().create_task(proxy.connect())
+    await until(lambda: len(server.connections) == 3)
+    # On the one that is new nobody waits for a request yet.
+    proxy.worker.proxy.drain()
+    fresh = await connecting
+    for client in (idle, half, fresh):
+        assert (await client.rest())[0] == b""
+    async with asyncio.timeout(DEADLINE):
+        await server.empty.wait()
+        await proxy.worker.drain()
+    assert proxy.outcomes() == {"completed": 1}
+
+
+async def test_an_exchange_that_the_end_does_not_wait_for_was_not_left_by_its_client(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url)
+    client, api = await begin(proxy, upstream)
+    api.send(STREAM_HEAD, chunk(delta("Hi")))
+    await client.read_until(chunk(delta("Hi")))
+    await proxy.worker.proxy.server.shutdown(timeout=0.1)
+    received, _ = await client.rest()
+    assert not received.endswith(LAST_CHUNK)
+    await api.gone()
+    assert await proxy.ended() == {"drained": 1}
+    assert proxy.sample("upstream_release_seconds_count") == 0
 
 
 @pytest.mark.parametrize("option", ["listen", "admin"])
