@@ -16,11 +16,14 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError, LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy, HttpResponseParser
-from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
+
+from sseproxy.relay.downstream import DownstreamProtocol
 
 from .harness import RunningProxy, ScriptedUpstream, post
 
@@ -55,7 +58,18 @@ def test_the_parsers_are_the_c_ones() -> None:
         (RequestHandler, "connection_lost", ["self", "exc"]),
         (RequestHandler, "force_close", ["self"]),
         (RequestHandler, "handle_error", ["self", "request", "status", "exc", "message"]),
+        (_ErrInfo, "__init__", ["self", "status", "exc", "message"]),
+        (HttpRequestParser, "feed_data", ["self", "incoming_data"]),
+        (HttpRequestParser, "message_consumed", ["self"]),
+        (HttpRequestParser, "set_upgraded", ["self", "val"]),
+        (StreamReader, "set_exception", ["self", "exc", "exc_cause"]),
+        (StreamReader, "is_eof", ["self"]),
+        (StreamReader, "read_nowait", ["self", "n"]),
+        (StreamReader, "readany", ["self"]),
         (Server, "__call__", ["self"]),
+        (Server, "connection_made", ["self", "handler", "transport"]),
+        (Server, "connection_lost", ["self", "handler", "exc"]),
+        (Server, "shutdown", ["self", "timeout"]),
         (Connection, "release", ["self"]),
         (Connection, "close", ["self"]),
         (web.StreamResponse, "prepare", ["self", "request"]),
@@ -76,9 +90,19 @@ async def test_the_protocols_have_the_attributes_that_are_read() -> None:
     async def handler(request: BaseRequest) -> web.StreamResponse:
         raise NotImplementedError
 
-    server = RequestHandler(Server(handler, handler_cancellation=True), loop=loop)
-    for name in ("_current_request", "_waiter", "_loop", "peername", "ssl_context"):
-        assert hasattr(server, name), name
+    server = Server(handler, handler_cancellation=True)
+    assert server._connections == {}
+    assert server.connections == []
+    assert server._loop is loop
+    connection = RequestHandler(server, loop=loop)
+    for name in (
+        *("_current_request", "_loop", "_manager", "_parser", "_task_handler", "_waiter", "peername", "ssl_context"),
+        *("_max_msg_queue_size", "_msg_queue_resume_size", "_message_tail", "_messages", "_request_count", "_upgraded"),
+    ):
+        assert hasattr(connection, name), name
+    assert connection._request_count == 0
+    assert not connection._messages
+    assert EMPTY_PAYLOAD.is_eof()
     assert hasattr(web.StreamResponse(), "_keep_alive")
 
 
@@ -112,6 +136,89 @@ async def test_a_connector_asks_no_more_of_a_request_than_a_target_has(
         "proxy_headers_hash",
         "server_hostname",
     }
+
+
+def request_parser(waiting: int = 0) -> HttpRequestParser:
+    """As a `DownstreamProtocol` has one."""
+
+    async def handler(request: BaseRequest) -> web.StreamResponse:
+        raise NotImplementedError
+
+    loop = asyncio.get_running_loop()
+    return HttpRequestParser(
+        RequestHandler(Server(handler), loop=loop),
+        loop,
+        65536,
+        max_line_size=100,
+        max_field_size=100,
+        payload_exception=RequestPayloadError,
+        auto_decompress=False,
+        max_msg_queue_size=waiting,
+    )
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: p\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: p\r\n\r\n"
+
+
+async def test_a_body_whose_chunk_is_broken_is_dropped_and_never_fails() -> None:
+    """If it failed, `DownstreamProtocol` would not have to see to that."""
+    parser = request_parser()
+    ((_, body),), _, _ = parser.feed_data(CHUNKED)
+    assert body.read_nowait() == b"abc"
+    with pytest.raises(HttpProcessingError):
+        parser.feed_data(b"ZZZ\r\n")
+    assert body.exception() is None
+    assert not body.is_eof()
+
+
+@pytest.mark.parametrize(("failure", "logged"), [(TimeoutError, 0), (RequestPayloadError, 1)])
+async def test_a_body_that_fails_while_its_end_is_waited_for_is_a_defect_unless_by_a_timeout(
+    proxy: RunningProxy, caplog: pytest.LogCaptureFixture, failure: type[Exception], logged: int
+) -> None:
+    client = await proxy.connect()
+    client.send(CHUNKED)
+    assert (await client.message()).status == 404
+    (connection,) = proxy.worker.proxy.server.connections
+    assert connection._waiter is None
+    assert isinstance(connection, DownstreamProtocol)
+    connection._incoming.set_exception(failure())
+    assert await client.rest() == (b"", "fin")
+    assert len(caplog.records) == logged
+
+
+async def test_a_line_that_is_too_long_is_told_apart() -> None:
+    assert issubclass(LineTooLong, BadHttpMessage)
+    for line in (b"GET /%b HTTP/1.1\r\n" % (b"y" * 100), GET[:-2] + b"X: %b\r\n" % (b"y" * 101)):
+        with pytest.raises(LineTooLong):
+            request_parser().feed_data(line)
+
+
+async def test_a_request_parser_stops_at_its_limit_until_a_message_is_consumed() -> None:
+    parser = request_parser(waiting=2)
+    assert len(parser.feed_data(GET * 5)[0]) == 2
+    parser.message_consumed()
+    parser.message_consumed()
+    assert len(parser.feed_data(b"")[0]) == 2
+
+
+async def test_a_request_parser_counts_a_request_that_was_consumed_before_its_end() -> None:
+    """That is why the protocol's limit is one less than its parser's."""
+    parser = request_parser(waiting=2)
+    parser.feed_data(CHUNKED)
+    parser.message_consumed()
+    parser.feed_data(b"0\r\n\r\n")
+    assert len(parser.feed_data(GET * 2)[0]) == 1
+
+
+async def test_a_request_parser_goes_on_after_an_upgrade_that_is_none() -> None:
+    parser = request_parser()
+    upgrade = GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    messages, upgraded, tail = parser.feed_data(upgrade + GET)
+    assert (len(messages), upgraded, tail) == (1, True, GET)
+    parser.set_upgraded(False)
+    messages, upgraded, tail = parser.feed_data(tail)
+    assert (len(messages), upgraded, tail) == (1, False, b"")
 
 
 async def test_a_response_parser_without_bodies_takes_one_head_after_another() -> None:
