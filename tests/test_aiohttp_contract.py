@@ -194,23 +194,6 @@ async def test_a_line_that_is_too_long_is_told_apart() -> None:
             request_parser().feed_data(line)
 
 
-async def test_a_request_parser_stops_at_its_limit_until_a_message_is_consumed() -> None:
-    parser = request_parser(waiting=2)
-    assert len(parser.feed_data(GET * 5)[0]) == 2
-    parser.message_consumed()
-    parser.message_consumed()
-    assert len(parser.feed_data(b"")[0]) == 2
-
-
-async def test_a_request_parser_counts_a_request_that_was_consumed_before_its_end() -> None:
-    """That is why the protocol's limit is one less than its parser's."""
-    parser = request_parser(waiting=2)
-    parser.feed_data(CHUNKED)
-    parser.message_consumed()
-    parser.feed_data(b"0\r\n\r\n")
-    assert len(parser.feed_data(GET * 2)[0]) == 1
-
-
 async def test_a_request_parser_goes_on_after_an_upgrade_that_is_none() -> None:
     parser = request_parser()
     upgrade = GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -273,3 +256,32 @@ async def test_a_request_is_current_while_its_handler_runs_and_the_handler_is_ca
 def test_a_request_gives_its_raw_parts() -> None:
     for name in ("raw_headers", "raw_path", "content", "protocol", "keep_alive", "version", "body_exists"):
         assert hasattr(BaseRequest, name), name
+
+
+async def test_a_request_parser_takes_the_last_trailer_for_a_field_of_the_next_request() -> None:
+    """The reason for a new parser after every chunked body. Once this fails, that can go."""
+    loop = asyncio.get_running_loop()
+    parser = HttpRequestParser(BaseProtocol(loop), loop, 65536)
+    head = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    parser.feed_data(head + b"0\r\nX-Trailer: t\r\n\r\n")
+    messages, _, _ = parser.feed_data(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert messages[0][0].raw_headers == ((b"X-Trailer", b"t"), (b"Host", b"h"))
+
+
+async def test_a_request_parser_forgets_what_follows_an_upgrade_that_it_does_not_know() -> None:
+    """A reason for feeding it one request at a time. Once this fails, that can go."""
+    loop = asyncio.get_running_loop()
+    parser = HttpRequestParser(BaseProtocol(loop), loop, 65536)
+    following = b"GET /next HTTP/1.1\r\nHost: h\r\n\r\n"
+    messages, upgraded, tail = parser.feed_data(
+        b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + following
+    )
+    assert (len(messages), upgraded, tail) == (1, False, b"")
+
+
+async def test_a_request_parser_loses_the_requests_before_a_broken_one() -> None:
+    """Another reason for feeding it one request at a time. Once this fails, that can go."""
+    loop = asyncio.get_running_loop()
+    parser = HttpRequestParser(BaseProtocol(loop), loop, 65536)
+    with pytest.raises(HttpProcessingError):
+        parser.feed_data(b"GET / HTTP/1.1\r\nHost: h\r\n\r\njunk\r\n\r\n")
