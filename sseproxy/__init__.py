@@ -46,6 +46,7 @@ and it is reported once.*
       downstream      the client's side: aiohttp's server protocol, and noticing that a client left
       upstream        the API's side: connections, heads, and the errors of both
       pump            the hot path
+      reads           reads of bounded size, for both sides
       exchange        the record of an exchange, its clock, its inspector
     observe         what an operator sees
       metrics         every metric, and the registry

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 
 from sseproxy.relay.downstream import WRITE_BUFFER
-from sseproxy.relay.upstream import MAX_READ
+from sseproxy.relay.reads import MAX_READ
 
 from .conftest import PlayScript, StartProxy
 from .harness import (

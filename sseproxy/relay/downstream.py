@@ -28,6 +28,7 @@ from aiohttp.web_server import Server
 from ..config import Limits
 from ..errors import ExchangeError, InternalError, RequestError
 from ..wire import headers
+from .reads import BoundedReads
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class DownstreamProtocol(RequestHandler):
             self.address = str(peer[0]).removeprefix("::ffff:")
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=WRITE_BUFFER)
         super().connection_made(transport)
+        transport.set_protocol(BoundedReads(self))
         self.refused = self._server.admit(self)
 
     def data_received(self, data: bytes) -> None:
@@ -185,24 +187,28 @@ class DownstreamProtocol(RequestHandler):
             # The parser goes on with what it has kept.
             self._parse(b"")
         data, self._unread = self._unread + data, b""
-        while data:
+        start = 0
+        while start < len(data):
             if self._last_request and self._incoming.is_eof():
                 # What follows a request that closes the connection is nobody's.
                 return
             if self._reading_paused or len(self._messages) >= MAX_PIPELINED:
-                self._unread = data
+                self._unread = data[start:]
                 return
-            end = self._end_of_part(data)
-            self._parse(data[:end])
-            data = data[end:]
+            end = self._end_of_part(data, start)
+            self._parse(data[start:end])
+            start = end
 
-    def _end_of_part(self, data: bytes) -> int:
-        """Where in `data` the head, or the body, that is being read may end."""
+    def _end_of_part(self, data: bytes, start: int) -> int:
+        """Where in `data` the head, or the body, may end that is being read at `start`."""
         if self._body_left and not self._incoming.is_eof():
-            return min(self._body_left, len(data))
-        # So end heads, and so do chunked bodies.
-        end = (self._tail + data).find(_BLANK_LINE)
-        return end + len(_BLANK_LINE) - len(self._tail) if end >= 0 else len(data)
+            return min(start + self._body_left, len(data))
+        # So end heads, and so do chunked bodies; perhaps it had begun before.
+        end = (self._tail + data[start : start + len(_BLANK_LINE) - 1]).find(_BLANK_LINE)
+        if end >= 0:
+            return start + end + len(_BLANK_LINE) - len(self._tail)
+        end = data.find(_BLANK_LINE, start)
+        return end + len(_BLANK_LINE) if end >= 0 else len(data)
 
     def _parse(self, data: bytes) -> None:
         received, in_body = self._request_count, not self._incoming.is_eof()

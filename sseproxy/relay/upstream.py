@@ -32,6 +32,7 @@ from yarl import URL
 from ..errors import ProtocolError, RequestError, UpstreamError
 from ..wire import headers
 from ..wire.framing import Framing, response_framing
+from .reads import BoundedReads
 
 if TYPE_CHECKING:
     from ..config import Limits
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 # Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
 KEEPALIVE = 4.0
 MAX_HEADER_FIELDS = 200
-# What is read at once; with a full write buffer it is what is held for a client that does not read.
-MAX_READ = 32 * 1024
 # Models of one upstream of which it is remembered; clients name them.
 _MAX_REFUSING = 1024
 # Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
@@ -57,26 +56,6 @@ class BodySink(Protocol):
 
     def connection_lost(self, clean: bool) -> None:
         """No more will come. `clean`: the upstream closed its side in order."""
-
-
-class _BoundedReads(asyncio.BufferedProtocol):
-    """Reads for a protocol, a little at a time: uvloop would take up to 256,000 bytes at once."""
-
-    # One for all: a read is handed over before there is another.
-    _buffer = memoryview(bytearray(MAX_READ))
-
-    def __init__(self, protocol: ResponseHandler) -> None:
-        self._protocol = protocol
-        self.eof_received = protocol.eof_received  # type: ignore[method-assign]
-        self.connection_lost = protocol.connection_lost  # type: ignore[method-assign]
-        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
-        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._protocol.data_received(bytes(self._buffer[:nbytes]))
 
 
 class ResponseHead:
@@ -128,7 +107,7 @@ class RelayProtocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        transport.set_protocol(_BoundedReads(self))
+        transport.set_protocol(BoundedReads(self))
 
     def expect_head(self, method: str) -> asyncio.Future[ResponseHead]:
         """A future for the head of the response to a `method` request. It raises `UpstreamError`."""
