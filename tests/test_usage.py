@@ -113,6 +113,16 @@ def test_any_other_event_stays(event: bytes) -> None:
     assert stripped(*steps(delta("Hi") + event)) == delta("Hi") + event
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_a_byte_order_mark_stays_and_hides_nothing(size: int) -> None:
+    stream = b"\xef\xbb\xbf: comment\n" + usage(1, 2) + DONE
+    assert stripped(*steps(stream, size)) == b"\xef\xbb\xbf: comment\n" + DONE
+    assert stripped(b"\xef\xbb") == b"\xef\xbb"
+    assert stripped(b"\xef", b"\xbb", b"data: x\n\n") == b"\xef\xbbdata: x\n\n"
+    later = b"data: x\n\n\xef\xbb\xbf" + usage(1, 2)
+    assert stripped(later) == later
+
+
 def test_a_comment_in_the_event_stays() -> None:
     assert stripped(b": one\n" + usage(1, 2)[:-1] + b": two\n\n" + DONE) == b": one\n: two\n" + DONE
 
@@ -179,7 +189,9 @@ def test_every_split_leaves_the_same_and_every_event_in_time(data: st.DataObject
         sent += before.feed(part)
         received += after.feed(kept)
         assert received == [event for event in sent if not only_usage(event[1] or b"")]
-    out += stripper.end()
+    rest = stripper.end()
+    out += rest
+    after.feed(rest)
     assert out == stripped(stream)
     assert after.comments == before.comments
 

@@ -12,7 +12,7 @@ import re
 from typing import Final
 
 LINE_END: Final = re.compile(rb"\r\n|\n|\r")
-_BOM: Final = b"\xef\xbb\xbf"
+BOM: Final = b"\xef\xbb\xbf"
 
 # Of a line above the limit so much is kept as tells data, another field and a comment apart.
 _LINE_STUB: Final = 16
@@ -114,7 +114,7 @@ class EventParser:
         cut, self._line_cut = self._line_cut, False
         if self._start:
             self._start = False
-            line = line.removeprefix(_BOM)
+            line = line.removeprefix(BOM)
         if not line:
             return self._dispatch()
         name, _, value = line.partition(b":")

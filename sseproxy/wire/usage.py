@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from .sse import LINE_END, EventParser
+from .sse import BOM, LINE_END, EventParser
 
 # How a backend answers that takes no `stream_options`: with one of these, naming it in the body.
 REFUSAL_STATUSES: Final = frozenset({400, 422})
@@ -64,9 +64,11 @@ class UsageStripper:
     Of an event that may be one of those, what has come of it is held until it is whole, or has shown to be another.
     """
 
-    __slots__ = ("_after_cr", "_comment", "_held", "_in_line", "_line_at", "_passing")
+    __slots__ = ("_after_cr", "_comment", "_first", "_held", "_in_line", "_line_at", "_passing")
 
     def __init__(self) -> None:
+        # The first bytes of the stream, until they show whether they are a byte order mark.
+        self._first: bytes | None = b""
         self._held = bytearray()
         self._line_at = 0
         self._in_line = False
@@ -81,6 +83,7 @@ class UsageStripper:
             # The shape of nearly every read: one event of one data line.
             payload[:5] == b"data:"
             and payload[-2:] == b"\n\n"
+            and not self._first
             and not self._held
             and not self._in_line
             and not self._passing
@@ -89,15 +92,24 @@ class UsageStripper:
             and not _EMPTY_CHOICES.search(payload)
         ):
             self._after_cr = ""
+            self._first = None
             return payload
-        out = self._walk(payload)
+        out = self._walk(payload) if self._first is None else self._begin(self._first + payload)
         return payload if out == payload else bytes(out)
 
     def end(self) -> bytes:
         """What is held of an event that will not become whole."""
-        held = bytes(self._held)
+        held = (self._first or b"") + bytes(self._held)
         self._held.clear()
         return held
+
+    def _begin(self, payload: bytes) -> bytes:
+        if len(payload) < len(BOM) and BOM.startswith(payload):
+            self._first = payload
+            return b""
+        self._first = None
+        mark = BOM if payload.startswith(BOM) else b""
+        return mark + self._walk(payload[len(mark) :])
 
     def _walk(self, payload: bytes) -> bytearray:
         out = bytearray()
@@ -157,7 +169,8 @@ class UsageStripper:
         """The event that is held is whole."""
         event = bytes(self._held) + end
         self._held.clear()
-        events = EventParser(_MAX_HELD).feed(event)
+        # The empty line tells the parser that this is not where a byte order mark could be.
+        events = EventParser(_MAX_HELD).feed(b"\n" + event)
         if any(data is not None and _tells_only_usage(data) for _, data in events):
             # Comments are of nobody's event.
             for line in event.splitlines(keepends=True):
