@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NODE_MODULES := tests/node/node_modules/.installed
 
-.PHONY: demo test check bench clean
+EXCHANGES ?= 10000
+SEED ?= 1
+
+.PHONY: demo test faults check bench clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +25,9 @@ $(NODE_MODULES): $(STAMP) tests/node/package-lock.json
 
 test: $(STAMP) $(NODE_MODULES)
 	PYTHONASYNCIODEBUG=0 $(BIN)/python -m pytest $(ARGS)
+
+faults: $(STAMP)
+	EXCHANGES=$(EXCHANGES) SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults_at_random.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
