@@ -179,7 +179,8 @@ def _chat(seen: Seen, kind: str, event: dict[str, Any]) -> None:
     groq = _part(event, "x_groq", dict)
     seen.usage = _usage(event.get("usage")) or _usage(groq.get("usage")) or seen.usage
     seen.finish = finish or seen.finish
-    seen.failed |= kind == "error" or _filled(event.get("error"))
+    seen.failed |= kind == "error" or _filled(event.get("error")) or finish == "error"
+    seen.failed |= event.get("choices") is None and event.get("object") == "error"
     if delta:
         seen.deltas.append(seen.events)
 

@@ -113,6 +113,9 @@ def test_the_end_marker_is_exactly_that() -> None:
         (b"errors", b'{"message":"flat"}', False),
         (b"", chunk({"content": '{"error":{"message":"quoted"}}'}), False),
         (b"", b'{"choices":[{"delta":{"content":"a"},"error":{"code":1}}]}', False),
+        (b"", b'{"object":"error","message":"too long","code":400}', True),
+        (b"", b'{"object":"list","data":[]}', False),
+        (b"", b'{"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}', True),
     ],
 )
 def test_an_error_is_what_the_upstream_calls_one(kind: bytes, data: bytes, error: bool) -> None:

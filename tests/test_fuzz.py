@@ -59,11 +59,16 @@ CHOICE = members(
         tool_calls=st.lists(members(index=st.integers(0, 2)), max_size=2),
     ),
     text=TEXTS,
-    finish_reason=st.sampled_from([None, "", "stop", "length", "tool_calls"]),
+    finish_reason=st.sampled_from([None, "", "stop", "length", "tool_calls", "error"]),
 )
 EVENTS = {
     "chat": members(
-        id=TEXTS, choices=st.lists(CHOICE, max_size=3), usage=USAGE, x_groq=members(usage=USAGE), error=ERROR
+        id=TEXTS,
+        object=st.sampled_from(["error", "chat.completion.chunk"]),
+        choices=st.lists(CHOICE, max_size=3),
+        usage=USAGE,
+        x_groq=members(usage=USAGE),
+        error=ERROR,
     ),
     "responses": members(
         type=st.sampled_from(

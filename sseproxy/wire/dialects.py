@@ -227,6 +227,11 @@ class _Rest(msgspec.Struct, gc=False):
     error: msgspec.Raw = _NULL
 
 
+class _Kind(msgspec.Struct, gc=False):
+    object: msgspec.Raw = _NULL
+
+
+_decode_kind: Final = msgspec.json.Decoder(_Kind).decode
 _decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
 _decode_rest: Final = msgspec.json.Decoder(_Rest).decode
 
@@ -272,7 +277,10 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
     usage = read_usage(chunk.usage)
     if usage is None and chunk.x_groq is not None:
         usage = read_usage(chunk.x_groq.usage)
-    error = kind == b"error" or _filled(chunk.error)
+    # OpenRouter ends with a reason, vLLM and FastChat have sent an object of its own.
+    error = kind == b"error" or _filled(chunk.error) or finish == "error"
+    if chunk.choices is None and not error:
+        error = _text(_decode_kind(data).object) == "error"
     if usage is None and finish is None and not error:
         return DELTA if delta else NOTHING
     return Meaning(delta, usage, finish, error=error)
