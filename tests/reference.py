@@ -172,7 +172,10 @@ def _chat(seen: Seen, kind: str, event: dict[str, Any]) -> None:
     delta = False
     for choice in _parts(event, "choices"):
         generated = _part(choice, "delta", dict)
-        names = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call", "audio")
+        names = (
+            *("content", "reasoning_content", "reasoning", "refusal"),
+            *("tool_calls", "function_call", "audio", "images"),
+        )
         delta |= _filled(choice.get("text")) or any(_filled(generated.get(name)) for name in names)
         if isinstance(choice.get("finish_reason"), str) and choice["finish_reason"]:
             finish = choice["finish_reason"]
@@ -180,6 +183,7 @@ def _chat(seen: Seen, kind: str, event: dict[str, Any]) -> None:
     seen.usage = _usage(event.get("usage")) or _usage(groq.get("usage")) or seen.usage
     seen.finish = finish or seen.finish
     seen.failed |= kind == "error" or _filled(event.get("error")) or finish == "error"
+    seen.failed |= _filled(groq.get("error"))
     seen.failed |= event.get("choices") is None and event.get("object") == "error"
     if delta:
         seen.deltas.append(seen.events)

@@ -188,6 +188,18 @@ async def test_what_is_refused_the_second_time_is_the_answer(asking: RunningProx
     assert (received.status, received.body) == (400, REFUSAL)
 
 
+async def test_what_only_quotes_the_option_is_no_refusal_of_it(
+    asking: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client, api, _ = await asked(asking, upstream, post(REQUEST))
+    api.send(response(b"422 Unprocessable Entity", REFUSAL))
+    assert (await api.message()).body == REQUEST
+    api.send(response(b"422 Unprocessable Entity", REFUSAL))
+    assert (await client.message()).status == 422
+    client.send(post(REQUEST))
+    assert options(await api.message()) == {"include_usage": True}
+
+
 @pytest.mark.parametrize("size", [0, 10, 65_000, 1_000_000])
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 async def test_any_other_refusal_passes_as_it_is(

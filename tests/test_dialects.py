@@ -115,6 +115,7 @@ def test_the_end_marker_is_exactly_that() -> None:
         (b"", b'{"choices":[{"delta":{"content":"a"},"error":{"code":1}}]}', False),
         (b"", b'{"object":"error","message":"too long","code":400}', True),
         (b"", b'{"object":"list","data":[]}', False),
+        (b"", b'{"choices":[],"x_groq":{"error":"over_capacity"}}', True),
         (b"", b'{"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}', True),
     ],
 )

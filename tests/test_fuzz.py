@@ -67,7 +67,7 @@ EVENTS = {
         object=st.sampled_from(["error", "chat.completion.chunk"]),
         choices=st.lists(CHOICE, max_size=3),
         usage=USAGE,
-        x_groq=members(usage=USAGE),
+        x_groq=members(usage=USAGE, error=ERROR),
         error=ERROR,
     ),
     "responses": members(

@@ -234,6 +234,23 @@ async def test_a_body_that_becomes_too_large(start: StartProxy, upstream: Script
     assert await proxy.ended() == {"rejected": 1}
 
 
+async def test_a_body_that_comes_with_its_head_is_too_large_as_well(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await limited(start, upstream, request_body=1000)
+    client = await proxy.connect()
+    client.send(CHUNKED + chunk(b"x" * 1200) + LAST_CHUNK)
+    refused(await client.message(), "body_too_large", proxy, route="api")
+
+
+async def test_an_empty_line_begins_no_head(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await limited(start, upstream, request_head_time=SHORT)
+    client = await proxy.connect()
+    client.send(b"\r\n")
+    done, _ = await asyncio.wait([asyncio.ensure_future(client.head())], timeout=2 * SHORT)
+    assert not done
+
+
 @pytest.mark.parametrize("by_model", [False, True])
 async def test_a_body_that_comes_too_slowly(start: StartProxy, upstream: ScriptedUpstream, by_model: bool) -> None:
     more = {"metrics": config.Metrics(models=("m",))} if by_model else {}

@@ -79,7 +79,10 @@ FULL = (
 )
 
 
-@pytest.mark.parametrize("event", [usage(3, 5), FULL, FULL.replace(b"\n", b"\r\n"), b"id: 3\nevent: x\n" + FULL])
+LLAMA = b'data: {"choices":[],"usage":{"prompt_tokens":1},"timings":{"predicted_n":1}}\n\n'
+
+
+@pytest.mark.parametrize("event", [usage(3, 5), FULL, LLAMA, FULL.replace(b"\n", b"\r\n"), b"id: 3\nevent: x\n" + FULL])
 def test_an_event_that_only_tells_usage_is_taken_out(event: bytes) -> None:
     assert stripped(delta("Hi") + event + DONE) == delta("Hi") + DONE
     assert stripped(delta("Hi"), event, DONE) == delta("Hi") + DONE

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 
 import aiohttp
@@ -163,21 +164,24 @@ class Supervisor:
             self._stop()
             return
         self._forced = number
+        self._tell_workers(signal.SIGKILL)
+
+    def _tell_workers(self, number: signal.Signals) -> None:
         for process in self._processes.values():
-            process.kill()
+            # One that has just ended is still among them.
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
 
     async def close(self) -> None:
         """Drains: not ready, no accepting, workers told; returns when all have ended."""
         self._stop()
         if self._listener is not None:
             self._listener.close()
-        for process in self._processes.values():
-            process.terminate()
+        self._tell_workers(signal.SIGTERM)
         try:
             await asyncio.wait_for(asyncio.gather(*self._keepers), self.config.drain_timeout + _DRAIN_GRACE)
         except TimeoutError:
-            for process in self._processes.values():
-                process.kill()
+            self._tell_workers(signal.SIGKILL)
         if self._admin is not None:
             await self._admin.cleanup()
 
@@ -239,7 +243,8 @@ class Supervisor:
                 raise
         self._processes[number] = process
         if self.stopping.is_set():
-            process.terminate()
+            with suppress(ProcessLookupError):
+                process.terminate()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_config(self._of_a_worker))
         async for report in read_reports(reader):

@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import uvloop
 
@@ -79,7 +80,8 @@ class Worker:
         except TimeoutError:
             log.warning("%d exchanges are ended by the drain timeout", len(self.proxy.active))
             self.proxy.end_exchanges()
-            await asyncio.wait([asyncio.ensure_future(self.proxy.server.empty.wait())], timeout=_LAST_WORDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.proxy.server.empty.wait(), _LAST_WORDS)
         await self.proxy.close()
         self.telemetry.close()
 
@@ -118,11 +120,9 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     watch.cancel()
     await worker.drain()
     writer.close()
-    try:
+    # The supervisor may be gone, or take nothing.
+    with suppress(OSError, TimeoutError):
         await asyncio.wait_for(writer.wait_closed(), _LAST_WORDS)
-    except (OSError, TimeoutError):
-        # The supervisor is gone, or takes nothing.
-        pass
 
 
 def main() -> None:

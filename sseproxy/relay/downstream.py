@@ -87,6 +87,7 @@ class HangupWatch:
 
     def close(self) -> None:
         self._loop.remove_reader(self._epoll.fileno())
+        self._watched.clear()
         self._epoll.close()
 
 
@@ -234,7 +235,7 @@ class DownstreamProtocol(RequestHandler):
             self._unparsed += len(data)
             if self._unparsed > self._limits.request_head:
                 self._refuse_head("head_too_large")
-            elif self._unparsed and self._head_timer is None:
+            elif data.strip(b"\r\n") and self._head_timer is None:
                 # aiohttp bounds the size of each line, and no time.
                 self._head_timer = self._loop.call_later(
                     self._limits.request_head_time, self._refuse_head, "head_timeout"

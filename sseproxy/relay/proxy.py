@@ -317,11 +317,12 @@ class _Relay:
         read = dialect.generates or self._request.method == "POST"
         target += query
         head = await self._ask(upstream, target, asking, clock, read=read)
-        if asking is not None and await self._refuses_stream_options(head):
-            upstream.refuses_stream_options(model)
-            log.info("upstream %s takes no stream_options for a model; its usage stays unknown", upstream.name)
+        if asking is not None and await self._refuses_stream_options(head, clock):
             asking = None
             head = await self._ask(upstream, target, None, clock, read=read)
+            # One that is refused without them as well may only have been quoted.
+            if head.status not in REFUSAL_STATUSES:
+                upstream.refuses_stream_options(model)
 
         await self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
 
@@ -333,11 +334,12 @@ class _Relay:
         await self._connect(upstream)
         return await self._send(upstream, target, asking, clock, read=read)
 
-    async def _refuses_stream_options(self, head: ResponseHead) -> bool:
+    async def _refuses_stream_options(self, head: ResponseHead, clock: Clock) -> bool:
         """Whether the response says so; it is let go then, and otherwise still to be forwarded."""
         assert self._connection is not None
         if head.status not in REFUSAL_STATUSES or not head.framing:
             return False
+        clock.enter("idle", perf_counter())
         peek = Peek(self._connection, head.framing, _MAX_REFUSAL)
         if REFUSED not in await peek.look():
             peek.put_back()
@@ -454,6 +456,9 @@ class _Relay:
             # It came together with its head, as the JSON of a completion does: one write takes both.
             self._body += request.content.read_nowait()
             self._whole = True
+            most = self._proxy.limits.request_body
+            if most is not None and len(self._body) > most:
+                raise RequestError("body_too_large")
         body = self._body if asking is None else asking
         if self._whole and framing is not None:
             framing = len(body)

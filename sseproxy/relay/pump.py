@@ -87,6 +87,9 @@ class Pump:
         self._downstream.pump = self
         if self._heartbeat is not None:
             self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._beat, self._heartbeat)
+        if self._downstream.writing_paused:
+            # The head was enough to fill the client's buffer.
+            self.pause_writing()
         self._upstream.protocol.feed_to(self)
 
     def data_received(self, data: bytes) -> None:

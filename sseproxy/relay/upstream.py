@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 KEEPALIVE = 4.0
 MAX_HEADER_FIELDS = 200
 # Models of one upstream of which it is remembered; clients name them.
-_MAX_REFUSING = 1024
+_MAX_REFUSING, _MAX_MODEL = 1024, 256
 # Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
 _HELD_LIMIT = 64 * 1024
 
@@ -286,6 +286,8 @@ class Upstream:
         return model not in self._refusing
 
     def refuses_stream_options(self, model: str | None) -> None:
+        if model is not None and len(model) > _MAX_MODEL:
+            return
         while len(self._refusing) >= _MAX_REFUSING:
             del self._refusing[next(iter(self._refusing))]
         self._refusing[model] = None

@@ -201,6 +201,7 @@ class _Delta(msgspec.Struct, gc=False):
     tool_calls: msgspec.Raw = _NULL
     function_call: msgspec.Raw = _NULL
     audio: msgspec.Raw = _NULL
+    images: msgspec.Raw = _NULL
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -211,6 +212,7 @@ class _Choice(msgspec.Struct, gc=False):
 
 class _Groq(msgspec.Struct, gc=False):
     usage: msgspec.Raw = _NULL
+    error: msgspec.Raw = _NULL
 
 
 class _Chunk(msgspec.Struct, gc=False):
@@ -249,6 +251,7 @@ def _generated(choice: _Choice) -> bool:
             or _filled(delta.refusal)
             or _filled(delta.function_call)
             or _filled(delta.audio)
+            or _filled_blob(delta.images)
         )
     )
 
@@ -279,6 +282,7 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
         usage = read_usage(chunk.x_groq.usage)
     # OpenRouter ends with a reason, vLLM and FastChat have sent an object of its own.
     error = kind == b"error" or _filled(chunk.error) or finish == "error"
+    error |= chunk.x_groq is not None and _filled(chunk.x_groq.error)
     if chunk.choices is None and not error:
         error = _text(_decode_kind(data).object) == "error"
     if usage is None and finish is None and not error:

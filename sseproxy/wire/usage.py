@@ -21,7 +21,9 @@ _TRUE: Final = msgspec.Raw(b"true")
 _NULL: Final = b"null"
 _EMPTY_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # All that an event which only tells usage may have; one with anything else was not sent for the sake of usage alone.
-_KEYS: Final = frozenset("id object created model system_fingerprint service_tier obfuscation usage choices".split())
+_KEYS: Final = frozenset(
+    "id object created model system_fingerprint service_tier obfuscation timings usage choices".split()
+)
 # An event that only tells usage is below 1 KiB; one above this is something else.
 _MAX_HELD: Final = 64 * 1024
 _FAILURES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
