@@ -230,6 +230,9 @@ def _gemini(seen: Seen, _: str, event: dict[str, Any]) -> None:
     seen.usage = _usage(event.get("usageMetadata")) or seen.usage
     if isinstance(finish, str):
         seen.finish, seen.ended = finish, True
+    elif generated:
+        # Another candidate goes on.
+        seen.ended = False
     seen.failed |= _filled(event.get("error"))
     if generated:
         seen.deltas.append(seen.events)

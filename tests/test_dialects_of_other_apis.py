@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sseproxy import config
 from sseproxy.wire.dialects import DELTA, DIALECTS, END, NOTHING, Dialect, Meaning, Usage, dialect_of
+
+from .conftest import StartProxy
+from .harness import STREAM_HEAD, ScriptedUpstream, begin, chunk, post
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
 
@@ -87,7 +91,7 @@ GEMINI_TEXT = {"content": {"parts": [{"text": "Hi"}]}}
 def test_generated_content_is_a_delta(name: str, document: dict[str, Any]) -> None:
     meaning = read(name, document)
     assert meaning.delta
-    assert meaning._replace(delta=False) == NOTHING
+    assert meaning._replace(delta=False, more=False) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -264,3 +268,44 @@ def test_a_lone_done_ends_every_dialect_of_openai() -> None:
     for name in ("chat", "completions", "responses", "assistants", "speech", "transcriptions", "images", "generic"):
         assert BY_NAME[name].read(b"", b"[DONE]") == END
     assert DELTA.delta
+
+
+def candidate(index: int, text: str, finish: str | None = None) -> bytes:
+    """An event of one of Gemini's candidates."""
+    found = {"index": index, "content": {"parts": [{"text": text}]}} | ({"finishReason": finish} if finish else {})
+    return b"data: " + json.dumps({"candidates": [found]}).encode() + b"\n\n"
+
+
+def picture(kind: str) -> bytes:
+    return b"data: " + json.dumps({"type": f"image_generation.{kind}", "b64_json": "iVBORw0KGgo"}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "first", "second", "last"),
+    [
+        (
+            "/v1beta/models/gemini-x:streamGenerateContent",
+            candidate(0, "Hi", "STOP"),
+            candidate(1, "Ho"),
+            candidate(1, "!", "STOP"),
+        ),
+        ("/v1/images/generations", picture("completed"), picture("partial_image"), picture("completed")),
+    ],
+    ids=["gemini", "images"],
+)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut"])
+async def test_the_end_of_one_of_several_is_not_that_of_the_stream(
+    start: StartProxy, upstream: ScriptedUpstream, path: str, first: bytes, second: bytes, last: bytes, whole: bool
+) -> None:
+    base = path[: path.index("/", 1)]
+    up = config.Upstream(name="up", url=f"{upstream.url}{base}")
+    route = config.Route(name="api", match=config.Match(path=base), upstream="up")
+    proxy = await start(upstream.url, upstreams=(up,), routes=(route,))
+    client, api = await begin(proxy, upstream, post(path=path))
+    events = [first, second, last] if whole else [first, second]
+    api.send(STREAM_HEAD, *map(chunk, events))
+    await client.read_until(events[-1])
+    api.close()
+    await client.rest()
+    assert await proxy.ended() == {"completed" if whole else "truncated": 1}
+    assert proxy.sample("stream_ends_total", end="marker") == whole

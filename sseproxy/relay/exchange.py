@@ -119,8 +119,8 @@ class Exchange:
             self.usage = meaning.usage if earlier is None else earlier.overlaid(meaning.usage)
         if meaning.finish is not None:
             self.finish_reason = meaning.finish
-        if meaning.end:
-            self.marker_seen = True
+        if meaning.end or meaning.more:
+            self.marker_seen = meaning.end
         if meaning.error:
             self.stream_error = True
         if not meaning.understood:

@@ -40,8 +40,8 @@ class Meaning(NamedTuple):
     """What an event says.
 
     `delta`: it carries generated content. `usage`: counts that replace all earlier ones, or, with `overlay`, only those
-    that it tells. `finish`: why a choice ended. `end`: nothing follows that matters. `error`: the upstream reports a
-    failure. `understood`: it could be decoded.
+    that it tells. `finish`: why a choice ended. `end`: nothing follows that matters. `more`: what ended before was one
+    of several candidates, or images. `error`: the upstream reports a failure. `understood`: it could be decoded.
     """
 
     delta: bool = False
@@ -51,10 +51,13 @@ class Meaning(NamedTuple):
     error: bool = False
     understood: bool = True
     overlay: bool = False
+    more: bool = False
 
 
 NOTHING: Final = Meaning()
 DELTA: Final = Meaning(delta=True)
+# Of a stream that has an end for each of its parts.
+_DELTA_OF_A_PART: Final = Meaning(delta=True, more=True)
 END: Final = Meaning(end=True)
 GARBLED: Final = Meaning(understood=False)
 FAILED: Final = Meaning(error=True)
@@ -433,12 +436,14 @@ def read_gemini(kind: bytes, data: bytes) -> Meaning:
     candidates = event.candidates or []
     contents = [candidate.content for candidate in candidates if candidate.content is not None]
     finish = next((_text(candidate.finishReason) for candidate in candidates if _filled(candidate.finishReason)), None)
+    delta = any(_generated_part(part) for content in contents for part in content.parts or ())
     return Meaning(
-        delta=any(_generated_part(part) for content in contents for part in content.parts or ()),
+        delta=delta,
         usage=read_usage(event.usageMetadata),
         finish=finish,
         end=finish is not None,
         error=_filled(event.error),
+        more=delta and finish is None,
     )
 
 
@@ -473,7 +478,7 @@ def read_media(kind: bytes, data: bytes) -> Meaning:
         return Meaning(delta=_filled_blob(event.b64_json), usage=read_usage(event.usage), finish=finish, end=True)
     if event.type:
         blob = _filled_blob(event.audio) or _filled_blob(event.b64_json)
-        return DELTA if blob or _filled(event.delta) or _filled(event.text) else NOTHING
+        return _DELTA_OF_A_PART if blob or _filled(event.delta) or _filled(event.text) else NOTHING
     return Meaning(usage=read_usage(event.usage))
 
 
