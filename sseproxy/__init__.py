@@ -12,14 +12,19 @@ The promise
 Processes
 ---------
     sseproxy serve -- supervisor: owns the listening sockets, the metrics registry and the admin listener (/metrics,
-                   |              /livez, /readyz); starts, replaces and drains workers; never touches client traffic
-                   +- worker 1: uvloop, aiohttp's server and connector, one immutable configuration
-                   +- worker N
+                   |              /livez, /readyz, /-/reload); never touches client traffic
+                   +- generation: the workers of one configuration, started, replaced and retired together
+                      +- worker 1: uvloop, aiohttp's server and connector, one immutable configuration
+                      +- worker N
 
-A worker is a fresh interpreter that inherits the listening socket and one end of a socket pair. Down the pair comes
+A worker is a fresh interpreter that inherits the listening sockets and one end of a socket pair. Down the pair comes
 its configuration, up go its reports: what has changed since the last one, at most 100 ms late. The supervisor adds
 them up, so counters never fall when a worker ends, and a worker's gauges go with it. The end of the pair is the end of
 the other side: a worker whose supervisor died drains and goes.
+
+A reload starts a new generation on the same sockets. When all of it accepts, the old one is told to finish what it
+has, so that nothing is refused or cut, and no code in a worker ever changes a configuration. One that does not load, or
+whose workers do not come up, changes nothing.
 
 The life of a request
 ---------------------
@@ -51,7 +56,13 @@ and it is reported once.*
     observe         what an operator sees
       metrics         every metric, and the registry
       telemetry       from what happens to numbers, and from worker to supervisor
-    process         supervisor, worker, admin
+    process
+      supervisor      sockets, registry, reloads, signals
+      generation      starts and replaces the workers of one configuration
+      worker          one event loop, and how it ends
+      listeners       listening sockets: TCP, Unix, passed by systemd
+      admin           metrics, health, reload
+      notify          what systemd is told
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
 `errors`. A test holds that.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvloop
 
@@ -93,15 +93,17 @@ def _count(text: str) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     flags = {"listen": options.listen, "admin": options.admin, "workers": options.workers}
-    if options.upstream is not None:
-        settings = config.single(options.upstream, **flags)
-    else:
-        settings = config.override(config.load(options.config), **flags)
-    return uvloop.run(_run(settings))
+
+    def read() -> Config:
+        if options.upstream is not None:
+            return config.single(options.upstream, **flags)
+        return config.override(config.load(options.config), **flags)
+
+    return uvloop.run(_run(read(), read, options.config))
 
 
-async def _run(settings: Config) -> int:
-    supervisor = Supervisor(settings)
+async def _run(settings: Config, reread: Callable[[], Config], path: str | None) -> int:
+    supervisor = Supervisor(settings, reread, path)
     supervisor.bind()
     await supervisor.start()
     sys.stdout.write(summary(supervisor))
@@ -113,7 +115,7 @@ def summary(supervisor: Supervisor) -> str:
     """Where the proxy listens and what goes where, in plain lines."""
     settings = supervisor.config
     width = max(len(route.match.path) for route in settings.routes)
-    lines = [f"sseproxy {__version__} listens on {supervisor.url}"]
+    lines = [f"sseproxy {__version__} listens on {', '.join(supervisor.urls)}"]
     for route in settings.routes:
         conditions = [*route.match.methods, *(f"model {glob}" for glob in route.match.model)]
         when = f" ({', '.join(conditions)})" if conditions else ""

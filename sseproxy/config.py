@@ -43,12 +43,18 @@ _DOCUMENT: Final = object()
 
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
 _API_KEY = re.compile(r"[!-~]+")
+# No key is longer; a file that is was named by mistake.
+_MAX_KEY_FILE = 16 << 10
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 _METHOD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
+_PASSED_SOCKET = re.compile(r"systemd(?::(?P<name>[A-Za-z0-9_.@-]+))?")
 _SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
+_UNIX_ADDRESS = re.compile(r"unix:(?P<path>/[^|\x00]*[^/|\x00])(?:\|(?P<mode>0?[0-7]{3}))?")
+# sun_path without its final zero byte (unix(7)).
+_MAX_UNIX_PATH = 107
 _SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -78,15 +84,61 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def _address(value: object) -> Address:
-    if isinstance(value, Address):
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """Where to listen in the file system. `mode` are the socket's permissions, which are needed to connect."""
+
+    path: str
+    mode: int = 0o660
+
+    @classmethod
+    def parse(cls, text: str) -> UnixAddress:
+        """Read `unix:PATH` or `unix:PATH|MODE` with an octal mode; the inverse of `str`. Raises `ValueError`."""
+        match = _UNIX_ADDRESS.fullmatch(text)
+        if match is None or len(os.fsencode(match["path"])) > _MAX_UNIX_PATH:
+            raise ValueError("not unix:PATH")
+        return cls(match["path"], int(match["mode"], 8)) if match["mode"] else cls(match["path"])
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}|{self.mode:04o}"
+
+
+@dataclass(frozen=True, slots=True)
+class PassedSocket:
+    """Sockets that the service manager listens on: those of `name`, or all that it passes (sd_listen_fds(3))."""
+
+    name: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> PassedSocket:
+        """Read `systemd` or `systemd:NAME`; the inverse of `str`. Raises `ValueError`."""
+        match = _PASSED_SOCKET.fullmatch(text)
+        if match is None:
+            raise ValueError("not systemd or systemd:NAME")
+        return cls(match["name"])
+
+    def __str__(self) -> str:
+        return "systemd" if self.name is None else f"systemd:{self.name}"
+
+
+Listen = Address | UnixAddress | PassedSocket
+"""Where to listen."""
+
+
+def _address(value: object) -> Listen:
+    if isinstance(value, Listen):
         return value
-    try:
-        if isinstance(value, str):
-            return Address.parse(value)
-    except ValueError:
-        pass
-    raise _expected("HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535")
+    for kind in (PassedSocket, UnixAddress, Address):
+        try:
+            if isinstance(value, str):
+                return kind.parse(value)
+        except ValueError:
+            continue
+    raise _expected("HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535, unix:/PATH, systemd or systemd:NAME")
+
+
+def _addresses(value: object) -> object:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _api_key(value: object) -> SecretStr | None:
@@ -97,6 +149,32 @@ def _api_key(value: object) -> SecretStr | None:
     if isinstance(value, SecretStr) and _API_KEY.fullmatch(value.get_secret_value()):
         return value
     raise _expected("an API key: text of visible ASCII characters", show=False)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFile:
+    """An API key that was read from the file at `path`."""
+
+    path: str
+    key: SecretStr
+
+
+def _api_key_file(value: object) -> KeyFile | None:
+    if value is None or isinstance(value, KeyFile):
+        return value
+    if not isinstance(value, str) or not value:
+        raise _expected("the path of a file with an API key", show=False)
+    try:
+        with open(value, encoding="ascii") as file:
+            text = file.read(_MAX_KEY_FILE).strip()
+    except OSError as error:
+        # What it is not shown for: it may be the key itself.
+        raise _expected(f"a readable file with an API key ({(error.strerror or '').lower()})", show=False) from None
+    except UnicodeDecodeError:
+        text = ""
+    if not _API_KEY.fullmatch(text):
+        raise _expected("a file with an API key: one line of visible ASCII characters", show=False)
+    return KeyFile(value, SecretStr(text))
 
 
 def _ca_file(value: object) -> str | None:
@@ -111,6 +189,37 @@ def _ca_file(value: object) -> str | None:
             why = "no certificate is in it" if isinstance(error, ssl.SSLError) else (error.strerror or "").lower()
             raise _expected(f"a readable file of PEM certificates ({why})") from None
     raise _expected("the path of a file of PEM certificates")
+
+
+def _file_path(value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise _expected("the path of a file")
+
+
+def _file_path_or_none(value: object) -> str | None:
+    return None if value is None else _file_path(value)
+
+
+def _load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> None:
+    def no_password() -> bytes:
+        raise _expected("a private key without password", show=False)
+
+    try:
+        context.load_cert_chain(cert_file, key_file, no_password)
+    except ssl.SSLError:
+        raise _expected(
+            "a certificate and its private key in PEM, in cert_file and key_file, that belong together", show=False
+        ) from None
+    except OSError as error:
+        why = (error.strerror or "").lower()
+        raise _expected(f"readable files in cert_file and key_file ({why})", show=False) from None
+
+
+def _tls_version(value: object) -> str:
+    if value in ("1.2", "1.3"):
+        return str(value)
+    raise _expected('"1.2" or "1.3", in quotes')
 
 
 def _seconds(value: object, info: ValidationInfo) -> float | None:
@@ -206,6 +315,26 @@ def _path(value: object) -> str:
     raise _expected("a path such as /v1, without query, empty segments and dot segments")
 
 
+def _exchanges(value: object) -> str:
+    if value is False:
+        return "off"
+    if value in ("all", "errors", "off"):
+        return str(value)
+    raise _expected("all, errors or off")
+
+
+def _log_format(value: object) -> str:
+    if value in ("auto", "json", "text"):
+        return str(value)
+    raise _expected("auto, json or text")
+
+
+def _share(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    raise _expected("a share above 0, up to 1")
+
+
 def _size(value: object, info: ValidationInfo) -> int:
     size = 0
     if isinstance(value, str):
@@ -252,7 +381,12 @@ DurationOrOff = Annotated[float | None, BeforeValidator(_duration_or_off)]
 
 Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
 
-ListenAddress = Annotated[Address, BeforeValidator(_address)]
+ListenAddress = Annotated[Listen, BeforeValidator(_address)]
+
+RequiredPath = Annotated[str, BeforeValidator(_file_path)]
+"""The path of a file, from the working directory if it is relative."""
+
+FilePath = Annotated[str | None, BeforeValidator(_file_path_or_none)]
 
 Name = Annotated[str, BeforeValidator(_name)]
 """Names are metric label values, hence short and plain."""
@@ -331,10 +465,53 @@ class Admin(_Model):
 
 
 class UpstreamTLS(_Model):
-    """How an `https` upstream is verified."""
+    """How an `https` upstream is verified, and how this side is."""
 
     ca_file: Annotated[str | None, BeforeValidator(_ca_file)] = None
     """The certificates of the authorities that are trusted; `None` are the system's."""
+    cert_file: FilePath = None
+    """The certificate, with its chain, that is shown to an upstream that asks for one."""
+    key_file: FilePath = None
+    """Its private key; `None` if it is in `cert_file` as well."""
+
+    @model_validator(mode="after")
+    def _loads(self) -> Self:
+        if self.key_file is not None and self.cert_file is None:
+            raise _expected("cert_file beside key_file", show=False)
+        if self.cert_file is not None:
+            self.context()
+        return self
+
+    def context(self) -> ssl.SSLContext:
+        """For connections to an upstream. Raises what is wrong with the files, as pydantic wants it."""
+        context = ssl.create_default_context(cafile=self.ca_file)
+        context.set_alpn_protocols(["http/1.1"])
+        if self.cert_file is not None:
+            _load_certificate(context, self.cert_file, self.key_file)
+        return context
+
+
+class TLS(_Model):
+    """How clients' connections are encrypted."""
+
+    cert_file: RequiredPath
+    """The certificate, with its chain, in PEM."""
+    key_file: FilePath = None
+    """Its private key; `None` if it is in `cert_file` as well."""
+    min_version: Annotated[Literal["1.2", "1.3"], BeforeValidator(_tls_version)] = "1.2"
+
+    @model_validator(mode="after")
+    def _loads(self) -> Self:
+        self.context()
+        return self
+
+    def context(self) -> ssl.SSLContext:
+        """For listeners. Raises what is wrong with the files, as pydantic wants it."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3 if self.min_version == "1.3" else ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        _load_certificate(context, self.cert_file, self.key_file)
+        return context
 
 
 class Upstream(_Model):
@@ -345,7 +522,40 @@ class Upstream(_Model):
     """Canonical, without trailing slash. Its path takes the place of the matched prefix."""
     api_key: Annotated[SecretStr | None, BeforeValidator(_api_key)] = None
     """Sent as the bearer token instead of the client's `Authorization`."""
+    api_key_file: Annotated[KeyFile | None, BeforeValidator(_api_key_file)] = None
+    """Where the key is read from instead, at the start and at each reload."""
     tls: UpstreamTLS = UpstreamTLS()
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise _expected("either api_key or api_key_file, not both", show=False)
+        return self
+
+    @property
+    def key(self) -> SecretStr | None:
+        """The key, from wherever it is."""
+        return self.api_key_file.key if self.api_key_file is not None else self.api_key
+
+
+class Reload(_Model):
+    """How a new configuration takes the place of the old one."""
+
+    watch: DurationOrOff = None
+    """Look at the content of the file, and of the files it names, this often, and reload when it has changed."""
+    drain_timeout: DurationOrOff = None
+    """How long exchanges that began on the old configuration may go on; `None` is to their end."""
+
+
+class AccessLog(_Model):
+    """A line for each exchange, on standard output."""
+
+    exchanges: Annotated[Literal["all", "errors", "off"], BeforeValidator(_exchanges)] = "all"
+    """Which are written; `errors` are those that did not complete, or were answered 400 and above."""
+    sample: Annotated[float, BeforeValidator(_share)] = 1.0
+    """The share of those without an error that is written."""
+    format: Annotated[Literal["auto", "json", "text"], BeforeValidator(_log_format)] = "auto"
+    """`auto` is `text` on a terminal, and `json` elsewhere."""
 
 
 class Metrics(_Model):
@@ -412,17 +622,23 @@ class Route(_Model):
 class Config(_Model):
     """All that can be configured. Immutable, and picklable for worker processes."""
 
-    listen: ListenAddress = Address("127.0.0.1", 8080)
+    listen: Annotated[tuple[ListenAddress, ...], BeforeValidator(_addresses), Field(min_length=1)] = (
+        Address("127.0.0.1", 8080),
+    )
+    tls: TLS | None = None
+    """`None` is plain text."""
     admin: Admin = Admin()
     workers: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_workers)] = "auto"
     """Worker processes; `auto` is one per usable core."""
     drain_timeout: Duration = 30.0
     """How long running streams may go on after SIGTERM, in seconds."""
+    reload: Reload = Reload()
     max_body: Size = 32 << 20
     """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
     asked for, and where models are labels."""
     trusted_proxies: Annotated[tuple[Network, ...], BeforeValidator(_listed)] = ()
     """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to instead of replaced."""
+    access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
     limits: Limits = Limits()
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
@@ -448,6 +664,14 @@ class Config(_Model):
         """The configuration of one of `workers`, with its share of the limits."""
         routes = tuple(route.model_copy(update={"limits": route.limits.share(workers)}) for route in self.routes)
         return self.model_copy(update={"limits": self.limits.share(workers), "routes": routes})
+
+    def files(self) -> list[str]:
+        """The files that this configuration was read from, beside its own."""
+        named = [self.tls.cert_file, self.tls.key_file] if self.tls is not None else []
+        for upstream in self.upstreams:
+            key = upstream.api_key_file
+            named += [upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file, key.path if key else None]
+        return [path for path in named if path is not None]
 
     def upstream(self, name: str) -> Upstream:
         """Raises `KeyError` for a name that no upstream has; those of routes always exist."""
@@ -526,9 +750,10 @@ def _changes(
 ) -> dict[str, object]:
     changes: dict[str, object] = {}
     if listen is not None:
-        changes["listen"] = _flag(problems, "--listen", _address, listen)
-    if admin is not None and (address := _flag(problems, "--admin", _address, admin)):
-        changes["admin"] = Admin(listen=address)
+        address = _flag(problems, "--listen", _address, listen)
+        changes["listen"] = (address,)
+    if admin is not None and (place := _flag(problems, "--admin", _address, admin)):
+        changes["admin"] = Admin(listen=place)
     if workers is not None:
         number = isinstance(workers, str) and re.fullmatch("[0-9]{1,9}", workers)
         changes["workers"] = _flag(problems, "--workers", _workers, int(workers) if number else workers)

@@ -60,7 +60,7 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool) 
     try:
         supervisor = _bound(config.single(f"http://127.0.0.1:{site.port}/v1", listen=listen, admin=admin, workers=1))
         await supervisor.start()
-        _say(f"A backend on port {site.port} makes {pace.rate:g} tokens a second; the proxy is {supervisor.url}.\n")
+        _say(f"A backend on port {site.port} makes {pace.rate:g} tokens a second; the proxy is {supervisor.urls[0]}.\n")
         loop = asyncio.get_running_loop()
         answer = loop.create_task(_stream_one(supervisor))
         stopped = loop.create_task(supervisor.stopping.wait())
@@ -70,7 +70,7 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool) 
             if once:
                 await supervisor.close()
                 return 0
-            _say(_NEXT.format(url=supervisor.url, admin=supervisor.admin_url, model=MODEL))
+            _say(_NEXT.format(url=supervisor.urls[0], admin=supervisor.admin_url, model=MODEL))
         return await supervisor.run()
     finally:
         await runner.cleanup()
@@ -91,7 +91,7 @@ def _bound(settings: Config) -> Supervisor:
 
 
 async def _stream_one(supervisor: Supervisor) -> None:
-    _say(f"POST {supervisor.url}/v1/chat/completions\n")
+    _say(f"POST {supervisor.urls[0]}/v1/chat/completions\n")
     request = {
         "model": MODEL,
         "stream": True,
@@ -99,7 +99,7 @@ async def _stream_one(supervisor: Supervisor) -> None:
         "messages": _MESSAGES,
     }
     async with ClientSession() as session:
-        async with session.post(f"{supervisor.url}/v1/chat/completions", json=request) as response:
+        async with session.post(f"{supervisor.urls[0]}/v1/chat/completions", json=request) as response:
             if response.status != 200:
                 raise SseproxyError(f"the demonstration got status {response.status}")
             async for line in response.content:

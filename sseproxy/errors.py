@@ -3,6 +3,7 @@
     SseproxyError
      +-- ConfigError                    the operator's configuration cannot be used
      +-- ListenError                    an address cannot be listened on
+     +-- ReloadError                    another configuration cannot take over now
      +-- ProtocolError                  bytes that break a wire format (raised by `sseproxy.wire`)
      |    +-- BrokenBodyError           in a body, after some that do not
      +-- ExchangeError                  an exchange cannot go on; carries status, code and outcome
@@ -80,6 +81,10 @@ class ListenError(SseproxyError):
         super().__init__(f"{option}: cannot listen on {address}: {reason.lower()}")
         self.option = option
         self.in_use = cause.errno == errno.EADDRINUSE
+
+
+class ReloadError(SseproxyError):
+    """A configuration that is right in itself cannot take over; the one before goes on."""
 
 
 class ProtocolError(SseproxyError):

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sseproxy import config
 from sseproxy.observe.metrics import Registry, Report, exposition
-from sseproxy.process.supervisor import listen
+from sseproxy.process.listeners import listen
 from sseproxy.process.worker import Worker
 
 DEADLINE = 10.0
@@ -314,7 +314,7 @@ class RunningProxy:
 
 
 async def start_proxy(settings: config.Config) -> RunningProxy:
-    sock = listen("listen", settings.listen)
+    (sock,) = listen("listen", settings.listen[0])
     registry = Registry()
     decode = msgspec.msgpack.Decoder(Report).decode
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_core import PydanticUndefined
 
 from sseproxy import config
-from sseproxy.config import Address, Admin, Config, Match, Route, Timeouts, Upstream
+from sseproxy.config import Address, Admin, Config, Match, PassedSocket, Route, Timeouts, UnixAddress, Upstream
 from sseproxy.errors import ConfigError
 from sseproxy.wire.dialects import DIALECT_NAMES
 
@@ -34,9 +35,12 @@ routes:
 """
 VALID = UPSTREAMS + ROUTES
 
-TOP_KEYS = "admin, drain_timeout, limits, listen, max_body, metrics, routes, trusted_proxies, upstreams, workers"
+TOP_KEYS = (
+    "access_log, admin, drain_timeout, limits, listen, max_body, metrics, reload, routes, tls, trusted_proxies, "
+    "upstreams, workers"
+)
 TIMEOUT_KEYS = "body, connect, first_token, head, idle, total, write"
-HOST_PORT = "expected HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535"
+HOST_PORT = "expected HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535, unix:/PATH, systemd or systemd:NAME"
 DURATION = "expected a duration such as 30s or 5m"
 SIZE = "expected a size such as 512KiB or 32MiB"
 NAME = "expected a name: 1 to 64 of the characters A-Z a-z 0-9 _ . -"
@@ -133,7 +137,50 @@ MISTAKES = {
     "listen_port_only": (f"listen: 8080\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got a number (8080)"),
     "listen_without_port": (f"listen: localhost\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got 'localhost'"),
     "listen_bare_ipv6": (f"listen: '::1:80'\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got '::1:80'"),
-    "listen_list": (f"listen: [':80']\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got a list"),
+    "listen_in_list": (f"listen: [':80', ':81x']\n{VALID}", f"f:1:17: listen[1]: {HOST_PORT}, got ':81x'"),
+    "listen_nowhere": (f"listen: []\n{VALID}", "f:1:1: listen: expected at least one entry"),
+    "listen_unix_relative": (f"listen: unix:x.sock\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got 'unix:x.sock'"),
+    "listen_unix_too_long": (
+        f"listen: unix:/{'x' * 107}\n{VALID}",
+        f"f:1:1: listen: {HOST_PORT}, got 'unix:/{'x' * 57}…'",
+    ),
+    "tls_without_certificate": (f"tls: {{}}\n{VALID}", "f:1:6: tls.cert_file: required key is missing"),
+    "tls_version": (
+        f"tls: {{cert_file: c, min_version: 1.2}}\n{VALID}",
+        'f:1:21: tls.min_version: expected "1.2" or "1.3", in quotes, got a number (1.2)',
+    ),
+    "tls_file_missing": (
+        f"tls: {{cert_file: /nowhere.pem}}\n{VALID}",
+        "f:1:1: tls: expected readable files in cert_file and key_file (no such file or directory)",
+    ),
+    "watch_without_unit": (
+        f"reload: {{watch: 5}}\n{VALID}",
+        "f:1:10: reload.watch: expected a duration such as 30s or 5m, or off, got a number (5)",
+    ),
+    "log_of_nothing_known": (
+        f"access_log: {{exchanges: some}}\n{VALID}",
+        "f:1:14: access_log.exchanges: expected all, errors or off, got 'some'",
+    ),
+    "log_share": (
+        f"access_log: {{sample: 0}}\n{VALID}",
+        "f:1:14: access_log.sample: expected a share above 0, up to 1, got a number (0)",
+    ),
+    "log_format": (
+        f"access_log: {{format: xml}}\n{VALID}",
+        "f:1:14: access_log.format: expected auto, json or text, got 'xml'",
+    ),
+    "key_file_empty": (
+        upstream("api_key_file: /dev/null"),
+        "f:4:5: upstreams[0].api_key_file: expected a file with an API key: one line of visible ASCII characters",
+    ),
+    "key_file_missing": (
+        upstream("api_key_file: /nowhere.key"),
+        "f:4:5: upstreams[0].api_key_file: expected a readable file with an API key (no such file or directory)",
+    ),
+    "client_key_without_certificate": (
+        upstream("tls: {key_file: /k}"),
+        "f:4:5: upstreams[0].tls: expected cert_file beside key_file",
+    ),
     "admin_port": (f"admin: {{listen: ':65536'}}\n{VALID}", f"f:1:9: admin.listen: {HOST_PORT}, got ':65536'"),
     "workers_zero": (
         f"workers: 0\n{VALID}",
@@ -199,7 +246,10 @@ MISTAKES = {
     ),
     "api_key_without_space": (
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
-        "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, name, tls, url; did you mean 'api_key'?",
+        (
+            "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, api_key_file, name, tls, url; "
+            "did you mean 'api_key'?"
+        ),
     ),
     "ca_file_missing": (
         upstream("tls: {ca_file: /nowhere/ca.pem}"),
@@ -371,7 +421,7 @@ def test_aliases_do_not_expand() -> None:
 )
 def test_variables_are_replaced(written: str, env: dict[str, str], host: str) -> None:
     written = f"{written[:-1]}:1'" if written.endswith("'") else f"{written}:1"
-    assert config.parse(f"listen: {written}\n{VALID}", "f", env).listen == Address(host, 1)
+    assert config.parse(f"listen: {written}\n{VALID}", "f", env).listen == (Address(host, 1),)
 
 
 @pytest.mark.parametrize(
@@ -503,9 +553,45 @@ def test_reference_config_has_every_option_with_its_default() -> None:
     assert_complete_with_defaults(loaded)
 
 
+def test_reference_config_has_what_is_only_there_if_it_is_wanted() -> None:
+    lines = (CONFIGS / "reference.yaml").read_text().splitlines()
+    section = lines[lines.index("tls:") :]
+    for name, field in config.TLS.model_fields.items():
+        (line,) = [line for line in section if line.startswith(f"  # {name}: ")]
+        assert field.default in (PydanticUndefined, None) or line == f'  # {name}: "{field.default}"'
+
+
+def test_a_key_is_read_from_its_file_and_shown_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-from-file\n")
+    loaded = config.parse(upstream(f"api_key_file: {tmp_path / 'key'}"), "f", {})
+    key = loaded.upstreams[0].key
+    assert key is not None
+    assert key.get_secret_value() == "sk-from-file"
+    assert loaded.files() == [str(tmp_path / "key")]
+    assert "sk-from" not in repr(loaded)
+    with pytest.raises(ConfigError) as raised:
+        config.parse(upstream(f"api_key_file: {tmp_path / 'key'}\n    api_key: sk-x"), "f", {})
+    assert raised.value.problems == ("f:2:5: upstreams[0]: expected either api_key or api_key_file, not both",)
+
+
+@pytest.mark.parametrize(
+    ("written", "address"),
+    [
+        ("unix:/run/s", UnixAddress("/run/s")),
+        ("unix:/run/s|0666", UnixAddress("/run/s", 0o666)),
+        ("systemd", PassedSocket()),
+        ("systemd:http", PassedSocket("http")),
+    ],
+)
+def test_addresses_that_are_none_of_tcp(written: str, address: config.Listen) -> None:
+    loaded = config.parse(f"listen: ['{written}', ':1']\n{VALID}", "f", {})
+    assert loaded.listen == (address, Address("", 1))
+    assert type(address).parse(str(address)) == address
+
+
 def test_defaults_are_the_documented_ones() -> None:
     loaded = config.parse(VALID, "f", {})
-    assert (loaded.listen, loaded.admin.listen) == (Address("127.0.0.1", 8080), Address("127.0.0.1", 9464))
+    assert (loaded.listen, loaded.admin.listen) == ((Address("127.0.0.1", 8080),), Address("127.0.0.1", 9464))
     assert (loaded.workers, loaded.drain_timeout, loaded.max_body) == ("auto", 30, 32 * 1024 * 1024)
     assert loaded.routes[0].timeouts == Timeouts(connect=10, head=600, first_token=900, idle=300, total=None, write=60)
 
@@ -629,7 +715,7 @@ def test_single_upstream(url: str, target: str, path: str) -> None:
 
 def test_single_upstream_takes_the_other_flags() -> None:
     built = config.single("http://h", listen=":1", admin="[::1]:2", workers="3")
-    assert (built.listen, built.admin.listen, built.workers) == (Address("", 1), Address("::1", 2), 3)
+    assert (built.listen, built.admin.listen, built.workers) == ((Address("", 1),), Address("::1", 2), 3)
 
 
 def test_problems_of_flags_name_the_flags() -> None:
@@ -649,7 +735,7 @@ def test_problems_of_flags_name_the_flags() -> None:
 def test_override_changes_only_what_is_given() -> None:
     loaded = config.parse(f"listen: :1\nworkers: 2\n{VALID}", "f", {})
     assert config.override(loaded) == loaded
-    assert config.override(loaded, listen="h:5") == loaded.model_copy(update={"listen": Address("h", 5)})
+    assert config.override(loaded, listen="h:5") == loaded.model_copy(update={"listen": (Address("h", 5),)})
     assert config.override(loaded, admin=":6").admin == Admin(listen=Address("", 6))
     assert config.override(loaded, workers="auto").workers == "auto"
     assert config.override(loaded, workers=4).workers == config.override(loaded, workers="4").workers == 4

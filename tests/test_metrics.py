@@ -60,7 +60,12 @@ CONTRACT = {
     "upstream_connections": ("upstream state", "gauge"),
     "event_loop_lag_seconds": ("", OWN_DELAY),
     "workers": ("", "gauge"),
+    "workers_finishing": ("", "gauge"),
     "worker_restarts": ("", "counter"),
+    "upstream_up": ("upstream", "gauge"),
+    "config_reloads": ("result", "counter"),
+    "config_last_reload_successful": ("", "gauge"),
+    "config_last_reload_success_timestamp_seconds": ("", "gauge"),
     "build_info": ("version python aiohttp", "gauge"),
 }
 
@@ -105,13 +110,28 @@ def test_a_report_tells_what_changed_since_the_last_one() -> None:
     assert second.gauges == [("streams_active", R, 1)]
 
 
+def test_of_a_state_the_last_word_counts_whoever_said_it() -> None:
+    registry = Registry()
+    up, down = Recorder(), Recorder()
+    up.set(metrics.UPSTREAM_UP, ("up",), 1)
+    registry.add(1, sent(up.report()))
+    down.set(metrics.UPSTREAM_UP, ("up",), 0)
+    registry.add(2, sent(down.report()))
+    # It has nothing new to say.
+    registry.add(1, sent(up.report()))
+    registry.drop(2)
+    assert samples(registry)['upstream_up{upstream="up"}'] == 0
+
+
 def test_a_report_that_could_not_be_sent_is_not_lost() -> None:
     recorder, registry = Recorder(), Registry()
+    recorder.set(metrics.UPSTREAM_UP, ("up",), 1)
     for value in (1.0, 3.0):
         recorder.count(metrics.EVENTS, R)
         recorder.histogram(metrics.GAPS, R).observe(value)
         recorder.take_back(recorder.report())
     registry.add(1, sent(recorder.report()))
+    assert samples(registry)['upstream_up{upstream="up"}'] == 1
     assert samples(registry)['stream_events_total{route="api",upstream="up"}'] == 2
     assert samples(registry)['inter_token_latency_seconds_count{route="api",upstream="up"}'] == 2
     assert samples(registry)['inter_token_latency_seconds_sum{route="api",upstream="up"}'] == 4
@@ -139,7 +159,7 @@ def test_a_metric_is_exposed_in_both_formats_as_it_is_declared(metric: Metric) -
     labels = tuple(f'{name} "of" \\ ours' for name in metric.labels)
     if metric.kind == "counter":
         recorder.count(metric, labels, 2)
-    elif metric.kind == "gauge":
+    elif metric.kind in ("gauge", "state"):
         recorder.set(metric, labels, 2)
     else:
         histogram = recorder.histogram(metric, labels)
@@ -154,7 +174,7 @@ def test_a_metric_is_exposed_in_both_formats_as_it_is_declared(metric: Metric) -
         parse_text(text.decode()),
     ):
         (family,) = [family for family in families if family.name == f"sseproxy_{metric.name}"]
-        assert family.type == metric.kind
+        assert family.type == ("gauge" if metric.kind == "state" else metric.kind)
         assert family.documentation == metric.help
         assert not any(sample.name.endswith("_created") for sample in family.samples)
         for sample in family.samples:
@@ -331,6 +351,7 @@ REPORTS = st.lists(
         Report,
         counters=st.lists(st.tuples(st.just("stream_events"), st.just(R), st.floats(0, 1e6)), max_size=3),
         gauges=st.just([]),
+        states=st.just([]),
         histograms=st.just([]),
     ),
     max_size=4,
@@ -361,7 +382,7 @@ def test_a_report_that_breaks_off_is_none() -> None:
         reader.feed_eof()
         return [report async for report in read_reports(reader)]
 
-    report = Report(counters=[("stream_events", R, 1.0)], gauges=[], histograms=[])
+    report = Report(counters=[("stream_events", R, 1.0)], gauges=[], states=[], histograms=[])
     whole = encode_report(report)
     for piece, *_ in (cut(whole, [at]) for at in range(1, len(whole))):
         assert asyncio.run(receive(whole + piece)) == [report]

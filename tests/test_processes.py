@@ -17,7 +17,9 @@ import pytest
 from sseproxy import config
 from sseproxy.observe.metrics import Recorder, Registry, exposition
 from sseproxy.observe.telemetry import FLUSH_INTERVAL, encode_report, read_reports
-from sseproxy.process.supervisor import Supervisor, cores, listen
+from sseproxy.process.generation import cores
+from sseproxy.process.listeners import listen
+from sseproxy.process.supervisor import Supervisor
 from sseproxy.process.worker import encode_config
 
 from .conftest import StartProxy
@@ -278,7 +280,7 @@ async def test_a_worker_that_is_just_being_started_when_the_end_comes_is_ended_a
     await until(lambda: len(children(os.getpid())) > len(others))
     (worker,) = set(children(os.getpid())).difference(others)
     # It is there, but its supervisor has not heard so.
-    heard = bool(supervisor._processes)
+    heard = supervisor._generation is not None and bool(supervisor._generation._processes)
     closing = asyncio.get_running_loop().create_task(supervisor.close())
     try:
         await until_true(lambda: not alive(worker))
@@ -299,7 +301,8 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
             theirs.send(encode_report(Recorder().report()))
     theirs.setblocking(True)
     configured = settings(upstream.url)
-    with theirs, listen("listen", configured.listen) as listener:
+    (listener,) = listen("listen", configured.listen[0])
+    with theirs, listener:
         fds = [theirs.fileno(), listener.fileno()]
         port = listener.getsockname()[1]
         process = await asyncio.create_subprocess_exec(

@@ -39,10 +39,13 @@ Labels = tuple[str, ...]
 
 
 class Metric(NamedTuple):
-    """One metric family. `labels` take values from the configuration and from closed sets only."""
+    """One metric family. `labels` take values from the configuration and from closed sets only.
+
+    Gauges of several workers are added up; a `state` is a gauge of which the last word counts, whoever said it.
+    """
 
     name: str
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Literal["counter", "gauge", "state", "histogram"]
     labels: Labels
     help: str
     buckets: tuple[float, ...] = ()
@@ -134,7 +137,20 @@ REJECTED = Metric("requests_rejected", "counter", ("route", "reason"), "Requests
 CONNECTIONS = Metric("upstream_connections", "gauge", ("upstream", "state"), "Connections to upstreams.")
 LOOP_LAG = Metric("event_loop_lag_seconds", "histogram", (), "How late a worker's timer fires.", OWN_DELAY)
 WORKERS = Metric("workers", "gauge", (), "Workers that take requests.")
+WORKERS_FINISHING = Metric(
+    "workers_finishing", "gauge", (), "Workers of earlier configurations that only finish what they have."
+)
 RESTARTS = Metric("worker_restarts", "counter", (), "Workers that ended unasked and were replaced.")
+RELOADS = Metric("config_reloads", "counter", ("result",), "Reloads of the configuration: success or failure.")
+RELOADED = Metric(
+    "config_last_reload_successful", "gauge", (), "1 if what was last read is in use, 0 if it was refused."
+)
+RELOADED_AT = Metric(
+    "config_last_reload_success_timestamp_seconds", "gauge", (), "When the configuration in use was read, in Unix time."
+)
+UPSTREAM_UP = Metric(
+    "upstream_up", "state", ("upstream",), "1 if the latest exchange got a response head from it, 0 if it failed."
+)
 BUILD_INFO = Metric("build_info", "gauge", ("version", "python", "aiohttp"), "Always 1.")
 
 METRICS: Final = (
@@ -160,10 +176,15 @@ METRICS: Final = (
     RELEASE,
     UPSTREAM_ERRORS,
     REJECTED,
+    UPSTREAM_UP,
     CONNECTIONS,
     LOOP_LAG,
     WORKERS,
+    WORKERS_FINISHING,
     RESTARTS,
+    RELOADS,
+    RELOADED,
+    RELOADED_AT,
     BUILD_INFO,
 )
 
@@ -189,6 +210,7 @@ class Report(msgspec.Struct, array_like=True):
 
     counters: list[tuple[str, Labels, float]]
     gauges: list[tuple[str, Labels, float]]
+    states: list[tuple[str, Labels, float]]
     histograms: list[tuple[str, Labels, Histogram]]
 
 
@@ -233,6 +255,7 @@ class Recorder:
     def __init__(self) -> None:
         self._counters: dict[tuple[str, Labels], float] = {}
         self._gauges: dict[tuple[str, Labels], float] = {}
+        self._states: dict[tuple[str, Labels], float] = {}
         self._histograms: dict[tuple[str, Labels], HistogramRecorder] = {}
 
     def count(self, metric: Metric, labels: Labels, amount: float = 1) -> None:
@@ -245,7 +268,8 @@ class Recorder:
         self._gauges[key] = self._gauges.get(key, 0) + by
 
     def set(self, metric: Metric, labels: Labels, value: float) -> None:
-        self._gauges[(metric.name, labels)] = value
+        of = self._states if metric.kind == "state" else self._gauges
+        of[(metric.name, labels)] = value
 
     def histogram(self, metric: Metric, labels: Labels) -> HistogramRecorder:
         """The histogram to count into; the same one for the same labels."""
@@ -257,9 +281,11 @@ class Recorder:
     def report(self) -> Report:
         """What has changed; counting starts anew."""
         counters, self._counters = self._counters, {}
+        states, self._states = self._states, {}
         return Report(
             counters=[(*key, value) for key, value in counters.items()],
             gauges=[(*key, value) for key, value in self._gauges.items()],
+            states=[(*key, value) for key, value in states.items()],
             histograms=[(*key, found.take()) for key, found in self._histograms.items() if found.changed],
         )
 
@@ -267,6 +293,8 @@ class Recorder:
         """`report` could not be sent; what it says is in the next one."""
         for name, labels, amount in report.counters:
             self._counters[name, labels] = self._counters.get((name, labels), 0) + amount
+        for name, labels, value in report.states:
+            self._states.setdefault((name, labels), value)
         for name, labels, taken in report.histograms:
             self._histograms[name, labels].add(taken)
 
@@ -278,6 +306,7 @@ class Registry(Collector):
         self._counters: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
         self._histograms: dict[str, dict[Labels, Histogram]] = {metric.name: {} for metric in METRICS}
         self._gauges: dict[int, dict[tuple[str, Labels], float]] = {}
+        self._states: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
 
     def add(self, worker: int, report: Report) -> None:
         for name, labels, amount in report.counters:
@@ -286,11 +315,17 @@ class Registry(Collector):
         gauges = self._gauges.setdefault(worker, {})
         for name, labels, value in report.gauges:
             gauges[name, labels] = value
+        for name, labels, value in report.states:
+            self._states[name][labels] = value
         for name, labels, delta in report.histograms:
             total = self._histograms[name].setdefault(labels, Histogram([0] * len(delta.counts)))
             total.counts = [a + b for a, b in zip(total.counts, delta.counts, strict=True)]
             total.sum += delta.sum
             total.exemplars |= delta.exemplars
+
+    def gauge(self, worker: int, metric: Metric, labels: Labels = ()) -> float:
+        """What `worker` says of a gauge; 0 if nothing."""
+        return self._gauges.get(worker, {}).get((metric.name, labels), 0)
 
     def drop(self, worker: int) -> dict[Labels, int]:
         """`worker` is gone, and its gauges with it. How many exchanges were on it then, by (route, upstream)."""
@@ -307,9 +342,10 @@ class Registry(Collector):
                 for labels, value in self._counters[metric.name].items():
                     counter.add_metric(labels, value)
                 yield counter
-            elif metric.kind == "gauge":
+            elif metric.kind in ("gauge", "state"):
                 gauge = GaugeMetricFamily(name, metric.help, labels=metric.labels)
-                for labels, value in self._summed(metric).items():
+                values = self._states[metric.name] if metric.kind == "state" else self._summed(metric)
+                for labels, value in values.items():
                     gauge.add_metric(labels, value)
                 yield gauge
             else:

@@ -157,11 +157,14 @@ class RouteObserver:
     def rejected(self, reason: str) -> None:
         self._recorder.count(metrics.REJECTED, (self._labels[0], reason))
 
-    def upstream_failed(self, kind: str) -> None:
+    def upstream_failed(self, kind: str, *, answered: bool) -> None:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
+        if not answered:
+            self._recorder.set(metrics.UPSTREAM_UP, self._labels[1:], 0)
 
     def response_head(self, seconds: float) -> None:
         self._head.observe(seconds)
+        self._recorder.set(metrics.UPSTREAM_UP, self._labels[1:], 1)
 
     def stream_started(self) -> None:
         self._recorder.move(metrics.STREAMS_ACTIVE, self._labels, 1)

@@ -1,152 +1,126 @@
-"""The supervisor: owns the sockets, the registry and the admin listener; starts, replaces and drains workers.
+"""The supervisor: owns the sockets, the registry and the admin listener; starts, reloads and drains generations.
 
-It never touches client traffic. A worker that ends unasked is replaced, at once the first time, later and later if
-its successors end early as well. What it had under way counts as lost.
+It never touches client traffic. A reload starts the workers of the new configuration beside those of the old one, on
+the same sockets, and only when all of them accept are the old ones told to finish: nothing is refused, nothing is cut.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import logging
-import os
 import platform
-import resource
 import signal
 import socket
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from time import perf_counter
+from pathlib import Path
 
 import aiohttp
 from aiohttp import web
 
 from .. import __version__
-from ..config import Address, Config
-from ..errors import ListenError, Outcome
+from ..config import Config, Listen
+from ..errors import ListenError, ReloadError, SseproxyError
 from ..observe import metrics
 from ..observe.metrics import Recorder, Registry
-from ..observe.telemetry import read_reports
+from . import notify
 from .admin import application
-from .worker import BACKLOG, encode_config
+from .generation import Generation
+from .listeners import clean_up, listen, url
 
 log = logging.getLogger(__name__)
 
-# A worker that lived this long was not part of a crash loop.
-_HEALTHY_AFTER = 10.0
-_BACKOFF_MIN, _BACKOFF_MAX = 0.1, 10.0
-# Of a connection that is served: the client's side and the upstream's.
-_DESCRIPTORS, _DESCRIPTORS_OF_ITS_OWN = 2, 50
+_Sockets = dict[Listen, list[socket.socket]]
+
 # What a draining worker may take beyond the drain timeout before it is killed.
 _DRAIN_GRACE = 5.0
-
-
-def listen(option: str, address: Address) -> socket.socket:
-    """A listening socket on `address`; an empty host means every interface, IPv6 included where there is one.
-
-    Raises `ListenError`.
-    """
-    try:
-        if not address.host:
-            dual = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if dual else socket.AF_INET
-            return socket.create_server(("", address.port), family=family, backlog=BACKLOG, dualstack_ipv6=dual)
-        family, *_, sockaddr = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise ListenError(option, str(address), error) from None
-
-
-def _url(listener: socket.socket | None) -> str:
-    assert listener is not None
-    host, port, *_ = listener.getsockname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def cores() -> int:
-    """The cores this process may use: its affinity, and its control group's quota, rounded up."""
-    available = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return max(1, min(available, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        return available
-
-
-def within_descriptors(config: Config) -> Config:
-    """`config`, of a worker, with no more connections than there may be descriptors for.
-
-    This process and its children may have as many as the system lets them from now on.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    wanted = config.limits.connections
-    possible = max(1, (most - _DESCRIPTORS_OF_ITS_OWN) // _DESCRIPTORS)
-    if most == resource.RLIM_INFINITY or wanted <= possible:
-        return config
-    if "connections" in config.limits.model_fields_set:
-        log.warning(
-            "a worker takes %d connections instead of %d: it may have %d descriptors (ulimit -n)",
-            possible,
-            wanted,
-            most,
-        )
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"connections": possible})})
+# For what a reload waits at most until workers have stopped accepting; it takes them a turn of their loop.
+_TAKE_OVER = 5.0
 
 
 class Supervisor:
-    """The parent of the workers. `start` it, then `run` it until its end."""
+    """The parent of the workers. `bind` and `start` it, then `run` it until its end.
 
-    def __init__(self, config: Config) -> None:
+    `reread` gives the configuration as it is now; `path` is the file that it comes from, if it is one.
+    """
+
+    def __init__(self, config: Config, reread: Callable[[], Config] | None = None, path: str | None = None) -> None:
         self.config = config
-        self.workers = cores() if config.workers == "auto" else config.workers
-        self._of_a_worker = config.share(self.workers)
+        self._reread = reread or (lambda: config)
+        self._path = path
+        self._sockets: _Sockets = {}
+        self._admin_sockets: _Sockets = {}
+        self._admin = web.AppRunner(application(self.registry, self._unready, self.reload), access_log=None)
+        self._admin_sites: dict[socket.socket, web.SockSite] = {}
         self._recorder = Recorder()
         self._registry = Registry()
-        self._listener: socket.socket | None = None
-        self._admin_socket: socket.socket | None = None
-        self._admin: web.AppRunner | None = None
-        self._processes: dict[int, asyncio.subprocess.Process] = {}
-        self._ready: set[int] = set()
+        self._numbers = itertools.count(1)
+        self._generation: Generation | None = None
+        # Those before it are among them until their last worker has ended.
+        self._generations: set[Generation] = set()
+        self._reloading = asyncio.Lock()
+        # What was in the files when they were last read.
+        self._seen: list[bytes] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._next_id = 1
-        self._keepers: list[asyncio.Task[None]] = []
         self.stopping = asyncio.Event()
         """Set once a signal, or `close`, has asked for the end."""
         self._forced: signal.Signals | None = None
 
     @property
-    def url(self) -> str:
+    def urls(self) -> list[str]:
         """Where clients connect to, once `bind` was called."""
-        return _url(self._listener)
+        scheme = "https" if self.config.tls is not None else "http"
+        return [url(sock, scheme) for sockets in self._sockets.values() for sock in sockets]
 
     @property
     def admin_url(self) -> str:
-        return _url(self._admin_socket)
+        ((sock, *_),) = self._admin_sockets.values()
+        return url(sock)
+
+    @property
+    def workers(self) -> int:
+        """How many there are to be."""
+        assert self._generation is not None
+        return self._generation.size
 
     def bind(self) -> None:
-        """Binds both listeners. Raises `ListenError`; what was bound is closed then."""
-        self._listener = listen("listen", self.config.listen)
+        """Binds all listeners. Raises `ListenError`; what was bound is closed then."""
+        self._sockets, self._admin_sockets = self._bound(self.config)
+
+    def _bound(self, config: Config) -> tuple[_Sockets, _Sockets]:
+        """The sockets that `config` listens on, for clients and for administration: open ones, and new ones."""
+        clients, admin = _Sockets(), _Sockets()
         try:
-            self._admin_socket = listen("admin.listen", self.config.admin.listen)
+            for option, addresses, known, wanted in (
+                ("listen", config.listen, self._sockets, clients),
+                ("admin.listen", (config.admin.listen,), self._admin_sockets, admin),
+            ):
+                for address in addresses:
+                    wanted[address] = known[address] if address in known else listen(option, address)
         except ListenError:
-            self._listener.close()
+            _close(_without(clients, self._sockets))
             raise
+        return clients, admin
 
     async def start(self) -> None:
         """Starts the admin listener and the workers, and returns when every worker accepts."""
-        assert self._admin_socket is not None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        self._of_a_worker = within_descriptors(self._of_a_worker)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload_unattended()))
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
-        self._admin = web.AppRunner(application(self.registry, self._unready), access_log=None)
         await self._admin.setup()
-        await web.SockSite(self._admin, self._admin_socket).start()
-        self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.workers)]
-        await self._until(lambda: len(self._ready) == self.workers or self.stopping.is_set())
+        await self._administer(self._admin_sockets)
+        async with self._reloading:
+            self._seen = self._content()
+            generation = self._generation = self._generate(self.config, self._sockets)
+            await self._until(lambda: len(generation.ready) == generation.size or self.stopping.is_set())
+            self._loaded()
 
     async def run(self) -> int:
         """Runs until a signal ends it; returns the exit status."""
@@ -155,7 +129,137 @@ class Supervisor:
         await self.close()
         return 128 + self._forced if self._forced is not None else 0
 
+    async def reload(self) -> None:
+        """Reads the configuration anew, and replaces the workers by such as have it.
+
+        Raises `SseproxyError` if that cannot be done; everything stays as it was then.
+        """
+        async with self._reloading:
+            notify.reloading()
+            try:
+                await self._replace()
+            except SseproxyError as error:
+                self._recorder.count(metrics.RELOADS, ("failure",))
+                self._recorder.set(metrics.RELOADED, (), 0)
+                for line in str(error).splitlines():
+                    log.error("not reloaded: %s", line)
+                raise
+            finally:
+                notify.ready(f"{self.workers} workers")
+            self._recorder.count(metrics.RELOADS, ("success",))
+            log.info("reloaded: %d workers, %d generations finish", self.workers, len(self._generations) - 1)
+
+    async def close(self) -> None:
+        """Drains: not ready, no accepting, workers told; returns when all have ended."""
+        self._stop()
+        for task in self._tasks:
+            task.cancel()
+        _close(self._sockets)
+        for generation in self._generations:
+            generation.drain()
+        endings = [asyncio.ensure_future(generation.ended()) for generation in self._generations]
+        try:
+            await asyncio.wait_for(asyncio.gather(*endings), self.config.drain_timeout + _DRAIN_GRACE)
+        except TimeoutError:
+            self._kill()
+        await self._admin.cleanup()
+        _close(self._admin_sockets)
+        clean_up([*self._sockets, *self._admin_sockets])
+
+    def registry(self) -> Registry:
+        """All numbers, as they stand."""
+        self._registry.add(0, self._recorder.report())
+        return self._registry
+
+    def _unready(self) -> str | None:
+        if self.stopping.is_set():
+            return "draining"
+        return None if self._generation is not None and self._generation.ready else "no worker accepts connections"
+
+    async def _administer(self, sockets: _Sockets) -> None:
+        for sock in _flat(sockets):
+            site = self._admin_sites[sock] = web.SockSite(self._admin, sock)
+            await site.start()
+
+    def _generate(self, config: Config, sockets: _Sockets) -> Generation:
+        generation = Generation(
+            config, _flat(sockets), self._numbers, self._registry, self._recorder, self._changed.set
+        )
+        self._generations.add(generation)
+        generation.start()
+        return generation
+
+    async def _replace(self) -> None:
+        if self.stopping.is_set():
+            raise ReloadError("the proxy is shutting down")
+        self._seen = self._content()
+        config = self._reread()
+        clients, admin = self._bound(config)
+        assert self._generation is not None
+        new, old = self._generate(config, clients), self._generation
+        try:
+            await self._until(lambda: new.started() or self.stopping.is_set())
+        except SseproxyError:
+            new.kill()
+            await self._end(new)
+            _close(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
+            raise
+        await self._administer(_without(admin, self._admin_sockets))
+        self._generation, self.config = new, config
+        unused, unused_admin = _without(self._sockets, clients), _without(self._admin_sockets, admin)
+        self._sockets, self._admin_sockets = clients, admin
+        old.retire()
+        self._begin(self._end(old))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TAKE_OVER):
+                await self._until(lambda: not old.ready or self.stopping.is_set())
+        for sock in _flat(unused_admin):
+            await self._admin_sites.pop(sock).stop()
+        _close(unused | unused_admin)
+        clean_up([*unused, *unused_admin])
+        self._loaded()
+
+    async def _end(self, generation: Generation) -> None:
+        await generation.ended()
+        self._generations.discard(generation)
+
+    async def _reload_unattended(self) -> None:
+        with suppress(SseproxyError):
+            await self.reload()
+
+    def _loaded(self) -> None:
+        """The configuration is in use."""
+        self._recorder.set(metrics.RELOADED, (), 1)
+        self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration
+        if self.config.reload.watch is not None and (self._watching is None or self._watching.done()):
+            self._watching = self._begin(self._watch())
+
+    async def _watch(self) -> None:
+        """Reloads when a file says something new, until a configuration wants no more of that."""
+        while (interval := self.config.reload.watch) is not None:
+            await asyncio.sleep(interval)
+            if self._content() != self._seen:
+                await self._reload_unattended()
+
+    def _content(self) -> list[bytes]:
+        """What the configuration's files say, in short."""
+        paths = [self._path, *self.config.files()] if self._path is not None else self.config.files()
+        digests = []
+        for path in paths:
+            try:
+                digests.append(hashlib.sha256(Path(path).read_bytes()).digest())
+            except OSError:
+                digests.append(b"")
+        return digests
+
+    def _begin(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     def _stop(self) -> None:
+        notify.stopping()
         self.stopping.set()
         self._changed.set()
 
@@ -164,98 +268,27 @@ class Supervisor:
             self._stop()
             return
         self._forced = number
-        self._tell_workers(signal.SIGKILL)
+        self._kill()
 
-    def _tell_workers(self, number: signal.Signals) -> None:
-        for process in self._processes.values():
-            # One that has just ended is still among them.
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
-
-    async def close(self) -> None:
-        """Drains: not ready, no accepting, workers told; returns when all have ended."""
-        self._stop()
-        if self._listener is not None:
-            self._listener.close()
-        self._tell_workers(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(asyncio.gather(*self._keepers), self.config.drain_timeout + _DRAIN_GRACE)
-        except TimeoutError:
-            self._tell_workers(signal.SIGKILL)
-        if self._admin is not None:
-            await self._admin.cleanup()
-
-    def registry(self) -> Registry:
-        """All numbers, as they stand."""
-        self._recorder.set(metrics.WORKERS, (), len(self._ready))
-        self._registry.add(0, self._recorder.report())
-        return self._registry
-
-    def _unready(self) -> str | None:
-        if self.stopping.is_set():
-            return "draining"
-        return None if self._ready else "no worker accepts connections"
+    def _kill(self) -> None:
+        for generation in self._generations:
+            generation.kill()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
 
-    async def _keep_worker(self) -> None:
-        """Keeps one worker running."""
-        backoff = 0.0
-        while not self.stopping.is_set():
-            started = perf_counter()
-            try:
-                fate = f"ended with status {await self._run_worker()}"
-                ended = True
-            except OSError as error:
-                # Out of descriptors, processes or memory; there may be some again.
-                fate, ended = f"could not be started ({error})", False
-            if self.stopping.is_set():
-                return
-            if ended:
-                self._recorder.count(metrics.RESTARTS, ())
-            lived = perf_counter() - started
-            backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
-            log.error("a worker %s after %.1fs; the next starts in %.1fs", fate, lived, backoff)
-            try:
-                await asyncio.wait_for(self.stopping.wait(), backoff)
-            except TimeoutError:
-                continue
 
-    async def _run_worker(self) -> int:
-        """Runs one worker to its end; returns its exit status. Raises `OSError` if there is no starting one."""
-        assert self._listener is not None
-        ours, theirs = socket.socketpair()
-        number, self._next_id = self._next_id, self._next_id + 1
-        fds = [theirs.fileno(), self._listener.fileno()]
-        with theirs:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds)),
-                    pass_fds=fds,
-                    # The terminal's Ctrl-C goes to a whole process group; what it means is decided here.
-                    start_new_session=True,
-                )
-            except OSError:
-                ours.close()
-                raise
-        self._processes[number] = process
-        if self.stopping.is_set():
-            with suppress(ProcessLookupError):
-                process.terminate()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        writer.write(encode_config(self._of_a_worker))
-        async for report in read_reports(reader):
-            self._registry.add(number, report)
-            if number not in self._ready:
-                self._ready.add(number)
-                self._changed.set()
-        self._ready.discard(number)
-        status = await process.wait()
-        writer.close()
-        del self._processes[number]
-        for labels, lost in self._registry.drop(number).items():
-            self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
-        return status
+def _without(sockets: _Sockets, others: _Sockets) -> _Sockets:
+    """Those on addresses that are not among `others`."""
+    return {address: bound for address, bound in sockets.items() if address not in others}
+
+
+def _flat(sockets: _Sockets) -> list[socket.socket]:
+    return [sock for bound in sockets.values() for sock in bound]
+
+
+def _close(sockets: _Sockets) -> None:
+    for sock in _flat(sockets):
+        sock.close()

@@ -2,7 +2,8 @@
 
 Started by the supervisor as `python -m sseproxy.process.worker CHANNEL LISTENER...`, which are inherited file
 descriptors. The configuration comes as the first frame of the channel; reports go back over it. The end of the
-channel is the end of the supervisor, and then the worker drains and goes, as it does on SIGTERM.
+channel is the end of the supervisor, and then the worker drains and goes, as it does on SIGTERM. On SIGHUP it does so
+as well, but as a worker whose successor has already taken over: in its own time.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from contextlib import suppress
 import uvloop
 
 from ..config import Config
+from ..observe import metrics
 from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
+from .listeners import BACKLOG
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 1024
 # Reports that wait for a supervisor that does not read; beyond it the worker adds up, and sends later.
 _UNREAD_REPORTS = 1024 * 1024
 # How long exchanges that were ended at the drain's deadline may take to write their last bytes.
@@ -60,23 +62,51 @@ class Worker:
         self.telemetry = Telemetry(loop, send, self._connections)
         self.proxy = Proxy(config, self.telemetry.observer)
 
+    def _stop_accepting(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._accepts(False)
+
+    def _accepts(self, accepts: bool) -> None:
+        """Tells the supervisor which it is."""
+        self.telemetry.recorder.set(metrics.WORKERS, (), int(accepts))
+        self.telemetry.recorder.set(metrics.WORKERS_FINISHING, (), int(not accepts))
+        self.telemetry.flush()
+
     def _connections(self) -> list[tuple[str, int, int]]:
         return [(name, *upstream.connections()) for name, upstream in self.proxy.upstreams.items()]
 
     async def start(self) -> None:
         """Accepts, and reports so."""
         loop = asyncio.get_running_loop()
+        tls = self._config.tls.context() if self._config.tls is not None else None
         for sock in self._sockets:
-            self._servers.append(await loop.create_server(self.proxy.server, sock=sock, backlog=BACKLOG))
-        self.telemetry.flush()
+            server = await loop.create_server(
+                self.proxy.server,
+                sock=sock,
+                backlog=BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=self._config.limits.request_head_time if tls is not None else None,
+            )
+            self._servers.append(server)
+        self._accepts(True)
 
-    async def drain(self) -> None:
-        """Stops accepting, lets exchanges end until the drain timeout, then ends them and closes everything."""
-        for server in self._servers:
-            server.close()
+    async def retire(self, ending: asyncio.Event) -> None:
+        """Stops accepting, and lets exchanges end, as long as a reload allows, or until `ending`."""
+        self._stop_accepting()
+        self.proxy.retire()
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self.proxy.server.empty, ending)]
+        await asyncio.wait(waiting, timeout=self._config.reload.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in waiting:
+            waiter.cancel()
+
+    async def drain(self, seconds: float | None = None) -> None:
+        """Stops accepting, lets exchanges end for `seconds` (`drain_timeout`), then ends them and closes everything."""
+        self._stop_accepting()
         self.proxy.drain()
         try:
-            await asyncio.wait_for(self.proxy.server.empty.wait(), self._config.drain_timeout)
+            async with asyncio.timeout(self._config.drain_timeout if seconds is None else seconds):
+                await self.proxy.server.empty.wait()
         except TimeoutError:
             log.warning("%d exchanges are ended by the drain timeout", len(self.proxy.active))
             self.proxy.end_exchanges()
@@ -88,8 +118,14 @@ class Worker:
 
 async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     loop = asyncio.get_running_loop()
-    ending = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, ending.set)
+    ending, retiring = asyncio.Event(), asyncio.Event()
+
+    def end() -> None:
+        ending.set()
+        retiring.set()
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    loop.add_signal_handler(signal.SIGHUP, retiring.set)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
     config = await _read_config(reader)
 
@@ -113,12 +149,14 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
             await reader.read()
         finally:
             # A supervisor that died with reports unread is a reset, not an end.
-            ending.set()
+            end()
 
     watch = loop.create_task(supervisor_gone())
-    await ending.wait()
+    await retiring.wait()
+    if not ending.is_set():
+        await worker.retire(ending)
     watch.cancel()
-    await worker.drain()
+    await worker.drain(None if ending.is_set() else 0.0)
     writer.close()
     # The supervisor may be gone, or take nothing.
     with suppress(OSError, TimeoutError):

@@ -150,7 +150,7 @@ class DownstreamProtocol(RequestHandler):
         self.address = ""
         """The client's, without its port; empty if it has none."""
         self.free_at = 0.0
-        """When the exchange before this one ended."""
+        """When the exchange before this one ended, or the connection began."""
         self.left_at: float | None = None
         """When the client was seen gone, if it left during an exchange."""
         self.on_leave: Callable[[], None] | None = None
@@ -175,6 +175,7 @@ class DownstreamProtocol(RequestHandler):
             # A socket for both tells an IPv4 client as ::ffff:192.0.2.1.
             self.address = str(peer[0]).removeprefix("::ffff:")
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=WRITE_BUFFER)
+        self.free_at = perf_counter()
         super().connection_made(transport)
         transport.set_protocol(BoundedReads(self))
         self.refused = self._server.admit(self)
@@ -271,10 +272,11 @@ class DownstreamProtocol(RequestHandler):
         if self._current_request is not None:
             self._leave()
 
-    def close_if_idle(self) -> None:
-        """Closes the connection unless a request is on it, or about to be."""
+    def close_if_idle(self, seconds: float) -> None:
+        """Closes the connection if no request is on it, and none has been for so long."""
         fresh = self._request_count == 0 and self._waiter is None
-        if fresh or (self._waiter is not None and not self._waiter.done()):
+        idle = fresh or (self._waiter is not None and not self._waiter.done())
+        if idle and perf_counter() - max(self.free_at, self.read_at) >= seconds:
             self.force_close()
 
     def _leave(self) -> None:
@@ -485,10 +487,11 @@ class DownstreamServer(Server):
         if not self._connections:
             self.empty.set()
 
-    def close_idle(self) -> None:
+    def close_idle_for(self, seconds: float) -> None:
+        """Closes the connections that have been without a request for so long."""
         for connection in self.connections:
             assert isinstance(connection, DownstreamProtocol)
-            connection.close_if_idle()
+            connection.close_if_idle(seconds)
 
     def __call__(self) -> DownstreamProtocol:
         return DownstreamProtocol(self, self._loop)

@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 _MAX_REFUSAL = 64 * 1024
 # A request may come through here more than once on purpose; this often it goes in circles.
 _MAX_PASSES = 8
+# Once others take the requests: a client that has sent none for so long is not about to.
+_IDLE_BEFORE_CLOSE = 5.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -90,7 +92,9 @@ class Proxy:
         self._on_route: Counter[str] = Counter()
         self._trusted = config.trusted_proxies
         self.active: set[_Relay] = set()
+        self.retiring = False
         self.draining = False
+        self._closing_idle: asyncio.TimerHandle | None = None
         self.server = DownstreamServer(self.handle, self._malformed, self.limits)
 
     async def handle(self, request: BaseRequest) -> web.StreamResponse:
@@ -118,10 +122,20 @@ class Proxy:
         host = ipaddress.ip_address(address)
         return any(host in network for network in self._trusted)
 
+    def retire(self) -> None:
+        """Others take what comes from now on, and there is no hurry: `server.empty` tells when all has ended.
+
+        A client that was promised that its connection stays may be about to use it, so such connections end after
+        their next response, which says so, or when they have been idle for a while.
+        """
+        self.retiring = True
+        self.server.close_idle_for(_IDLE_BEFORE_CLOSE)
+        self._closing_idle = asyncio.get_running_loop().call_later(_IDLE_BEFORE_CLOSE / 5, self.retire)
+
     def drain(self) -> None:
         """Connections end after the exchange that is on them, idle ones now; `server.empty` tells when all have."""
         self.draining = True
-        self.server.close_idle()
+        self.server.close_idle_for(0.0)
 
     def end_exchanges(self) -> None:
         """The drain is over: what is still under way ends with an error."""
@@ -129,6 +143,8 @@ class Proxy:
             relay.fail(Draining())
 
     async def close(self) -> None:
+        if self._closing_idle is not None:
+            self._closing_idle.cancel()
         await self.server.shutdown(timeout=1.0)
         self.server.hangups.close()
         for upstream in self.upstreams.values():
@@ -232,13 +248,14 @@ class _Relay:
         return self._failed(error) if isinstance(error, ExchangeError) else self._recorded().completed()
 
     def _failed(self, error: ExchangeError) -> Outcome:
-        outcome = self._recorded().failed(error)
+        exchange = self._recorded()
+        outcome = exchange.failed(error)
         if outcome is not error.outcome:
             return outcome
         if isinstance(error, UpstreamError):
-            self._recorded().observer.upstream_failed(error.kind)
+            exchange.observer.upstream_failed(error.kind, answered=exchange.head_at is not None)
         elif isinstance(error, RequestError):
-            self._recorded().observer.rejected(error.reason)
+            exchange.observer.rejected(error.reason)
         return outcome
 
     def _end(self, outcome: Outcome) -> None:
@@ -272,7 +289,7 @@ class _Relay:
         return (
             self._request.keep_alive
             and self._request.method != "CONNECT"
-            and not self._proxy.draining
+            and not (self._proxy.draining or self._proxy.retiring)
             and self._request.content.is_eof()
             and self._framing_out != "close"
         )

@@ -265,12 +265,10 @@ class Upstream:
     def __init__(self, config: UpstreamConfig, limits: Limits) -> None:
         url = URL(config.url, encoded=True)
         self.name = config.name
-        self.api_key = config.api_key.get_secret_value().encode() if config.api_key is not None else None
+        self.api_key = config.key.get_secret_value().encode() if config.key is not None else None
         self.base_path = url.raw_path.rstrip("/")
         self.host = (url.host_port_subcomponent or "").encode("ascii")
-        ca_file = config.tls.ca_file
-        tls: ssl.SSLContext | Literal[True] = ssl.create_default_context(cafile=ca_file) if ca_file else True
-        self._target = cast(ClientRequest, _Target(url, tls))
+        self._target = cast(ClientRequest, _Target(url, config.tls.context() if url.scheme == "https" else True))
         # No limit: a request is never queued for a connection where nobody sees it.
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
         self._refusing: dict[str | None, None] = {}

@@ -1,0 +1,196 @@
+"""A generation: the workers of one configuration, started together, replaced when they end unasked, retired together.
+
+A worker that ends unasked is replaced, at once the first time, later and later if its successors end early as well.
+What it had under way counts as lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from time import perf_counter
+
+from ..config import Config
+from ..errors import Outcome, ReloadError
+from ..observe import metrics
+from ..observe.metrics import Recorder, Registry
+from ..observe.telemetry import read_reports
+from .worker import encode_config
+
+log = logging.getLogger(__name__)
+
+# A worker that lived this long was not part of a crash loop.
+_HEALTHY_AFTER = 10.0
+_BACKOFF_MIN, _BACKOFF_MAX = 0.1, 10.0
+# Of a connection that is served: the client's side and the upstream's.
+_DESCRIPTORS, _DESCRIPTORS_OF_ITS_OWN = 2, 50
+
+
+def cores() -> int:
+    """The cores this process may use: its affinity, and its control group's quota, rounded up."""
+    available = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return max(1, min(available, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return available
+
+
+def within_descriptors(config: Config) -> Config:
+    """`config`, of a worker, with no more connections than there may be descriptors for.
+
+    This process and its children may have as many as the system lets them from now on.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    wanted = config.limits.connections
+    possible = max(1, (most - _DESCRIPTORS_OF_ITS_OWN) // _DESCRIPTORS)
+    if most == resource.RLIM_INFINITY or wanted <= possible:
+        return config
+    if "connections" in config.limits.model_fields_set:
+        log.warning(
+            "a worker takes %d connections instead of %d: it may have %d descriptors (ulimit -n)",
+            possible,
+            wanted,
+            most,
+        )
+    return config.model_copy(update={"limits": config.limits.model_copy(update={"connections": possible})})
+
+
+class Generation:
+    """The workers of `config`, which accept on `sockets` until they are told otherwise.
+
+    `numbers` tells the workers of all generations apart in the registry; `changed` is called when one is ready, or
+    has ended.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sockets: Sequence[socket.socket],
+        numbers: Iterator[int],
+        registry: Registry,
+        recorder: Recorder,
+        changed: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.size = cores() if config.workers == "auto" else config.workers
+        self.ready: set[int] = set()
+        """The workers that accept, by their numbers."""
+        self.fate = ""
+        """How the latest worker ended that did so unasked."""
+        self._of_a_worker = config.share(self.size)
+        self._sockets = sockets
+        self._numbers = numbers
+        self._registry = registry
+        self._recorder = recorder
+        self._changed = changed
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        # What workers that have just been started are to be told as well.
+        self._told: signal.Signals | None = None
+        self._closing = asyncio.Event()
+
+    def start(self) -> None:
+        """Starts the workers; `ready` tells which of them accept."""
+        self._of_a_worker = within_descriptors(self._of_a_worker)
+        loop = asyncio.get_running_loop()
+        self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.size)]
+
+    def started(self) -> bool:
+        """Whether every worker accepts. Raises `ReloadError` if one could not do so much as begin."""
+        if self.fate and not self.ready:
+            raise ReloadError(f"a new worker {self.fate} before it accepted connections")
+        return len(self.ready) == self.size
+
+    def retire(self) -> None:
+        """No more accepting; exchanges go on as `reload.drain_timeout` has it. Returns at once."""
+        self._tell(signal.SIGHUP)
+
+    def drain(self) -> None:
+        """No more accepting; exchanges go on as `drain_timeout` has it. Returns at once."""
+        self._tell(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._tell(signal.SIGKILL)
+
+    def _tell(self, number: signal.Signals) -> None:
+        self._told = number
+        self._closing.set()
+        for process in self._processes.values():
+            # One that has just ended is still among them.
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    async def ended(self) -> None:
+        """Waits until every worker has ended, after they were told to."""
+        await asyncio.wait(self._keepers)
+
+    async def _keep_worker(self) -> None:
+        """Keeps one worker running."""
+        backoff = 0.0
+        while not self._closing.is_set():
+            started = perf_counter()
+            try:
+                fate = f"ended with status {await self._run_worker()}"
+                ended = True
+            except OSError as error:
+                # Out of descriptors, processes or memory; there may be some again.
+                fate, ended = f"could not be started ({error})", False
+            if self._closing.is_set():
+                return
+            if ended:
+                self._recorder.count(metrics.RESTARTS, ())
+            lived = perf_counter() - started
+            backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
+            log.error("a worker %s after %.1fs; the next starts in %.1fs", fate, lived, backoff)
+            self.fate = fate
+            self._changed()
+            try:
+                await asyncio.wait_for(self._closing.wait(), backoff)
+            except TimeoutError:
+                continue
+
+    async def _run_worker(self) -> int:
+        """Runs one worker to its end; returns its exit status. Raises `OSError` if there is no starting one."""
+        ours, theirs = socket.socketpair()
+        number = next(self._numbers)
+        fds = [theirs.fileno(), *(sock.fileno() for sock in self._sockets)]
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds)),
+                    pass_fds=fds,
+                    # The terminal's Ctrl-C goes to a whole process group; what it means is decided here.
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
+        self._processes[number] = process
+        if self._told is not None:
+            with suppress(ProcessLookupError):
+                process.send_signal(self._told)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        writer.write(encode_config(self._of_a_worker))
+        async for report in read_reports(reader):
+            self._registry.add(number, report)
+            accepts = bool(self._registry.gauge(number, metrics.WORKERS))
+            if accepts != (number in self.ready):
+                (self.ready.add if accepts else self.ready.discard)(number)
+                self._changed()
+        self.ready.discard(number)
+        status = await process.wait()
+        writer.close()
+        del self._processes[number]
+        for labels, lost in self._registry.drop(number).items():
+            self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
+        return status

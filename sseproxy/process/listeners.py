@@ -1,0 +1,101 @@
+"""Listening sockets: TCP, Unix, or passed by the service manager (sd_listen_fds(3))."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+
+from ..config import Address, Listen, PassedSocket, UnixAddress
+from ..errors import ListenError
+
+BACKLOG = 1024
+# The first descriptor that a service manager passes.
+_LISTEN_FDS_START = 3
+
+
+def listen(option: str, address: Listen) -> list[socket.socket]:
+    """Listening sockets on `address`, which `option` configures: one, or as many as were passed.
+
+    An empty host means every interface, IPv6 included where there is one. Raises `ListenError`.
+    """
+    try:
+        match address:
+            case Address():
+                return [_listen_tcp(address)]
+            case UnixAddress():
+                return [_listen_unix(address)]
+            case PassedSocket():
+                return _passed(address)
+    except OSError as error:
+        raise ListenError(option, str(address), error) from None
+
+
+def _listen_tcp(address: Address) -> socket.socket:
+    if not address.host:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        return socket.create_server(("", address.port), family=family, backlog=BACKLOG, dualstack_ipv6=dual)
+    family, *_, sockaddr = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
+
+
+def _listen_unix(address: UnixAddress) -> socket.socket:
+    _remove_abandoned(address.path)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(address.path)
+        os.chmod(address.path, address.mode)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_abandoned(path: str) -> None:
+    """Removes the socket that a process left behind which no longer listens; raises OSError if one does."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _passed(address: PassedSocket) -> list[socket.socket]:
+    number = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    names += [""] * (number - len(names))
+    fds = [
+        fd for fd, name in enumerate(names[:number], _LISTEN_FDS_START) if address.name is None or name == address.name
+    ]
+    if not fds:
+        raise OSError(errno.ENOENT, "no such socket was passed by the service manager")
+    # The descriptors stay as they are for who asks again: these are copies.
+    return [socket.socket(fileno=os.dup(fd)) for fd in fds]
+
+
+def clean_up(addresses: Iterable[Listen]) -> None:
+    """Removes what sockets on `addresses`, closed by now, have left in the file system, unless others listen there."""
+    for address in addresses:
+        if isinstance(address, UnixAddress):
+            with suppress(OSError):
+                _remove_abandoned(address.path)
+
+
+def url(sock: socket.socket, scheme: str = "http") -> str:
+    """Where `sock` is reached: an URL, or unix: and its path."""
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    host, port, *_ = sock.getsockname()
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

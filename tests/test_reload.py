@@ -1,0 +1,378 @@
+"""A configuration takes the place of another: nothing is refused, nothing is cut, and mistakes change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientSession
+
+from sseproxy import config
+from sseproxy.errors import ReloadError
+from sseproxy.process.supervisor import Supervisor
+
+from .conftest import StartProxy
+from .harness import (
+    DEADLINE,
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    RunningProxy,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    post,
+    settings,
+    until,
+)
+from .served import Served, alive, children, serve, until_true
+
+RELOADS = 100
+SHORT = b'{"object":"list","data":[]}'
+
+
+class File:
+    """A configuration file with one worker, one route and one upstream, whatever else a test has in it."""
+
+    def __init__(self, path: Path, upstream: ScriptedUpstream, **more: str) -> None:
+        self.path = path / "sseproxy.yaml"
+        self.write(upstream, **more)
+
+    def write(self, upstream: ScriptedUpstream, **more: str) -> None:
+        options = {
+            "listen": "127.0.0.1:0",
+            "admin": "{listen: '127.0.0.1:0'}",
+            "workers": "1",
+            "upstreams": f"[{{name: up, url: '{upstream.url}/v1', {more.pop('key', '')}}}]",
+            "routes": "[{name: api, match: {path: /v1}, upstream: up}]",
+        }
+        self.path.write_text("".join(f"{key}: {value}\n" for key, value in (options | more).items()))
+
+    def serve(self) -> AbstractAsyncContextManager[Served]:
+        return serve("-c", str(self.path))
+
+
+async def reload(served: Served) -> tuple[int, str]:
+    async with (
+        ClientSession() as session,
+        session.post(f"http://127.0.0.1:{served.admin}/-/reload") as response,
+    ):
+        return response.status, await response.text()
+
+
+async def answer(peer: Peer, body: bytes = SHORT) -> None:
+    peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+async def asked(served: Served, upstream: ScriptedUpstream) -> Peer:
+    """A new request has arrived at `upstream`, and is answered."""
+    client = await served.connect()
+    client.send(post())
+    api = await upstream.accept()
+    message = await api.message()
+    await answer(api, str(message.get("authorization")).encode())
+    assert (await client.message()).status == 200
+    return client
+
+
+async def streaming(served: Served, upstream: ScriptedUpstream) -> tuple[Peer, Peer]:
+    """A client and an upstream in the middle of a stream."""
+    client = await served.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("Hi")))
+    await client.read_until(delta("Hi"))
+    return client, api
+
+
+async def by_signal(served: Served) -> None:
+    before = await served.sample(r'config_reloads_total\{result="success"\}')
+    served.process.send_signal(signal.SIGHUP)
+    await served.until(r'config_reloads_total\{result="success"\}', before + 1)
+
+
+async def by_request(served: Served) -> None:
+    assert await reload(served) == (200, "reloaded\n")
+
+
+@pytest.mark.parametrize("begin_reload", [by_signal, by_request], ids=["signal", "request"])
+async def test_new_requests_go_by_the_new_configuration_and_streams_end_by_the_old(
+    upstream: ScriptedUpstream, tmp_path: Path, begin_reload: Callable[[Served], Awaitable[None]]
+) -> None:
+    file = File(tmp_path, upstream)
+    async with ScriptedUpstream() as other, file.serve() as served:
+        assert await served.sample("config_last_reload_successful") == 1
+        loaded_at = await served.sample("config_last_reload_success_timestamp_seconds")
+        client, api = await streaming(served, upstream)
+        (old,) = served.workers
+        file.write(other)
+        await begin_reload(served)
+        await asked(served, other)
+        assert await served.sample("workers") == 1
+        assert await served.sample("workers_finishing") == 1
+        assert await served.sample("config_last_reload_success_timestamp_seconds") > loaded_at
+        api.send(chunk(DONE), LAST_CHUNK)
+        await client.read_until(chunk(DONE) + LAST_CHUNK)
+        client.close()
+        await until_true(lambda: old not in served.workers)
+        await served.until("workers_finishing", 0)
+        assert await served.sample("worker_restarts_total") == 0
+        await served.until(r'requests_total\{.*outcome="completed".*\}', 2)
+        assert await served.sample(r"(streams|requests)_active\{.*\}") == 0
+
+
+async def test_a_configuration_with_mistakes_changes_nothing_and_says_the_same_everywhere(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = File(tmp_path, upstream)
+    async with file.serve() as served:
+        workers = served.workers
+        file.write(upstream, workers="none", lsten=":80")
+        status, text = await reload(served)
+        assert status == 400
+        lines = text.splitlines()
+        assert [re.sub(r"^\S+/sseproxy.yaml:(\d+).*?: (\w+): .*", r"\1 \2", line) for line in lines] == [
+            "3 workers",
+            "6 lsten",
+        ]
+        await until_true(lambda: all(f"not reloaded: {line}\n" in served.stderr for line in lines))
+        assert await served.sample("config_last_reload_successful") == 0
+        assert await served.sample(r'config_reloads_total\{result="failure"\}') == 1
+        await asked(served, upstream)
+        assert served.workers == workers
+        file.write(upstream)
+        assert (await reload(served))[0] == 200
+        assert await served.sample("config_last_reload_successful") == 1
+
+
+async def test_an_address_that_is_taken_changes_nothing(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = File(tmp_path, upstream)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with file.serve() as served:
+            workers = served.workers
+            file.write(upstream, listen=f"['127.0.0.1:0', '{address}']")
+            assert await reload(served) == (400, f"listen: cannot listen on {address}: address already in use\n")
+            await asked(served, upstream)
+            assert served.workers == workers
+
+
+async def test_listeners_come_and_go(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = File(tmp_path, upstream)
+    path = tmp_path / "s"
+    async with file.serve() as served:
+        file.write(upstream, listen=f"unix:{path}", admin=f"{{listen: 'unix:{tmp_path / 'admin'}'}}")
+        assert (await reload(served))[0] == 200
+        client = Peer(*await asyncio.open_unix_connection(str(path)))
+        client.send(post())
+        api = await upstream.accept()
+        await api.message()
+        await answer(api)
+        assert (await client.message()).status == 200
+        client.close()
+        for port in (served.port, served.admin):
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", port)
+        admin = Peer(*await asyncio.open_unix_connection(str(tmp_path / "admin")))
+        admin.send(b"GET /readyz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert (await admin.message()).status == 200
+        admin.close()
+        served.process.terminate()
+        assert await served.ended() == 0
+    assert not path.exists()
+
+
+async def test_keys_are_read_anew(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk-old\n")
+    file = File(tmp_path, upstream, key=f"api_key_file: '{key}'")
+    async with file.serve() as served:
+        for expected in ("sk-old", "sk-new"):
+            key.write_text(f"{expected}\n")
+            assert (await reload(served))[0] == 200
+            client = await served.connect()
+            client.send(post())
+            api = await upstream.accept()
+            assert (await api.message()).get("authorization") == f"Bearer {expected}"
+        assert "sk-" not in served.stderr
+
+
+async def test_what_is_watched_is_reloaded_when_its_content_changes(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    """As Kubernetes does it: what is read is a link to a link, and the inner one is replaced."""
+    versions = [tmp_path / name for name in ("one", "two")]
+    for version in versions:
+        version.mkdir()
+    file = File(versions[0], upstream, reload="{watch: 50ms}")
+    async with ScriptedUpstream() as other:
+        File(versions[1], other, reload="{watch: 50ms}")
+        (tmp_path / "..data").symlink_to(versions[0])
+        (tmp_path / "sseproxy.yaml").symlink_to(tmp_path / "..data" / "sseproxy.yaml")
+        file.path = tmp_path / "sseproxy.yaml"
+        async with file.serve() as served:
+            await asked(served, upstream)
+            (tmp_path / "next").symlink_to(versions[1])
+            (tmp_path / "next").rename(tmp_path / "..data")
+            await served.until(r'config_reloads_total\{result="success"\}', 1)
+            await asked(served, other)
+            # What is refused is not tried again until it changes again.
+            (versions[1] / "sseproxy.yaml").write_text("nonsense")
+            await served.until(r'config_reloads_total\{result="failure"\}', 1)
+            file.path = versions[1] / "sseproxy.yaml"
+            file.write(upstream)
+            await served.until(r'config_reloads_total\{result="success"\}', 2)
+            assert await served.sample(r'config_reloads_total\{result="failure"\}') == 1
+            await asked(served, upstream)
+
+
+async def test_workers_that_do_not_come_up_change_nothing(
+    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor.bind()
+    before = children(os.getpid())
+    try:
+        await supervisor.start()
+        workers = set(children(os.getpid())).difference(before)
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(ReloadError, match="a new worker ended with status 1 before it accepted connections"):
+                await supervisor.reload()
+        assert workers <= set(children(os.getpid()))
+        assert supervisor.registry()._gauges[0]["config_last_reload_successful", ()] == 0
+        await supervisor.reload()
+        await until_true(lambda: not any(map(alive, workers)))
+    finally:
+        await supervisor.close()
+    assert set(children(os.getpid())) == set(before)
+
+
+async def test_the_end_ends_those_that_finish_as_well(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = File(tmp_path, upstream, drain_timeout="300ms")
+    async with file.serve() as served:
+        client, _ = await streaming(served, upstream)
+        assert (await reload(served))[0] == 200
+        workers = served.workers
+        assert len(workers) == 2
+        served.process.terminate()
+        received, _ = await client.rest()
+        assert b'"code": "draining"' in received
+        assert await served.ended() == 0
+        await until_true(lambda: not any(map(alive, workers)))
+
+
+async def test_exchanges_from_before_a_reload_may_be_given_a_time(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = File(tmp_path, upstream, reload="{drain_timeout: 100ms}")
+    async with file.serve() as served:
+        client, _ = await streaming(served, upstream)
+        assert (await reload(served))[0] == 200
+        received, _ = await client.rest()
+        assert b'"code": "draining"' in received
+        await served.until(r'requests_total\{.*outcome="drained".*\}', 1)
+        await asked(served, upstream)
+
+
+async def test_a_connection_that_a_client_keeps_serves_its_next_request_and_says_that_it_is_the_last(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client, api = await begin(proxy, upstream)
+    await answer(api)
+    assert (await client.message()).get("connection") is None
+    fresh = await proxy.connect()
+    await until(lambda: len(proxy.worker.proxy.server.connections) == 2)
+    ending = asyncio.Event()
+    retiring = asyncio.get_running_loop().create_task(proxy.worker.retire(ending))
+    await until(lambda: proxy.worker.proxy.retiring)
+    for peer in (client, fresh):
+        peer.send(post())
+        await api.message()
+        await answer(api)
+        assert (await peer.message()).get("connection") == "close"
+        assert await peer.rest() == (b"", "fin")
+    async with asyncio.timeout(DEADLINE):
+        await retiring
+
+
+async def test_idle_connections_of_a_worker_that_finishes_end_in_the_end(
+    start: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sseproxy.relay.proxy._IDLE_BEFORE_CLOSE", 0.2)
+    proxy = await start(upstream.url)
+    idle, fresh = await proxy.connect(), await proxy.connect()
+    idle.send(post())
+    api = await upstream.accept()
+    await api.message()
+    await answer(api)
+    assert (await idle.message()).status == 200
+    async with asyncio.timeout(DEADLINE):
+        await proxy.worker.retire(asyncio.Event())
+    assert await idle.rest() == (b"", "fin")
+    assert await fresh.rest() == (b"", "fin")
+
+
+@pytest.mark.timeout(300)
+async def test_a_hundred_reloads_under_load_refuse_nothing_and_cut_nothing(tmp_path: Path) -> None:
+    over = asyncio.Event()
+
+    async def model(api: Peer) -> None:
+        while True:
+            request = await api.message()
+            if b"stream" not in request.body:
+                await answer(api)
+                continue
+            api.send(STREAM_HEAD)
+            for number in range(20):
+                api.send(chunk(delta(str(number))))
+                # The pace of a model.
+                await asyncio.sleep(0.02)
+            api.send(chunk(DONE), LAST_CHUNK)
+
+    async def keep_asking(served: Served, body: bytes, *, keep: bool) -> int:
+        """Request after request until the end; raises if one of them is not answered whole."""
+        answered = 0
+        client: Peer | None = None
+        while not over.is_set():
+            if client is None:
+                client = Peer(*await asyncio.open_connection("127.0.0.1", served.port))
+            client.send(post(body))
+            response = await client.message()
+            assert (response.status, response.complete) == (200, True)
+            answered += 1
+            if not keep or response.get("connection") == "close":
+                client.close()
+                client = None
+            await asyncio.sleep(0.005)
+        if client is not None:
+            client.close()
+        return answered
+
+    async with ScriptedUpstream(model) as upstream:
+        file = File(tmp_path, upstream)
+        async with file.serve() as served:
+            work = [(b'{"stream":true}', True), (b'{"stream":true}', False), (b"{}", True), (b"{}", False)]
+            tasks = [
+                asyncio.get_running_loop().create_task(keep_asking(served, body, keep=keep)) for body, keep in 2 * work
+            ]
+            for number in range(RELOADS):
+                file.write(upstream, drain_timeout=f"{number + 1}s")
+                assert await reload(served) == (200, "reloaded\n")
+                assert not any(task.done() for task in tasks), [task for task in tasks if task.done()]
+            over.set()
+            answered = sum(await asyncio.gather(*tasks))
+            await served.until("workers_finishing", 0)
+            assert await served.sample(r"requests_total\{.*\}") == answered
+            assert await served.sample(r'requests_total\{.*outcome="completed".*\}') == answered
+            assert await served.sample(r'config_reloads_total\{result="success"\}') == RELOADS
+            assert await served.sample(r"(streams|requests)_active\{.*\}") == 0
+            assert await served.sample("worker_restarts_total") == 0
