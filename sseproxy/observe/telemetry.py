@@ -17,6 +17,7 @@ from ..errors import Outcome
 from ..relay.exchange import Exchange
 from ..wire.dialects import Usage
 from . import metrics
+from .access import AccessLog
 from .metrics import ExemplarValue, Labels, Recorder, Report
 
 # The latest that something happens before it is on its way to /metrics.
@@ -58,8 +59,10 @@ class Telemetry:
         loop: asyncio.AbstractEventLoop,
         send: Callable[[Report], bool],
         connections: Callable[[], list[tuple[str, int, int]]],
+        access: AccessLog | None = None,
     ) -> None:
         self.recorder = Recorder()
+        self.access = access
         self._loop = loop
         self._send = send
         self._connections = connections
@@ -99,6 +102,8 @@ class Telemetry:
         for upstream, active, idle in self._connections():
             self.recorder.set(metrics.CONNECTIONS, (upstream, "active"), active)
             self.recorder.set(metrics.CONNECTIONS, (upstream, "idle"), idle)
+        if self.access is not None:
+            self.access.flush()
         report = self.recorder.report()
         sent = self._send(report)
         if not sent:
@@ -113,6 +118,8 @@ class Telemetry:
         self.flush()
         if self._flush is not None:
             self._flush.cancel()
+        if self.access is not None:
+            self.access.close()
 
     def _measure_lag(self, due: float) -> None:
         now = perf_counter()
@@ -123,6 +130,8 @@ class Telemetry:
 
 class RouteObserver:
     """Implements `relay.exchange.Observer` for one route, upstream and label of a model."""
+
+    gap_buckets = len(metrics.BETWEEN_TOKENS) + 1
 
     __slots__ = (
         "_first_event",
@@ -178,8 +187,8 @@ class RouteObserver:
             at = time.time()  # noqa: TID251 - an exemplar's timestamp is wall-clock time
             self._first_token.exemplars[bucket] = ExemplarValue(seconds, request_id, at)
 
-    def gap(self, seconds: float) -> None:
-        self._gaps.observe(seconds)
+    def gap(self, seconds: float) -> int:
+        return self._gaps.observe(seconds)
 
     def forwarded(self, seconds: float) -> None:
         self._forward.observe(seconds)
@@ -211,6 +220,8 @@ class RouteObserver:
         if exchange.usage is not None:
             self._count_usage(exchange.usage)
             self._count_pace(exchange, exchange.usage.output)
+        if self._telemetry.access is not None:
+            self._telemetry.access.ended(exchange)
         self._telemetry.ended()
 
     def _count_usage(self, usage: Usage) -> None:

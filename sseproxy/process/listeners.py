@@ -80,7 +80,7 @@ def _passed(address: PassedSocket) -> list[socket.socket]:
         fd for fd, name in enumerate(names[:number], _LISTEN_FDS_START) if address.name is None or name == address.name
     ]
     if not fds:
-        raise OSError(errno.ENOENT, "no such socket was passed by the service manager")
+        raise OSError(0, "no such socket was passed by the service manager")
     # The descriptors stay as they are for who asks again: these are copies.
     return [socket.socket(fileno=os.dup(fd)) for fd in fds]
 

@@ -121,6 +121,7 @@ class Supervisor:
             generation = self._generation = self._generate(self.config, self._sockets)
             await self._until(lambda: len(generation.ready) == generation.size or self.stopping.is_set())
             self._loaded()
+        notify.ready(f"{self.workers} workers")
 
     async def run(self) -> int:
         """Runs until a signal ends it; returns the exit status."""

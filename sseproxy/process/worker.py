@@ -23,6 +23,7 @@ import uvloop
 
 from ..config import Config
 from ..observe import metrics
+from ..observe.access import AccessLog, to_standard_output
 from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
@@ -54,12 +55,18 @@ async def _read_config(reader: asyncio.StreamReader) -> Config:
 class Worker:
     """The relay on its sockets. `send` takes a report, and says False if it cannot take one now."""
 
-    def __init__(self, config: Config, sockets: Sequence[socket.socket], send: Callable[[Report], bool]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sockets: Sequence[socket.socket],
+        send: Callable[[Report], bool],
+        access: AccessLog | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self._config = config
         self._sockets = sockets
         self._servers: list[asyncio.Server] = []
-        self.telemetry = Telemetry(loop, send, self._connections)
+        self.telemetry = Telemetry(loop, send, self._connections, access)
         self.proxy = Proxy(config, self.telemetry.observer)
 
     def _stop_accepting(self) -> None:
@@ -138,7 +145,8 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
         writer.write(encode_report(report))
         return True
 
-    worker = Worker(config, [socket.socket(fileno=fd) for fd in listener_fds], send)
+    sockets = [socket.socket(fileno=fd) for fd in listener_fds]
+    worker = Worker(config, sockets, send, to_standard_output(config.access_log))
     await worker.start()
     # What was imported and built so far lives as long as the process; collections need not look at it again.
     gc.collect()

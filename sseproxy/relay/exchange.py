@@ -20,6 +20,8 @@ from ..wire.sse import EventParser
 class Observer(Protocol):
     """What an exchange tells while it lives. Durations are in seconds."""
 
+    gap_buckets: int
+
     def started(self) -> None: ...
     def rejected(self, reason: str) -> None: ...
     def upstream_failed(self, kind: str, *, answered: bool) -> None: ...
@@ -27,7 +29,10 @@ class Observer(Protocol):
     def stream_started(self) -> None: ...
     def first_event(self, seconds: float) -> None: ...
     def first_token(self, seconds: float, request_id: str) -> None: ...
-    def gap(self, seconds: float) -> None: ...
+    def gap(self, seconds: float) -> int:
+        """Returns the gap's bucket, below `gap_buckets`."""
+        ...
+
     def forwarded(self, seconds: float) -> None: ...
     def released(self, seconds: float) -> None: ...
     def finished(self, exchange: Exchange) -> None: ...
@@ -37,19 +42,26 @@ class Exchange:
     """One request and its response, as an operator wants to know it. Instants are `perf_counter` readings."""
 
     __slots__ = (
+        "api",
+        "client",
         "ended_at",
         "events",
         "finish_reason",
         "first_delta_at",
         "first_event_at",
         "first_token_at",
+        "gaps",
         "garbled",
         "head_at",
         "is_stream",
         "last_delta_at",
+        "longest_gap",
         "marker_seen",
+        "method",
+        "model",
         "observer",
         "outcome",
+        "reason",
         "received_at",
         "request_bytes",
         "request_id",
@@ -57,6 +69,7 @@ class Exchange:
         "route",
         "status",
         "stream_error",
+        "traceparent",
         "unread",
         "upstream",
         "usage",
@@ -68,11 +81,20 @@ class Exchange:
         self.observer = observer
         self.request_id = request_id
         self.received_at = received_at
+        self.client = self.method = self.api = ""
+        self.model: str | None = None
+        """As the request has it."""
+        self.traceparent: str | None = None
+        self.reason: str | None = None
+        """The code of the error that ended it."""
         self.head_at: float | None = None
         self.first_event_at: float | None = None
         self.first_token_at: float | None = None
         self.first_delta_at: float | None = None
         self.last_delta_at = 0.0
+        self.gaps: list[int] = []
+        """How many gaps between deltas were in which bucket of inter-token latency."""
+        self.longest_gap = 0.0
         self.ended_at: float | None = None
         self.status: int | None = None
         self.is_stream = False
@@ -108,9 +130,13 @@ class Exchange:
             if self.first_token_at is None:
                 self.first_delta_at = read_at
                 self.first_token_at = perf_counter()
+                self.gaps = [0] * self.observer.gap_buckets
                 self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
             else:
-                self.observer.gap(read_at - self.last_delta_at)
+                gap = read_at - self.last_delta_at
+                self.gaps[self.observer.gap(gap)] += 1
+                if gap > self.longest_gap:
+                    self.longest_gap = gap
             self.last_delta_at = read_at
             if meaning is DELTA:
                 return

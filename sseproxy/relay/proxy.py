@@ -85,6 +85,7 @@ class Proxy:
         self.limits = config.limits
         self.max_body = config.max_body
         self.models = config.metrics.models
+        self.names_models = config.access_log.exchanges != "off"
         self.router = routes.Router(config.routes)
         self.observer = observer
         self.upstreams = {upstream.name: Upstream(upstream, config.limits) for upstream in config.upstreams}
@@ -252,6 +253,7 @@ class _Relay:
         outcome = exchange.failed(error)
         if outcome is not error.outcome:
             return outcome
+        exchange.reason = error.code
         if isinstance(error, UpstreamError):
             exchange.observer.upstream_failed(error.kind, answered=exchange.head_at is not None)
         elif isinstance(error, RequestError):
@@ -278,7 +280,11 @@ class _Relay:
         """The exchange's record, begun here if it has not got so far as to have one."""
         if self._exchange is None:
             observer = self._proxy.observer(route, upstream, routes.OTHER)
-            self._exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
+            exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
+            exchange.client = headers.client_address(self._fields, self._downstream.address, self._proxy.trusts)
+            exchange.method = self._request.method
+            exchange.traceparent = headers.traceparent(self._fields)
+            self._exchange = exchange
         return self._exchange
 
     def _can_keep_alive(self) -> bool:
@@ -323,6 +329,7 @@ class _Relay:
         if wants_usage or (self._proxy.models and is_json):
             await self._read_body(clock, route.timeouts.body)
         model = (_model_of(self._body) if self._whole else None) or model_in(target)
+        exchange.model, exchange.api = model, dialect.name
         exchange.observer = self._proxy.observer(
             route.name, upstream.name, routes.model_label(self._proxy.models, model)
         )
@@ -341,6 +348,10 @@ class _Relay:
             if head.status not in REFUSAL_STATUSES:
                 upstream.refuses_stream_options(model)
 
+        if model is None and is_json and self._whole and self._proxy.names_models:
+            exchange.model = _model_of(self._body)
+        # It is not asked for a third time, and a stream may be long.
+        self._body = b""
         await self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
 
     async def _ask(

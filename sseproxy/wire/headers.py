@@ -5,8 +5,9 @@ Fields are the raw pairs that arrived, bytes for bytes, so that order, repetitio
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Final
 
 from ..errors import ProtocolError
@@ -39,6 +40,7 @@ _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 _BROKEN_HEAD: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)|\r\n[ \t]")
 # RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port; no user, no list, not empty.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -174,6 +176,37 @@ def is_json(fields: Fields) -> bool:
 def is_encoded(fields: Fields) -> bool:
     """True if the body is compressed, and so cannot be read in passing."""
     return any(coding != b"identity" for coding in tokens(fields, b"content-encoding"))
+
+
+def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> str:
+    """Where a request comes from: `peer`, or whom those say that `trusts` believes, the nearest that it does not.
+
+    https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-Forwarded-For, "Trusted proxy list"
+    """
+    hops = [hop.strip().decode("latin-1") for value in named(fields, b"x-forwarded-for") for hop in value.split(b",")]
+    address = peer
+    while hops and trusts(address):
+        hop = _address(hops.pop())
+        if hop is None:
+            break
+        address = hop
+    return address
+
+
+def _address(hop: str) -> str | None:
+    """The address in a member of X-Forwarded-For, which may have a port."""
+    for text in (hop, hop.rpartition(":")[0]):
+        try:
+            return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
+        except ValueError:
+            continue
+    return None
+
+
+def traceparent(fields: Fields) -> str | None:
+    """The trace that the request is part of, if it is told in order (https://www.w3.org/TR/trace-context/)."""
+    found = named(fields, b"traceparent")
+    return found[0].decode() if len(found) == 1 and _TRACEPARENT.fullmatch(found[0]) else None
 
 
 def request_id(fields: Fields) -> bytes | None:

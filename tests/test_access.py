@@ -1,0 +1,219 @@
+"""What the access log says of an exchange, to whom, and that nobody waits for whoever reads it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sseproxy import config
+from sseproxy.observe.access import AccessLog, median_gap
+from sseproxy.observe.metrics import BETWEEN_TOKENS, HistogramRecorder
+from sseproxy.wire.headers import client_address
+
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
+from .served import ConfigFile, Served, until_true
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def lines(served: Served) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in served.logged.decode().splitlines()]
+
+
+async def logged(served: Served, number: int) -> list[dict[str, Any]]:
+    await until_true(lambda: served.logged.count(b"\n") >= number)
+    return lines(served)
+
+
+async def exchange(served: Served, upstream: ScriptedUpstream, *fields: bytes, status: bytes = b"200 OK") -> Peer:
+    """An exchange that ends well: two tokens, and their usage."""
+    client = await served.connect()
+    client.send(post(b'{"model":"gpt\\u001b[1m","stream":true}').replace(b"\r\n", b"\r\n" + b"".join(fields), 1))
+    api = await upstream.accept()
+    await api.message()
+    finish = delta("!", choices=[{"index": 0, "delta": {"content": "!"}, "finish_reason": "stop"}])
+    api.send(STREAM_HEAD.replace(b"200 OK", status + b"\r\nConnection: close"), chunk(delta("Hi")))
+    await client.read_until(delta("Hi"))
+    api.send(chunk(finish), chunk(usage(7, 2)), chunk(DONE), LAST_CHUNK)
+    await client.read_until(LAST_CHUNK)
+    return client
+
+
+async def test_a_line_says_what_happened_and_when(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream, trusted_proxies="127.0.0.1").serve() as served:
+        fields = (
+            b"X-Request-Id: my-id\r\n",
+            b"Traceparent: %b\r\n" % TRACE.encode(),
+            b"X-Forwarded-For: 203.0.113.9, 198.51.100.7:1234\r\n",
+        )
+        await exchange(served, upstream, *fields)
+        (line,) = await logged(served, 1)
+    assert datetime.fromisoformat(line.pop("time")).tzinfo is not None
+    head, first, total = (line.pop(f"{name}_seconds") for name in ("head", "first_token", "duration"))
+    assert 0 < head <= first <= total < 20
+    assert 0 < line.pop("gap_p50_seconds") < 10
+    assert 0 < line.pop("gap_max_seconds") <= total
+    assert line.pop("response_bytes") > 100
+    assert line == {
+        "request_id": "my-id",
+        "client": "198.51.100.7",
+        "route": "api",
+        "upstream": "up",
+        "api": "chat",
+        "model": "gpt?[1m",
+        "method": "POST",
+        "status": 200,
+        "outcome": "completed",
+        "stream": True,
+        "events": 4,
+        "request_bytes": 38,
+        "usage": {"input": 7, "output": 2},
+        "finish_reason": "stop",
+        "traceparent": TRACE,
+    }
+
+
+async def test_a_line_says_why_nothing_happened(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        client = await served.connect()
+        client.send(post(path="/nowhere?secret=1"))
+        response = await client.message()
+        gone = await served.connect()
+        gone.send(post())
+        api = await upstream.accept()
+        await api.message()
+        gone.close()
+        await api.gone()
+        refused, left = await logged(served, 2)
+    assert refused["request_id"] == response.get("x-request-id")
+    assert (refused["status"], refused["outcome"], refused["reason"]) == (404, "rejected", "no_route")
+    assert refused["client"] == "127.0.0.1"
+    assert "route" not in refused
+    assert left["outcome"] == "client_gone_before_head"
+    assert "status" not in left
+    assert "secret" not in served.logged.decode()
+
+
+async def test_only_what_went_wrong_is_written_if_that_is_wanted(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream, access_log="{exchanges: errors}").serve() as served:
+        await exchange(served, upstream)
+        await exchange(served, upstream, status=b"429 Too Many Requests")
+        (line,) = await logged(served, 1)
+        assert line["status"] == 429
+
+
+async def test_a_share_is_written_and_all_that_went_wrong(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream, access_log="{sample: 1.0e-9}").serve() as served:
+        await exchange(served, upstream)
+        await exchange(served, upstream, status=b"500 Oh")
+        (line,) = await logged(served, 1)
+        assert line["status"] == 500
+
+
+async def test_nothing_is_written_if_that_is_wanted(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream, access_log="{exchanges: off}").serve() as served:
+        await exchange(served, upstream, status=b"500 Oh")
+        await served.until(r"requests_total\{.*\}", 1)
+        served.process.terminate()
+        await served.ended()
+    assert served.logged == b""
+
+
+async def test_people_get_text(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream, access_log="{format: text}").serve() as served:
+        await exchange(served, upstream, b"X-Request-Id: my-id\r\n")
+        await until_true(lambda: b"\n" in served.logged)
+        _, *words = served.logged.decode().split()
+    assert words[:6] == ["200", "completed", "api", "->", "up", "gpt?[1m"]
+    assert words[-5:] == ["4", "events", "tokens", "7+2", "my-id"]
+
+
+async def test_the_last_lines_are_written(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        client = await served.connect()
+        client.send(post(path="/nowhere"))
+        await client.message()
+        served.process.terminate()
+        assert await served.ended() == 0
+    assert len(lines(served)) == 1
+
+
+class Stuck:
+    """A reader that takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+        self.taken = b""
+
+    def __call__(self, batch: bytes) -> None:
+        self.free.wait(20)
+        self.taken += batch
+
+
+def test_a_reader_that_does_not_read_costs_lines_but_neither_time_nor_memory() -> None:
+    from sseproxy.relay.exchange import Exchange
+
+    from .test_fuzz import Recording
+
+    reader = Stuck()
+    log = AccessLog(config.AccessLog(), reader, terminal=False)
+    ended = Exchange("r", "u", Recording(), "id", 0.0)
+    ended.ended_at = 1.0
+    number = 20_000
+    for _ in range(number):
+        log.ended(ended)
+        log.flush()
+    reader.free.set()
+    log.close()
+    log.ended(ended)
+    log.close()
+    said = [json.loads(line) for line in reader.taken.splitlines()]
+    (dropped,) = [line["dropped"] for line in said if "dropped" in line]
+    assert len(said) - 1 + dropped == number + 1
+    assert 1 << 19 < len(reader.taken) < 1 << 21
+
+
+@given(st.lists(st.floats(0.0005, 70), min_size=1))
+def test_the_median_is_in_the_bucket_of_the_median(gaps: list[float]) -> None:
+    histogram = HistogramRecorder(BETWEEN_TOKENS)
+    for gap in gaps:
+        histogram.observe(gap)
+    median = median_gap(histogram.counts)
+    assert median is not None
+    middle = sorted(gaps)[(len(gaps) - 1) // 2]
+    bounds = (0.0, *BETWEEN_TOKENS)
+    lower = max(bound for bound in bounds if bound < middle)
+    upper = min(bound for bound in bounds if bound >= middle)
+    assert lower <= median <= upper
+
+
+def test_of_nothing_there_is_no_median() -> None:
+    assert median_gap([]) is None
+    assert median_gap([0] * (len(BETWEEN_TOKENS) + 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("hops", "trusted", "expected"),
+    [
+        ([], {"10.0.0.1"}, "10.0.0.1"),
+        (["203.0.113.9"], set(), "10.0.0.1"),
+        (["203.0.113.9"], {"10.0.0.1"}, "203.0.113.9"),
+        (["1.1.1.1, 203.0.113.9"], {"10.0.0.1"}, "203.0.113.9"),
+        (["203.0.113.9, 10.0.0.2"], {"10.0.0.1", "10.0.0.2"}, "203.0.113.9"),
+        (["203.0.113.9", "10.0.0.2"], {"10.0.0.1", "10.0.0.2"}, "203.0.113.9"),
+        (["[2001:db8::1]:443"], {"10.0.0.1"}, "2001:db8::1"),
+        (["2001:db8::1"], {"10.0.0.1"}, "2001:db8::1"),
+        (["unknown, 10.0.0.2"], {"10.0.0.1", "10.0.0.2"}, "10.0.0.2"),
+        (["\x1b[2J"], {"10.0.0.1"}, "10.0.0.1"),
+    ],
+)
+def test_the_client_is_the_nearest_that_nobody_vouches_for(hops: list[str], trusted: set[str], expected: str) -> None:
+    fields = [(b"X-Forwarded-For", hop.encode()) for hop in hops]
+    assert client_address(fields, "10.0.0.1", trusted.__contains__) == expected
