@@ -422,6 +422,8 @@ class Limits(_Model):
     """Connections from one address; requests on more are answered 429."""
     active_requests: CountOrOff = None
     """Exchanges under way; more are answered 503."""
+    lag: DurationOrOff = 1.0
+    """A worker whose timers fire so late has more to do than it can; requests are answered 503 until it catches up."""
     pending_connects: Count = 1_000
     """Connections to one upstream that are being made; requests that want more are answered 503."""
     request_head: Size = 32 << 10

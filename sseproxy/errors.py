@@ -3,6 +3,7 @@
     SseproxyError
      +-- ConfigError                    the operator's configuration cannot be used
      +-- ListenError                    an address cannot be listened on
+     +-- ParserError                    aiohttp was installed without its C parser
      +-- ReloadError                    another configuration cannot take over now
      +-- ProtocolError                  bytes that break a wire format (raised by `sseproxy.wire`)
      |    +-- BrokenBodyError           in a body, after some that do not
@@ -83,6 +84,13 @@ class ListenError(SseproxyError):
         self.in_use = cause.errno == errno.EADDRINUSE
 
 
+class ParserError(SseproxyError):
+    """Heads would be parsed by other rules than those that were tested."""
+
+    def __init__(self) -> None:
+        super().__init__("aiohttp has no C parser here; install one of its wheels, and unset AIOHTTP_NO_EXTENSIONS")
+
+
 class ReloadError(SseproxyError):
     """A configuration that is right in itself cannot take over; the one before goes on."""
 
@@ -156,6 +164,7 @@ class RequestError(ExchangeError):
         "connections": (503, "There are too many connections."),
         "connections_per_client": (429, "There are too many connections from this address."),
         "active_requests": (503, "There are too many requests under way."),
+        "overloaded": (503, "The proxy has more to do than it can."),
         "pending_connects": (503, "Too many requests wait for a connection to the upstream."),
     }
 

@@ -174,10 +174,11 @@ async def end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-async def run(*arguments: str) -> tuple[int | None, str, str]:
+async def run(*arguments: str, **environment: str) -> tuple[int | None, str, str]:
     """Runs `sseproxy ARGUMENTS` to its end: the exit status, what it wrote, and what it complained about."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sseproxy", *arguments),
+        env=os.environ | environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -193,3 +193,10 @@ async def test_a_file_that_cannot_be_used_starts_nothing(tmp_path: Path) -> None
 
 async def test_the_module_runs_as_the_command_does() -> None:
     assert await run("--version") == (0, f"sseproxy {__version__}\n", "")
+
+
+async def test_nothing_is_served_without_the_parser_that_was_tested() -> None:
+    status, out, errors = await run("serve", "--upstream", "http://127.0.0.1:1", AIOHTTP_NO_EXTENSIONS="1")
+    assert (status, out) == (1, "")
+    assert errors.startswith("sseproxy: aiohttp has no C parser here; ")
+    assert len(errors.splitlines()) == 1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sseproxy import config
+from sseproxy.relay.downstream import DownstreamProtocol
 
 from .conftest import StartProxy
 from .harness import LAST_CHUNK, Peer, RunningProxy, ScriptedUpstream, begin, chunk, post, until
@@ -249,3 +250,33 @@ async def test_a_client_of_http_1_0_is_never_told_to_continue(
     assert (await client.head()).status == 200
     assert await client.rest() == (b"ok", "fin")
     assert await proxy.ended() == {"completed": 1}
+
+
+@pytest.mark.parametrize("follows", [b"", post()], ids=["alone", "pipelined"])
+async def test_an_upload_of_blank_lines_costs_no_more_than_another(
+    proxy: RunningProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, follows: bytes
+) -> None:
+    parsed = 0
+    parse = DownstreamProtocol._parse
+
+    def counting(self: DownstreamProtocol, data: bytes) -> None:
+        nonlocal parsed
+        parsed += 1
+        parse(self, data)
+
+    monkeypatch.setattr(DownstreamProtocol, "_parse", counting)
+    payload = b"\r\n\r\n" * 100_000
+    client = await proxy.connect()
+    client.send(
+        CHUNKED,
+        *(chunk(payload[start : start + 50_000]) for start in range(0, len(payload), 50_000)),
+        LAST_CHUNK + follows,
+    )
+    api = await upstream.accept()
+    assert (await api.message()).body == payload
+    # Reads have up to 32 KiB.
+    assert parsed < 100
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (await client.message()).body == b"ok"
+    if follows:
+        assert (await api.message()).body

@@ -9,7 +9,6 @@ import asyncio
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
-from time import perf_counter
 
 import msgspec
 
@@ -22,7 +21,6 @@ from .metrics import ExemplarValue, Labels, Recorder, Report
 
 # The latest that something happens before it is on its way to /metrics.
 FLUSH_INTERVAL = 0.1
-LAG_INTERVAL = 0.5
 # nginx's status for a client that closed the connection before it was answered.
 _CLIENT_CLOSED_REQUEST = 499
 # OpenMetrics allows an exemplar's label names and values 128 characters together; clients may choose longer ids.
@@ -69,7 +67,6 @@ class Telemetry:
         self._observers: dict[tuple[str, str, str], RouteObserver] = {}
         self._flush: asyncio.TimerHandle | None = None
         self._lag = self.recorder.histogram(metrics.LOOP_LAG, ())
-        self._lag_timer = loop.call_later(LAG_INTERVAL, self._measure_lag, perf_counter() + LAG_INTERVAL)
         self._active = 0
 
     def observer(self, route: str, upstream: str, model: str) -> RouteObserver:
@@ -114,17 +111,15 @@ class Telemetry:
 
     def close(self) -> None:
         """Sends the last report."""
-        self._lag_timer.cancel()
         self.flush()
         if self._flush is not None:
             self._flush.cancel()
         if self.access is not None:
             self.access.close()
 
-    def _measure_lag(self, due: float) -> None:
-        now = perf_counter()
-        self._lag.observe(max(0.0, now - due))
-        self._lag_timer = self._loop.call_later(LAG_INTERVAL, self._measure_lag, now + LAG_INTERVAL)
+    def lagged(self, seconds: float) -> None:
+        """A timer has fired so late."""
+        self._lag.observe(seconds)
         self.changed()
 
 

@@ -26,6 +26,7 @@ from ..config import Config, Listen
 from ..errors import ListenError, ReloadError, SseproxyError
 from ..observe import metrics
 from ..observe.metrics import Recorder, Registry
+from ..relay.downstream import check_parser
 from . import notify
 from .admin import application
 from .generation import Generation
@@ -89,7 +90,8 @@ class Supervisor:
         return self._generation.size
 
     def bind(self) -> None:
-        """Binds all listeners. Raises `ListenError`; what was bound is closed then."""
+        """Binds all listeners. Raises `ListenError`, and what was bound is closed then, or `ParserError`."""
+        check_parser()
         self._sockets, self._admin_sockets = self._bound(self.config)
 
     def _bound(self, config: Config) -> tuple[_Sockets, _Sockets]:

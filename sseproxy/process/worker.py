@@ -67,7 +67,7 @@ class Worker:
         self._sockets = sockets
         self._servers: list[asyncio.Server] = []
         self.telemetry = Telemetry(loop, send, self._connections, access)
-        self.proxy = Proxy(config, self.telemetry.observer)
+        self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged)
 
     def _stop_accepting(self) -> None:
         for server in self._servers:

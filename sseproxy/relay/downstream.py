@@ -19,15 +19,16 @@ from typing import Protocol, cast
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.http_parser import HttpRequestParser
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
 
 from ..config import Limits
-from ..errors import ExchangeError, InternalError, RequestError
+from ..errors import BrokenBodyError, ExchangeError, InternalError, ParserError, RequestError
 from ..wire import headers
+from ..wire.framing import ChunkedDecoder
 from .reads import BoundedReads
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,12 @@ LINGER = 30.0
 
 _BLANK_LINE = b"\r\n\r\n"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+def check_parser() -> None:
+    """Raises `ParserError` if aiohttp has no other parser than the one in Python, which is lax, and slow."""
+    if HttpRequestParser is HttpRequestParserPy:
+        raise ParserError
 
 
 class FlowControlled(Protocol):
@@ -100,7 +107,7 @@ class DownstreamProtocol(RequestHandler):
 
     __slots__ = (
         "_body_left",
-        "_chunked",
+        "_chunks",
         "_fd",
         "_head_timer",
         "_incoming",
@@ -138,9 +145,10 @@ class DownstreamProtocol(RequestHandler):
         # The body of the request that was read last, and whether it is the last one of the connection.
         self._incoming: StreamReader = EMPTY_PAYLOAD
         self._last_request = False
-        self._chunked = False
-        # Of a body with a length, what is to come; of a head, what has come; the last bytes that were parsed.
+        # Of the body that is being received: where its chunks end, or how much of its length is to come.
+        self._chunks: ChunkedDecoder | None = None
         self._body_left = 0
+        # Of a head, how much has come; the last bytes that were parsed.
         self._unparsed = 0
         self._tail = b""
         # What waits for a place in the queue, or in the body's buffer.
@@ -203,9 +211,18 @@ class DownstreamProtocol(RequestHandler):
 
     def _end_of_part(self, data: bytes, start: int) -> int:
         """Where in `data` the head, or the body, may end that is being read at `start`."""
-        if self._body_left and not self._incoming.is_eof():
-            return min(start + self._body_left, len(data))
-        # So end heads, and so do chunked bodies; perhaps it had begun before.
+        if not self._incoming.is_eof():
+            if self._chunks is None:
+                return min(start + self._body_left, len(data))
+            if self._chunks.done:
+                return len(data)
+            try:
+                self._chunks.feed(data[start:])
+            except BrokenBodyError:
+                # The parser, too, will say so.
+                return len(data)
+            return len(data) - self._chunks.excess
+        # So end heads; perhaps it had begun before.
         end = (self._tail + data[start : start + len(_BLANK_LINE) - 1]).find(_BLANK_LINE)
         if end >= 0:
             return start + end + len(_BLANK_LINE) - len(self._tail)
@@ -229,7 +246,7 @@ class DownstreamProtocol(RequestHandler):
             else:
                 self._last_request = message.should_close or message.method == "CONNECT"
                 self._body_left = int(message.headers.get("Content-Length", 0))
-                self._chunked = message.chunked
+                self._chunks = ChunkedDecoder() if message.chunked else None
             self._incoming = incoming
             self._tail = b""
         elif not in_body:
@@ -242,7 +259,7 @@ class DownstreamProtocol(RequestHandler):
                     self._limits.request_head_time, self._refuse_head, "head_timeout"
                 )
             return
-        elif self._chunked and self._incoming.is_eof():
+        elif self._chunks is not None and self._incoming.is_eof():
             # aiohttp's parser would take the last trailer for a field of the next request.
             self._parser = self._new_parser()
             self._tail = b""

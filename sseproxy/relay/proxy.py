@@ -55,6 +55,8 @@ _MAX_REFUSAL = 64 * 1024
 _MAX_PASSES = 8
 # Once others take the requests: a client that has sent none for so long is not about to.
 _IDLE_BEFORE_CLOSE = 5.0
+# Often enough to see an overload begin, and end, within a second or so.
+_LATENESS_INTERVAL = 0.25
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -73,15 +75,41 @@ def _model_of(body: bytes) -> str | None:
     return model if isinstance(model, str) else None
 
 
+class Lateness:
+    """How late the timers of a loop fire. `measured` is told each time, in seconds."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, measured: Callable[[float], None]) -> None:
+        self._loop = loop
+        self._measured = measured
+        self._latest = 0.0
+        self.lasting = 0.0
+        """Of the latest two timers the one that was less late: a single pause is no overload."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._timer = self._loop.call_later(_LATENESS_INTERVAL, self._fired, perf_counter() + _LATENESS_INTERVAL)
+
+    def _fired(self, due: float) -> None:
+        before, self._latest = self._latest, max(0.0, perf_counter() - due)
+        self.lasting = min(before, self._latest)
+        self._measured(self._latest)
+        self._begin()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+
 class Proxy:
     """The relay of one worker: its routes, its upstreams, and the exchanges that are under way.
 
     `observer(route, upstream, model)` gives what these labels are recorded by; the first two are empty where there is
-    no route.
-    Create, and close, in the running loop.
+    no route. `lagged` is told how late the loop is. Create, and close, in the running loop.
     """
 
-    def __init__(self, config: Config, observer: Callable[[str, str, str], Observer]) -> None:
+    def __init__(
+        self, config: Config, observer: Callable[[str, str, str], Observer], lagged: Callable[[float], None]
+    ) -> None:
+        self.lateness = Lateness(asyncio.get_running_loop(), lagged)
         self.limits = config.limits
         self.max_body = config.max_body
         self.models = config.metrics.models
@@ -146,6 +174,7 @@ class Proxy:
     async def close(self) -> None:
         if self._closing_idle is not None:
             self._closing_idle.cancel()
+        self.lateness.stop()
         await self.server.shutdown(timeout=1.0)
         self.server.hangups.close()
         for upstream in self.upstreams.values():
@@ -385,6 +414,8 @@ class _Relay:
             raise self._downstream.refused
         if limits.active_requests is not None and len(self._proxy.active) > limits.active_requests:
             raise RequestError("active_requests")
+        if limits.lag is not None and self._proxy.lateness.lasting > limits.lag:
+            raise RequestError("overloaded")
         if request.method == "CONNECT":
             raise RequestError("method")
         if len(request.raw_path) + headers.size(self._fields) > limits.request_head:

@@ -77,10 +77,10 @@ def framing_fields(framing: Framing | None) -> Fields:
 
 
 class BodyDecoder(Protocol):
-    """Takes the framing off a body. `done` is true once the body is complete, `excess` if bytes came after it."""
+    """Takes the framing off a body. `done` is true once the body is complete, `excess` bytes came after it."""
 
     done: bool
-    excess: bool
+    excess: int
 
     def feed(self, data: bytes) -> bytes:
         """The payload within `data`. Raises `BrokenBodyError`, with the payload before the break."""
@@ -97,11 +97,11 @@ class LengthDecoder:
     def __init__(self, length: int) -> None:
         self._remaining = length
         self.done = not length
-        self.excess = False
+        self.excess = 0
 
     def feed(self, data: bytes) -> bytes:
         if len(data) > self._remaining:
-            self.excess = True
+            self.excess += len(data) - self._remaining
             data = data[: self._remaining]
         self._remaining -= len(data)
         self.done = not self._remaining
@@ -118,7 +118,7 @@ class CloseDecoder:
 
     def __init__(self) -> None:
         self.done = False
-        self.excess = False
+        self.excess = 0
 
     def feed(self, data: bytes) -> bytes:
         return data
@@ -146,7 +146,7 @@ class ChunkedDecoder:
         self._in_trailers = False
         self._trailers = 0
         self.done = False
-        self.excess = False
+        self.excess = 0
 
     def end(self) -> bool:
         return self.done
@@ -184,7 +184,7 @@ class ChunkedDecoder:
                 self._trailer(line)
             else:
                 self._size_line(line)
-        self.excess |= pos < end
+        self.excess += end - pos
 
     def _take_line(self, data: bytes, pos: int) -> tuple[bytes | None, int]:
         limit = 2 if self._expect_crlf else MAX_TRAILERS if self._in_trailers else MAX_SIZE_LINE
