@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -50,7 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         "check-config", help="check a configuration", description="Check a configuration and list all its problems."
     )
     check.add_argument("file", metavar="FILE")
+    check.add_argument("--resolved", action="store_true", help="print it with every option; secrets are masked")
     check.set_defaults(run=_check)
+
+    schema = commands.add_parser(
+        "schema", help="print the JSON Schema of a configuration", description="Print the JSON Schema, for editors."
+    )
+    schema.set_defaults(run=_schema)
 
     pace = Pace()
     demo = commands.add_parser(
@@ -128,10 +135,18 @@ def summary(supervisor: Supervisor) -> str:
 
 def _check(options: argparse.Namespace) -> int:
     settings = config.load(options.file)
+    if options.resolved:
+        sys.stdout.write(config.resolved(settings))
+        return 0
     routes, upstreams = len(settings.routes), len(settings.upstreams)
     sys.stdout.write(
         f"{options.file}: ok ({routes} route{'s'[: routes > 1]}, {upstreams} upstream{'s'[: upstreams > 1]})\n"
     )
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    sys.stdout.write(json.dumps(config.schema(), indent=2) + "\n")
     return 0
 
 

@@ -16,20 +16,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self, TypeVar, get_args
+from typing import Annotated, Final, Literal, Self, TypeVar, cast, get_args
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PositiveInt,
     SecretStr,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import plain_serializer_function_ser_schema
 from yarl import URL
 
 from .document import INVALID, Document, Loc, dotted, position, quoted
@@ -47,7 +52,8 @@ _API_KEY = re.compile(r"[!-~]+")
 _MAX_KEY_FILE = 16 << 10
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
-_METHOD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+# A method, and the name of a field (RFC 9110, section 5.6.2).
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
 _PASSED_SOCKET = re.compile(r"systemd(?::(?P<name>[A-Za-z0-9_.@-]+))?")
@@ -177,6 +183,16 @@ def _api_key_file(value: object) -> KeyFile | None:
     return KeyFile(value, SecretStr(text))
 
 
+def _spell_file(file: KeyFile | None) -> str | None:
+    return None if file is None else file.path
+
+
+def _header(value: object) -> str:
+    if isinstance(value, str) and _TOKEN.fullmatch(value):
+        return value
+    raise _expected("the name of a header field such as Authorization or x-api-key")
+
+
 def _ca_file(value: object) -> str | None:
     if value is None:
         return None
@@ -287,7 +303,7 @@ def _listed(value: object) -> tuple[object, ...]:
 
 
 def _method(value: object) -> str:
-    if isinstance(value, str) and _METHOD.fullmatch(value):
+    if isinstance(value, str) and _TOKEN.fullmatch(value):
         return value.upper()
     raise _expected("an HTTP method such as POST")
 
@@ -373,33 +389,91 @@ def _workers(value: object) -> int | Literal["auto"]:
     raise _expected("auto or a number of processes from 1 up")
 
 
-Duration = Annotated[float, BeforeValidator(_duration)]
+def _spell_duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "off"
+    rest, parts = max(1, round(seconds * 1000)), []
+    for ms, unit in zip(_DURATION_MS, ("h", "m", "s", "ms"), strict=True):
+        number, rest = divmod(rest, ms)
+        parts += [f"{number}{unit}"] * bool(number)
+    return "".join(parts)
+
+
+def _spell_size(size: int | None) -> str:
+    if size is None:
+        return "off"
+    unit, factor = max((item for item in _SIZE_BYTES.items() if not size % item[1]), key=itemgetter(1))
+    return f"{size // factor}{unit}"
+
+
+_NONE: Final[JsonSchemaValue] = {"type": "null"}
+_TEXT: Final[JsonSchemaValue] = {"type": "string"}
+_NUMBER: Final[JsonSchemaValue] = {"type": "integer", "minimum": 1}
+_IN_TIME: Final[JsonSchemaValue] = {"type": "string", "pattern": "^([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"}
+_IN_BYTES: Final[JsonSchemaValue] = {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}
+_VARIABLE: Final[JsonSchemaValue] = {"type": "string", "pattern": r"\$\{"}
+
+
+def _enum(*values: str | bool) -> JsonSchemaValue:
+    return {"enum": list(values)}
+
+
+# YAML 1.1 reads a plain off as false.
+_OFF: Final = _enum("off", False)
+
+
+def _one_or_more(item: JsonSchemaValue) -> JsonSchemaValue:
+    return {"anyOf": [item, {"type": "array", "items": item}]}
+
+
+class _Option:
+    """How an option is `read`, what it may look like to an editor, and how it is written again (`spell`)."""
+
+    def __init__(
+        self, read: Callable[..., object], *schemas: JsonSchemaValue, spell: Callable[..., object] | None = None
+    ) -> None:
+        self._reader = BeforeValidator(read)
+        # Text from the environment may stand in the place of any value.
+        self._schemas = list(schemas) if _TEXT in schemas else [*schemas, _VARIABLE]
+        self._spell = spell
+
+    def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = self._reader.__get_pydantic_core_schema__(source, handler)
+        if self._spell is None:
+            return schema
+        return cast(CoreSchema, {**schema, "serialization": plain_serializer_function_ser_schema(self._spell)})
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return self._schemas[0] if len(self._schemas) == 1 else {"anyOf": self._schemas}
+
+
+Duration = Annotated[float, _Option(_duration, _IN_TIME, spell=_spell_duration)]
 """Seconds. Written as `250ms`, `30s`, `5m`, `1h` or a combination in descending units, such as `1m30s`."""
 
-DurationOrOff = Annotated[float | None, BeforeValidator(_duration_or_off)]
+DurationOrOff = Annotated[float | None, _Option(_duration_or_off, _IN_TIME, _OFF, _NONE, spell=_spell_duration)]
 """A `Duration`, or `None`, which is written as `off`."""
 
-Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, _Option(_network, _TEXT, spell=str)]
 
-ListenAddress = Annotated[Listen, BeforeValidator(_address)]
+ListenAddress = Annotated[Listen, _Option(_address, _TEXT, spell=str)]
 
-RequiredPath = Annotated[str, BeforeValidator(_file_path)]
+RequiredPath = Annotated[str, _Option(_file_path, _TEXT)]
 """The path of a file, from the working directory if it is relative."""
 
-FilePath = Annotated[str | None, BeforeValidator(_file_path_or_none)]
+FilePath = Annotated[str | None, _Option(_file_path_or_none, _TEXT, _NONE)]
 
-Name = Annotated[str, BeforeValidator(_name)]
+Name = Annotated[str, _Option(_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"})]
 """Names are metric label values, hence short and plain."""
 
-Size = Annotated[int, BeforeValidator(_size)]
+Size = Annotated[int, _Option(_size, _IN_BYTES, spell=_spell_size)]
 """Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
 
-SizeOrOff = Annotated[int | None, BeforeValidator(_size_or_off)]
+SizeOrOff = Annotated[int | None, _Option(_size_or_off, _IN_BYTES, _OFF, _NONE, spell=_spell_size)]
 """A `Size`, or `None`, which is written as `off`."""
 
-Count = Annotated[int, BeforeValidator(_count)]
+Count = Annotated[int, _Option(_count, _NUMBER)]
 
-CountOrOff = Annotated[int | None, BeforeValidator(_count_or_off)]
+CountOrOff = Annotated[int | None, _Option(_count_or_off, _NUMBER, _OFF, _NONE, spell=lambda n: n or "off")]
 """A number from 1 up, or `None`, which is written as `off`."""
 
 
@@ -469,7 +543,7 @@ class Admin(_Model):
 class UpstreamTLS(_Model):
     """How an `https` upstream is verified, and how this side is."""
 
-    ca_file: Annotated[str | None, BeforeValidator(_ca_file)] = None
+    ca_file: Annotated[str | None, _Option(_ca_file, _TEXT, _NONE)] = None
     """The certificates of the authorities that are trusted; `None` are the system's."""
     cert_file: FilePath = None
     """The certificate, with its chain, that is shown to an upstream that asks for one."""
@@ -500,7 +574,7 @@ class TLS(_Model):
     """The certificate, with its chain, in PEM."""
     key_file: FilePath = None
     """Its private key; `None` if it is in `cert_file` as well."""
-    min_version: Annotated[Literal["1.2", "1.3"], BeforeValidator(_tls_version)] = "1.2"
+    min_version: Annotated[Literal["1.2", "1.3"], _Option(_tls_version, _enum("1.2", "1.3"))] = "1.2"
 
     @model_validator(mode="after")
     def _loads(self) -> Self:
@@ -520,12 +594,14 @@ class Upstream(_Model):
     """A server that requests are relayed to."""
 
     name: Name
-    url: Annotated[str, BeforeValidator(_url)]
+    url: Annotated[str, _Option(_url, _TEXT)]
     """Canonical, without trailing slash. Its path takes the place of the matched prefix."""
-    api_key: Annotated[SecretStr | None, BeforeValidator(_api_key)] = None
-    """Sent as the bearer token instead of the client's `Authorization`."""
-    api_key_file: Annotated[KeyFile | None, BeforeValidator(_api_key_file)] = None
+    api_key: Annotated[SecretStr | None, _Option(_api_key, _TEXT, _NONE)] = None
+    """Sent instead of the client's credentials."""
+    api_key_file: Annotated[KeyFile | None, _Option(_api_key_file, _TEXT, _NONE, spell=_spell_file)] = None
     """Where the key is read from instead, at the start and at each reload."""
+    api_key_header: Annotated[str, _Option(_header, _TEXT)] = "Authorization"
+    """The field that the key is sent in; in `Authorization` it is a bearer token, in others it stands alone."""
     tls: UpstreamTLS = UpstreamTLS()
 
     @model_validator(mode="after")
@@ -552,29 +628,31 @@ class Reload(_Model):
 class AccessLog(_Model):
     """A line for each exchange, on standard output."""
 
-    exchanges: Annotated[Literal["all", "errors", "off"], BeforeValidator(_exchanges)] = "all"
+    exchanges: Annotated[Literal["all", "errors", "off"], _Option(_exchanges, _enum("all", "errors", "off", False))] = (
+        "all"
+    )
     """Which are written; `errors` are those that did not complete, or were answered 400 and above."""
-    sample: Annotated[float, BeforeValidator(_share)] = 1.0
+    sample: Annotated[float, _Option(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})] = 1.0
     """The share of those without an error that is written."""
-    format: Annotated[Literal["auto", "json", "text"], BeforeValidator(_log_format)] = "auto"
+    format: Annotated[Literal["auto", "json", "text"], _Option(_log_format, _enum("auto", "json", "text"))] = "auto"
     """`auto` is `text` on a terminal, and `json` elsewhere."""
 
 
 class Metrics(_Model):
     """What is measured beyond what always is."""
 
-    models: Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], BeforeValidator(_listed)] = ()
+    models: Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], _Option(_listed, _one_or_more(_TEXT))] = ()
     """Globs for models; the first that takes a request's model is its label, as it is written. The rest is `other`."""
 
 
 class Match(_Model):
     """The requests that belong to a route."""
 
-    path: Annotated[str, BeforeValidator(_path)]
+    path: Annotated[str, _Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
     """Prefix of the path, on segment boundaries; the longest one wins. No trailing slash, except `/`, which is all."""
-    model: Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], BeforeValidator(_listed)] = ()
+    model: Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], _Option(_listed, _one_or_more(_TEXT))] = ()
     """Globs for the `model` of the request body, of which one has to match. None: any body."""
-    methods: Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], BeforeValidator(_listed)] = ()
+    methods: Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], _Option(_listed, _one_or_more(_TEXT))] = ()
     """Upper-case HTTP methods. None: any method."""
 
 
@@ -612,7 +690,7 @@ class Route(_Model):
     match: Match
     upstream: str
     """The name of an upstream."""
-    dialect: Annotated[str, BeforeValidator(_dialect)] = "auto"
+    dialect: Annotated[str, _Option(_dialect, _enum("auto", *DIALECT_NAMES))] = "auto"
     """As what responses are read; `auto` goes by the path on the upstream's side."""
     heartbeat: DurationOrOff = None
     """Write a comment into an event stream that has been silent for so long, in seconds; `None` writes none."""
@@ -624,13 +702,13 @@ class Route(_Model):
 class Config(_Model):
     """All that can be configured. Immutable, and picklable for worker processes."""
 
-    listen: Annotated[tuple[ListenAddress, ...], BeforeValidator(_addresses), Field(min_length=1)] = (
+    listen: Annotated[tuple[ListenAddress, ...], _Option(_addresses, _one_or_more(_TEXT)), Field(min_length=1)] = (
         Address("127.0.0.1", 8080),
     )
     tls: TLS | None = None
     """`None` is plain text."""
     admin: Admin = Admin()
-    workers: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_workers)] = "auto"
+    workers: Annotated[PositiveInt | Literal["auto"], _Option(_workers, _NUMBER, _enum("auto"))] = "auto"
     """Worker processes; `auto` is one per usable core."""
     drain_timeout: Duration = 30.0
     """How long running streams may go on after SIGTERM, in seconds."""
@@ -638,7 +716,7 @@ class Config(_Model):
     max_body: Size = 32 << 20
     """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
     asked for, and where models are labels."""
-    trusted_proxies: Annotated[tuple[Network, ...], BeforeValidator(_listed)] = ()
+    trusted_proxies: Annotated[tuple[Network, ...], _Option(_listed, _one_or_more(_TEXT))] = ()
     """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to instead of replaced."""
     access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
@@ -681,6 +759,21 @@ class Config(_Model):
             if upstream.name == name:
                 return upstream
         raise KeyError(name)
+
+
+def schema() -> dict[str, object]:
+    """The JSON Schema of a configuration file, for editors."""
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        "title": "sseproxy",
+        **{key: value for key, value in Config.model_json_schema().items() if key != "title"},
+    }
+
+
+def resolved(config: Config) -> str:
+    """`config` as a file, every option with its value. What is secret is not in it."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return text
 
 
 def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Config:

@@ -247,8 +247,8 @@ MISTAKES = {
     "api_key_without_space": (
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
         (
-            "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, api_key_file, name, tls, url; "
-            "did you mean 'api_key'?"
+            "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, api_key_file, api_key_header, name, "
+            "tls, url; did you mean 'api_key'?"
         ),
     ),
     "ca_file_missing": (
@@ -530,7 +530,7 @@ def test_minimal_config_loads() -> None:
         routes=(Route(name="api", match=Match(path="/v1"), upstream="openai"),),
     )
     assert problems((CONFIGS / "minimal.yaml").read_text()) == [
-        "f:7:5: upstreams[0].api_key: environment variable OPENAI_API_KEY is not set"
+        "f:8:5: upstreams[0].api_key: environment variable OPENAI_API_KEY is not set"
     ]
 
 

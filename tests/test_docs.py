@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from sseproxy import cli, config
 from sseproxy.errors import Outcome, RequestError, UpstreamError
+from sseproxy.observe import access
 from sseproxy.observe.metrics import METRICS, Metric
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DEFINITIONS = (ROOT / "grafana" / "metrics.md").read_text()
+OPERATIONS = (ROOT / "configs" / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -80,6 +85,28 @@ def test_every_dependency_has_its_reason() -> None:
         assert re.search(rf"\b{re.escape(name)}\b", table), name
 
 
-def test_the_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README + CONTRIBUTING):
-        assert (ROOT / target).exists(), target
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "configs").rglob("*.md"),
+    *(ROOT / "grafana").glob("*.md"),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_field_of_the_access_log_is_explained() -> None:
+    source = inspect.getsource(access.describe)
+    table = OPERATIONS[OPERATIONS.index("| field |") :]
+    for name in ["time", *re.findall(r'^        "(\w+)":', source, re.M)]:
+        assert f"`{name}`" in table, name
+
+
+def test_every_command_of_the_operations_page_is_one() -> None:
+    assert "curl -X POST http://localhost:9464/-/reload" in OPERATIONS
+    for command in re.findall(r"`sseproxy ([a-z-]+)", README + OPERATIONS):
+        assert command in cli._parser().format_help(), command

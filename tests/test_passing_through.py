@@ -8,6 +8,7 @@ import ipaddress
 import random
 
 import pytest
+from pydantic import SecretStr
 
 from sseproxy import config
 
@@ -493,3 +494,13 @@ async def test_only_trusted_proxies_say_where_a_request_comes_from(
     client.send(b"GET /v1/x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.9\r\n\r\n")
     request = await (await upstream.accept()).message()
     assert request.get("x-forwarded-for") == ("203.0.113.9, 127.0.0.1" if believed else "127.0.0.1")
+
+
+async def test_a_key_may_stand_alone_in_a_field_of_its_own(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    up = config.Upstream(name="up", url=f"{upstream.url}/v1", api_key=SecretStr("sk-x"), api_key_header="x-api-key")
+    proxy = await start(upstream.url, upstreams=(up,))
+    client = await proxy.connect()
+    client.send(post().replace(b"\r\n", b"\r\nAuthorization: Bearer client\r\nX-API-Key: client\r\n", 1))
+    request = await (await upstream.accept()).message()
+    assert request.all("x-api-key") == ["sk-x"]
+    assert request.get("authorization") is None

@@ -1,7 +1,7 @@
 """The client's side: aiohttp's server protocol, taught to notice at once that a client leaves.
 
-A client that ends its sending side (FIN) while its request is answered has left: so nginx and HAProxy see it, and so
-do we, because waiting for the next write to fail keeps a model generating for nobody.
+A client that ends its sending side (FIN) while its request is answered has left: so nginx sees it, and HAProxy if
+asked to (abortonclose), and so do we, because waiting for the next write to fail keeps a model generating for nobody.
 """
 
 from __future__ import annotations

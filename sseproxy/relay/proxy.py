@@ -532,7 +532,7 @@ class _Relay:
                 trusted=self._proxy.trusts(peer),
                 scheme=b"https" if self._downstream.ssl_context else b"http",
                 request_id=self._request_id,
-                api_key=upstream.api_key,
+                credential=upstream.credential,
                 read=read,
             ),
         )

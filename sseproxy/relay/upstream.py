@@ -259,13 +259,21 @@ class _Target:
         return self.url.scheme == "https"
 
 
+def _credential(config: UpstreamConfig) -> tuple[bytes, bytes] | None:
+    """The field that this side identifies itself by."""
+    if config.key is None:
+        return None
+    name, key = config.api_key_header, config.key.get_secret_value()
+    return name.encode(), (f"Bearer {key}" if name.lower() == "authorization" else key).encode()
+
+
 class Upstream:
     """A named API and its connections. Create and close it in the running loop."""
 
     def __init__(self, config: UpstreamConfig, limits: Limits) -> None:
         url = URL(config.url, encoded=True)
         self.name = config.name
-        self.api_key = config.key.get_secret_value().encode() if config.key is not None else None
+        self.credential = _credential(config)
         self.base_path = url.raw_path.rstrip("/")
         self.host = (url.host_port_subcomponent or "").encode("ascii")
         self._target = cast(ClientRequest, _Target(url, config.tls.context() if url.scheme == "https" else True))

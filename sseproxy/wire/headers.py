@@ -31,7 +31,7 @@ _HOP_BY_HOP: Final = frozenset(
 )
 # A client can claim anything in these; what we forward is what we saw ourselves.
 _FORWARDING: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"})
-_CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key"})
+_CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key"})
 # RFC 9110, section 7.6.3; the pseudonym tells no host name.
 _VIA: Final = b"1.1 sseproxy"
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
@@ -78,25 +78,25 @@ def to_upstream(
     trusted: bool,
     scheme: bytes,
     request_id: bytes,
-    api_key: bytes | None,
+    credential: tuple[bytes, bytes] | None,
     read: bool,
 ) -> list[tuple[bytes, bytes]]:
     """The fields of the request that goes upstream.
 
     `framing` announces the request's body, `peer` is the client's address; if it is `trusted`, what it says of where
-    the request comes from is kept. With an `api_key` no credential of the client's goes along. Where the response is to
+    the request comes from is kept. With a `credential` none of the client's goes along. Where the response is to
     be `read`, no content coding is asked for.
     """
     said = {name: named(fields, name) if trusted else [] for name in _FORWARDING}
     dropped = {b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for"}
     dropped |= {name for name, values in said.items() if not values}
-    if api_key is not None:
-        dropped |= _CREDENTIALS
+    if credential is not None:
+        dropped |= {*_CREDENTIALS, credential[0].lower()}
     if read:
         dropped.add(b"accept-encoding")
     out = [(b"Host", host), *_end_to_end(fields, dropped)]
-    if api_key is not None:
-        out.append((b"Authorization", b"Bearer " + api_key))
+    if credential is not None:
+        out.append(credential)
     if read:
         out.append((b"Accept-Encoding", b"identity"))
     if b"trailers" in tokens(fields, b"te"):

@@ -1,0 +1,114 @@
+"""What editors and people are told about a configuration: its schema, the examples, and what it comes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sseproxy import config
+from sseproxy.config import Address, Config, Limits, Match, Route, Timeouts, Upstream
+
+from .served import run
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EXAMPLES = sorted(CONFIGS.glob("*.yaml"))
+ENVIRONMENT = {
+    **{f"{name}_API_KEY": f"sk-{name}" for name in ("OPENAI", "AZURE_OPENAI", "ANTHROPIC", "GEMINI")},
+    "AZURE_RESOURCE": "resource",
+}
+SCHEMA = json.loads(json.dumps(config.schema()))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+LEAST: dict[str, Any] = {
+    "upstreams": [{"name": "up", "url": "http://h"}],
+    "routes": [{"name": "api", "match": {"path": "/"}, "upstream": "up"}],
+}
+
+
+def test_the_schema_that_editors_get_is_the_codes() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert json.loads((CONFIGS / "schema.json").read_text()) == SCHEMA
+
+
+async def test_the_schema_is_printed() -> None:
+    status, out, _ = await run("schema")
+    assert (status, json.loads(out)) == (0, SCHEMA)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_loads_and_is_what_the_schema_says(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    VALIDATOR.validate(yaml.safe_load(text))
+    assert config.load(path, ENVIRONMENT).routes
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lsten": ":80"},
+        {"workers": 0},
+        {"workers": "many"},
+        {"drain_timeout": 30},
+        {"drain_timeout": "30 seconds"},
+        {"max_body": "1GB"},
+        {"limits": {"request_fields": "some"}},
+        {"access_log": {"sample": 2}},
+        {"access_log": {"exchanges": "some"}},
+        {"tls": {"key_file": "k"}},
+        {"upstreams": []},
+        {"upstreams": [{"name": "up"}]},
+        {"upstreams": [{"name": "u p", "url": "http://h"}]},
+        {"routes": [{"name": "api", "match": {"path": "v1"}, "upstream": "up"}]},
+        {"routes": [{"name": "api", "match": {"path": "/"}, "upstream": "up", "dialect": "klingon"}]},
+    ],
+    ids=str,
+)
+def test_what_an_editor_can_see_to_be_wrong_it_says(wrong: dict[str, Any]) -> None:
+    VALIDATOR.validate(LEAST)
+    assert not VALIDATOR.is_valid(LEAST | wrong)
+
+
+def test_variables_may_stand_anywhere() -> None:
+    options = {"workers": "${WORKERS:-2}", "drain_timeout": "${DRAIN}", "access_log": {"sample": "${SAMPLE}"}}
+    VALIDATOR.validate(LEAST | options)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+async def test_what_a_file_comes_to_is_a_file_with_the_same_meaning(path: Path) -> None:
+    status, out, _ = await run("check-config", "--resolved", str(path), **ENVIRONMENT)
+    assert status == 0
+    assert "sk-" not in out
+    loaded = config.load(path, ENVIRONMENT)
+    again = config.parse(out, "resolved", {})
+    hidden = [upstream.model_copy(update={"api_key": None}) for upstream in loaded.upstreams]
+    assert again.model_copy(
+        update={"upstreams": [upstream.model_copy(update={"api_key": None}) for upstream in again.upstreams]}
+    ) == loaded.model_copy(update={"upstreams": hidden})
+
+
+TIMES = st.integers(1, 10**10).map(lambda ms: ms / 1000)
+SIZES = st.integers(1, 999_999_999)
+
+
+@given(TIMES, st.none() | TIMES, SIZES, st.none() | SIZES, st.none() | st.integers(1, 10**6))
+def test_every_value_is_written_as_it_is_read(
+    time: float, optional_time: float | None, size: int, optional_size: int | None, number: int | None
+) -> None:
+    settings = Config(
+        listen=(Address("::1", 80), config.UnixAddress("/s"), config.PassedSocket("x")),
+        drain_timeout=time,
+        limits=Limits(request_head=size, request_body=optional_size, active_requests=number),
+        upstreams=(Upstream(name="up", url="http://h"),),
+        routes=(Route(name="r", match=Match(path="/"), upstream="up", timeouts=Timeouts(total=optional_time)),),
+    )
+    text = config.resolved(settings)
+    assert config.parse(text, "resolved", {}) == settings
+    VALIDATOR.validate(yaml.safe_load(text))
