@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy import config
-from sseproxy.observe.access import AccessLog, median_gap
-from sseproxy.observe.metrics import BETWEEN_TOKENS, HistogramRecorder
+from sseproxy.observe.access import AccessLog, describe
+from sseproxy.relay.exchange import Exchange
+from sseproxy.wire.dialects import DELTA
 from sseproxy.wire.headers import client_address
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
 from .served import ConfigFile, Served, until_true
+from .test_fuzz import Recording
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -158,10 +161,6 @@ class Stuck:
 
 
 def test_a_reader_that_does_not_read_costs_lines_but_neither_time_nor_memory() -> None:
-    from sseproxy.relay.exchange import Exchange
-
-    from .test_fuzz import Recording
-
     reader = Stuck()
     log = AccessLog(config.AccessLog(), reader, terminal=False)
     ended = Exchange("r", "u", Recording(), "id", 0.0)
@@ -180,23 +179,19 @@ def test_a_reader_that_does_not_read_costs_lines_but_neither_time_nor_memory() -
     assert 1 << 19 < len(reader.taken) < 1 << 21
 
 
-@given(st.lists(st.floats(0.0005, 70), min_size=1))
-def test_the_median_is_in_the_bucket_of_the_median(gaps: list[float]) -> None:
-    histogram = HistogramRecorder(BETWEEN_TOKENS)
-    for gap in gaps:
-        histogram.observe(gap)
-    median = median_gap(histogram.counts)
-    assert median is not None
-    middle = sorted(gaps)[(len(gaps) - 1) // 2]
-    bounds = (0.0, *BETWEEN_TOKENS)
-    lower = max(bound for bound in bounds if bound < middle)
-    upper = min(bound for bound in bounds if bound >= middle)
-    assert lower <= median <= upper
-
-
-def test_of_nothing_there_is_no_median() -> None:
-    assert median_gap([]) is None
-    assert median_gap([0] * (len(BETWEEN_TOKENS) + 1)) is None
+@given(st.lists(st.floats(0.0005, 70), min_size=1, max_size=5000))
+def test_the_gaps_are_a_fair_sample_however_many_there_were(gaps: list[float]) -> None:
+    exchange = Recording().exchange
+    at = 0.0
+    for gap in [0.0, *gaps]:
+        at += gap
+        exchange.happened(DELTA, at)
+    assert len(exchange.gaps) <= 1025
+    assert max(exchange.gaps) == pytest.approx(max(gaps))
+    said = describe(exchange)
+    assert said["gap_max_seconds"] == pytest.approx(max(gaps), abs=1e-5)
+    if len(gaps) <= 1024:
+        assert said["gap_p50_seconds"] == pytest.approx(statistics.median(gaps), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,11 @@ from sseproxy.wire.dialects import (
     Meaning,
     Usage,
     read_completion,
+    template_of,
 )
+from sseproxy.wire.sse import EventParser
+
+from .harness import DONE, delta
 
 
 def chunk(*deltas: object, **more: object) -> bytes:
@@ -283,3 +287,59 @@ def test_arbitrary_documents_never_raise_and_count_only_counts(document: dict[st
         told = document["usage"].get("prompt_tokens")
         if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < 10**15:
             assert meaning.usage.input == told
+
+
+TEXT = st.text(min_size=1) | st.sampled_from(
+    [" token", "\\", '"', "\n", "\x00", "[DONE]", '","finish_reason":"stop', "\x7f", "é"]
+)
+KEYS = st.sampled_from(["content", "reasoning_content", "refusal"])
+
+
+def written(document: object, *, spaced: bool, ascii_only: bool) -> bytes:
+    separators = (", ", ": ") if spaced else (",", ":")
+    return b"data: " + json.dumps(document, separators=separators, ensure_ascii=ascii_only).encode() + b"\n\n"
+
+
+@given(st.lists(st.tuples(KEYS, TEXT), min_size=2, max_size=2), st.booleans(), st.booleans(), st.booleans())
+def test_a_template_takes_only_what_means_a_delta_and_nothing_else(
+    deltas: list[tuple[str, str]], spaced: bool, ascii_only: bool, finished: bool
+) -> None:
+    first, second = (
+        written(
+            {
+                "choices": [{"delta": {key: text}, "finish_reason": "stop" if finished and last else None}],
+                "usage": None,
+            },
+            spaced=spaced,
+            ascii_only=ascii_only,
+        )
+        for last, (key, text) in enumerate(deltas)
+    )
+    template = template_of(first)
+    if template is not None and template.takes(second):
+        assert [read_completion(kind, data or b"") for kind, data in EventParser(1 << 20).feed(second)] == [DELTA]
+        assert not finished
+
+
+@given(st.binary(min_size=1, max_size=40), st.integers(0, 120))
+def test_a_template_never_takes_what_is_read_otherwise(inserted: bytes, at: int) -> None:
+    event = delta("Hi")
+    template = template_of(event)
+    assert template is not None
+    assert template.takes(delta("Ho ho"))
+    at %= len(event)
+    changed = event[:at] + inserted + event[at:]
+    if template.takes(changed):
+        assert [read_completion(kind, data or b"") for kind, data in EventParser(1 << 20).feed(changed)] == [DELTA]
+
+
+def test_a_template_is_of_plain_text() -> None:
+    template = template_of(delta("Hi"))
+    assert template is not None
+    assert template.takes(delta("ho"))
+    for other in ('"', "a\\", "\n", ""):
+        assert not template.takes(delta(other))
+    assert not template.takes(delta("ho")[:-1])
+    assert not template.takes(delta("ho") + delta("ho"))
+    assert template_of(delta("")) is None
+    assert template_of(DONE) is None

@@ -143,8 +143,6 @@ def spellings(draw: st.DrawFn, events: st.SearchStrategy[dict[str, Any]]) -> str
 class Recording:
     """An observer that keeps which events had generated content."""
 
-    gap_buckets = 1
-
     def __init__(self) -> None:
         self.deltas: list[int] = []
         self.exchange = Exchange("r", "u", self, "id", 0.0)
@@ -163,10 +161,9 @@ class Recording:
         assert not self.deltas
         self.deltas.append(self.exchange.events - 1)
 
-    def gap(self, seconds: float) -> int:
+    def gap(self, seconds: float) -> None:
         assert self.deltas
         self.deltas.append(self.exchange.events - 1)
-        return 0
 
 
 def measured(api: str, pieces: list[bytes]) -> reference.Seen:

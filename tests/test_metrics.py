@@ -14,8 +14,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from sseproxy.observe import metrics
-from sseproxy.observe.metrics import METRICS, ExemplarValue, Metric, Recorder, Registry, Report, exposition
+from sseproxy.observe.metrics import METRICS, Metric, Recorder, Registry, Report, exposition
 from sseproxy.observe.telemetry import Telemetry, encode_report, read_reports
+from sseproxy.relay.proxy import Lateness
 
 from .conftest import PlayScript, StartProxy
 from .harness import DEADLINE, DONE, LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, chunk, delta, post
@@ -163,7 +164,8 @@ def test_a_metric_is_exposed_in_both_formats_as_it_is_declared(metric: Metric) -
         recorder.set(metric, labels, 2)
     else:
         histogram = recorder.histogram(metric, labels)
-        histogram.exemplars[histogram.observe(2)] = ExemplarValue(2, "request", 1.5)
+        histogram.observe(2)
+        histogram.example(2, "request", 1.5)
     registry.add(1, sent(recorder.report()))
     openmetrics, content_type = exposition(registry, "application/openmetrics-text; version=1.0.0")
     text, plain_type = exposition(registry, "*/*")
@@ -239,7 +241,8 @@ def test_a_report_that_could_not_be_sent_keeps_the_latest_exemplar_of_each_bucke
     histogram = recorder.histogram(metrics.TO_FIRST_TOKEN, R)
 
     def first_token(seconds: float, request_id: str) -> None:
-        histogram.exemplars[histogram.observe(seconds)] = ExemplarValue(seconds, request_id, 1.0)
+        histogram.observe(seconds)
+        histogram.example(seconds, request_id, 1.0)
 
     first_token(0.3, "early")
     first_token(3.0, "slow")
@@ -301,7 +304,6 @@ async def test_reports_go_out_unasked_while_an_exchange_is_under_way(telemetry: 
     assert ("upstream_connections", ("up", "active"), 2) in gauges
     assert ("upstream_connections", ("up", "idle"), 5) in gauges
     observer.gap(0.03)
-    # And not only with the next measurement of the lag, which makes a report of its own.
     assert await channel.observed() == {metrics.GAPS.name: 1}
 
 
@@ -325,8 +327,10 @@ async def test_the_last_report_has_what_was_left(telemetry: Telemetry, channel: 
 
 
 async def test_a_worker_measures_how_late_its_timers_are(telemetry: Telemetry, channel: Channel) -> None:
+    lateness = Lateness(asyncio.get_running_loop(), telemetry.lagged)
     assert await channel.observed() == {metrics.LOOP_LAG.name: 1}
     assert await channel.observed() == {metrics.LOOP_LAG.name: 1}
+    lateness.stop()
 
 
 @pytest.mark.parametrize(("size", "shown"), [(8, True), (118, True), (119, False), (128, False)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import statistics
 import sys
 import threading
 from collections.abc import Callable
@@ -20,7 +21,6 @@ import msgspec
 from ..config import AccessLog as Options
 from ..errors import Outcome
 from ..relay.exchange import Exchange
-from .metrics import BETWEEN_TOKENS
 
 _logger: Final = logging.getLogger("sseproxy.access")
 # Bytes that wait for a reader that does not read; what is more is dropped, and counted.
@@ -29,19 +29,6 @@ _MAX_WAITING: Final = 1 << 20
 _MAX_NAME: Final = 128
 # How long the end of the process waits for the last lines to be taken.
 _LAST_LINES: Final = 1.0
-
-
-def median_gap(counts: list[int]) -> float | None:
-    """The median of gaps of which only the `counts` by bucket are known, in seconds; evenly spread in its bucket."""
-    total = sum(counts)
-    if not total:
-        return None
-    before, lower = 0, 0.0
-    for count, upper in zip(counts, BETWEEN_TOKENS, strict=False):
-        if count and before + count >= total / 2:
-            return lower + (upper - lower) * (total / 2 - before) / count
-        before, lower = before + count, upper
-    return lower
 
 
 def _shown(said_by_others: str | None) -> str | None:
@@ -58,7 +45,7 @@ def describe(exchange: Exchange) -> dict[str, Any]:
     def since(instant: float | None) -> float | None:
         return None if instant is None else round(instant - received_at, 6)
 
-    median = median_gap(exchange.gaps)
+    gaps = exchange.gaps
     usage = {} if exchange.usage is None else {k: v for k, v in exchange.usage._asdict().items() if v is not None}
     said = {
         "request_id": exchange.request_id,
@@ -75,8 +62,8 @@ def describe(exchange: Exchange) -> dict[str, Any]:
         "head_seconds": since(exchange.head_at),
         "first_token_seconds": since(exchange.first_token_at),
         "duration_seconds": since(exchange.ended_at),
-        "gap_p50_seconds": None if median is None else round(median, 6),
-        "gap_max_seconds": round(exchange.longest_gap, 6) if median is not None else None,
+        "gap_p50_seconds": round(statistics.median(gaps), 6) if gaps else None,
+        "gap_max_seconds": round(max(gaps), 6) if gaps else None,
         "events": exchange.events if exchange.is_stream else None,
         "request_bytes": exchange.request_bytes,
         "response_bytes": exchange.response_bytes,

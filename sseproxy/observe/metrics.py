@@ -6,8 +6,8 @@ into a `Registry`, which outlives workers, so that counters never fall.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -204,6 +204,12 @@ class Histogram(msgspec.Struct, array_like=True):
     sum: float = 0.0
     exemplars: dict[int, ExemplarValue] = {}
 
+    def add(self, other: Histogram, *, later: bool = True) -> None:
+        """Adds what `other` counted. The latest exemplars count: those of `other`, if it is the `later` one."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+        self.exemplars = self.exemplars | other.exemplars if later else other.exemplars | self.exemplars
+
 
 class Report(msgspec.Struct, array_like=True):
     """What has changed in one worker since its last report; gauges as they are now. Keys are (metric, labels)."""
@@ -215,37 +221,40 @@ class Report(msgspec.Struct, array_like=True):
 
 
 class HistogramRecorder:
-    """A histogram while it is being counted into. `observe` is on the hot path."""
+    """A histogram while it is being counted into. `observe` is on the hot path: a value is only kept, until `take`."""
 
-    __slots__ = ("_bounds", "changed", "counts", "exemplars", "sum")
+    __slots__ = ("_bounds", "_taken_back", "_values", "exemplars", "observe")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
-        self._clear()
-
-    def _clear(self) -> None:
-        self.counts = [0] * (len(self._bounds) + 1)
-        self.sum = 0.0
-        self.changed = False
+        self._values: list[float] = []
+        self._taken_back: Histogram | None = None
+        self.observe: Callable[[float], None] = self._values.append
         self.exemplars: dict[int, ExemplarValue] = {}
 
-    def observe(self, value: float) -> int:
-        """Counts `value`, and tells its bucket."""
-        bucket = bisect_left(self._bounds, value)
-        self.counts[bucket] += 1
-        self.sum += value
-        self.changed = True
-        return bucket
+    @property
+    def changed(self) -> bool:
+        return bool(self._values or self._taken_back)
 
-    def add(self, taken: Histogram) -> None:
-        self.counts = [a + b for a, b in zip(self.counts, taken.counts, strict=True)]
-        self.sum += taken.sum
-        self.exemplars = taken.exemplars | self.exemplars
-        self.changed = True
+    def example(self, value: float, request_id: str, at: float) -> None:
+        """Says which exchange has made the latest observation of its bucket."""
+        self.exemplars[bisect_left(self._bounds, value)] = ExemplarValue(value, request_id, at)
+
+    def take_back(self, taken: Histogram) -> None:
+        """`taken` could not be sent."""
+        self._taken_back = taken
 
     def take(self) -> Histogram:
-        taken = Histogram(self.counts, self.sum, self.exemplars)
-        self._clear()
+        """What was observed since it was taken last."""
+        values = sorted(self._values)
+        self._values.clear()
+        up_to = [bisect_right(values, bound) for bound in self._bounds]
+        counts = [upper - lower for lower, upper in zip([0, *up_to], [*up_to, len(values)], strict=True)]
+        taken = Histogram(counts, sum(values), self.exemplars)
+        if self._taken_back is not None:
+            taken.add(self._taken_back, later=False)
+            self._taken_back = None
+        self.exemplars = {}
         return taken
 
 
@@ -296,7 +305,7 @@ class Recorder:
         for name, labels, value in report.states:
             self._states.setdefault((name, labels), value)
         for name, labels, taken in report.histograms:
-            self._histograms[name, labels].add(taken)
+            self._histograms[name, labels].take_back(taken)
 
 
 class Registry(Collector):
@@ -319,9 +328,7 @@ class Registry(Collector):
             self._states[name][labels] = value
         for name, labels, delta in report.histograms:
             total = self._histograms[name].setdefault(labels, Histogram([0] * len(delta.counts)))
-            total.counts = [a + b for a, b in zip(total.counts, delta.counts, strict=True)]
-            total.sum += delta.sum
-            total.exemplars |= delta.exemplars
+            total.add(delta)
 
     def gauge(self, worker: int, metric: Metric, labels: Labels = ()) -> float:
         """What `worker` says of a gauge; 0 if nothing."""

@@ -17,7 +17,7 @@ from ..relay.exchange import Exchange
 from ..wire.dialects import Usage
 from . import metrics
 from .access import AccessLog
-from .metrics import ExemplarValue, Labels, Recorder, Report
+from .metrics import Labels, Recorder, Report
 
 # The latest that something happens before it is on its way to /metrics.
 FLUSH_INTERVAL = 0.1
@@ -126,19 +126,17 @@ class Telemetry:
 class RouteObserver:
     """Implements `relay.exchange.Observer` for one route, upstream and label of a model."""
 
-    gap_buckets = len(metrics.BETWEEN_TOKENS) + 1
-
     __slots__ = (
-        "_first_event",
         "_first_token",
-        "_forward",
-        "_gaps",
         "_head",
         "_labels",
         "_of_model",
         "_recorder",
-        "_release",
         "_telemetry",
+        "first_event",
+        "forwarded",
+        "gap",
+        "released",
     )
 
     def __init__(self, telemetry: Telemetry, labels: Labels, model: str) -> None:
@@ -148,11 +146,11 @@ class RouteObserver:
         self._labels = labels
         self._of_model = (*labels, model)
         self._head = recorder.histogram(metrics.TO_HEAD, labels)
-        self._first_event = recorder.histogram(metrics.TO_FIRST_EVENT, labels)
         self._first_token = recorder.histogram(metrics.TO_FIRST_TOKEN, self._of_model)
-        self._gaps = recorder.histogram(metrics.GAPS, labels)
-        self._forward = recorder.histogram(metrics.FORWARD, labels)
-        self._release = recorder.histogram(metrics.RELEASE, labels)
+        self.first_event = recorder.histogram(metrics.TO_FIRST_EVENT, labels).observe
+        self.gap = recorder.histogram(metrics.GAPS, labels).observe
+        self.forwarded = recorder.histogram(metrics.FORWARD, labels).observe
+        self.released = recorder.histogram(metrics.RELEASE, labels).observe
 
     def started(self) -> None:
         self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
@@ -173,23 +171,10 @@ class RouteObserver:
     def stream_started(self) -> None:
         self._recorder.move(metrics.STREAMS_ACTIVE, self._labels, 1)
 
-    def first_event(self, seconds: float) -> None:
-        self._first_event.observe(seconds)
-
     def first_token(self, seconds: float, request_id: str) -> None:
-        bucket = self._first_token.observe(seconds)
+        self._first_token.observe(seconds)
         if len(request_id) <= _EXEMPLAR_ID:
-            at = time.time()  # noqa: TID251 - an exemplar's timestamp is wall-clock time
-            self._first_token.exemplars[bucket] = ExemplarValue(seconds, request_id, at)
-
-    def gap(self, seconds: float) -> int:
-        return self._gaps.observe(seconds)
-
-    def forwarded(self, seconds: float) -> None:
-        self._forward.observe(seconds)
-
-    def released(self, seconds: float) -> None:
-        self._release.observe(seconds)
+            self._first_token.example(seconds, request_id, time.time())  # noqa: TID251 - a point in time
 
     def finished(self, exchange: Exchange) -> None:
         recorder, labels = self._recorder, self._labels

@@ -13,28 +13,28 @@ from typing import Literal, Protocol
 
 from ..config import Timeouts
 from ..errors import ExchangeError, Outcome, Phase, StalledClient, UpstreamTimeout
-from ..wire.dialects import DELTA, NOTHING, Dialect, Meaning, Usage
+from ..wire.dialects import DELTA, NOTHING, Dialect, Meaning, Template, Usage, template_of
 from ..wire.sse import EventParser
+
+# A stream whose events have not been alike for so many is none whose events are.
+_TRIES = 8
+# Of so many the median is told well enough.
+_MAX_GAPS = 1024
 
 
 class Observer(Protocol):
     """What an exchange tells while it lives. Durations are in seconds."""
-
-    gap_buckets: int
 
     def started(self) -> None: ...
     def rejected(self, reason: str) -> None: ...
     def upstream_failed(self, kind: str, *, answered: bool) -> None: ...
     def response_head(self, seconds: float) -> None: ...
     def stream_started(self) -> None: ...
-    def first_event(self, seconds: float) -> None: ...
+    def first_event(self, seconds: float, /) -> None: ...
     def first_token(self, seconds: float, request_id: str) -> None: ...
-    def gap(self, seconds: float) -> int:
-        """Returns the gap's bucket, below `gap_buckets`."""
-        ...
-
-    def forwarded(self, seconds: float) -> None: ...
-    def released(self, seconds: float) -> None: ...
+    def gap(self, seconds: float, /) -> None: ...
+    def forwarded(self, seconds: float, /) -> None: ...
+    def released(self, seconds: float, /) -> None: ...
     def finished(self, exchange: Exchange) -> None: ...
 
 
@@ -55,7 +55,6 @@ class Exchange:
         "head_at",
         "is_stream",
         "last_delta_at",
-        "longest_gap",
         "marker_seen",
         "method",
         "model",
@@ -92,9 +91,8 @@ class Exchange:
         self.first_token_at: float | None = None
         self.first_delta_at: float | None = None
         self.last_delta_at = 0.0
-        self.gaps: list[int] = []
-        """How many gaps between deltas were in which bucket of inter-token latency."""
-        self.longest_gap = 0.0
+        self.gaps: list[float] = []
+        """The gaps between deltas, or a sample of them, in seconds; the longest is always among them."""
         self.ended_at: float | None = None
         self.status: int | None = None
         self.is_stream = False
@@ -130,13 +128,9 @@ class Exchange:
             if self.first_token_at is None:
                 self.first_delta_at = read_at
                 self.first_token_at = perf_counter()
-                self.gaps = [0] * self.observer.gap_buckets
                 self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
             else:
-                gap = read_at - self.last_delta_at
-                self.gaps[self.observer.gap(gap)] += 1
-                if gap > self.longest_gap:
-                    self.longest_gap = gap
+                self._gap(read_at - self.last_delta_at)
             self.last_delta_at = read_at
             if meaning is DELTA:
                 return
@@ -151,6 +145,21 @@ class Exchange:
             self.stream_error = True
         if not meaning.understood:
             self.garbled += 1
+
+    def generated(self, read_at: float) -> None:
+        """An event that means a delta and nothing else, and is not the first one, was written downstream."""
+        self.events += 1
+        self._gap(read_at - self.last_delta_at)
+        self.last_delta_at = read_at
+
+    def _gap(self, seconds: float) -> None:
+        self.observer.gap(seconds)
+        gaps = self.gaps
+        gaps.append(seconds)
+        if len(gaps) > _MAX_GAPS:
+            longest = max(gaps)
+            del gaps[::2]
+            gaps.append(longest)
 
     def completed(self) -> Outcome:
         """The outcome if all of the response was forwarded."""
@@ -308,7 +317,16 @@ class Inspector:
 class StreamInspector(Inspector):
     """An event stream in `dialect`."""
 
-    __slots__ = ("_awaits_token", "_clock", "_exchange", "_numbered", "_parser", "_read")
+    __slots__ = (
+        "_awaits_token",
+        "_clock",
+        "_exchange",
+        "_expected",
+        "_numbered",
+        "_parser",
+        "_read",
+        "_tries",
+    )
 
     def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock, max_event: int) -> None:
         self._exchange = exchange
@@ -317,20 +335,35 @@ class StreamInspector(Inspector):
         self._read = dialect.read
         self._numbered = dialect.numbered
         self._awaits_token = dialect.generates
+        # What the next read is like if it is an event like the last one, and for how many it is worth looking.
+        self._expected: Template | None = None
+        self._tries = _TRIES
         if dialect.generates:
             clock.enter("first_token", exchange.received_at)
 
     def look(self, payload: bytes, read_at: float) -> None:
-        exchange = self._exchange
-        for kind, data in self._parser.feed(payload):
+        exchange, expected = self._exchange, self._expected
+        if expected is not None and expected.takes(payload):
+            exchange.generated(read_at)
+            self._clock.touched = read_at
+            self._tries = _TRIES
+            return
+        parser, fresh, meaning = self._parser, self._parser.fresh, NOTHING
+        events = parser.feed(payload)
+        for kind, data in events:
             if data is None:
                 exchange.unread = "oversize"
-            exchange.happened(NOTHING if data is None else self._read(kind, data), read_at)
+            meaning = NOTHING if data is None else self._read(kind, data)
+            exchange.happened(meaning, read_at)
             if not self._awaits_token:
                 self._clock.touched = read_at
             elif exchange.first_token_at is not None:
                 self._awaits_token = False
                 self._clock.enter("idle", read_at)
+        self._expected = None
+        if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
+            self._tries -= 1
+            self._expected = template_of(payload)
 
     def heartbeat(self) -> bytes:
         # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.

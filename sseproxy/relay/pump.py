@@ -35,6 +35,7 @@ class Pump:
         "_downstream",
         "_exchange",
         "_extendable",
+        "_forwarded",
         "_heartbeat",
         "_heartbeat_timer",
         "_inspector",
@@ -69,6 +70,7 @@ class Pump:
         self._downstream = downstream
         self._write = downstream.transport.write
         self._exchange = exchange
+        self._forwarded = exchange.observer.forwarded
         self._inspector = inspector
         self._clock = clock
         self._body = decoder(framing_in)
@@ -137,7 +139,7 @@ class Pump:
         """`size` bytes of the body, framed, go downstream."""
         self._write(out)
         self._written_at = read_at
-        self._exchange.observer.forwarded(perf_counter() - read_at)
+        self._forwarded(perf_counter() - read_at)
         self._exchange.response_bytes += size
 
     def _look(self, payload: bytes, read_at: float) -> None:

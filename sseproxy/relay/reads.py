@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 # What is read at once: with a full write buffer it is what is held for a client that does not read, and it bounds for
@@ -17,7 +18,8 @@ class BoundedReads(asyncio.BufferedProtocol):
     _buffer = memoryview(bytearray(MAX_READ))
 
     def __init__(self, protocol: asyncio.Protocol) -> None:
-        self._protocol = protocol
+        self.deliver: Callable[[bytes], None] = protocol.data_received
+        """Takes what was read; who takes it may change."""
         self.eof_received = protocol.eof_received  # type: ignore[method-assign]
         self.connection_lost = protocol.connection_lost  # type: ignore[method-assign]
         self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
@@ -27,4 +29,4 @@ class BoundedReads(asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._protocol.data_received(bytes(self._buffer[:nbytes]))
+        self.deliver(bytes(self._buffer[:nbytes]))

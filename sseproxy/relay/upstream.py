@@ -107,7 +107,8 @@ class RelayProtocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        transport.set_protocol(BoundedReads(self))
+        self._reads = BoundedReads(self)
+        transport.set_protocol(self._reads)
 
     def expect_head(self, method: str) -> asyncio.Future[ResponseHead]:
         """A future for the head of the response to a `method` request. It raises `UpstreamError`."""
@@ -118,6 +119,7 @@ class RelayProtocol(ResponseHandler):
     def feed_to(self, sink: BodySink) -> None:
         """The body goes to `sink` from now on, what was held back of it first."""
         self._sink = sink
+        self._reads.deliver = sink.data_received
         held, self._held = self._held, b""
         if self._held_paused:
             self._held_paused = False
@@ -129,12 +131,18 @@ class RelayProtocol(ResponseHandler):
 
     def unread(self, data: bytes) -> None:
         """Takes the body back from its sink; what the sink was given, `data`, is for the next one."""
-        self._sink = None
+        self._take_back()
         self._held = data
+
+    def _take_back(self) -> None:
+        """What is read comes here again."""
+        self._sink = None
+        self._reads.deliver = self.data_received
 
     def finish(self, *, reusable: bool) -> None:
         """The exchange is over. Unless `reusable`, the connection will not be pooled."""
-        self._head = self._sink = None
+        self._head = None
+        self._take_back()
         if not reusable or self._held:
             self._should_close = True
         self._held = b""

@@ -63,6 +63,38 @@ GARBLED: Final = Meaning(understood=False)
 FAILED: Final = Meaning(error=True)
 
 
+class Template(NamedTuple):
+    """The bytes of an event around the text that it generates.
+
+    An event that has the same, and another plain text between them, means the same: a delta and nothing else. So do
+    nearly all events of a stream. The text is that of a JSON string without escapes, of which no reader asks more than
+    whether it is empty.
+    """
+
+    prefix: bytes
+    suffix: bytes
+
+    def takes(self, event: bytes) -> bool:
+        """Whether `event`, as it came, is such a one."""
+        if not (event.startswith(self.prefix) and event.endswith(self.suffix)):
+            return False
+        text = event[len(self.prefix) : -len(self.suffix)]
+        return bool(text) and len(text.translate(None, _NOT_PLAIN)) == len(text)
+
+
+# What ends or escapes in a JSON string, and what may not be in one (RFC 8259, section 7).
+_NOT_PLAIN: Final = bytes([*range(0x20), *b'"\\\x7f'])
+_TEXT: Final = re.compile(
+    rb'"(?:content|reasoning_content|reasoning|text|thinking|partial_json|arguments|delta)": ?"([^"\\\x00-\x1f\x7f]+)"'
+)
+
+
+def template_of(event: bytes) -> Template | None:
+    """The template of an `event`, as it came, that means a delta and nothing else; None if it has no plain text."""
+    found = _TEXT.search(event)
+    return None if found is None else Template(event[: found.start(1)], event[found.end(1) :])
+
+
 class Dialect(NamedTuple):
     """`read(type, data)` is the meaning of an event; `path` matches the path on the upstream's side.
 

@@ -30,11 +30,29 @@ _CRLF = b"\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 
 
+def _usual_start(length: int) -> bytes:
+    """What a whole chunk of `length` bytes, with its framing, begins with; empty if there is none of that length."""
+    for digits in range(1, 5):
+        start = b"%x\r\n" % max(0, length - digits - 4)
+        if len(start) == digits + 2 and length > digits + 4:
+            return start
+    return b""
+
+
+# By the length of what was read. What is longer, or written in another way, is looked at with more care.
+_USUAL_STARTS = tuple(map(_usual_start, range(4096)))
+
+
 def whole_chunk(data: bytes) -> int:
     """The offset of the payload if `data` is exactly one non-empty chunk without extensions, else 0.
 
     The payload is then `data[offset:-2]`, and `data` can be forwarded as it is.
     """
+    length = len(data)
+    if length < len(_USUAL_STARTS):
+        usual = _USUAL_STARTS[length]
+        if usual and data.startswith(usual):
+            return len(usual) if data.endswith(_CRLF) else 0
     start = _CHUNK_START.match(data)
     if start is None:
         return 0

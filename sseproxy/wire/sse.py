@@ -62,6 +62,11 @@ class EventParser:
         """True where bytes of ours could be put into the stream without becoming part of one of its events."""
         return not (self._has_field or self._line)
 
+    @property
+    def fresh(self) -> bool:
+        """True where the next byte begins an event, and nothing before it matters to that."""
+        return not (self._has_field or self._line or self._after_cr or self._start)
+
     def feed(self, payload: bytes) -> list[Event]:
         """The events that `payload` completes, in order."""
         if (

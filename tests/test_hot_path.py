@@ -1,0 +1,54 @@
+"""The work for a chunk, counted in calls instead of seconds, which do not depend on the machine's mood."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+
+import sseproxy
+
+from .harness import STREAM_HEAD, RunningProxy, ScriptedUpstream, begin, chunk, delta
+
+PACKAGE = str(Path(sseproxy.__file__).parent)
+CHUNKS = 200
+# What an event that is like the one before costs now: reads.get_buffer, reads.buffer_updated, pump.data_received,
+# framing.whole_chunk, pump._forward, pump._look, inspector.look, template.takes, exchange.generated, exchange._gap.
+CALLS = 10
+CALLS_INTO_C = 19
+
+
+async def test_a_chunk_costs_no_more_calls_than_it_has_to(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client, api = await begin(proxy, upstream)
+    api.send(STREAM_HEAD)
+    for warm_up in range(5):
+        piece = chunk(delta(f"warm {warm_up}"))
+        api.send(piece)
+        await client.read_until(piece)
+
+    called: Counter[str] = Counter()
+    into_c: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        # What is done every so often, reports and clocks, is not for a chunk.
+        if not code.co_filename.startswith(PACKAGE) or "/observe/" in code.co_filename:
+            return
+        if event == "call":
+            called[code.co_qualname] += 1
+        elif event == "c_call":
+            into_c[f"{code.co_qualname} {getattr(argument, '__name__', argument)}"] += 1
+
+    sys.setprofile(count)
+    try:
+        for number in range(CHUNKS):
+            piece = chunk(delta(f"token {number}"))
+            api.send(piece)
+            await client.read_until(piece)
+    finally:
+        sys.setprofile(None)
+    del called["Lateness._fired"], called["Lateness._begin"]
+    assert sum(called.values()) / CHUNKS <= CALLS + 0.2, called
+    assert sum(into_c.values()) / CHUNKS <= CALLS_INTO_C + 0.2, into_c
+    assert len(called) >= CALLS
