@@ -7,14 +7,20 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from http.client import HTTPConnection, HTTPException
 
 import uvloop
 
 from . import __version__, config, demonstration
-from .config import Config
+from .config import Address, Config
 from .demo import Pace
 from .errors import SseproxyError
 from .process.supervisor import Supervisor
+
+# Below what those who ask, Docker among them, give it.
+_HEALTH_TIMEOUT = 3.0
+# Of what makes it not ready.
+_MAX_SAID = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", metavar="FILE")
     check.add_argument("--resolved", action="store_true", help="print it with every option; secrets are masked")
     check.set_defaults(run=_check)
+
+    health = commands.add_parser(
+        "healthcheck",
+        help="ask whether the proxy of this machine is ready",
+        description="Ask the admin listener whether the proxy is ready; the exit status is 0 if it is, and 1 if not.",
+    )
+    health.add_argument(
+        "--admin", default="127.0.0.1:9464", metavar="HOST:PORT", help="the admin listener (%(default)s)"
+    )
+    health.set_defaults(run=_healthcheck)
 
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of a configuration", description="Print the JSON Schema, for editors."
@@ -142,6 +158,27 @@ def _check(options: argparse.Namespace) -> int:
     sys.stdout.write(
         f"{options.file}: ok ({routes} route{'s'[: routes > 1]}, {upstreams} upstream{'s'[: upstreams > 1]})\n"
     )
+    return 0
+
+
+def _healthcheck(options: argparse.Namespace) -> int:
+    try:
+        address = Address.parse(options.admin)
+    except ValueError:
+        raise SseproxyError(f"--admin: expected HOST:PORT, got {options.admin!r}") from None
+    # Where it listens on all interfaces, it does so on this one.
+    host = "127.0.0.1" if address.host in ("", "0.0.0.0", "::") else address.host
+    connection = HTTPConnection(host, address.port, timeout=_HEALTH_TIMEOUT)
+    try:
+        connection.request("GET", "/readyz")
+        response = connection.getresponse()
+        said = response.read(_MAX_SAID).decode(errors="replace").strip()
+    except (OSError, HTTPException) as error:
+        raise SseproxyError(f"no answer from {options.admin}: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise SseproxyError(f"not ready: {said}")
     return 0
 
 

@@ -14,7 +14,7 @@ from sseproxy import __version__, cli
 from sseproxy.demo import Pace, answer, backend
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, ScriptedUpstream, chunk, post
-from .served import run, serve
+from .served import run, serve, until_true
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", "1")
 GOOD = """\
@@ -200,3 +200,22 @@ async def test_nothing_is_served_without_the_parser_that_was_tested() -> None:
     assert (status, out) == (1, "")
     assert errors.startswith("sseproxy: aiohttp has no C parser here; ")
     assert len(errors.splitlines()) == 1
+
+
+async def test_health_is_that_of_the_admin_listener(upstream: ScriptedUpstream) -> None:
+    async with serve(
+        "--upstream", upstream.url, "--listen", "127.0.0.1:0", "--admin", ":0", "--workers", "1"
+    ) as served:
+        for host in ("", "0.0.0.0", "127.0.0.1"):
+            assert await run("healthcheck", "--admin", f"{host}:{served.admin}") == (0, "", "")
+        client = await served.connect()
+        client.send(post())
+        await (await upstream.accept()).message()
+        served.process.terminate()
+        await until_true(lambda: "draining" in served.stderr)
+        status, out, errors = await run("healthcheck", "--admin", f"127.0.0.1:{served.admin}")
+        assert (status, out, errors) == (1, "", "sseproxy: not ready: draining\n")
+    status, _, errors = await run("healthcheck", "--admin", f"127.0.0.1:{served.admin}")
+    assert status == 1
+    assert errors.startswith(f"sseproxy: no answer from 127.0.0.1:{served.admin}: ")
+    assert await run("healthcheck", "--admin", "x") == (1, "", "sseproxy: --admin: expected HOST:PORT, got 'x'\n")

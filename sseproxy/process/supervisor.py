@@ -116,6 +116,10 @@ class Supervisor:
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload_unattended()))
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
+        # What has not happened yet is 0, so that the first time is an increase.
+        self._recorder.count(metrics.RESTARTS, (), 0)
+        for result in ("success", "failure"):
+            self._recorder.count(metrics.RELOADS, (result,), 0)
         await self._admin.setup()
         await self._administer(self._admin_sockets)
         async with self._reloading:

@@ -1,0 +1,300 @@
+"""The dashboard and the rules: current, complete, and, asked of a real Prometheus, all with an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp import ClientSession
+
+from sseproxy.observe.metrics import METRICS
+
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post
+from .served import ConfigFile, Served
+
+GRAFANA = Path(__file__).parent.parent / "grafana"
+RULES = sorted((GRAFANA / "rules").glob("*.yaml"))
+DASHBOARD = json.loads((GRAFANA / "dashboard.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+# In no panel, and why.
+NOT_SHOWN = {
+    "audio_seconds_total": "few APIs count audio in seconds; those who need it know its name",
+    "build_info": "what the dashboard's variables are made of",
+}
+# Of exchanges that cost too much time here, or that only a broken installation has.
+NEVER_HERE = {"SseproxyDown", "SseproxyNoWorkers"}
+EXPOSED = {f"{metric.name}_total" if metric.kind == "counter" else metric.name for metric in METRICS}
+WINDOW = "10s"
+
+
+def program(name: str) -> str:
+    """The program `name`, which CI has, and others may have."""
+    found = shutil.which(name)
+    if found is None and not os.environ.get("CI"):
+        pytest.skip(f"{name} is not installed")
+    assert found is not None, f"{name} is not installed"
+    return found
+
+
+def rules() -> Iterator[dict[str, Any]]:
+    for path in RULES:
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            yield from group["rules"]
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    """What is asked, and by whom."""
+    for panel in PANELS:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+    for rule in rules():
+        yield rule.get("record") or rule["alert"], rule["expr"]
+
+
+def metrics_in(expr: str) -> set[str]:
+    found = re.findall(r"\bsseproxy_(\w+?)(?:_bucket|_sum|_count)?(?=[{\[),\s]|$)", expr)
+    return set(found)
+
+
+def test_the_dashboard_is_what_its_script_writes() -> None:
+    written = subprocess.run([sys.executable, GRAFANA / "generate.py"], capture_output=True, text=True, check=True)
+    assert (GRAFANA / "dashboard.json").read_text() == written.stdout
+
+
+def test_every_panel_says_what_it_means_in_a_unit() -> None:
+    for panel in PANELS:
+        assert len(panel["description"]) > 20, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            for window in re.findall(r"\[([^]]+)\]", target["expr"]):
+                assert window == "$__rate_interval"
+
+
+def test_no_panel_covers_another() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        grid = panel["gridPos"]
+        assert grid["x"] + grid["w"] <= 24
+        cells = {(grid["x"] + x, grid["y"] + y) for x in range(grid["w"]) for y in range(grid["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_what_is_asked_for_exists_and_what_exists_is_asked_for() -> None:
+    asked = set().union(*(metrics_in(expr) for _, expr in queries()))
+    assert asked <= EXPOSED
+    shown = set().union(*(metrics_in(target["expr"]) for panel in PANELS for target in panel["targets"]))
+    assert EXPOSED - shown == set(NOT_SHOWN)
+
+
+def test_every_alert_says_what_to_do() -> None:
+    for rule in rules():
+        if "alert" in rule:
+            assert rule["labels"]["severity"] in ("critical", "warning")
+            assert rule["for"]
+            assert len(rule["annotations"]["description"]) > 40
+            assert rule["alert"] in (GRAFANA / "README.md").read_text()
+
+
+def test_prometheus_takes_the_rules() -> None:
+    subprocess.run([program("promtool"), "check", "rules", *RULES], capture_output=True, check=True)
+
+
+def test_every_alert_fires_when_it_should_and_not_when_it_should_not() -> None:
+    wrong, _ = yaml.safe_load((GRAFANA / "tests" / "alerts.yaml").read_text())["tests"]
+    fired = [re.findall('"(.*)"', sample["labels"])[0] for sample in wrong["promql_expr_test"][0]["exp_samples"]]
+    assert sorted(fired) == sorted(rule["alert"] for rule in rules() if "alert" in rule)
+    found = subprocess.run(
+        [program("promtool"), "test", "rules", GRAFANA / "tests" / "alerts.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def usage(model: str) -> bytes:
+    counts = {
+        "prompt_tokens": 9,
+        "completion_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    return b"data: " + json.dumps({"model": model, "choices": [], "usage": counts}).encode() + b"\n\n"
+
+
+async def backend(api: Peer) -> None:
+    """Does as the request's model says."""
+    while True:
+        request = await api.message()
+        model = request.json()["model"]
+        if model == "slow":
+            await asyncio.sleep(30)
+        if model == "dead":
+            return
+        if model == "packed":
+            api.send(
+                STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), chunk(b"\x1f\x8b"), LAST_CHUNK
+            )
+            continue
+        api.send(STREAM_HEAD)
+        for number in range(5):
+            api.send(chunk(delta(str(number))))
+            await asyncio.sleep(0.02)
+        if model == "broken":
+            return
+        api.send(chunk(b"data: {nonsense\n\n"), *([chunk(usage(model))] if model != "silent" else []))
+        if model != "unmarked":
+            api.send(chunk(DONE))
+        api.send(LAST_CHUNK)
+
+
+async def load(served: Served) -> None:
+    """All that can happen, again and again."""
+    while True:
+        for model in ("gpt-a", "gpt-b", "silent", "unmarked", "broken", "dead", "packed", "slow", "nowhere"):
+            client = Peer(*await asyncio.open_connection("127.0.0.1", served.port))
+            body = json.dumps({"model": model, "stream": True}).encode()
+            try:
+                client.send(post(body, path="/nowhere" if model == "nowhere" else "/v1/chat/completions"))
+                if model == "slow":
+                    # Its client does not wait.
+                    await asyncio.sleep(0.05)
+                else:
+                    await client.message()
+            finally:
+                client.writer.transport.abort()
+
+
+class Prometheus:
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def ask(self, expr: str) -> list[dict[str, Any]]:
+        async with (
+            ClientSession() as session,
+            session.get(f"http://127.0.0.1:{self.port}/api/v1/query", params={"query": expr}) as response,
+        ):
+            answer = await response.json()
+            assert answer["status"] == "success", (expr, answer)
+            result: list[dict[str, Any]] = answer["data"]["result"]
+            return result
+
+    async def answers(self, expr: str) -> list[dict[str, Any]]:
+        """The answer once there is one."""
+        for _ in range(100):
+            found = [series for series in await self.ask(expr) if series["value"][1] != "NaN"]
+            if found:
+                return found
+            await asyncio.sleep(0.2)
+        raise AssertionError(f"no answer to {expr}")
+
+
+@asynccontextmanager
+async def prometheus(directory: Path, served: Served) -> AsyncIterator[Prometheus]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # As the rules are, but quick.
+    for path in RULES:
+        text = re.sub(r"\[\d+m\]", f"[{WINDOW}]", path.read_text()).replace(
+            "  - name: ", "  - interval: 1s\n    name: "
+        )
+        (directory / path.name).write_text(text)
+    config = {
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
+        "rule_files": [str(directory / path.name) for path in RULES],
+        "scrape_configs": [
+            {"job_name": "sseproxy", "static_configs": [{"targets": [f"127.0.0.1:{served.admin}"]}]},
+        ],
+    }
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    process = await asyncio.create_subprocess_exec(
+        program("prometheus"),
+        f"--config.file={directory / 'prometheus.yml'}",
+        f"--storage.tsdb.path={directory / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--enable-feature=exemplar-storage",
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        running = Prometheus(port)
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    if await running.ask("up == 1"):
+                        break
+                except (OSError, AssertionError, ValueError):
+                    pass
+                await asyncio.sleep(0.2)
+        yield running
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def concrete(expr: str) -> str:
+    """`expr` as Grafana sends it with everything selected."""
+    for name in ("job", "instance", "route", "upstream"):
+        expr = expr.replace(f"${name}", ".*")
+    return expr.replace("$__rate_interval", WINDOW)
+
+
+def without_threshold(expr: str) -> str:
+    """The left side of an alert's comparison."""
+    left = re.sub(r"\s(?:==|>|<)\s*[\d.]+\s*$", "", expr.strip())
+    assert left != expr.strip(), expr
+    return re.sub(r"\[\d+m\]", f"[{WINDOW}]", left)
+
+
+@pytest.mark.timeout(120)
+async def test_a_real_prometheus_answers_every_panel_and_every_rule(tmp_path: Path) -> None:
+    program("prometheus")
+    async with ScriptedUpstream(backend) as upstream:
+        file = ConfigFile(tmp_path, upstream, metrics="{models: [gpt-a, gpt-b]}", limits="{active_requests: 2}")
+        async with file.serve() as served, prometheus(tmp_path, served) as asked:
+            loads = [asyncio.get_running_loop().create_task(load(served)) for _ in range(3)]
+            try:
+                async with ClientSession() as session:
+                    for _ in range(2):
+                        async with session.post(f"http://127.0.0.1:{served.admin}/-/reload") as response:
+                            assert response.status == 200
+                for title, expr in (
+                    (panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]
+                ):
+                    assert await asked.answers(concrete(expr)), title
+                for rule in rules():
+                    if "record" in rule:
+                        assert await asked.answers(rule["record"]), rule["record"]
+                    elif rule["alert"] not in NEVER_HERE:
+                        assert await asked.answers(without_threshold(rule["expr"])), rule["alert"]
+                async with (
+                    ClientSession() as session,
+                    session.get(
+                        f"http://127.0.0.1:{asked.port}/api/v1/query_exemplars",
+                        params={
+                            "query": "sseproxy_time_to_first_token_seconds_bucket",
+                            "start": "2000-01-01T00:00:00Z",
+                            "end": "2100-01-01T00:00:00Z",
+                        },
+                    ) as response,
+                ):
+                    series = (await response.json())["data"]
+                    assert any("request_id" in exemplar["labels"] for one in series for exemplar in one["exemplars"])
+            finally:
+                for task in loads:
+                    task.cancel()
+                await asyncio.gather(*loads, return_exceptions=True)
