@@ -8,7 +8,7 @@ NODE_MODULES := tests/node/node_modules/.installed
 EXCHANGES ?= 10000
 SEED ?= 1
 
-.PHONY: demo test faults check bench clean
+.PHONY: demo test faults check bench memory clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/cpu_per_chunk.py $(ARGS)
+
+memory: $(STAMP)
+	$(BIN)/python -m bench.memory
 
 clean:
 	rm -rf $(VENV) tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,63 @@
+"""What a served proxy holds in the worst situations stays within the bounds of the README.
+
+The situations, and how they are measured, are `make memory`'s, with fewer streams and shorter ones: what is held once,
+however many streams there are, weighs more here, and still the least of these streams is many times its bound.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import memory
+from bench.memory import KIB, MIB, Figures
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+pytestmark = pytest.mark.timeout(60)
+
+
+def within_bound(figures: Figures) -> bool:
+    return 0 < figures.cost < figures.bound.size
+
+
+async def test_a_client_that_does_not_read_holds_little_of_its_stream() -> None:
+    assert within_bound(await memory.stalled_clients(50, 32 * MIB))
+
+
+async def test_an_upstream_that_does_not_read_holds_little_of_an_upload() -> None:
+    assert within_bound(await memory.uploads(50, 32 * MIB))
+
+
+async def test_the_heads_of_many_clients_are_refused_before_they_hold_much() -> None:
+    assert within_bound(await memory.heads_of_clients(200))
+
+
+async def test_the_heads_of_many_responses_are_refused_before_they_hold_much() -> None:
+    assert within_bound(await memory.heads_of_upstreams(200))
+
+
+async def test_streams_between_events_hold_little() -> None:
+    assert within_bound(await memory.idle_streams(500))
+
+
+async def test_an_event_without_end_is_not_kept() -> None:
+    assert within_bound(await memory.endless_line(256 * MIB))
+
+
+async def test_a_hundred_thousand_events_leave_nothing() -> None:
+    assert within_bound(await memory.tiny_events(100_000))
+
+
+async def test_requests_leave_nothing() -> None:
+    assert within_bound(await memory.short_requests(8_000))
+
+
+def test_the_readme_promises_these_bounds() -> None:
+    table = README[README.index("## Memory") :]
+    promised = re.findall(r"^\| ([^|]+) \|.*\| (\d+) ([KM]iB)( each)? \|$", table, re.M)
+    bounds = [value for value in vars(memory).values() if isinstance(value, memory.Bound)]
+    assert {
+        (situation, int(size) * (KIB if unit == "KiB" else MIB), bool(each)) for situation, size, unit, each in promised
+    } == {(bound.situation, bound.size, bound.each) for bound in bounds}
