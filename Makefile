@@ -7,8 +7,9 @@ NODE_MODULES := tests/node/node_modules/.installed
 
 EXCHANGES ?= 10000
 SEED ?= 1
+SECONDS ?= 3600
 
-.PHONY: demo test faults check bench memory clean
+.PHONY: demo test faults check bench memory soak fuzz clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +40,12 @@ bench: $(STAMP)
 
 memory: $(STAMP)
 	$(BIN)/python -m bench.memory
+
+soak: $(STAMP)
+	$(BIN)/python -m bench.soak $(SECONDS) --seed $(SEED) $(ARGS)
+
+fuzz: $(STAMP)
+	$(BIN)/python -m bench.fuzz $(SECONDS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
