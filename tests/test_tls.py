@@ -172,3 +172,27 @@ async def test_nor_does_it_make_an_end_where_close_notify_is_missing(
     client.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert not (await client.message()).complete
     assert await proxy.ended() == {"truncated": 1}
+
+
+async def test_an_upstream_that_asks_for_a_certificate_gets_it(
+    start: StartProxy, authority: trustme.CA, ca_file: str, tmp_path: Path
+) -> None:
+    asking = server(authority, "127.0.0.1")
+    asking.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(asking)
+    issued = authority.issue_cert("client@example.org")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "client.crt")
+    issued.private_key_pem.write_to_path(tmp_path / "client.key")
+    async with ScriptedUpstream(tls=asking) as scripted:
+        ours = {"cert_file": str(tmp_path / "client.crt"), "key_file": str(tmp_path / "client.key")}
+        proxy = await start(scripted.url, tls={"ca_file": ca_file} | ours)
+        client, api = await begin(proxy, scripted)
+        assert api.writer.get_extra_info("peercert")["subjectAltName"] == (("email", "client@example.org"),)
+        api.send(STREAM_HEAD, chunk(delta("Hi")), chunk(DONE), LAST_CHUNK)
+        assert (await client.message()).complete
+        stranger = await start(scripted.url, tls={"ca_file": ca_file})
+        client = await stranger.connect()
+        client.send(post())
+        assert (await client.message()).status == 502
+        await stranger.idle()
+        assert stranger.sample("upstream_errors_total") == 1
