@@ -10,7 +10,7 @@ EXCHANGES ?= 10000
 SEED ?= 1
 SECONDS ?= 3600
 
-.PHONY: demo test faults check bench memory soak fuzz clean dashboard-picture
+.PHONY: image demo test faults check bench memory soak fuzz clean dashboard-picture
 
 $(RUNS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# As root on Debian: builds the image without a registry, and has it serve, drain and end.
+image:
+	bash .ci/image
 
 # Needs Debian's prometheus and chromium.
 dashboard-picture: $(STAMP)
