@@ -50,7 +50,7 @@ dashboard-picture: $(STAMP)
 	$(BIN)/python -m grafana.render $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python bench/cpu_per_chunk.py $(ARGS)
+	$(BIN)/python bench/compare.py $(ARGS)
 
 memory: $(STAMP)
 	$(BIN)/python -m bench.memory

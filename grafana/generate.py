@@ -37,6 +37,7 @@ class Panel(NamedTuple):
     width: int = 8
     kind: str = "timeseries"
     stacked: bool = False
+    whole: bool = False
     thresholds: tuple[tuple[str, float | None], ...] = ()
 
 
@@ -232,8 +233,13 @@ ROWS = (
             ),
             Panel(
                 "Time per output token",
-                "(last - first token) / (output tokens - 1), by model, p50. Its inverse is the speed of one stream.",
-                (Query(quantile(0.5, "time_per_output_token_seconds", "model"), "{{model}}"),),
+                "(last - first token) / (output tokens - 1), by model, on average. Its inverse is the speed of one stream.",
+                (
+                    Query(
+                        f"{rate('time_per_output_token_seconds_sum', 'model')} / {rate('time_per_output_token_seconds_count', 'model')}",
+                        "{{model}}",
+                    ),
+                ),
                 "s",
             ),
             Panel(
@@ -351,11 +357,13 @@ ROWS = (
                     Query(f"sum(sseproxy_workers_finishing{{{P}}})", "finishing"),
                     Query(f"sum(increase(sseproxy_worker_restarts_total{{{P}}}[{RATE}]))", "restarts"),
                 ),
+                whole=True,
             ),
             Panel(
                 "Reloads",
                 "A failure left the configuration before it in use.",
                 (Query(f"sum by (result) (increase(sseproxy_config_reloads_total{{{P}}}[{RATE}]))", "{{result}}"),),
+                whole=True,
             ),
             Panel(
                 "Age of the configuration",
@@ -364,16 +372,21 @@ ROWS = (
                 "s",
             ),
             Panel(
-                "Supervisor",
-                "Descriptors, memory and CPU of the supervisor, by instance; workers are not in it.",
-                (
-                    Query(f"sum by (instance) (process_open_fds{{{P}}})", "{{instance}} descriptors"),
-                    Query(f"sum by (instance) (process_resident_memory_bytes{{{P}}}) / 1e6", "{{instance}} MB"),
-                    Query(
-                        f"sum by (instance) (rate(process_cpu_seconds_total{{{P}}}[{RATE}])) * 100",
-                        "{{instance}} % CPU",
-                    ),
-                ),
+                "Descriptors of the supervisor",
+                "It has no clients; a rise is a leak.",
+                (Query(f"sum by (instance) (process_open_fds{{{P}}})", "{{instance}}"),),
+            ),
+            Panel(
+                "Memory of the supervisor",
+                "Resident; workers are not in it.",
+                (Query(f"sum by (instance) (process_resident_memory_bytes{{{P}}})", "{{instance}}"),),
+                "bytes",
+            ),
+            Panel(
+                "CPU of the supervisor",
+                "It adds up what workers report, and answers scrapes.",
+                (Query(f"sum by (instance) (rate(process_cpu_seconds_total{{{P}}}[{RATE}]))", "{{instance}}"),),
+                "percentunit",
             ),
         ),
     ),
@@ -399,6 +412,8 @@ def _panel(number: int, panel: Panel, x: int, y: int, height: int) -> dict[str, 
     options: dict[str, Any] = {}
     if panel.kind == "timeseries":
         defaults["min"] = 0
+        if panel.whole:
+            defaults["decimals"] = 0
         defaults["custom"] = {
             "drawStyle": "line",
             "fillOpacity": 25 if panel.stacked else 5,
@@ -478,7 +493,7 @@ def dashboard() -> dict[str, Any]:
         "title": "sseproxy",
         "description": "Streams of LLM APIs: how soon, how fast, how many tokens, and why they ended.",
         "tags": ["sseproxy", "llm"],
-        "schemaVersion": 41,
+        "schemaVersion": 39,
         "editable": True,
         "graphTooltip": 1,
         "refresh": "30s",

@@ -43,7 +43,7 @@ section { position: absolute; background: #181b1f; border: 1px solid #25272e; bo
           box-sizing: border-box; }
 section h2 { font-size: 13px; font-weight: 500; margin: 6px 10px 0; white-space: nowrap; }
 .row { background: none; border: none; font-size: 15px; font-weight: 500; padding: 4px 2px; }
-.legend { position: absolute; bottom: 4px; left: 10px; right: 6px; height: 15px; overflow: hidden; white-space: nowrap; }
+.legend { position: absolute; bottom: 3px; left: 10px; right: 6px; font-size: 11px; line-height: 14px; }
 .legend span { margin-right: 12px; } .legend i { display: inline-block; width: 12px; height: 3px; margin: 0 5px 3px 0; }
 .stat { font-size: 34px; font-weight: 500; text-align: center; line-height: 74px; }
 text { fill: #8e8e99; font-size: 11px; }
@@ -121,10 +121,10 @@ def spelled(value: float, unit: str) -> str:
                 return "0" if not value else f"{value / factor:.3g} {name}"
     if unit == "percentunit":
         return f"{value * 100:.3g}%"
-    suffix = {"reqps": " req/s", "Bps": "B/s"}.get(unit, "")
+    suffix = {"reqps": " req/s", "Bps": "B/s", "bytes": "B"}.get(unit, "")
     for factor, name in ((1e6, "M"), (1e3, "k"), (1, "")):
         if abs(value) >= factor or factor == 1:
-            return f"{value / factor:.3g}{' ' if suffix == 'B/s' else ''}{name}{suffix}"
+            return f"{value / factor:.3g}{' ' if suffix[:1] == 'B' else ''}{name}{suffix}"
     return ""
 
 
@@ -143,7 +143,7 @@ class Area:
     """Where a panel draws, in pixels, and what its axes mean."""
 
     def __init__(self, width: int, height: int, start: float, end: float, top: float) -> None:
-        self.left, self.right, self.upper, self.lower = 74, width - 12, 12, height - 62
+        self.left, self.right, self.upper, self.lower = 74, width - 12, 12, height - 76
         self.start, self.end = start, end
         # Four steps of a round size.
         exact = (top or 1.0) / 4

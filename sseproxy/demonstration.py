@@ -115,6 +115,7 @@ async def _measured(session: ClientSession, admin: str) -> Iterable[str]:
     while True:
         async with session.get(f"{admin}/metrics") as response:
             lines = (await response.text()).splitlines()
-        if any(line.startswith("sseproxy_requests_total{") for line in lines):
-            return [line for line in lines if line.startswith(_SHOWN)]
+        shown = [line for line in lines if line.startswith(_SHOWN) and not line.endswith(" 0.0")]
+        if any(line.startswith("sseproxy_requests_total{") for line in shown):
+            return shown
         await asyncio.sleep(0.05)

@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import aiohttp
 from aiohttp import web
 
 from .. import __version__
 from ..config import Config, Listen
-from ..errors import ListenError, ReloadError, SseproxyError
+from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
 from ..observe.metrics import Recorder, Registry
 from ..relay.downstream import check_parser
@@ -38,6 +39,7 @@ _Sockets = dict[Listen, list[socket.socket]]
 
 # What a draining worker may take beyond the drain timeout before it is killed.
 _DRAIN_GRACE = 5.0
+_SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # For what a reload waits at most until workers have stopped accepting; it takes them a turn of their loop.
 _TAKE_OVER = 5.0
 
@@ -236,6 +238,13 @@ class Supervisor:
 
     def _loaded(self) -> None:
         """The configuration is in use."""
+        for route in self.config.routes:
+            # What seldom happens is 0 until it does, so that the first time is an increase that alerts can see.
+            labels = route.name, route.upstream
+            for code, outcome in _SELDOM:
+                self._recorder.count(metrics.REQUESTS, (*labels, code, outcome.value), 0)
+            for kind in get_args(UpstreamErrorType):
+                self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
         self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration
         if self.config.reload.watch is not None and (self._watching is None or self._watching.done()):

@@ -1,0 +1,436 @@
+"""sseproxy next to its peers, on the same work in one run: `make bench`.
+
+Every proxy has one worker or thread, and one core; this process, which is backend and clients in one so that both read
+the same clock, has another. Rounds are interleaved. What is printed is the median of each proxy's rounds, with the
+least and the most, and as a ratio to the first peer. How, and why that is fair: bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import string
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar
+
+import uvloop
+
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+TICKS = os.sysconf("SC_CLK_TCK")
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = (
+    b'data: {"id":"chatcmpl-A1b2C3d4","object":"chat.completion.chunk","created":1781000000,"model":"bench",'
+    b'"choices":[{"index":0,"delta":{"content":" %b"},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+)
+USAGE = (
+    b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":400,"total_tokens":409}}\n\ndata: [DONE]\n\n'
+)
+BODY = b'{"model":"bench","stream":true,"messages":[]}'
+FIELDS = b"Host: bench\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
+STREAM = b"POST /v1/chat/completions HTTP/1.1\r\n" + FIELDS
+SHORT = b"POST /v1/embeddings HTTP/1.1\r\n" + FIELDS
+ANSWER = b'{"object":"list","data":[],"usage":{"prompt_tokens":9,"total_tokens":9}}'
+SHORT_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+    len(ANSWER),
+    ANSWER,
+)
+
+
+def framed(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+# Texts of the lengths that tokens have.
+CHUNKS = [framed(EVENT % text) for text in (b"a", b"of", b"the", b"token", b"streams", b"answering")]
+END = framed(USAGE) + b"0\r\n\r\n"
+
+
+class Backend(asyncio.Protocol):
+    """Begins a stream for each request that wants one; `streams` are those under way."""
+
+    streams: ClassVar[dict[asyncio.Transport, None]] = {}
+    lost_at: ClassVar[float] = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        if b"/embeddings" in data:
+            self.transport.write(SHORT_ANSWER)
+        elif data.endswith(BODY):
+            self.transport.write(HEAD)
+            self.streams[self.transport] = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        Backend.lost_at = perf_counter()
+        self.streams.pop(self.transport, None)
+
+
+class StreamClient(asyncio.Protocol):
+    """Reads a stream. `received` counts the chunks of all streams."""
+
+    received = 0
+    finished = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.write(STREAM)  # type: ignore[attr-defined]
+
+    def data_received(self, data: bytes) -> None:
+        StreamClient.received += data.count(b'"content"')
+        StreamClient.finished += data.endswith(b"0\r\n\r\n")
+
+
+class TimedClient(StreamClient):
+    """Also takes the time of chunks that say when they were sent."""
+
+    delays: ClassVar[list[float]] = []
+
+    def data_received(self, data: bytes) -> None:
+        now = perf_counter()
+        super().data_received(data)
+        at = data.find(b'"content":" @')
+        while at >= 0:
+            sent = data[at + 13 : data.index(b'"', at + 13)]
+            self.delays.append(now - float(sent))
+            at = data.find(b'"content":" @', at + 13)
+
+
+class ShortClient(asyncio.Protocol):
+    """One request after the other on one connection until `over`."""
+
+    answered = 0
+    over = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self.seen = 0
+        self.transport.write(SHORT)
+
+    def data_received(self, data: bytes) -> None:
+        if data.endswith(ANSWER) or data.endswith(b"0\r\n\r\n"):
+            ShortClient.answered += 1
+            if not ShortClient.over:
+                self.transport.write(SHORT)
+
+
+class Peer:
+    """A proxy that can be started on a port in front of an upstream. `needs` is what it cannot do without."""
+
+    def __init__(self, name: str, needs: Path | str, *command: str, files: tuple[str, ...] = ()) -> None:
+        self.name = name
+        self.needs = shutil.which(needs) if isinstance(needs, str) else (str(needs) if needs.exists() else None)
+        self._command = command
+        self._files = files
+
+    def start(self, port: int, upstream: int, directory: Path, core: int) -> subprocess.Popen[bytes]:
+        values = {"PORT": port, "UPSTREAM": upstream, "DIRECTORY": directory, "HERE": HERE / "peers"}
+        for name in self._files:
+            template = string.Template((HERE / "peers" / name).read_text())
+            (directory / name).write_text(template.safe_substitute(values))
+        command = [string.Template(word).safe_substitute(values) for word in self._command]
+        return subprocess.Popen(
+            ["taskset", "-c", str(core), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+
+GO = ("env", "GOMAXPROCS=1")
+PEERS = [
+    Peer("nginx", "nginx", "nginx", "-c", "$DIRECTORY/nginx.conf", "-p", "$DIRECTORY", files=("nginx.conf",)),
+    Peer(
+        "nginx+lua",
+        Path("/usr/lib/nginx/modules/ngx_http_lua_module.so"),
+        *("nginx", "-c", "$DIRECTORY/nginx_lua.conf", "-p", "$DIRECTORY"),
+        files=("nginx_lua.conf",),
+    ),
+    Peer("haproxy", "haproxy", "haproxy", "-db", "-f", "$DIRECTORY/haproxy.cfg", files=("haproxy.cfg",)),
+    Peer(
+        "envoy",
+        BIN / "envoy",
+        *(
+            str(BIN / "envoy"),
+            "-c",
+            "$DIRECTORY/envoy.yaml",
+            "--concurrency",
+            "1",
+            "--disable-hot-restart",
+            "-l",
+            "off",
+        ),
+        files=("envoy.yaml",),
+    ),
+    Peer(
+        "caddy",
+        BIN / "caddy",
+        *(*GO, str(BIN / "caddy"), "run", "--adapter", "caddyfile", "--config", "$DIRECTORY/Caddyfile"),
+        files=("Caddyfile",),
+    ),
+    Peer(
+        "traefik",
+        BIN / "traefik",
+        *(*GO, str(BIN / "traefik"), "--configFile=$DIRECTORY/traefik.yaml"),
+        files=("traefik.yaml", "traefik-routes.yaml"),
+    ),
+    Peer("aiohttp", sys.executable, sys.executable, "$HERE/plain_relay.py", "$PORT", "$UPSTREAM"),
+    Peer(
+        "sseproxy",
+        sys.executable,
+        *(sys.executable, "-m", "sseproxy", "serve", "-c", "$DIRECTORY/sseproxy.yaml"),
+        files=("sseproxy.yaml",),
+    ),
+]
+
+
+def tree(pid: int) -> Iterator[int]:
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from tree(int(child))
+
+
+def cpu(pid: int) -> float:
+    """Seconds of user and system time so far of `pid` and its descendants."""
+    fields = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in tree(pid)]
+    return sum(int(stat[11]) + int(stat[12]) for stat in fields) / TICKS
+
+
+def memory(pid: int) -> float:
+    """Bytes of anonymous memory of `pid` and its descendants."""
+    kilobytes = 0
+    for each in tree(pid):
+        rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+        kilobytes += int(rollup.partition("Anonymous:")[2].split()[0])
+    return kilobytes * 1024.0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def answering(port: int) -> None:
+    """Waits until a request through the proxy is answered by the backend."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(SHORT)
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
+                writer.close()
+                if head.startswith(b"HTTP/1.1 200 "):
+                    return
+            except (OSError, TimeoutError, asyncio.IncompleteReadError):
+                pass
+            await asyncio.sleep(0.1)
+
+
+class Streams:
+    """So many streams through the proxy on `port`, as a context."""
+
+    def __init__(self, port: int, number: int, client: type[StreamClient] = StreamClient) -> None:
+        self._port, self._number, self._client = port, number, client
+        self._transports: list[asyncio.BaseTransport] = []
+        self.order: list[asyncio.Transport] = []
+
+    async def __aenter__(self) -> Streams:
+        loop = asyncio.get_running_loop()
+        Backend.streams.clear()
+        for begun in range(self._number):
+            self._transports.append((await loop.create_connection(self._client, "127.0.0.1", self._port))[0])
+            if begun % 100 == 99:
+                await until(lambda most=begun: len(Backend.streams) >= most - 50)  # type: ignore[misc]
+        await until(lambda: len(Backend.streams) == self._number)
+        self.order = list(Backend.streams)
+        StreamClient.received = StreamClient.finished = 0
+        return self
+
+    async def pace(self, rate: float, seconds: float, chunk: Callable[[int], bytes]) -> int:
+        """Sends `rate` chunks a second on every stream; returns how many in all."""
+        start, sent = perf_counter(), 0
+        while sent < self._number * rate * seconds:
+            due = int((perf_counter() - start) * self._number * rate)
+            for _ in range(due - sent):
+                self.order[sent % self._number].write(chunk(sent))
+                sent += 1
+            await asyncio.sleep(0.001)
+        await until(lambda: StreamClient.received == sent)
+        return sent
+
+    async def __aexit__(self, *_: object) -> None:
+        for backend in self.order:
+            backend.write(END)
+        await until(lambda: StreamClient.finished == self._number)
+        for transport in self._transports:
+            transport.close()  # type: ignore[attr-defined]
+        Backend.streams.clear()
+
+
+Measure = Callable[[int, int, argparse.Namespace], Awaitable[dict[str, float]]]
+
+
+async def cpu_per_chunk(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    async with Streams(port, options.streams) as streams:
+        before = cpu(pid)
+        sent = await streams.pace(options.rate, options.seconds, lambda n: CHUNKS[n % len(CHUNKS)])
+        return {"us of CPU per chunk": (cpu(pid) - before) / sent * 1e6}
+
+
+async def cpu_per_request(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    loop = asyncio.get_running_loop()
+    ShortClient.over, ShortClient.answered = False, 0
+    transports = [(await loop.create_connection(ShortClient, "127.0.0.1", port))[0] for _ in range(16)]
+    await until(lambda: ShortClient.answered > 100)
+    before, answered = cpu(pid), ShortClient.answered
+    await asyncio.sleep(options.seconds / 2)
+    spent, number = cpu(pid) - before, ShortClient.answered - answered
+    ShortClient.over = True
+    await asyncio.sleep(0.05)
+    for transport in transports:
+        transport.close()
+    return {"us of CPU per short request": spent / number * 1e6}
+
+
+async def latency(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    TimedClient.delays.clear()
+
+    def chunk(number: int) -> bytes:
+        # One in ten says when it was sent.
+        text = b"@%.7f" % perf_counter() if number % 10 == 0 else b"token"
+        return framed(EVENT % text)
+
+    async with Streams(port, options.streams, TimedClient) as streams:
+        await streams.pace(options.rate, options.seconds, chunk)
+    cuts = statistics.quantiles(TimedClient.delays, n=1000)
+    return {f"us to pass, {name}": cuts[index] * 1e6 for name, index in (("p50", 499), ("p99", 989), ("p99.9", 998))}
+
+
+async def release(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    loop = asyncio.get_running_loop()
+    times = []
+    for _ in range(50):
+        Backend.streams.clear()
+        transport, _ = await loop.create_connection(StreamClient, "127.0.0.1", port)
+        await until(lambda: len(Backend.streams) == 1)
+        (backend,) = Backend.streams
+        StreamClient.received = 0
+        backend.write(CHUNKS[0])
+        await until(lambda: StreamClient.received == 1)
+        left_at = perf_counter()
+        transport.abort()
+        try:
+            async with asyncio.timeout(2):
+                while Backend.streams:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                    await asyncio.sleep(0)
+            times.append(Backend.lost_at - left_at)
+        except TimeoutError:
+            times.append(2.0)
+            backend.abort()
+    return {"us from client's close to upstream's, p50": statistics.median(times) * 1e6}
+
+
+async def memory_per_stream(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    before = memory(pid)
+    async with Streams(port, options.open_streams) as streams:
+        for number, backend in enumerate(streams.order):
+            backend.write(CHUNKS[number % len(CHUNKS)])
+        await until(lambda: StreamClient.received == options.open_streams)
+        return {"KiB per open stream": (memory(pid) - before) / options.open_streams / 1024}
+
+
+MEASURES: dict[str, Measure] = {
+    "cpu_per_chunk": cpu_per_chunk,
+    "cpu_per_request": cpu_per_request,
+    "latency": latency,
+    "release": release,
+    "memory": memory_per_stream,
+}
+
+
+def say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+async def run(options: argparse.Namespace) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[-1]})
+    server = await asyncio.get_running_loop().create_server(Backend, "127.0.0.1", 0, backlog=4096)
+    upstream = server.sockets[0].getsockname()[1]
+    found: dict[str, dict[str, list[float]]] = {}
+    wanted = [peer for peer in PEERS if not options.peers or peer.name in options.peers.split(",")]
+    for missing in [peer for peer in wanted if peer.needs is None]:
+        say(
+            f"{missing.name} is left out: apt-get install nginx-light libnginx-mod-http-lua haproxy, "
+            "or pip install '.[dev]'"
+        )
+        wanted.remove(missing)
+    for number in range(options.rounds):
+        for peer in wanted:
+            with tempfile.TemporaryDirectory() as directory:
+                port = _free_port()
+                process = peer.start(port, upstream, Path(directory), cores[0])
+                try:
+                    await answering(port)
+                    for name in options.measure.split(",") if options.measure else MEASURES:
+                        busy, started = sum(os.times()[:2]), perf_counter()
+                        for what, value in (await MEASURES[name](port, process.pid, options)).items():
+                            found.setdefault(what, {}).setdefault(peer.name, []).append(value)
+                            share = (sum(os.times()[:2]) - busy) / (perf_counter() - started)
+                            say(f"round {number + 1}, {peer.name}: {value:.1f} {what} (generator {share:.0%} busy)")
+                except (OSError, TimeoutError) as error:
+                    say(f"round {number + 1}, {peer.name}: failed ({error!r})")
+                finally:
+                    process.terminate()
+                    try:
+                        process.wait(10)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        process.wait()
+    server.close()
+    _report(found, options)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _report(found: dict[str, dict[str, list[float]]], options: argparse.Namespace) -> None:
+    machine = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    sys.stdout.write(f"{machine}; {options.streams} streams, {options.rate:g} chunks/s each, {options.rounds} rounds\n")
+    rows: dict[str, Any] = {}
+    for what, peers in found.items():
+        sys.stdout.write(f"\n{what}\n")
+        base = statistics.median(next(iter(peers.values())))
+        for name, values in peers.items():
+            middle = statistics.median(values)
+            rows.setdefault(what, {})[name] = {"median": middle, "ratio": middle / base, "rounds": values}
+            spread = f"from {min(values):.1f} to {max(values):.1f}"
+            sys.stdout.write(f"  {name:<10}{middle:9.1f}  {middle / base:6.2f} x {next(iter(peers))}  ({spread})\n")
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": machine, "measures": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peers", help="some of " + ",".join(peer.name for peer in PEERS))
+    parser.add_argument("--measure", help="some of " + ",".join(MEASURES))
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--open-streams", type=int, default=2500)
+    parser.add_argument("--rate", type=float, default=50.0, help="chunks per second and stream")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE")
+    uvloop.run(run(parser.parse_args()))
