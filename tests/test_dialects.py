@@ -16,9 +16,10 @@ from sseproxy.wire.dialects import (
     NOTHING,
     Meaning,
     Usage,
+    alike,
     read_completion,
-    template_of,
 )
+from sseproxy.wire.framing import frame, whole_chunk
 from sseproxy.wire.sse import EventParser
 
 from .harness import DONE, delta
@@ -301,7 +302,7 @@ def written(document: object, *, spaced: bool, ascii_only: bool) -> bytes:
 
 
 @given(st.lists(st.tuples(KEYS, TEXT), min_size=2, max_size=2), st.booleans(), st.booleans(), st.booleans())
-def test_a_template_takes_only_what_means_a_delta_and_nothing_else(
+def test_alike_is_only_what_means_a_delta_and_nothing_else(
     deltas: list[tuple[str, str]], spaced: bool, ascii_only: bool, finished: bool
 ) -> None:
     first, second = (
@@ -315,31 +316,50 @@ def test_a_template_takes_only_what_means_a_delta_and_nothing_else(
         )
         for last, (key, text) in enumerate(deltas)
     )
-    template = template_of(first)
-    if template is not None and template.takes(second):
-        assert [read_completion(kind, data or b"") for kind, data in EventParser(1 << 20).feed(second)] == [DELTA]
+    takes = alike(first)
+    if takes is not None and takes(frame(second)):
+        assert takes(frame(second)) == len(second)
+        assert means(second) == [DELTA]
         assert not finished
 
 
-@given(st.binary(min_size=1, max_size=40), st.integers(0, 120))
-def test_a_template_never_takes_what_is_read_otherwise(inserted: bytes, at: int) -> None:
-    event = delta("Hi")
-    template = template_of(event)
-    assert template is not None
-    assert template.takes(delta("Ho ho"))
-    at %= len(event)
-    changed = event[:at] + inserted + event[at:]
-    if template.takes(changed):
-        assert [read_completion(kind, data or b"") for kind, data in EventParser(1 << 20).feed(changed)] == [DELTA]
+def means(event: bytes) -> list[Meaning]:
+    return [read_completion(kind, data or b"") for kind, data in EventParser(1 << 20).feed(event)]
 
 
-def test_a_template_is_of_plain_text() -> None:
-    template = template_of(delta("Hi"))
-    assert template is not None
-    assert template.takes(delta("ho"))
+@given(st.binary(min_size=1, max_size=40), st.integers(0, 120), st.booleans())
+def test_alike_is_nothing_that_is_read_otherwise(inserted: bytes, at: int, inside: bool) -> None:
+    takes = alike(delta("Hi"))
+    assert takes is not None
+    plain = delta("Ho ho") if inside else frame(delta("Ho ho"))
+    at %= len(plain)
+    changed = plain[:at] + inserted + plain[at:]
+    changed = frame(changed) if inside else changed
+    if takes(changed):
+        offset = whole_chunk(changed)
+        assert offset
+        assert means(changed[offset:-2]) == [DELTA]
+
+
+def test_alike_are_chunks_with_another_plain_text() -> None:
+    takes = alike(delta("Hi"))
+    assert takes is not None
+    assert takes(frame(delta("ho"))) == len(delta("ho"))
     for other in ('"', "a\\", "\n", ""):
-        assert not template.takes(delta(other))
-    assert not template.takes(delta("ho")[:-1])
-    assert not template.takes(delta("ho") + delta("ho"))
-    assert template_of(delta("")) is None
-    assert template_of(DONE) is None
+        assert not takes(frame(delta(other)))
+    assert not takes(frame(delta("ho"))[:-1])
+    assert not takes(frame(delta("ho") + delta("ho")))
+    assert not takes(frame(delta("ho")) + frame(delta("ho")))
+    assert not takes(frame(delta("ho" * 4096)))
+    assert alike(delta("")) is None
+    assert alike(DONE) is None
+
+
+def test_without_its_framing_nothing_is_alike() -> None:
+    takes = alike(delta("Hi"))
+    assert takes is not None
+    # Of whatever length, also of those that no chunk has.
+    for length in range(1, 1024):
+        text = delta("o" * length)
+        assert not takes(text)
+        assert not takes(text + b"\r\n")

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from ..config import Timeouts
 from ..errors import ExchangeError, Outcome, Phase, StalledClient, UpstreamTimeout
-from ..wire.dialects import DELTA, NOTHING, Dialect, Meaning, Template, Usage, template_of
+from ..wire.dialects import DELTA, NOTHING, Alike, Dialect, Meaning, Usage, alike
 from ..wire.sse import EventParser
 
 # A stream whose events have not been alike for so many is none whose events are.
@@ -120,20 +120,12 @@ class Exchange:
 
     def happened(self, meaning: Meaning, read_at: float) -> None:
         """An event, read at `read_at`, was written downstream."""
-        self.events += 1
-        if self.first_event_at is None:
-            self.first_event_at = perf_counter()
-            self.observer.first_event(self.first_event_at - self.received_at)
-        if meaning.delta:
-            if self.first_token_at is None:
-                self.first_delta_at = read_at
-                self.first_token_at = perf_counter()
-                self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
-            else:
-                self._gap(read_at - self.last_delta_at)
-            self.last_delta_at = read_at
-            if meaning is DELTA:
-                return
+        if meaning.delta and self.first_token_at is not None:
+            self.generated(0, read_at)
+        else:
+            self._begins(meaning, read_at)
+        if meaning is DELTA:
+            return
         if meaning.usage is not None:
             earlier = self.usage if meaning.overlay else None
             self.usage = meaning.usage if earlier is None else earlier.overlaid(meaning.usage)
@@ -146,20 +138,32 @@ class Exchange:
         if not meaning.understood:
             self.garbled += 1
 
-    def generated(self, read_at: float) -> None:
-        """An event that means a delta and nothing else, and is not the first one, was written downstream."""
+    def _begins(self, meaning: Meaning, read_at: float) -> None:
+        """The first event, the first token, or what comes before it or means none."""
         self.events += 1
-        self._gap(read_at - self.last_delta_at)
-        self.last_delta_at = read_at
+        if self.first_event_at is None:
+            self.first_event_at = perf_counter()
+            self.observer.first_event(self.first_event_at - self.received_at)
+        if meaning.delta:
+            self.first_delta_at = self.last_delta_at = read_at
+            self.first_token_at = perf_counter()
+            self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
 
-    def _gap(self, seconds: float) -> None:
-        self.observer.gap(seconds)
-        gaps = self.gaps
-        gaps.append(seconds)
+    def generated(self, size: int, read_at: float) -> None:
+        """A delta that is not the first one, in an event of `size` bytes of which nothing is counted yet."""
+        self.events += 1
+        self.response_bytes += size
+        gap, gaps, observe = read_at - self.last_delta_at, self.gaps, self.observer.gap
+        self.last_delta_at = read_at
+        observe(gap)
+        gaps.append(gap)
         if len(gaps) > _MAX_GAPS:
-            longest = max(gaps)
-            del gaps[::2]
-            gaps.append(longest)
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        longest = max(self.gaps)
+        del self.gaps[::2]
+        self.gaps.append(longest)
 
     def completed(self) -> Outcome:
         """The outcome if all of the response was forwarded."""
@@ -299,6 +303,11 @@ class Inspector:
     It can neither stop nor delay the bytes: what it cannot follow it counts, and lets go.
     """
 
+    __slots__ = ()
+
+    alike: Alike | None = None
+    """Recognises reads that need not be looked at: each is another delta. Of the read that was looked at last."""
+
     def look(self, payload: bytes, read_at: float) -> None:
         """`payload` was written downstream, read from the upstream at `read_at`."""
 
@@ -318,14 +327,15 @@ class StreamInspector(Inspector):
     """An event stream in `dialect`."""
 
     __slots__ = (
+        "_alike_since",
         "_awaits_token",
         "_clock",
         "_exchange",
-        "_expected",
         "_numbered",
         "_parser",
         "_read",
         "_tries",
+        "alike",
     )
 
     def __init__(self, exchange: Exchange, dialect: Dialect, clock: Clock, max_event: int) -> None:
@@ -335,20 +345,18 @@ class StreamInspector(Inspector):
         self._read = dialect.read
         self._numbered = dialect.numbered
         self._awaits_token = dialect.generates
-        # What the next read is like if it is an event like the last one, and for how many it is worth looking.
-        self._expected: Template | None = None
+        # For how many events more it is worth to make an `alike`, and how many there had been at the last one.
         self._tries = _TRIES
+        self._alike_since = 0
+        self.alike = None
         if dialect.generates:
             clock.enter("first_token", exchange.received_at)
 
     def look(self, payload: bytes, read_at: float) -> None:
-        exchange, expected = self._exchange, self._expected
-        if expected is not None and expected.takes(payload):
-            exchange.generated(read_at)
-            self._clock.touched = read_at
+        exchange, parser = self._exchange, self._parser
+        fresh, meaning = parser.fresh, NOTHING
+        if self.alike is not None and exchange.events > self._alike_since:
             self._tries = _TRIES
-            return
-        parser, fresh, meaning = self._parser, self._parser.fresh, NOTHING
         events = parser.feed(payload)
         for kind, data in events:
             if data is None:
@@ -360,10 +368,11 @@ class StreamInspector(Inspector):
             elif exchange.first_token_at is not None:
                 self._awaits_token = False
                 self._clock.enter("idle", read_at)
-        self._expected = None
+        self.alike = None
         if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
             self._tries -= 1
-            self._expected = template_of(payload)
+            self._alike_since = exchange.events
+            self.alike = alike(payload)
 
     def heartbeat(self) -> bytes:
         # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.

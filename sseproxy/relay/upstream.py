@@ -32,7 +32,7 @@ from yarl import URL
 from ..errors import ProtocolError, RequestError, UpstreamError
 from ..wire import headers
 from ..wire.framing import Framing, response_framing
-from .reads import BoundedReads
+from .reads import BoundedReads, PlainReads
 
 if TYPE_CHECKING:
     from ..config import Limits
@@ -107,7 +107,9 @@ class RelayProtocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._reads = BoundedReads(self)
+        # uvloop's TLS hands over all that it could decrypt.
+        tls = transport.get_extra_info("ssl_object") is not None
+        self._reads = BoundedReads(self) if tls else PlainReads(self, cast(asyncio.Transport, transport))
         transport.set_protocol(self._reads)
 
     def expect_head(self, method: str) -> asyncio.Future[ResponseHead]:
@@ -153,6 +155,8 @@ class RelayProtocol(ResponseHandler):
 
     def pause(self) -> None:
         """Reads no more until `resume`; does nothing once the connection is gone."""
+        # Until then the kernel buffers.
+        self._reads.bound()
         self._pause_transport_reading()
 
     def resume(self) -> None:

@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from .framing import USUAL_STARTS
+
 _NULL: Final = msgspec.Raw(b"null")
 _EMPTY: Final = frozenset({b"null", b'""', b"[]", b"{}"})
 # No count of tokens has more digits; what has is garbage, and must not reach a counter.
@@ -63,36 +65,43 @@ GARBLED: Final = Meaning(understood=False)
 FAILED: Final = Meaning(error=True)
 
 
-class Template(NamedTuple):
-    """The bytes of an event around the text that it generates.
-
-    An event that has the same, and another plain text between them, means the same: a delta and nothing else. So do
-    nearly all events of a stream. The text is that of a JSON string without escapes, of which no reader asks more than
-    whether it is empty.
-    """
-
-    prefix: bytes
-    suffix: bytes
-
-    def takes(self, event: bytes) -> bool:
-        """Whether `event`, as it came, is such a one."""
-        if not (event.startswith(self.prefix) and event.endswith(self.suffix)):
-            return False
-        text = event[len(self.prefix) : -len(self.suffix)]
-        return bool(text) and len(text.translate(None, _NOT_PLAIN)) == len(text)
-
+Alike = Callable[[bytes], int]
+"""Whether a read is a chunk, and an event, like one before but for the text: the size of the event, or 0."""
 
 # What ends or escapes in a JSON string, and what may not be in one (RFC 8259, section 7).
 _NOT_PLAIN: Final = bytes([*range(0x20), *b'"\\\x7f'])
+_MAX_ALIKE: Final = len(USUAL_STARTS)
 _TEXT: Final = re.compile(
     rb'"(?:content|reasoning_content|reasoning|text|thinking|partial_json|arguments|delta)": ?"([^"\\\x00-\x1f\x7f]+)"'
 )
 
 
-def template_of(event: bytes) -> Template | None:
-    """The template of an `event`, as it came, that means a delta and nothing else; None if it has no plain text."""
+def alike(event: bytes) -> Alike | None:
+    """Recognises what means the same as `event`, as it came: a delta and nothing else. None if it has no plain text.
+
+    An event that has the same bytes, and another plain text between them, means the same; so do nearly all events of
+    a stream. The text is that of a JSON string without escapes, of which no reader asks more than whether it is empty.
+    It is recognised in one HTTP chunk without extensions, which can be forwarded as it is.
+    """
     found = _TEXT.search(event)
-    return None if found is None else Template(event[: found.start(1)], event[found.end(1) :])
+    if found is None:
+        return None
+    prefix, suffix = event[: found.start(1)], event[found.end(1) :] + b"\r\n"
+    around, starts, not_plain = len(prefix) + len(suffix), USUAL_STARTS, _NOT_PLAIN
+
+    def takes(data: bytes) -> int:
+        length = len(data)
+        if length >= _MAX_ALIKE:
+            return 0
+        start = starts[length]
+        text = data.removeprefix(start).removeprefix(prefix).removesuffix(suffix)
+        size = length - len(start)
+        # As long as it is then, all three were there.
+        if start and text and len(text) + around == size and len(text.translate(None, not_plain)) == len(text):
+            return size - 2
+        return 0
+
+    return takes
 
 
 class Dialect(NamedTuple):

@@ -39,8 +39,8 @@ def _usual_start(length: int) -> bytes:
     return b""
 
 
-# By the length of what was read. What is longer, or written in another way, is looked at with more care.
-_USUAL_STARTS = tuple(map(_usual_start, range(4096)))
+USUAL_STARTS = tuple(map(_usual_start, range(4096)))
+"""By the length of what was read; what is longer, or written in another way, is looked at with more care."""
 
 
 def whole_chunk(data: bytes) -> int:
@@ -49,8 +49,8 @@ def whole_chunk(data: bytes) -> int:
     The payload is then `data[offset:-2]`, and `data` can be forwarded as it is.
     """
     length = len(data)
-    if length < len(_USUAL_STARTS):
-        usual = _USUAL_STARTS[length]
+    if length < len(USUAL_STARTS):
+        usual = USUAL_STARTS[length]
         if usual and data.startswith(usual):
             return len(usual) if data.endswith(_CRLF) else 0
     start = _CHUNK_START.match(data)
