@@ -17,7 +17,7 @@ import ipaddress
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import Literal
 
@@ -126,13 +126,8 @@ class Proxy:
         self._closing_idle: asyncio.TimerHandle | None = None
         self.server = DownstreamServer(self.handle, self._malformed, self.limits)
 
-    async def handle(self, request: BaseRequest) -> web.StreamResponse:
-        relay = _Relay(self, request)
-        self.active.add(relay)
-        try:
-            return await relay.run()
-        finally:
-            self.active.discard(relay)
+    def handle(self, request: BaseRequest) -> Coroutine[None, None, web.StreamResponse]:
+        return _Relay(self, request).run()
 
     def enter(self, route: str) -> None:
         """Another exchange on `route`, until it `leaves`. Raises `RequestError` if there are too many."""
@@ -244,10 +239,15 @@ class _Relay:
 
     async def run(self) -> web.StreamResponse:
         """Phases 1 to 6."""
+        self._proxy.active.add(self)
         self._downstream.on_leave = self._leave
         outcome = Outcome.PROXY_ERROR
         try:
             await self._relay()
+            # What the phases before it needed is gone by now, and a stream may be long.
+            if self._pump is not None:
+                await self._pump.done
+            await self._flush()
             outcome = self._recorded().completed()
             return Answer(None, keep_alive=self._keep_alive and not self._proxy.draining)
         except ExchangeError as error:
@@ -291,6 +291,7 @@ class _Relay:
 
     def _end(self, outcome: Outcome) -> None:
         """Phase 6: End."""
+        self._proxy.active.discard(self)
         self._downstream.on_leave = None
         self._downstream.free_at = perf_counter()
         if self._pump is not None:
@@ -344,6 +345,7 @@ class _Relay:
         return Answer(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
+        """Phases 1 to 4, and the beginning of 5."""
         route, path, query = await self._route()
         upstream = self._proxy.upstreams[route.upstream]
         exchange = self._recorded(route.name, upstream.name)
@@ -381,7 +383,7 @@ class _Relay:
             exchange.model = _model_of(self._body)
         # It is not asked for a third time, and a stream may be long.
         self._body = b""
-        await self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
+        self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
 
     async def _ask(
         self, upstream: Upstream, target: str, asking: bytes | None, clock: Clock, *, read: bool
@@ -566,10 +568,10 @@ class _Relay:
         except ExchangeError as error:
             self.fail(error)
 
-    async def _respond(
+    def _respond(
         self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None, *, strip: bool
     ) -> None:
-        """Phases 4, Head, and 5, Body: what the upstream answers goes downstream."""
+        """Sends the head downstream, and begins phase 5, Body."""
         request, connection, downstream = self._request, self._connection, self._downstream
         exchange, transport = self._exchange, self._downstream.transport
         assert connection is not None
@@ -616,10 +618,14 @@ class _Relay:
                 stripper=stripper,
             )
             self._pump.start()
-            await self._pump.done
-        if transport.get_write_buffer_size():
+
+    async def _flush(self) -> None:
+        """The end of phase 5: the client takes the last bytes."""
+        downstream, transport = self._downstream, self._downstream.transport
+        if transport is not None and transport.get_write_buffer_size():
+            assert self._clock is not None
             self._flushing = True
-            clock.only_client(downstream.stall_detector())
+            self._clock.only_client(downstream.stall_detector())
             await downstream.flushed()
 
     def _inspector(

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.client_exceptions import (
     ClientConnectorCertificateError,
     ClientConnectorDNSError,
@@ -47,6 +49,7 @@ _MAX_REFUSING, _MAX_MODEL = 1024, 256
 _HELD_LIMIT = 64 * 1024
 
 _NO_TIMEOUT = ClientTimeout()
+_NO_QUEUE: deque[Any] = deque(maxlen=0)
 
 
 class BodySink(Protocol):
@@ -71,6 +74,45 @@ class ResponseHead:
         self.reusable = not message.should_close and self.framing != "close"
 
 
+class HeadParser:
+    """Reads whole response heads of at most `limit` bytes, one after the other, for all connections of an upstream."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self.limit = limit
+        self._loop = loop
+        self._parser: HttpResponseParser | None = None
+
+    def _new(self) -> HttpResponseParser:
+        return HttpResponseParser(
+            BaseProtocol(self._loop),
+            self._loop,
+            2**16,
+            max_line_size=self.limit,
+            max_field_size=self.limit,
+            max_headers=MAX_HEADER_FIELDS,
+            # Only heads are fed to it; every message ends with its head.
+            response_with_body=False,
+            read_until_eof=False,
+            auto_decompress=False,
+        )
+
+    def parse(self, raw: bytes) -> RawResponseMessage:
+        """Raises `ProtocolError`, ValueError, or aiohttp's `HttpProcessingError`."""
+        headers.check_head(raw)
+        parser = self._parser or self._new()
+        # One that has raised, switched protocols, or read the end of a connection, reads no other head.
+        self._parser = None
+        messages, _, _ = parser.feed_data(raw)
+        if len(messages) != 1:
+            raise ProtocolError("the response head is not one message")
+        message: RawResponseMessage = messages[0][0]
+        if message.code == 101 or message.version not in ((1, 0), (1, 1)):
+            raise ProtocolError("the upstream switched protocols")
+        if not message.should_close:
+            self._parser = parser
+        return message
+
+
 class RelayProtocol(ResponseHandler):
     """One upstream connection.
 
@@ -78,23 +120,14 @@ class RelayProtocol(ResponseHandler):
     (`feed_to`). Bytes that come in any other state were not asked for, and end the connection.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_head: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, heads: HeadParser) -> None:
         super().__init__(loop)
-        self._max_head = max_head
-        self._heads = HttpResponseParser(
-            self,
-            loop,
-            2**16,
-            max_line_size=max_head,
-            max_field_size=max_head,
-            max_headers=MAX_HEADER_FIELDS,
-            # Only heads are fed to it; every message ends with its head.
-            response_with_body=False,
-            read_until_eof=False,
-            auto_decompress=False,
-        )
+        # The base class's queue, which nobody reads from: one for all.
+        self._buffer = _NO_QUEUE
+        self._heads = heads
         self._method = ""
         self._head: asyncio.Future[ResponseHead] | None = None
+        self._answered = False
         self._held = b""
         self._sink: BodySink | None = None
         self._closed_cleanly = False
@@ -143,7 +176,7 @@ class RelayProtocol(ResponseHandler):
 
     def finish(self, *, reusable: bool) -> None:
         """The exchange is over. Unless `reusable`, the connection will not be pooled."""
-        self._head = None
+        self._head, self._answered = None, False
         self._take_back()
         if not reusable or self._held:
             self._should_close = True
@@ -179,13 +212,13 @@ class RelayProtocol(ResponseHandler):
     def data_received(self, data: bytes) -> None:
         if self._sink is not None:
             self._sink.data_received(data)
-        elif self._head is None:
-            self.abort()
-        elif self._head.done():
+        elif self._answered:
             self._held += data
             if len(self._held) > _HELD_LIMIT:
                 self._held_paused = True
                 self.pause()
+        elif self._head is None or self._head.done():
+            self.abort()
         else:
             self._held += data
             try:
@@ -196,23 +229,19 @@ class RelayProtocol(ResponseHandler):
 
     def _read_head(self) -> None:
         """Looks for a whole head in what was received; interim (1xx) heads are dropped (RFC 9110, section 15.2)."""
-        assert self._head is not None
-        while not self._head.done():
+        awaited = self._head
+        assert awaited is not None
+        while not self._answered:
             end = self._held.find(b"\r\n\r\n") + 4
-            if max(end, len(self._held) if end < 4 else 0) > self._max_head:
+            if max(end, len(self._held) if end < 4 else 0) > self._heads.limit:
                 raise ProtocolError("the response head is too long")
             if end < 4:
                 return
             raw, self._held = self._held[:end], self._held[end:]
-            headers.check_head(raw)
-            messages, _, _ = self._heads.feed_data(raw)
-            if len(messages) != 1:
-                raise ProtocolError("the response head is not one message")
-            message: RawResponseMessage = messages[0][0]
-            if message.code == 101 or message.version not in ((1, 0), (1, 1)):
-                raise ProtocolError("the upstream switched protocols")
+            message = self._heads.parse(raw)
             if message.code >= 200:
-                self._head.set_result(ResponseHead(self._method, message))
+                awaited.set_result(ResponseHead(self._method, message))
+                self._head, self._answered = None, True
 
     def _fail_head(self, error: UpstreamError) -> None:
         if self._head is not None and not self._head.done():
@@ -289,12 +318,13 @@ class Upstream:
         self.base_path = url.raw_path.rstrip("/")
         self.host = (url.host_port_subcomponent or "").encode("ascii")
         self._target = cast(ClientRequest, _Target(url, config.tls.context() if url.scheme == "https" else True))
+        loop = asyncio.get_running_loop()
         # No limit: a request is never queued for a connection where nobody sees it.
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
         self._refusing: dict[str | None, None] = {}
         self._connector._factory = cast(
             "functools.partial[ResponseHandler]",
-            functools.partial(RelayProtocol, loop=asyncio.get_running_loop(), max_head=limits.response_head),
+            functools.partial(RelayProtocol, loop=loop, heads=HeadParser(loop, limits.response_head)),
         )
         self._max_pending = limits.pending_connects
         self._pending = 0
