@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import secrets
+import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from time import perf_counter
@@ -206,7 +206,7 @@ class _Relay:
         self._waited = 0.0
         self._received = 0
         self._on_route = ""
-        self._request_id = headers.request_id(self._fields) or secrets.token_hex(8).encode()
+        self._request_id = headers.request_id(self._fields) or b"%016x" % random.getrandbits(64)
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
         self._connection: UpstreamConnection | None = None
@@ -585,23 +585,22 @@ class _Relay:
             self._framing_out = "chunked" if request.version == (1, 1) else "close"
         self._keep_alive = self._can_keep_alive()
         option = b"close" if not self._keep_alive else b"keep-alive" if request.version == (1, 0) else None
-        transport.write(
-            headers.serialize(
-                status_line(head.status, head.reason),
-                headers.to_downstream(
-                    head.fields,
-                    # A HEAD and a 304 tell the length of what they do not carry; a 204 has none to tell.
-                    framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
-                    event_stream=event_stream,
-                    request_id=self._request_id,
-                    connection=option,
-                ),
-            )
+        head_out = headers.serialize(
+            status_line(head.status, head.reason),
+            headers.to_downstream(
+                head.fields,
+                # A HEAD and a 304 tell the length of what they do not carry; a 204 has none to tell.
+                framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
+                event_stream=event_stream,
+                request_id=self._request_id,
+                connection=option,
+            ),
         )
         self._head_sent = True
         exchange.head_received(head.status, event_stream)
         reusable = head.reusable and (self._upload is None or self._upload.done())
         if head.framing is None or head.framing == 0:
+            transport.write(head_out)
             connection.release(reusable=reusable)
         else:
             assert self._framing_out is not None
@@ -617,7 +616,7 @@ class _Relay:
                 heartbeat=heartbeat,
                 stripper=stripper,
             )
-            self._pump.start()
+            self._pump.start(head_out)
 
     async def _flush(self) -> None:
         """The end of phase 5: the client takes the last bytes."""

@@ -38,6 +38,7 @@ class Pump:
         "_exchange",
         "_extendable",
         "_forwarded",
+        "_head",
         "_heartbeat",
         "_heartbeat_timer",
         "_inspector",
@@ -76,6 +77,7 @@ class Pump:
         self._inspector = inspector
         self._clock = clock
         self._body = decoder(framing_in)
+        self._head = b""
         self._chunked_out = framing_out == "chunked"
         self._extendable = exchange.is_stream and not isinstance(framing_out, int)
         self._reusable = reusable
@@ -88,15 +90,19 @@ class Pump:
         # What the next read is if it is like the last one; only where that may be forwarded as it is.
         self._alike: Alike | None = None
 
-    def start(self) -> None:
-        """Takes over both connections; the response head has been written."""
+    def start(self, head: bytes) -> None:
+        """Takes over both connections. Sends the response's `head`, in one write with what has come of the body."""
+        self._head = head
         self._downstream.pump = self
         if self._heartbeat is not None:
             self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._beat, self._heartbeat)
-        if self._downstream.writing_paused:
-            # The head was enough to fill the client's buffer.
-            self.pause_writing()
         self._upstream.protocol.feed_to(self)
+        self._send_head()
+
+    def _send_head(self) -> None:
+        if self._head:
+            self._write(self._head)
+            self._head = b""
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the body, with its framing, as read from the upstream."""
@@ -157,6 +163,8 @@ class Pump:
 
     def _forward(self, out: bytes, size: int, read_at: float) -> None:
         """`size` bytes of the body, framed, go downstream."""
+        if self._head:
+            out, self._head = self._head + out, b""
         self._write(out)
         self._written_at = read_at
         self._forwarded(perf_counter() - read_at)
@@ -221,6 +229,7 @@ class Pump:
         if self.done.done():
             return
         self.stop()
+        self._send_head()
         self._upstream.abort()
         if self._extendable and self._downstream.left_at is None:
             event = self._inspector.farewell(error)
