@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
+BENCH := bench/.venv/.installed
 NODE_MODULES := tests/node/node_modules/.installed
 
 EXCHANGES ?= 10000
@@ -49,8 +50,15 @@ image:
 dashboard-picture: $(STAMP)
 	$(BIN)/python -m grafana.render $(ARGS)
 
-bench: $(STAMP)
-	$(BIN)/python bench/compare.py $(ARGS)
+# What is only compared with, or draws, has an environment of its own.
+$(BENCH): bench/requirements.txt
+	$(PYTHON) -m venv bench/.venv
+	bench/.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement bench/requirements.txt
+	touch $@
+
+bench: $(STAMP) $(BENCH)
+	$(BIN)/python bench/compare.py --json bench/result.json $(ARGS)
+	bench/.venv/bin/python bench/draw.py bench/result.json bench/result.png
 
 memory: $(STAMP)
 	$(BIN)/python -m bench.memory

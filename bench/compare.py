@@ -2,7 +2,7 @@
 
 Every proxy has one worker or thread, and one core; this process, which is backend and clients in one so that both read
 the same clock, has another. Rounds are interleaved. What is printed is the median of each proxy's rounds, with the
-least and the most, and as a ratio to the first peer. How, and why that is fair: bench/README.md.
+least and the most, and as a ratio to nginx. How, and why that is fair: bench/README.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import statistics
@@ -60,19 +61,31 @@ END = framed(USAGE) + b"0\r\n\r\n"
 
 
 class Backend(asyncio.Protocol):
-    """Begins a stream for each request that wants one; `streams` are those under way."""
+    """Begins a stream for each request that wants one, with `first`; `streams` are those under way."""
 
     streams: ClassVar[dict[asyncio.Transport, None]] = {}
+    first: ClassVar[bytes] = b""
     lost_at: ClassVar[float] = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self.seen = b""
 
     def data_received(self, data: bytes) -> None:
-        if b"/embeddings" in data:
+        if data.endswith(BODY):
+            request = data
+        else:
+            # A gateway sends a request of its own, in as many pieces as it likes.
+            self.seen += data
+            head, _, body = self.seen.partition(b"\r\n\r\n")
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+            if length is None or len(body) < int(length[1]):
+                return
+            request, self.seen = self.seen, b""
+        if b"/embeddings" in request:
             self.transport.write(SHORT_ANSWER)
-        elif data.endswith(BODY):
-            self.transport.write(HEAD)
+        else:
+            self.transport.write(HEAD + self.first)
             self.streams[self.transport] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -119,10 +132,23 @@ class ShortClient(asyncio.Protocol):
 
 
 class Peer:
-    """A proxy that can be started on a port in front of an upstream. `needs` is what it cannot do without."""
+    """A proxy that can be started on a port in front of an upstream. `needs` is what it cannot do without.
 
-    def __init__(self, name: str, needs: Path | str, *command: str, files: tuple[str, ...] = ()) -> None:
+    What cannot take the usual load gets a `share` of it, and only the measures in `only`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        needs: Path | str,
+        *command: str,
+        files: tuple[str, ...] = (),
+        share: float = 1.0,
+        only: tuple[str, ...] = (),
+    ) -> None:
         self.name = name
+        self.share = share
+        self.only = only
         self.needs = shutil.which(needs) if isinstance(needs, str) else (str(needs) if needs.exists() else None)
         self._command = command
         self._files = files
@@ -182,7 +208,18 @@ PEERS = [
         *(sys.executable, "-m", "sseproxy", "serve", "-c", "$DIRECTORY/sseproxy.yaml"),
         files=("sseproxy.yaml",),
     ),
+    Peer(
+        "litellm",
+        HERE / ".venv/bin/litellm",
+        *(str(HERE / ".venv/bin/litellm"), "--config", "$DIRECTORY/litellm.yaml", "--host", "127.0.0.1"),
+        *("--port", "$PORT", "--num_workers", "1"),
+        files=("litellm.yaml",),
+        share=0.05,
+        only=("cpu_per_chunk",),
+    ),
 ]
+# No proxy: what backend, clients and the kernel take themselves.
+DIRECT = Peer("direct", "true", "sleep", "infinity", only=("latency", "first_token", "capacity"))
 
 
 def tree(pid: int) -> Iterator[int]:
@@ -216,19 +253,24 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def answering(port: int) -> None:
-    """Waits until a request through the proxy is answered by the backend."""
-    async with asyncio.timeout(30):
+    """Waits until a stream through the proxy begins."""
+    async with asyncio.timeout(90):
         while True:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(SHORT)
-                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
+                writer.write(STREAM)
+                async with asyncio.timeout(5):
+                    await until(lambda: bool(Backend.streams))
+                    for backend in Backend.streams:
+                        backend.write(CHUNKS[0] + END)
+                    answer = await reader.readuntil(b'"content"')
                 writer.close()
-                if head.startswith(b"HTTP/1.1 200 "):
+                if answer.startswith(b"HTTP/1.1 200 "):
                     return
             except (OSError, TimeoutError, asyncio.IncompleteReadError):
                 pass
-            await asyncio.sleep(0.1)
+            Backend.streams.clear()
+            await asyncio.sleep(0.2)
 
 
 class Streams:
@@ -272,6 +314,8 @@ class Streams:
         Backend.streams.clear()
 
 
+RELEASE = "us from client's close to upstream's, p50"
+CAPACITY = "streams at 50 chunks/s with p99 below 10 ms"
 Measure = Callable[[int, int, argparse.Namespace], Awaitable[dict[str, float]]]
 
 
@@ -306,18 +350,55 @@ async def cpu_per_request(port: int, pid: int, options: argparse.Namespace) -> d
     return {"us of CPU per short request": spent / number * 1e6}
 
 
+def _stamped(number: int) -> bytes:
+    """One chunk in ten says when it was sent."""
+    return framed(EVENT % (b"@%.7f" % perf_counter() if number % 10 == 0 else b"token"))
+
+
 async def latency(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
     TimedClient.delays.clear()
-
-    def chunk(number: int) -> bytes:
-        # One in ten says when it was sent.
-        text = b"@%.7f" % perf_counter() if number % 10 == 0 else b"token"
-        return framed(EVENT % text)
-
     async with Streams(port, options.streams, TimedClient) as streams:
-        await streams.pace(options.rate, options.seconds, chunk)
+        await streams.pace(options.rate, options.seconds, _stamped)
     cuts = statistics.quantiles(TimedClient.delays, n=1000)
     return {f"us to pass, {name}": cuts[index] * 1e6 for name, index in (("p50", 499), ("p99", 989), ("p99.9", 998))}
+
+
+async def first_token(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    loop = asyncio.get_running_loop()
+    times = []
+    Backend.first = CHUNKS[0]
+    try:
+        for _ in range(300):
+            Backend.streams.clear()
+            StreamClient.received = 0
+            asked_at = perf_counter()
+            transport, _ = await loop.create_connection(StreamClient, "127.0.0.1", port)
+            async with asyncio.timeout(10):
+                while not StreamClient.received:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                    await asyncio.sleep(0)
+            times.append(perf_counter() - asked_at)
+            for backend in Backend.streams:
+                backend.write(END)
+            transport.close()
+    finally:
+        Backend.first = b""
+    return {"us to the first token, p50": statistics.median(times) * 1e6}
+
+
+async def capacity(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    """In steps of a fifth, until chunks are late, or until the generator is all that is measured."""
+    best, number = 0, options.streams
+    while True:
+        TimedClient.delays.clear()
+        busy, started = sum(os.times()[:2]), perf_counter()
+        async with Streams(port, number, TimedClient) as streams:
+            await streams.pace(options.rate, 2.5, _stamped)
+        share = (sum(os.times()[:2]) - busy) / (perf_counter() - started)
+        late = statistics.quantiles(TimedClient.delays, n=100)[98]
+        say(f"  {number} streams: p99 {late * 1e3:.1f} ms (generator {share:.0%} busy)")
+        if late >= 0.01:
+            return {CAPACITY: best}
+        best, number = number, number * 6 // 5
 
 
 async def release(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
@@ -339,9 +420,10 @@ async def release(port: int, pid: int, options: argparse.Namespace) -> dict[str,
                     await asyncio.sleep(0)
             times.append(Backend.lost_at - left_at)
         except TimeoutError:
-            times.append(2.0)
+            # It does not let go at all.
             backend.abort()
-    return {"us from client's close to upstream's, p50": statistics.median(times) * 1e6}
+            return {RELEASE: 2e6}
+    return {RELEASE: statistics.median(times) * 1e6}
 
 
 async def memory_per_stream(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
@@ -350,15 +432,21 @@ async def memory_per_stream(port: int, pid: int, options: argparse.Namespace) ->
         for number, backend in enumerate(streams.order):
             backend.write(CHUNKS[number % len(CHUNKS)])
         await until(lambda: StreamClient.received == options.open_streams)
-        return {"KiB per open stream": (memory(pid) - before) / options.open_streams / 1024}
+        grown = memory(pid) - before
+    # What comes next is not to pay for the end of so many, nor for closing what is kept to the backend.
+    await asyncio.sleep(6)
+    return {"KiB per open stream": grown / options.open_streams / 1024}
 
 
+# Memory first, of a proxy that has nothing yet to use again.
 MEASURES: dict[str, Measure] = {
+    "memory": memory_per_stream,
     "cpu_per_chunk": cpu_per_chunk,
     "cpu_per_request": cpu_per_request,
     "latency": latency,
+    "first_token": first_token,
+    "capacity": capacity,
     "release": release,
-    "memory": memory_per_stream,
 }
 
 
@@ -372,7 +460,7 @@ async def run(options: argparse.Namespace) -> None:
     server = await asyncio.get_running_loop().create_server(Backend, "127.0.0.1", 0, backlog=4096)
     upstream = server.sockets[0].getsockname()[1]
     found: dict[str, dict[str, list[float]]] = {}
-    wanted = [peer for peer in PEERS if not options.peers or peer.name in options.peers.split(",")]
+    wanted = [peer for peer in [DIRECT, *PEERS] if not options.peers or peer.name in options.peers.split(",")]
     for missing in [peer for peer in wanted if peer.needs is None]:
         say(
             f"{missing.name} is left out: apt-get install nginx-light libnginx-mod-http-lua haproxy, "
@@ -382,17 +470,21 @@ async def run(options: argparse.Namespace) -> None:
     for number in range(options.rounds):
         for peer in wanted:
             with tempfile.TemporaryDirectory() as directory:
-                port = _free_port()
+                port = upstream if peer is DIRECT else _free_port()
                 process = peer.start(port, upstream, Path(directory), cores[0])
+                load = argparse.Namespace(**vars(options) | {"streams": max(1, int(options.streams * peer.share))})
                 try:
                     await answering(port)
                     for name in options.measure.split(",") if options.measure else MEASURES:
+                        if name not in (peer.only or MEASURES):
+                            continue
                         busy, started = sum(os.times()[:2]), perf_counter()
-                        for what, value in (await MEASURES[name](port, process.pid, options)).items():
+                        for what, value in (await MEASURES[name](port, process.pid, load)).items():
                             found.setdefault(what, {}).setdefault(peer.name, []).append(value)
                             share = (sum(os.times()[:2]) - busy) / (perf_counter() - started)
                             say(f"round {number + 1}, {peer.name}: {value:.1f} {what} (generator {share:.0%} busy)")
-                except (OSError, TimeoutError) as error:
+                except (OSError, TimeoutError, RuntimeError) as error:
+                    # RuntimeError: it has closed a connection that uvloop is to write to.
                     say(f"round {number + 1}, {peer.name}: failed ({error!r})")
                 finally:
                     process.terminate()
@@ -417,12 +509,13 @@ def _report(found: dict[str, dict[str, list[float]]], options: argparse.Namespac
     rows: dict[str, Any] = {}
     for what, peers in found.items():
         sys.stdout.write(f"\n{what}\n")
-        base = statistics.median(next(iter(peers.values())))
+        first = "nginx" if "nginx" in peers else next(iter(peers))
+        base = statistics.median(peers[first])
         for name, values in peers.items():
             middle = statistics.median(values)
             rows.setdefault(what, {})[name] = {"median": middle, "ratio": middle / base, "rounds": values}
             spread = f"from {min(values):.1f} to {max(values):.1f}"
-            sys.stdout.write(f"  {name:<10}{middle:9.1f}  {middle / base:6.2f} x {next(iter(peers))}  ({spread})\n")
+            sys.stdout.write(f"  {name:<10}{middle:9.1f}  {middle / base:6.2f} x {first}  ({spread})\n")
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": machine, "measures": rows}, indent=1) + "\n")
 

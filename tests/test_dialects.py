@@ -19,7 +19,7 @@ from sseproxy.wire.dialects import (
     alike,
     read_completion,
 )
-from sseproxy.wire.framing import frame, whole_chunk
+from sseproxy.wire.framing import frame, payload_of, whole_chunks
 from sseproxy.wire.sse import EventParser
 
 from .harness import DONE, delta
@@ -327,18 +327,19 @@ def means(event: bytes) -> list[Meaning]:
     return [read_completion(kind, data or b"") for kind, data in EventParser(1 << 20).feed(event)]
 
 
-@given(st.binary(min_size=1, max_size=40), st.integers(0, 120), st.booleans())
-def test_alike_is_nothing_that_is_read_otherwise(inserted: bytes, at: int, inside: bool) -> None:
-    takes = alike(delta("Hi"))
+@given(
+    st.binary(min_size=1, max_size=40), st.integers(0, 150), st.booleans(), st.sampled_from([{}, {"obfuscation": "aB"}])
+)
+def test_alike_is_nothing_that_is_read_otherwise(inserted: bytes, at: int, inside: bool, more: dict[str, str]) -> None:
+    takes = alike(delta("Hi", **more))
     assert takes is not None
-    plain = delta("Ho ho") if inside else frame(delta("Ho ho"))
+    plain = delta("Ho ho", **more) if inside else frame(delta("Ho ho", **more))
     at %= len(plain)
     changed = plain[:at] + inserted + plain[at:]
     changed = frame(changed) if inside else changed
     if takes(changed):
-        offset = whole_chunk(changed)
-        assert offset
-        assert means(changed[offset:-2]) == [DELTA]
+        assert whole_chunks(changed) == [changed]
+        assert means(payload_of(changed)) == [DELTA]
 
 
 def test_alike_are_chunks_with_another_plain_text() -> None:
@@ -353,6 +354,42 @@ def test_alike_are_chunks_with_another_plain_text() -> None:
     assert not takes(frame(delta("ho" * 4096)))
     assert alike(delta("")) is None
     assert alike(DONE) is None
+
+
+def test_padding_is_alike_in_any_length() -> None:
+    takes = alike(delta("Hi", obfuscation="aB3"))
+    assert takes is not None
+    for padding in ("", "x", "xyZ0" * 9):
+        assert takes(frame(delta("ho", obfuscation=padding)))
+    for other in (
+        delta("ho"),
+        delta("", obfuscation="x"),
+        delta("h\\", obfuscation="x"),
+        delta("ho", obfuscation='"'),
+        delta("ho", obfuscation=1),
+        delta("ho", obfuscation="x", usage={"prompt_tokens": 1}),
+        delta("ho", usage={"prompt_tokens": 1}, obfuscation="x"),
+    ):
+        assert not takes(frame(other))
+
+
+def test_numbers_are_alike_in_any_place() -> None:
+    def numbered(number: object, text: str, padding: str) -> bytes:
+        return b"event: response.output_text.delta\ndata: " + (
+            json.dumps(
+                {"type": "response.output_text.delta", "sequence_number": number, "delta": text}
+                | {"logprobs": [], "obfuscation": padding}
+            ).encode()
+            + b"\n\n"
+        )
+
+    takes = alike(numbered(9, "Hi", "abc"))
+    assert takes is not None
+    for number in (0, 10, 12345):
+        assert takes(frame(numbered(number, " ho", "xy")))
+    for other in (numbered(-1, "a", "b"), numbered(1.5, "a", "b"), numbered("1", "a", "b"), numbered(1, "", "b")):
+        assert not takes(frame(other))
+    assert not takes(frame(numbered(77, "a", "b").replace(b"77", b"07")))
 
 
 def test_without_its_framing_nothing_is_alike() -> None:

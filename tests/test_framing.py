@@ -18,8 +18,9 @@ from sseproxy.wire.framing import (
     decoder,
     frame,
     framing_fields,
+    payload_of,
     response_framing,
-    whole_chunk,
+    whole_chunks,
 )
 
 from .splits import cut, splits, steps
@@ -89,13 +90,15 @@ def test_the_decoder_is_at_the_start_only_between_chunks() -> None:
 
 
 @pytest.mark.parametrize("payload", [b"a", b"data: x\n\n", b"\r\n", b"x" * 10, b"x" * 0x10000])
-def test_a_framed_payload_is_one_whole_chunk(payload: bytes) -> None:
+def test_framed_payloads_are_whole_chunks(payload: bytes) -> None:
     data = frame(payload)
-    assert data[whole_chunk(data) : -2] == payload
+    assert whole_chunks(data) == [data]
+    assert payload_of(data) == payload
     upper = b"000%X\r\n%b\r\n" % (len(payload), payload)
-    assert upper[whole_chunk(upper) : -2] == payload
-    for other in (data[:-1], data + b"\r", data[:-2] + b"\n\n", b" " + data, data + data, data + LAST_CHUNK):
-        assert whole_chunk(other) == 0
+    assert whole_chunks(data + upper + data) == [data, upper, data]
+    assert payload_of(upper) == payload
+    for other in (data[:-1], data + b"\r", data[:-2] + b"\n\n", b" " + data, data + data[:-1], data + LAST_CHUNK):
+        assert not whole_chunks(other)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +108,9 @@ def test_a_framed_payload_is_one_whole_chunk(payload: bytes) -> None:
         b"1\r\na\n\n", b"0" * 16 + b"1\r\na\r\n", b"-1\r\na\r\n", b"1_0\r\naaaaaaaaaaaaaaaa\r\n", b"\r\na\r\n",
     ],
 )  # fmt: skip
-def test_what_is_not_exactly_one_chunk_is_no_whole_chunk(data: bytes) -> None:
-    assert whole_chunk(data) == 0
+def test_what_is_not_exactly_a_chunk_is_no_whole_chunk(data: bytes) -> None:
+    assert not whole_chunks(data)
+    assert not whole_chunks(frame(b"a") + data) or not data
 
 
 @st.composite
@@ -123,12 +127,14 @@ def damaged(draw: st.DrawFn) -> bytes:
 @settings(max_examples=300, deadline=None)
 @given(damaged() | st.binary(max_size=12))
 @example(b"1\r\na\r\n")
-def test_a_whole_chunk_is_what_the_decoder_takes_it_for(data: bytes) -> None:
-    offset = whole_chunk(data)
-    if offset:
+def test_whole_chunks_are_what_the_decoder_takes_them_for(data: bytes) -> None:
+    chunks = whole_chunks(data)
+    if chunks:
+        assert b"".join(chunks) == data
         chunked, payload, refused = decode([data])
         assert not refused
-        assert payload == data[offset:-2] != b""
+        assert payload == b"".join(map(payload_of, chunks))
+        assert all(map(payload_of, chunks))
         assert chunked.at_start
 
 

@@ -20,6 +20,21 @@ CALLS_INTO_C = 16
 
 
 async def test_a_chunk_costs_no_more_calls_than_it_has_to(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    called, into_c = await counted(proxy, upstream, at_once=1)
+    assert sum(called.values()) / CHUNKS <= CALLS + 0.2, called
+    assert sum(into_c.values()) / CHUNKS <= CALLS_INTO_C + 0.2, into_c
+    assert len(called) >= CALLS
+
+
+async def test_nor_do_chunks_that_a_late_worker_reads_at_once(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    called, _ = await counted(proxy, upstream, at_once=10)
+    assert sum(called.values()) / CHUNKS <= CALLS + 0.2, called
+
+
+async def counted(
+    proxy: RunningProxy, upstream: ScriptedUpstream, *, at_once: int
+) -> tuple[Counter[str], Counter[str]]:
+    """The calls of functions of ours, and of theirs into C, for `CHUNKS` chunks of which so many come in one piece."""
     client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD)
     for warm_up in range(5):
@@ -42,13 +57,11 @@ async def test_a_chunk_costs_no_more_calls_than_it_has_to(proxy: RunningProxy, u
 
     sys.setprofile(count)
     try:
-        for number in range(CHUNKS):
-            piece = chunk(delta(f"token {number}"))
+        for number in range(0, CHUNKS, at_once):
+            piece = b"".join(chunk(delta(f"token {number + of}")) for of in range(at_once))
             api.send(piece)
             await client.read_until(piece)
     finally:
         sys.setprofile(None)
     del called["Lateness._fired"], called["Lateness._begin"]
-    assert sum(called.values()) / CHUNKS <= CALLS + 0.2, called
-    assert sum(into_c.values()) / CHUNKS <= CALLS_INTO_C + 0.2, into_c
-    assert len(called) >= CALLS
+    return called, into_c

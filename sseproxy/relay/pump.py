@@ -1,7 +1,7 @@
 """The hot path: a response body from the upstream's transport to the client's, with no task in between.
 
-A read that is exactly one HTTP chunk, which is what LLM servers send, is validated and written as it came. Everything
-else is unframed and framed anew. Only then is the payload shown to the inspector. Whatever happens, `done` is
+A read that is whole HTTP chunks, which is what LLM servers send, is validated and written as it came. Everything else
+is unframed and framed anew. Only then is the payload shown to the inspector. Whatever happens, `done` is
 resolved once: with nothing when the body is complete, or with the `ExchangeError` that ended it.
 """
 
@@ -13,7 +13,7 @@ from time import perf_counter
 
 from ..errors import BrokenBodyError, ExchangeError, Truncated, UpstreamError
 from ..wire.dialects import Alike
-from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, whole_chunk
+from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, payload_of, whole_chunks
 from ..wire.usage import UsageStripper
 from .downstream import DownstreamProtocol
 from .exchange import Clock, Exchange, Inspector
@@ -121,20 +121,25 @@ class Pump:
         self._move(data, read_at)
 
     def _move(self, data: bytes, read_at: float) -> None:
-        if self._verbatim:
-            offset = whole_chunk(data)
-            if offset:
-                payload = data[offset:-2]
-                kept = payload if self._stripper is None else self._stripper.feed(payload)
-                if kept is payload:
-                    self._forward(data, len(kept), read_at)
-                elif kept:
-                    self._forward(frame(kept), len(kept), read_at)
-                self._look(payload, read_at)
-                if kept is payload and self._verbatim:
-                    self._alike = self._inspector.alike
-                return
-        self._walk(data, read_at)
+        chunks = whole_chunks(data) if self._verbatim else []
+        if not chunks:
+            self._walk(data, read_at)
+            return
+        payloads = [payload_of(chunk) for chunk in chunks]
+        payload = kept = b"".join(payloads)
+        if self._stripper is not None:
+            kept = self._stripper.feed(payload)
+        if kept:
+            self._forward(data if kept == payload else frame(kept), len(kept), read_at)
+        for chunk, part in zip(chunks, payloads, strict=True):
+            alike = self._inspector.alike
+            if alike is not None and alike(chunk):
+                self._clock.touched = read_at
+                self._exchange.generated(0, read_at)
+            else:
+                self._look(part, read_at)
+        if kept == payload and self._verbatim:
+            self._alike = self._inspector.alike
 
     def _walk(self, data: bytes, read_at: float) -> None:
         body, broken = self._body, False

@@ -62,7 +62,8 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
 class PlainReads(_Reads, asyncio.Protocol):
     """Plain reads from `transport`, until one is not small, or until `bound`; from then on, bounded ones.
 
-    It stays so: what a kernel buffers for a connection grows with what it has carried.
+    The read that ends it may be as large as what the kernel had buffered by then, which for a connection that has
+    carried little is some 128 KB. It stays ended, because that grows with what a connection has carried.
     """
 
     __slots__ = ("_transport",)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import msgspec
@@ -74,19 +75,42 @@ _MAX_ALIKE: Final = len(USUAL_STARTS)
 _TEXT: Final = re.compile(
     rb'"(?:content|reasoning_content|reasoning|text|thinking|partial_json|arguments|delta)": ?"([^"\\\x00-\x1f\x7f]+)"'
 )
+# OpenAI's padding, against guesses by length, and its count of events; where streams have them, all events differ.
+_PADDING: Final = re.compile(rb'"obfuscation": ?"([^"\\\x00-\x1f\x7f]*)"')
+_NUMBER: Final = re.compile(rb'"sequence_number": ?([0-9]+)')
+
+
+def _is_plain(part: bytes) -> bool:
+    return len(part.translate(None, _NOT_PLAIN)) == len(part)
+
+
+def _is_text(part: bytes) -> bool:
+    return bool(part) and _is_plain(part)
+
+
+def _is_number(part: bytes) -> bool:
+    return part.isdigit() and (part[0] != 0x30 or part == b"0")
 
 
 def alike(event: bytes) -> Alike | None:
     """Recognises what means the same as `event`, as it came: a delta and nothing else. None if it has no plain text.
 
-    An event that has the same bytes, and another plain text between them, means the same; so do nearly all events of
-    a stream. The text is that of a JSON string without escapes, of which no reader asks more than whether it is empty.
-    It is recognised in one HTTP chunk without extensions, which can be forwarded as it is.
+    An event that has the same bytes, but for that text, its padding and its number, means the same; so do nearly all
+    events of a stream. The text is that of a JSON string without escapes, of which no reader asks more than whether it
+    is empty. It is recognised in one HTTP chunk without extensions, which can be forwarded as it is.
     """
-    found = _TEXT.search(event)
-    if found is None:
+    text = _TEXT.search(event)
+    if text is None:
         return None
-    prefix, suffix = event[: found.start(1)], event[found.end(1) :] + b"\r\n"
+    varied = [(text.span(1), _is_text)]
+    for pattern, check in ((_PADDING, _is_plain), (_NUMBER, _is_number)):
+        found = pattern.search(event)
+        if found is not None:
+            varied.append((found.span(1), check))
+    varied.sort()
+    prefix, suffix = event[: varied[0][0][0]], event[varied[-1][0][1] :] + b"\r\n"
+    between = [(event[end:start], check) for ((_, end), check), ((start, _), _) in pairwise(varied)]
+    check_last = varied[-1][1]
     around, starts, not_plain = len(prefix) + len(suffix), USUAL_STARTS, _NOT_PLAIN
 
     def takes(data: bytes) -> int:
@@ -94,12 +118,18 @@ def alike(event: bytes) -> Alike | None:
         if length >= _MAX_ALIKE:
             return 0
         start = starts[length]
-        text = data.removeprefix(start).removeprefix(prefix).removesuffix(suffix)
+        rest = data.removeprefix(start).removeprefix(prefix).removesuffix(suffix)
         size = length - len(start)
         # As long as it is then, all three were there.
-        if start and text and len(text) + around == size and len(text.translate(None, not_plain)) == len(text):
-            return size - 2
-        return 0
+        if not start or len(rest) + around != size:
+            return 0
+        if not between:
+            return size - 2 if rest and len(rest.translate(None, not_plain)) == len(rest) else 0
+        for literal, check in between:
+            part, there, rest = rest.partition(literal)
+            if not there or not check(part):
+                return 0
+        return size - 2 if check_last(rest) else 0
 
     return takes
 

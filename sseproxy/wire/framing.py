@@ -1,7 +1,7 @@
 """Where the body of a response ends (RFC 9112, sections 6.3 and 7.1), read strictly.
 
-`whole_chunk` answers the common question, is this read exactly one chunk, in one regular expression; a body decoder
-walks everything else, in any split. What is not exactly HTTP/1.1 is a `ProtocolError`: a lenient reading here is how
+`whole_chunks` answers the common question, is this read whole chunks and nothing else; a body decoder walks everything
+else, in any split. What is not exactly HTTP/1.1 is a `ProtocolError`: a lenient reading here is how
 responses are smuggled.
 """
 
@@ -43,24 +43,29 @@ USUAL_STARTS = tuple(map(_usual_start, range(4096)))
 """By the length of what was read; what is longer, or written in another way, is looked at with more care."""
 
 
-def whole_chunk(data: bytes) -> int:
-    """The offset of the payload if `data` is exactly one non-empty chunk without extensions, else 0.
+def whole_chunks(data: bytes) -> list[bytes]:
+    """The chunks of `data`, each with its framing; none if it is not all whole chunks with a payload and no extensions.
 
-    The payload is then `data[offset:-2]`, and `data` can be forwarded as it is.
+    If there are, `data` can be forwarded as it is.
     """
-    length = len(data)
-    if length < len(USUAL_STARTS):
-        usual = USUAL_STARTS[length]
-        if usual and data.startswith(usual):
-            return len(usual) if data.endswith(_CRLF) else 0
-    start = _CHUNK_START.match(data)
-    if start is None:
-        return 0
-    offset = start.end()
-    size = int(start[1], 16)
-    if size and len(data) == offset + size + 2 and data.endswith(_CRLF):
-        return offset
-    return 0
+    chunks: list[bytes] = []
+    at, length = 0, len(data)
+    while at < length:
+        start = _CHUNK_START.match(data, at)
+        if start is None:
+            return []
+        size = int(start[1], 16)
+        end = start.end() + size + 2
+        if not size or end > length or data[end - 2 : end] != _CRLF:
+            return []
+        chunks.append(data[at:end])
+        at = end
+    return chunks
+
+
+def payload_of(chunk: bytes) -> bytes:
+    """What is in one of the `whole_chunks`."""
+    return chunk[chunk.index(b"\n") + 1 : -2]
 
 
 def frame(payload: bytes) -> bytes:
@@ -153,7 +158,7 @@ def decoder(framing: Framing) -> BodyDecoder:
 
 
 class ChunkedDecoder:
-    """A chunked body. `at_start` is true between chunks, where `whole_chunk` may be asked instead."""
+    """A chunked body. `at_start` is true between chunks, where `whole_chunks` may be asked instead."""
 
     __slots__ = ("_expect_crlf", "_in_trailers", "_line", "_remaining", "_trailers", "done", "excess")
 
