@@ -130,14 +130,19 @@ class Pump:
         if self._stripper is not None:
             kept = self._stripper.feed(payload)
         if kept:
-            self._forward(data if kept == payload else frame(kept), len(kept), read_at)
-        for chunk, part in zip(chunks, payloads, strict=True):
-            alike = self._inspector.alike
-            if alike is not None and alike(chunk):
-                self._clock.touched = read_at
-                self._exchange.generated(0, read_at)
-            else:
-                self._look(part, read_at)
+            # Many chunks of a few bytes are merged.
+            as_it_is = kept == payload and len(data) <= 2 * len(payload)
+            self._forward(data if as_it_is else frame(kept), len(kept), read_at)
+        alike, known = self._inspector.alike, 0
+        while alike is not None and known < len(chunks) and alike(chunks[known]):
+            self._clock.touched = read_at
+            self._exchange.generated(0, read_at)
+            known += 1
+        if payloads[known:-1]:
+            self._look(b"".join(payloads[known:-1]), read_at)
+        if payloads[known:]:
+            # By itself, because it may be what the next ones are like.
+            self._look(payloads[-1], read_at)
         if kept == payload and self._verbatim:
             self._alike = self._inspector.alike
 
