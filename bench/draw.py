@@ -38,20 +38,20 @@ def draw(result: dict[str, object], to: Path) -> None:
         panel.barh(names, medians, xerr=spread, color=colours, height=0.68, error_kw={"lw": 0.8, "ecolor": INK})
         # One that is far off everything else would leave nothing to see of the others.
         near = sorted(medians)[-2] if len(medians) > 1 else medians[0]
-        edge = min(max(medians), near * 1.6) * 1.18
+        far = [median > 1.6 * near for median in medians]
+        edge = 1.16 * max(max(values) for values, off in zip(rounds, far, strict=True) if not off)
         panel.set_xlim(0, edge)
-        for at, (median, values) in enumerate(zip(medians, rounds, strict=True)):
+        for at, (median, values, off) in enumerate(zip(medians, rounds, far, strict=True)):
             shown = f"{median:,.1f}" if median < 100 else f"{median:,.0f}"
-            beyond = max(values) > edge * 0.86
             panel.annotate(
-                shown + (" →" if median > edge else ""),
-                (min(max(values), edge * 0.985), at),
-                (-4 if beyond else 4, 0),
+                f"{shown} →" if off else shown,
+                (edge if off else max(values), at),
+                (-4 if off else 4, 0),
                 textcoords="offset points",
                 va="center",
-                ha="right" if beyond else "left",
+                ha="right" if off else "left",
                 fontsize=8,
-                color="white" if beyond and median > edge * 0.86 else INK,
+                color="white" if off else INK,
             )
         panel.set_title(what, loc="left", fontsize=10, fontweight="bold")
         panel.spines[["top", "right", "bottom"]].set_visible(False)
