@@ -39,7 +39,7 @@ KEEPALIVE = 75.0
 READ_BUFFER = 16 * 1024
 # Bytes of a response that wait for the client before the upstream is paused. With the read that may follow, and all
 # else that an exchange holds, that is measured to be less than 128 KiB (bench/memory.py).
-WRITE_BUFFER = 48 * 1024
+WRITE_BUFFER = 32 * 1024
 # Connections above their limit that are still told so; more are closed without a word.
 _TOLD = 500
 # Requests that a client may send ahead of their responses.
