@@ -469,7 +469,7 @@ async def test_a_connection_whose_last_read_blocked_a_client_serves_the_next(
     api.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     (connection,) = proxy.worker.proxy.server.connections
     assert connection.transport is not None
-    while connection.transport.get_write_buffer_size() < 30_000:
+    while connection.transport.get_write_buffer_size() < 15_000:
         api.send(chunk(b"x" * 15_000))
         await api.drain()
         await asyncio.sleep(0.002)  # until the kernel takes no more
