@@ -261,6 +261,7 @@ class _Relay:
             outcome = self._failed(self._error)
             return self._refuse(self._error)
         except Exception:
+            # The client gets an answer, and the exchange its outcome, also from a mistake of ours.
             log.exception("an exchange failed in a way that nobody foresaw")
             return self._refuse(InternalError())
         finally:

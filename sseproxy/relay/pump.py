@@ -228,6 +228,7 @@ class Pump:
             try:
                 self._inspector.end()
             except Exception:
+                # The body is complete, whatever it meant.
                 log.exception("the inspector failed at the end of a body")
             self.done.set_result(None)
 

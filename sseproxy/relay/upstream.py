@@ -188,7 +188,7 @@ class RelayProtocol(ResponseHandler):
 
     def pause(self) -> None:
         """Reads no more until `resume`; does nothing once the connection is gone."""
-        # Until then the kernel buffers.
+        # The kernel goes on to buffer, and a plain read takes all of that.
         self._reads.bound()
         self._pause_transport_reading()
 

@@ -67,7 +67,7 @@ FAILED: Final = Meaning(error=True)
 
 
 Alike = Callable[[bytes], int]
-"""Whether a read is a chunk, and an event, like one before but for the text: the size of the event, or 0."""
+"""Whether a read is one chunk, with an event like one before but for what varies: the size of the event, or 0."""
 
 # What ends or escapes in a JSON string, and what may not be in one (RFC 8259, section 7).
 _NOT_PLAIN: Final = bytes([*range(0x20), *b'"\\\x7f'])

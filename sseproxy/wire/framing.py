@@ -40,7 +40,7 @@ def _usual_start(length: int) -> bytes:
 
 
 USUAL_STARTS = tuple(map(_usual_start, range(4096)))
-"""By the length of what was read; what is longer, or written in another way, is looked at with more care."""
+"""What a chunk begins with, as usually written, by its length with its framing; empty where none has that length."""
 
 
 def whole_chunks(data: bytes) -> list[bytes]:
