@@ -18,9 +18,9 @@ Processes
                       +- worker N
 
 A worker is a fresh interpreter that inherits the listening sockets and one end of a socket pair. Down the pair comes
-its configuration, up go its reports: what has changed since the last one, at most 100 ms late. The supervisor adds
-them up, so counters never fall when a worker ends, and a worker's gauges go with it. The end of the pair is the end of
-the other side: a worker whose supervisor died drains and goes.
+its configuration, up go its reports: what has changed since the last one, each second, and at once when `/metrics` is
+asked for. The supervisor adds them up, so counters never fall when a worker ends, and a worker's gauges go with it. The
+end of the pair is the end of the other side: a worker whose supervisor died drains and goes.
 
 A reload starts a new generation on the same sockets. When all of it accepts, the old one is told to finish what it
 has, so that nothing is refused or cut, and no code in a worker ever changes a configuration. One that does not load, or

@@ -280,7 +280,7 @@ class RunningProxy:
         await until(lambda: not self.worker.proxy.active)
 
     def exposed(self, accept: str = "text/plain") -> str:
-        self.worker.telemetry.flush()
+        self.worker.telemetry.report()
         return exposition(self.registry, accept)[0].decode()
 
     def samples(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -16,7 +16,7 @@ import pytest
 
 from sseproxy import config
 from sseproxy.observe.metrics import Recorder, Registry, exposition
-from sseproxy.observe.telemetry import FLUSH_INTERVAL, encode_report, read_reports
+from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, encode_report
 from sseproxy.process.generation import cores
 from sseproxy.process.listeners import listen
 from sseproxy.process.supervisor import Supervisor
@@ -110,6 +110,37 @@ async def test_each_worker_serves_alone_while_the_other_stands_still(upstream: S
             await finish_stream(*await begin_stream(served, upstream))
             os.kill(worker, signal.SIGCONT)
         await served.until(r'requests_total\{.*outcome="completed".*\}', 2)
+
+
+async def test_a_scrape_is_told_what_has_happened_by_then(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
+        streams = [await begin_stream(served, upstream) for _ in range(4)]
+        for number, (client, api) in enumerate(streams, 1):
+            api.send(chunk(delta("there")))
+            await client.read_until(chunk(delta("there")))
+            assert await served.sample(r"inter_token_latency_seconds_count\{.*\}") == number
+        served.process.send_signal(signal.SIGTERM)
+        await until_true(lambda: "draining" in served.stderr)
+        for number, (client, api) in enumerate(streams, 5):
+            api.send(chunk(delta("more")))
+            await client.read_until(chunk(delta("more")))
+            assert await served.sample(r"inter_token_latency_seconds_count\{.*\}") == number
+        for stream in streams:
+            await finish_stream(*stream)
+        assert await served.ended() == 0
+
+
+async def test_a_scrape_does_not_wait_for_ever_for_a_worker_that_stands_still(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
+        client, api = await begin_stream(served, upstream)
+        await served.until(r"streams_active\{.*\}", 1)
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGSTOP)
+        for _ in range(2):
+            assert await served.sample(r"streams_active\{.*\}") == 1
+        os.kill(worker, signal.SIGCONT)
+        await finish_stream(client, api)
+        await served.until(r"streams_active\{.*\}", 0)
 
 
 async def test_a_killed_worker_is_replaced_and_its_streams_are_cut_and_counted(upstream: ScriptedUpstream) -> None:
@@ -238,7 +269,7 @@ async def test_workers_whose_supervisor_died_with_their_reports_unread_go_as_wel
         for _ in range(20):
             await finish_stream(*await begin_stream(served, upstream))
         # A report is under way by then.
-        await asyncio.sleep(3 * FLUSH_INTERVAL)
+        await asyncio.sleep(1.5 * REPORT_INTERVAL)
         served.process.kill()
         await served.ended()
         await until_refused(served.port)
@@ -322,7 +353,7 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
                 await process.wait()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         registry = Registry()
-        async for report in read_reports(reader):
+        async for report in Reports(reader, writer.write):
             registry.add(1, report)
         writer.close()
         assert (

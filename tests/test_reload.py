@@ -146,6 +146,26 @@ async def test_an_address_that_is_taken_changes_nothing(upstream: ScriptedUpstre
             assert served.workers == workers
 
 
+async def test_a_listener_goes_although_a_worker_that_has_it_stands_still(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve() as served:
+        client, api = await streaming(served, upstream)
+        (old,) = served.workers
+        os.kill(old, signal.SIGSTOP)
+        file.write(upstream, listen=f"unix:{tmp_path / 's'}")
+        assert (await reload(served))[0] == 200
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", served.port)
+        os.kill(old, signal.SIGCONT)
+        api.send(chunk(DONE), LAST_CHUNK)
+        assert (await client.read_until(LAST_CHUNK)).endswith(chunk(DONE) + LAST_CHUNK)
+        client.close()
+        await until_true(lambda: not alive(old))
+        assert "Traceback" not in served.stderr
+
+
 async def test_listeners_come_and_go(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     file = ConfigFile(tmp_path, upstream)
     path = tmp_path / "s"
@@ -228,7 +248,7 @@ async def test_workers_that_do_not_come_up_change_nothing(
             with pytest.raises(ReloadError, match="a new worker ended with status 1 before it accepted connections"):
                 await supervisor.reload()
         assert workers <= set(children(os.getpid()))
-        assert supervisor.registry()._gauges[0]["config_last_reload_successful", ()] == 0
+        assert (await supervisor.registry())._gauges[0]["config_last_reload_successful", ()] == 0
         await supervisor.reload()
         await until_true(lambda: not any(map(alive, workers)))
     finally:

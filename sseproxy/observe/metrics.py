@@ -218,44 +218,49 @@ class Report(msgspec.Struct, array_like=True):
     gauges: list[tuple[str, Labels, float]]
     states: list[tuple[str, Labels, float]]
     histograms: list[tuple[str, Labels, Histogram]]
+    asked: bool = False
+    """The supervisor has asked for it."""
 
 
 class HistogramRecorder:
-    """A histogram while it is being counted into. `observe` is on the hot path: a value is only kept, until `take`."""
+    """A histogram while it is being counted into. `observe` is on the hot path: a value is kept until it `settles`."""
 
-    __slots__ = ("_bounds", "_taken_back", "_values", "exemplars", "observe")
+    __slots__ = ("_bounds", "_settled", "_values", "observe")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
         self._values: list[float] = []
-        self._taken_back: Histogram | None = None
+        self._settled: Histogram | None = None
         self.observe: Callable[[float], None] = self._values.append
-        self.exemplars: dict[int, ExemplarValue] = {}
-
-    @property
-    def changed(self) -> bool:
-        return bool(self._values or self._taken_back)
 
     def example(self, value: float, request_id: str, at: float) -> None:
         """Says which exchange has made the latest observation of its bucket."""
-        self.exemplars[bisect_left(self._bounds, value)] = ExemplarValue(value, request_id, at)
+        self._open().exemplars[bisect_left(self._bounds, value)] = ExemplarValue(value, request_id, at)
 
-    def take_back(self, taken: Histogram) -> None:
-        """`taken` could not be sent."""
-        self._taken_back = taken
+    def _open(self) -> Histogram:
+        if self._settled is None:
+            self._settled = Histogram([0] * (len(self._bounds) + 1))
+        return self._settled
 
-    def take(self) -> Histogram:
-        """What was observed since it was taken last."""
+    def settle(self) -> None:
+        """Counts what was observed."""
+        if not self._values:
+            return
         values = sorted(self._values)
         self._values.clear()
         up_to = [bisect_right(values, bound) for bound in self._bounds]
         counts = [upper - lower for lower, upper in zip([0, *up_to], [*up_to, len(values)], strict=True)]
-        taken = Histogram(counts, sum(values), self.exemplars)
-        if self._taken_back is not None:
-            taken.add(self._taken_back, later=False)
-            self._taken_back = None
-        self.exemplars = {}
+        self._open().add(Histogram(counts, sum(values)))
+
+    def take(self) -> Histogram | None:
+        """What was observed since it was taken last; None for nothing."""
+        self.settle()
+        taken, self._settled = self._settled, None
         return taken
+
+    def take_back(self, taken: Histogram) -> None:
+        """`taken` could not be sent."""
+        self._open().add(taken, later=False)
 
 
 class Recorder:
@@ -287,7 +292,12 @@ class Recorder:
             self._histograms[key] = HistogramRecorder(metric.buckets)
         return self._histograms[key]
 
-    def report(self) -> Report:
+    def settle(self) -> None:
+        """Does a part of the next report's work."""
+        for histogram in self._histograms.values():
+            histogram.settle()
+
+    def report(self, *, asked: bool = False) -> Report:
         """What has changed; counting starts anew."""
         counters, self._counters = self._counters, {}
         states, self._states = self._states, {}
@@ -295,7 +305,10 @@ class Recorder:
             counters=[(*key, value) for key, value in counters.items()],
             gauges=[(*key, value) for key, value in self._gauges.items()],
             states=[(*key, value) for key, value in states.items()],
-            histograms=[(*key, found.take()) for key, found in self._histograms.items() if found.changed],
+            histograms=[
+                (*key, taken) for key, found in self._histograms.items() if (taken := found.take()) is not None
+            ],
+            asked=asked,
         )
 
     def take_back(self, report: Report) -> None:

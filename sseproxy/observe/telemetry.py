@@ -1,6 +1,7 @@
 """From what happens in exchanges to numbers, and from a worker to its supervisor.
 
-Frames on the channel between the two are a four-byte length and that many bytes of msgpack.
+Reports on the channel between the two are frames: a four-byte length and that many bytes of msgpack. Down the same
+channel the supervisor asks for one now.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
+from time import perf_counter
 
 import msgspec
 
@@ -19,8 +21,11 @@ from . import metrics
 from .access import AccessLog
 from .metrics import Labels, Recorder, Report
 
-# The latest that something happens before it is on its way to /metrics.
-FLUSH_INTERVAL = 0.1
+# Unasked, so often; it is what a worker that dies has not told yet. Each report is a pause of half a millisecond, where
+# the supervisor has no core of its own.
+REPORT_INTERVAL = 1.0
+# The more was observed, the longer sorting it holds up the bytes.
+_SETTLE_INTERVAL = 0.1
 # nginx's status for a client that closed the connection before it was answered.
 _CLIENT_CLOSED_REQUEST = 499
 # OpenMetrics allows an exemplar's label names and values 128 characters together; clients may choose longer ids.
@@ -36,14 +41,37 @@ def encode_report(report: Report) -> bytes:
     return _HEADER.pack(len(body)) + body
 
 
-async def read_reports(reader: asyncio.StreamReader) -> AsyncIterator[Report]:
-    """The reports of one worker, until it closes its end or dies."""
-    try:
-        while True:
-            (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-            yield _decode(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return
+class Reports:
+    """The reports of one worker, to be iterated over, until it closes its end of the channel or dies.
+
+    Read by `reader`; `write` is for what the worker is asked.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, write: Callable[[bytes], object]) -> None:
+        self._reader = reader
+        self._write = write
+        self._answered = asyncio.Event()
+        self._answered.set()
+
+    async def __aiter__(self) -> AsyncIterator[Report]:
+        try:
+            while True:
+                (size,) = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+                report = _decode(await self._reader.readexactly(size))
+                yield report
+                if report.asked:
+                    self._answered.set()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            self._answered.set()
+
+    async def latest(self) -> None:
+        """Asks the worker for a report; returns when it has been iterated over, or when there are no more."""
+        if self._answered.is_set():
+            self._answered.clear()
+            self._write(b"?")
+        await self._answered.wait()
 
 
 class Telemetry:
@@ -65,7 +93,9 @@ class Telemetry:
         self._send = send
         self._connections = connections
         self._observers: dict[tuple[str, str, str], RouteObserver] = {}
-        self._flush: asyncio.TimerHandle | None = None
+        self._settling: asyncio.TimerHandle | None = None
+        self._report_due = 0.0
+        self._asked = False
         self._lag = self.recorder.histogram(metrics.LOOP_LAG, ())
         self._active = 0
 
@@ -78,9 +108,9 @@ class Telemetry:
         return found
 
     def changed(self) -> None:
-        """A report is due within `FLUSH_INTERVAL`."""
-        if self._flush is None:
-            self._flush = self._loop.call_later(FLUSH_INTERVAL, self.flush)
+        """A report is due within `REPORT_INTERVAL`, and sooner if the last one is longer ago."""
+        if self._settling is None:
+            self._settling = self._loop.call_later(_SETTLE_INTERVAL, self._settle)
 
     def began(self) -> None:
         """An exchange began; until it has `ended` there are reports."""
@@ -91,19 +121,30 @@ class Telemetry:
         self._active -= 1
         self.changed()
 
-    def flush(self) -> None:
-        """Sends what has changed now."""
-        if self._flush is not None:
-            self._flush.cancel()
-            self._flush = None
+    def _settle(self) -> None:
+        self._settling = None
+        if perf_counter() >= self._report_due:
+            self.report()
+        else:
+            self.recorder.settle()
+            if self.access is not None:
+                self.access.flush()
+            self.changed()
+
+    def report(self, *, asked: bool = False) -> None:
+        """Sends what has changed. `asked`: the supervisor waits for it."""
+        self._asked = self._asked or asked
+        self._report_due = perf_counter() + REPORT_INTERVAL
+        if self.access is not None:
+            self.access.flush()
         for upstream, active, idle in self._connections():
             self.recorder.set(metrics.CONNECTIONS, (upstream, "active"), active)
             self.recorder.set(metrics.CONNECTIONS, (upstream, "idle"), idle)
-        if self.access is not None:
-            self.access.flush()
-        report = self.recorder.report()
+        report = self.recorder.report(asked=self._asked)
         sent = self._send(report)
-        if not sent:
+        if sent:
+            self._asked = False
+        else:
             self.recorder.take_back(report)
         if self._active or not sent:
             # What happens inside an exchange does not ask for a report of its own.
@@ -111,9 +152,9 @@ class Telemetry:
 
     def close(self) -> None:
         """Sends the last report."""
-        self.flush()
-        if self._flush is not None:
-            self._flush.cancel()
+        self.report()
+        if self._settling is not None:
+            self._settling.cancel()
         if self.access is not None:
             self.access.close()
 

@@ -11,7 +11,7 @@ from ..observe.metrics import Registry, exposition
 
 
 def application(
-    registry: Callable[[], Registry], ready: Callable[[], str | None], reload: Callable[[], Awaitable[None]]
+    registry: Callable[[], Awaitable[Registry]], ready: Callable[[], str | None], reload: Callable[[], Awaitable[None]]
 ) -> web.Application:
     """`/metrics`, `/livez`, `/readyz` and, to POST to, `/-/reload`.
 
@@ -19,7 +19,7 @@ def application(
     """
 
     async def metrics(request: web.Request) -> web.Response:
-        body, content_type = exposition(registry(), ",".join(request.headers.getall(hdrs.ACCEPT, [])))
+        body, content_type = exposition(await registry(), ",".join(request.headers.getall(hdrs.ACCEPT, [])))
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def livez(request: web.Request) -> web.Response:

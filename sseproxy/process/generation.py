@@ -21,7 +21,7 @@ from ..config import Config
 from ..errors import Outcome, ReloadError
 from ..observe import metrics
 from ..observe.metrics import Recorder, Registry
-from ..observe.telemetry import read_reports
+from ..observe.telemetry import Reports
 from .worker import encode_config
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ class Generation:
         self._recorder = recorder
         self._changed = changed
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        # Of the workers that report, which they do once they accept.
+        self._reports: dict[int, Reports] = {}
         self._keepers: list[asyncio.Task[None]] = []
         # What workers that have just been started are to be told as well.
         self._told: signal.Signals | None = None
@@ -129,6 +131,10 @@ class Generation:
             # One that has just ended is still among them.
             with suppress(ProcessLookupError):
                 process.send_signal(number)
+
+    async def report(self) -> None:
+        """Waits until the registry has what each worker knows now."""
+        await asyncio.gather(*(reports.latest() for reports in self._reports.values()))
 
     async def ended(self) -> None:
         """Waits until every worker has ended, after they were told to."""
@@ -181,13 +187,16 @@ class Generation:
                 process.send_signal(self._told)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_config(self._of_a_worker))
-        async for report in read_reports(reader):
+        reports = Reports(reader, writer.write)
+        async for report in reports:
+            self._reports[number] = reports
             self._registry.add(number, report)
             accepts = bool(self._registry.gauge(number, metrics.WORKERS))
             if accepts != (number in self.ready):
                 (self.ready.add if accepts else self.ready.discard)(number)
                 self._changed()
         self.ready.discard(number)
+        self._reports.pop(number, None)
         status = await process.wait()
         writer.close()
         del self._processes[number]

@@ -85,6 +85,13 @@ def _passed(address: PassedSocket) -> list[socket.socket]:
     return [socket.socket(fileno=os.dup(fd)) for fd in fds]
 
 
+def refuse(address: Listen, sockets: Iterable[socket.socket]) -> None:
+    """No connection is made to `sockets` of ours from now on, not even while a process that has one is still ending."""
+    if not isinstance(address, PassedSocket):
+        for sock in sockets:
+            sock.shutdown(socket.SHUT_RDWR)
+
+
 def clean_up(addresses: Iterable[Listen]) -> None:
     """Removes what sockets on `addresses`, closed by now, have left in the file system, unless others listen there."""
     for address in addresses:

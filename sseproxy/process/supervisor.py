@@ -31,7 +31,7 @@ from ..relay.downstream import check_parser
 from . import notify
 from .admin import application
 from .generation import Generation
-from .listeners import clean_up, listen, url
+from .listeners import clean_up, listen, refuse, url
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ _DRAIN_GRACE = 5.0
 _SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # For what a reload waits at most until workers have stopped accepting; it takes them a turn of their loop.
 _TAKE_OVER = 5.0
+# For what a scrape waits at most until a worker has told what it knows; one that is not overloaded takes a millisecond.
+_ANSWER = 1.0
 
 
 class Supervisor:
@@ -175,8 +177,11 @@ class Supervisor:
         _close(self._admin_sockets)
         clean_up([*self._sockets, *self._admin_sockets])
 
-    def registry(self) -> Registry:
-        """All numbers, as they stand."""
+    async def registry(self) -> Registry:
+        """All numbers, as they are now; those of a worker that does not answer as it told them last."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWER):
+                await asyncio.gather(*(generation.report() for generation in self._generations))
         self._registry.add(0, self._recorder.report())
         return self._registry
 
@@ -222,6 +227,8 @@ class Supervisor:
         with suppress(TimeoutError):
             async with asyncio.timeout(_TAKE_OVER):
                 await self._until(lambda: not old.ready or self.stopping.is_set())
+        for address, sockets in unused.items():
+            refuse(address, sockets)
         for sock in _flat(unused_admin):
             await self._admin_sites.pop(sock).stop()
         _close(unused | unused_admin)

@@ -78,7 +78,7 @@ class Worker:
         """Tells the supervisor which it is."""
         self.telemetry.recorder.set(metrics.WORKERS, (), int(accepts))
         self.telemetry.recorder.set(metrics.WORKERS_FINISHING, (), int(not accepts))
-        self.telemetry.flush()
+        self.telemetry.report()
 
     def _connections(self) -> list[tuple[str, int, int]]:
         return [(name, *upstream.connections()) for name, upstream in self.proxy.upstreams.items()]
@@ -152,19 +152,20 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     gc.collect()
     gc.freeze()
 
-    async def supervisor_gone() -> None:
+    async def heed_supervisor() -> None:
         try:
-            await reader.read()
+            while await reader.read(1):
+                worker.telemetry.report(asked=True)
         finally:
             # A supervisor that died with reports unread is a reset, not an end.
             end()
 
-    watch = loop.create_task(supervisor_gone())
+    watch = loop.create_task(heed_supervisor())
     await retiring.wait()
     if not ending.is_set():
         await worker.retire(ending)
-    watch.cancel()
     await worker.drain(None if ending.is_set() else 0.0)
+    watch.cancel()
     writer.close()
     # The supervisor may be gone, or take nothing.
     with suppress(OSError, TimeoutError):
