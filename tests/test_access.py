@@ -186,11 +186,10 @@ def test_the_gaps_are_a_fair_sample_however_many_there_were(gaps: list[float]) -
     for gap in [0.0, *gaps]:
         at += gap
         exchange.happened(DELTA, at)
-    assert len(exchange.gaps) <= 1025
-    assert max(exchange.gaps) == pytest.approx(max(gaps))
+    assert len(exchange.gaps) < 32
     said = describe(exchange)
     assert said["gap_max_seconds"] == pytest.approx(max(gaps), abs=1e-5)
-    if len(gaps) <= 1024:
+    if len(gaps) < 32:
         assert said["gap_p50_seconds"] == pytest.approx(statistics.median(gaps), abs=1e-5)
 
 

@@ -316,9 +316,9 @@ def test_alike_is_only_what_means_a_delta_and_nothing_else(
         )
         for last, (key, text) in enumerate(deltas)
     )
-    takes = alike(first)
-    if takes is not None and takes(frame(second)):
-        assert takes(frame(second)) == len(second)
+    found = alike(first)
+    if found is not None and found.size_of(frame(second)):
+        assert found.size_of(frame(second)) == len(second)
         assert means(second) == [DELTA]
         assert not finished
 
@@ -331,36 +331,36 @@ def means(event: bytes) -> list[Meaning]:
     st.binary(min_size=1, max_size=40), st.integers(0, 150), st.booleans(), st.sampled_from([{}, {"obfuscation": "aB"}])
 )
 def test_alike_is_nothing_that_is_read_otherwise(inserted: bytes, at: int, inside: bool, more: dict[str, str]) -> None:
-    takes = alike(delta("Hi", **more))
-    assert takes is not None
+    found = alike(delta("Hi", **more))
+    assert found is not None
     plain = delta("Ho ho", **more) if inside else frame(delta("Ho ho", **more))
     at %= len(plain)
     changed = plain[:at] + inserted + plain[at:]
     changed = frame(changed) if inside else changed
-    if takes(changed):
+    if found.size_of(changed):
         assert whole_chunks(changed) == [changed]
         assert means(payload_of(changed)) == [DELTA]
 
 
 def test_alike_are_chunks_with_another_plain_text() -> None:
-    takes = alike(delta("Hi"))
-    assert takes is not None
-    assert takes(frame(delta("ho"))) == len(delta("ho"))
+    found = alike(delta("Hi"))
+    assert found is not None
+    assert found.size_of(frame(delta("ho"))) == len(delta("ho"))
     for other in ('"', "a\\", "\n", ""):
-        assert not takes(frame(delta(other)))
-    assert not takes(frame(delta("ho"))[:-1])
-    assert not takes(frame(delta("ho") + delta("ho")))
-    assert not takes(frame(delta("ho")) + frame(delta("ho")))
-    assert not takes(frame(delta("ho" * 4096)))
+        assert not found.size_of(frame(delta(other)))
+    assert not found.size_of(frame(delta("ho"))[:-1])
+    assert not found.size_of(frame(delta("ho") + delta("ho")))
+    assert not found.size_of(frame(delta("ho")) + frame(delta("ho")))
+    assert not found.size_of(frame(delta("ho" * 4096)))
     assert alike(delta("")) is None
     assert alike(DONE) is None
 
 
 def test_padding_is_alike_in_any_length() -> None:
-    takes = alike(delta("Hi", obfuscation="aB3"))
-    assert takes is not None
+    found = alike(delta("Hi", obfuscation="aB3"))
+    assert found is not None
     for padding in ("", "x", "xyZ0" * 9):
-        assert takes(frame(delta("ho", obfuscation=padding)))
+        assert found.size_of(frame(delta("ho", obfuscation=padding)))
     for other in (
         delta("ho"),
         delta("", obfuscation="x"),
@@ -370,7 +370,7 @@ def test_padding_is_alike_in_any_length() -> None:
         delta("ho", obfuscation="x", usage={"prompt_tokens": 1}),
         delta("ho", usage={"prompt_tokens": 1}, obfuscation="x"),
     ):
-        assert not takes(frame(other))
+        assert not found.size_of(frame(other))
 
 
 def test_numbers_are_alike_in_any_place() -> None:
@@ -383,20 +383,20 @@ def test_numbers_are_alike_in_any_place() -> None:
             + b"\n\n"
         )
 
-    takes = alike(numbered(9, "Hi", "abc"))
-    assert takes is not None
+    found = alike(numbered(9, "Hi", "abc"))
+    assert found is not None
     for number in (0, 10, 12345):
-        assert takes(frame(numbered(number, " ho", "xy")))
+        assert found.size_of(frame(numbered(number, " ho", "xy")))
     for other in (numbered(-1, "a", "b"), numbered(1.5, "a", "b"), numbered("1", "a", "b"), numbered(1, "", "b")):
-        assert not takes(frame(other))
-    assert not takes(frame(numbered(77, "a", "b").replace(b"77", b"07")))
+        assert not found.size_of(frame(other))
+    assert not found.size_of(frame(numbered(77, "a", "b").replace(b"77", b"07")))
 
 
 def test_without_its_framing_nothing_is_alike() -> None:
-    takes = alike(delta("Hi"))
-    assert takes is not None
+    found = alike(delta("Hi"))
+    assert found is not None
     # Of whatever length, also of those that no chunk has.
     for length in range(1, 1024):
         text = delta("o" * length)
-        assert not takes(text)
-        assert not takes(text + b"\r\n")
+        assert not found.size_of(text)
+        assert not found.size_of(text + b"\r\n")

@@ -13,22 +13,24 @@ from .harness import STREAM_HEAD, RunningProxy, ScriptedUpstream, begin, chunk, 
 
 PACKAGE = str(Path(sseproxy.__file__).parent)
 CHUNKS = 200
-# What an event that is like the one before costs: PlainReads.data_received, Pump.data_received, what `alike` gave,
-# Exchange.generated. Each calls into C: clocks, lengths, and the bytes, the transport and the lists that are its work.
-CALLS = 4
-CALLS_INTO_C = 16
+# What an event that is like the one before costs: _Run.data_received, Alike.size_of, Exchange.generated. They call into
+# C: the clock, lengths, and the bytes, the transport and the list that are their work. For some there are samples.
+CALLS = 3
+CALLS_INTO_C = 10
+SAMPLES = 1
 
 
 async def test_a_chunk_costs_no_more_calls_than_it_has_to(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
     called, into_c = await counted(proxy, upstream, at_once=1)
-    assert sum(called.values()) / CHUNKS <= CALLS + 0.2, called
-    assert sum(into_c.values()) / CHUNKS <= CALLS_INTO_C + 0.2, into_c
+    assert sum(called.values()) / CHUNKS <= CALLS + SAMPLES, called
+    assert sum(into_c.values()) / CHUNKS <= CALLS_INTO_C + SAMPLES, into_c
     assert len(called) >= CALLS
 
 
 async def test_nor_do_chunks_that_a_late_worker_reads_at_once(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
     called, _ = await counted(proxy, upstream, at_once=10)
-    assert sum(called.values()) / CHUNKS <= CALLS + 0.2, called
+    # They are cut apart.
+    assert sum(called.values()) / CHUNKS <= CALLS + SAMPLES + 0.5, called
 
 
 async def counted(

@@ -63,7 +63,7 @@ def describe(exchange: Exchange) -> dict[str, Any]:
         "first_token_seconds": since(exchange.first_token_at),
         "duration_seconds": since(exchange.ended_at),
         "gap_p50_seconds": round(statistics.median(gaps), 6) if gaps else None,
-        "gap_max_seconds": round(max(gaps), 6) if gaps else None,
+        "gap_max_seconds": round(exchange.longest_gap, 6) if gaps else None,
         "events": exchange.events if exchange.is_stream else None,
         "request_bytes": exchange.request_bytes,
         "response_bytes": exchange.response_bytes,

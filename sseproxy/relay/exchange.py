@@ -18,8 +18,8 @@ from ..wire.sse import EventParser
 
 # A stream whose events have not been alike for so many is none whose events are.
 _TRIES = 8
-# Of so many the median is told well enough.
-_MAX_GAPS = 1024
+# Of so many, or half of them, the median is told well enough.
+_MAX_GAPS = 32
 
 
 class Observer(Protocol):
@@ -42,6 +42,7 @@ class Exchange:
     """One request and its response, as an operator wants to know it. Instants are `perf_counter` readings."""
 
     __slots__ = (
+        "_passed_over",
         "api",
         "client",
         "ended_at",
@@ -55,6 +56,7 @@ class Exchange:
         "head_at",
         "is_stream",
         "last_delta_at",
+        "longest_gap",
         "marker_seen",
         "method",
         "model",
@@ -91,8 +93,11 @@ class Exchange:
         self.first_token_at: float | None = None
         self.first_delta_at: float | None = None
         self.last_delta_at = 0.0
+        self.longest_gap = 0.0
+        """The longest gap between deltas, in seconds."""
         self.gaps: list[float] = []
-        """The gaps between deltas, or a sample of them, in seconds; the longest is always among them."""
+        """The gaps between deltas, in seconds; of more than a few, every other, every fourth, and so on."""
+        self._passed_over = 0
         self.ended_at: float | None = None
         self.status: int | None = None
         self.is_stream = False
@@ -151,19 +156,21 @@ class Exchange:
 
     def generated(self, size: int, read_at: float) -> None:
         """A delta that is not the first one, in an event of `size` bytes of which nothing is counted yet."""
-        self.events += 1
+        self.events = events = self.events + 1
         self.response_bytes += size
-        gap, gaps, observe = read_at - self.last_delta_at, self.gaps, self.observer.gap
+        gap, observe = read_at - self.last_delta_at, self.observer.gap
         self.last_delta_at = read_at
         observe(gap)
-        gaps.append(gap)
-        if len(gaps) > _MAX_GAPS:
-            self._thin_out()
+        if gap > self.longest_gap:
+            self.longest_gap = gap
+        if not events & self._passed_over:
+            self._sample(gap)
 
-    def _thin_out(self) -> None:
-        longest = max(self.gaps)
-        del self.gaps[::2]
-        self.gaps.append(longest)
+    def _sample(self, gap: float) -> None:
+        self.gaps.append(gap)
+        if len(self.gaps) == _MAX_GAPS:
+            del self.gaps[::2]
+            self._passed_over = 2 * self._passed_over + 1
 
     def completed(self) -> Outcome:
         """The outcome if all of the response was forwarded."""
@@ -306,7 +313,7 @@ class Inspector:
     __slots__ = ()
 
     alike: Alike | None = None
-    """Recognises reads that need not be looked at: each is another delta. Of the read that was looked at last."""
+    """Recognises reads that are like the one that was looked at last, and need not be: each is another delta."""
 
     def look(self, payload: bytes, read_at: float) -> None:
         """`payload` was written downstream, read from the upstream at `read_at`."""

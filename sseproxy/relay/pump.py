@@ -1,14 +1,16 @@
 """The hot path: a response body from the upstream's transport to the client's, with no task in between.
 
 A read that is whole HTTP chunks, which is what LLM servers send, is validated and written as it came. Everything else
-is unframed and framed anew. Only then is the payload shown to the inspector. Whatever happens, `done` is
-resolved once: with nothing when the body is complete, or with the `ExchangeError` that ended it.
+is unframed and framed anew. Only then is the payload shown to the inspector. Reads that are like the one before, as
+those of tokens are, are recognised as they are, and make a `_Run`. Whatever happens, `done` is resolved once: with
+nothing when the body is complete, or with the `ExchangeError` that ended it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from time import perf_counter
 
 from ..errors import BrokenBodyError, ExchangeError, Truncated, UpstreamError
@@ -17,9 +19,44 @@ from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, 
 from ..wire.usage import UsageStripper
 from .downstream import DownstreamProtocol
 from .exchange import Clock, Exchange, Inspector
-from .upstream import UpstreamConnection
+from .reads import PlainReads
+from .upstream import RelayProtocol, UpstreamConnection
 
 log = logging.getLogger(__name__)
+
+
+# In a run, of so many reads (a power of two) it is measured for one how long it took to forward it.
+_MEASURED = 16
+
+
+class _Run(PlainReads):
+    """Reads that are alike, each a chunk with another delta and nothing else, from one transport to the other."""
+
+    __slots__ = ("_clock", "_exchange", "_upstream", "_write", "alike")
+
+    def __init__(
+        self, upstream: RelayProtocol, write: Callable[[bytes], None], exchange: Exchange, clock: Clock
+    ) -> None:
+        super().__init__(upstream)
+        self._upstream = upstream
+        self._write = write
+        self._exchange = exchange
+        self._clock = clock
+        self.alike: Alike
+
+    def data_received(self, data: bytes) -> None:
+        read_at = perf_counter()
+        size = self.alike.size_of(data)
+        if not size:
+            self._upstream.read_bounded().take(data)
+            return
+        # A bound name is called faster than what is in a slot.
+        write, exchange = self._write, self._exchange
+        write(data)
+        if not exchange.events % _MEASURED:
+            exchange.observer.forwarded(perf_counter() - read_at)
+        self._clock.touched = read_at
+        exchange.generated(size, read_at)
 
 
 class Pump:
@@ -30,7 +67,6 @@ class Pump:
     """
 
     __slots__ = (
-        "_alike",
         "_body",
         "_chunked_out",
         "_clock",
@@ -44,6 +80,7 @@ class Pump:
         "_inspector",
         "_loop",
         "_reusable",
+        "_run",
         "_stripper",
         "_upstream",
         "_verbatim",
@@ -87,8 +124,7 @@ class Pump:
         self._written_at = perf_counter()
         # True while the next byte from the upstream starts a chunk that may be forwarded as it is.
         self._verbatim = self._chunked_out and isinstance(self._body, ChunkedDecoder)
-        # What the next read is if it is like the last one; only where that may be forwarded as it is.
-        self._alike: Alike | None = None
+        self._run: _Run | None = None
 
     def start(self, head: bytes) -> None:
         """Takes over both connections. Sends the response's `head`, in one write with what has come of the body."""
@@ -107,20 +143,6 @@ class Pump:
     def data_received(self, data: bytes) -> None:
         """Bytes of the body, with its framing, as read from the upstream."""
         read_at = perf_counter()
-        # Bound names are called faster than methods are looked up.
-        alike, write, forwarded = self._alike, self._write, self._forwarded
-        if alike is not None:
-            size = alike(data)
-            if size:
-                write(data)
-                forwarded(perf_counter() - read_at)
-                self._clock.touched = read_at
-                self._exchange.generated(size, read_at)
-                return
-            self._alike = None
-        self._move(data, read_at)
-
-    def _move(self, data: bytes, read_at: float) -> None:
         chunks = whole_chunks(data) if self._verbatim else []
         if not chunks:
             self._walk(data, read_at)
@@ -134,7 +156,7 @@ class Pump:
             as_it_is = kept == payload and len(data) <= 2 * len(payload)
             self._forward(data if as_it_is else frame(kept), len(kept), read_at)
         alike, known = self._inspector.alike, 0
-        while alike is not None and known < len(chunks) and alike(chunks[known]):
+        while alike is not None and known < len(chunks) and alike.size_of(chunks[known]):
             self._clock.touched = read_at
             self._exchange.generated(0, read_at)
             known += 1
@@ -143,8 +165,15 @@ class Pump:
         if payloads[known:]:
             # By itself, because it may be what the next ones are like.
             self._look(payloads[-1], read_at)
-        if kept == payload and self._verbatim:
-            self._alike = self._inspector.alike
+        if kept == payload and self._verbatim and self._inspector.alike is not None:
+            self._begin_run(self._inspector.alike)
+
+    def _begin_run(self, alike: Alike) -> None:
+        upstream = self._upstream.protocol
+        if self._run is None:
+            self._run = _Run(upstream, self._write, self._exchange, self._clock)
+        self._run.alike = alike
+        upstream.read_plainly(self._run)
 
     def _walk(self, data: bytes, read_at: float) -> None:
         body, broken = self._body, False
@@ -252,7 +281,6 @@ class Pump:
         """Nothing is moved any more, whether the body has ended or not."""
         self._downstream.pump = None
         self._verbatim = False
-        self._alike = None
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
 

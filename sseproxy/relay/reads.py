@@ -1,7 +1,7 @@
-"""Reads of bounded size.
+"""Reads of bounded size, and for chunks that are alike plain ones.
 
 uvloop reads up to 256,000 bytes at once, unless a protocol brings the buffer; to bring one is a call more for each
-read. So an upstream's reads are plain as long as they are small, which those of tokens are.
+read, and to go by the usual way is one more again. So chunks that are alike, which are small, are read plainly.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ _SMALL: Final = 4 * 1024
 class _Reads:
     """Stands between a transport and its `protocol`, which is told everything but what was read."""
 
-    __slots__ = ("_protocol", "deliver")
+    __slots__ = ("_protocol",)
 
     def __init__(self, protocol: asyncio.Protocol) -> None:
         self._protocol = protocol
-        self.deliver: Callable[[bytes], None] = protocol.data_received
-        """Takes what was read; who takes it may change."""
 
     def eof_received(self) -> bool | None:
         return self._protocol.eof_received()
@@ -44,42 +42,36 @@ class _Reads:
 class BoundedReads(_Reads, asyncio.BufferedProtocol):
     """At most `MAX_READ` bytes at once."""
 
-    __slots__ = ()
+    __slots__ = ("deliver", "small")
 
     # One for all: a read is handed over before there is another.
     _buffer = memoryview(bytearray(MAX_READ))
 
-    def bound(self) -> None:
-        """As they are."""
+    def __init__(self, protocol: asyncio.Protocol) -> None:
+        super().__init__(protocol)
+        self.deliver: Callable[[bytes], None] = protocol.data_received
+        """Takes what was read; who takes it may change."""
+        self.small = True
+        """Whether all reads have been. What the kernel buffers grows with what a connection has carried."""
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.deliver(bytes(self._buffer[:nbytes]))
+        self.take(bytes(self._buffer[:nbytes]))
+
+    def take(self, data: bytes) -> None:
+        """`data` was read."""
+        if len(data) > _SMALL:
+            self.small = False
+        self.deliver(data)
 
 
 class PlainReads(_Reads, asyncio.Protocol):
-    """Plain reads from `transport`, until one is not small, or until `bound`; from then on, bounded ones.
+    """What a subclass does with a read of any size.
 
-    The read that ends it may be as large as what the kernel had buffered by then, which for a connection that has
-    carried little is some 128 KB. It stays ended, because that grows with what a connection has carried.
+    That may be as large as what the kernel has buffered: for a connection that has carried only what was small, some
+    128 KB.
     """
 
-    __slots__ = ("_transport",)
-
-    def __init__(self, protocol: asyncio.Protocol, transport: asyncio.Transport) -> None:
-        super().__init__(protocol)
-        self._transport: asyncio.Transport | None = transport
-
-    def data_received(self, data: bytes) -> None:
-        if len(data) > _SMALL:
-            self.bound()
-        deliver = self.deliver
-        deliver(data)
-
-    def bound(self) -> None:
-        """No more plain reads."""
-        transport, self._transport = self._transport, None
-        if transport is not None:
-            transport.set_protocol(BoundedReads(self))
+    __slots__ = ()

@@ -140,9 +140,7 @@ class RelayProtocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        # uvloop's TLS hands over all that it could decrypt.
-        tls = transport.get_extra_info("ssl_object") is not None
-        self._reads = BoundedReads(self) if tls else PlainReads(self, cast(asyncio.Transport, transport))
+        self._reads = BoundedReads(self)
         transport.set_protocol(self._reads)
 
     def expect_head(self, method: str) -> asyncio.Future[ResponseHead]:
@@ -173,6 +171,18 @@ class RelayProtocol(ResponseHandler):
         """What is read comes here again."""
         self._sink = None
         self._reads.deliver = self.data_received
+        self.read_bounded()
+
+    def read_plainly(self, reads: PlainReads) -> None:
+        """`reads` gets what comes, until `read_bounded`, where it may be trusted to be small."""
+        if self._reads.small and self.transport is not None and not self._reading_paused:
+            self.transport.set_protocol(reads)
+
+    def read_bounded(self) -> BoundedReads:
+        """What comes goes the usual way again, which is returned."""
+        if self.transport is not None:
+            self.transport.set_protocol(self._reads)
+        return self._reads
 
     def finish(self, *, reusable: bool) -> None:
         """The exchange is over. Unless `reusable`, the connection will not be pooled."""
@@ -189,7 +199,8 @@ class RelayProtocol(ResponseHandler):
     def pause(self) -> None:
         """Reads no more until `resume`; does nothing once the connection is gone."""
         # The kernel goes on to buffer, and a plain read takes all of that.
-        self._reads.bound()
+        self._reads.small = False
+        self.read_bounded()
         self._pause_transport_reading()
 
     def resume(self) -> None:

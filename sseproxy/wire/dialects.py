@@ -7,7 +7,7 @@ function and a line in `DIALECTS`; nothing else knows the APIs apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -66,9 +66,6 @@ GARBLED: Final = Meaning(understood=False)
 FAILED: Final = Meaning(error=True)
 
 
-Alike = Callable[[bytes], int]
-"""Whether a read is one chunk, with an event like one before but for what varies: the size of the event, or 0."""
-
 # What ends or escapes in a JSON string, and what may not be in one (RFC 8259, section 7).
 _NOT_PLAIN: Final = bytes([*range(0x20), *b'"\\\x7f'])
 _MAX_ALIKE: Final = len(USUAL_STARTS)
@@ -81,7 +78,7 @@ _NUMBER: Final = re.compile(rb'"sequence_number": ?([0-9]+)')
 
 
 def _is_plain(part: bytes) -> bool:
-    return len(part.translate(None, _NOT_PLAIN)) == len(part)
+    return part.translate(None, _NOT_PLAIN) == part
 
 
 def _is_text(part: bytes) -> bool:
@@ -90,6 +87,47 @@ def _is_text(part: bytes) -> bool:
 
 def _is_number(part: bytes) -> bool:
     return part.isdigit() and (part[0] != 0x30 or part == b"0")
+
+
+class Alike:
+    """Recognises reads that are one chunk, with an event like one before but for what varies.
+
+    That is between `prefix` and `suffix`: what `last` accepts, after what each of `between` accepts, up to its literal.
+    """
+
+    __slots__ = ("_around", "_between", "_last", "_prefix", "_suffix")
+
+    def __init__(
+        self,
+        prefix: bytes,
+        between: Sequence[tuple[bytes, Callable[[bytes], bool]]],
+        last: Callable[[bytes], bool],
+        suffix: bytes,
+    ) -> None:
+        self._prefix = prefix
+        self._between = between
+        self._last = last
+        self._suffix = suffix
+        self._around = len(prefix) + len(suffix)
+
+    def size_of(self, data: bytes) -> int:
+        """The size of the event if `data` is such a read, or 0."""
+        length = len(data)
+        if length >= _MAX_ALIKE:
+            return 0
+        start = USUAL_STARTS[length]
+        rest = data.removeprefix(start).removeprefix(self._prefix).removesuffix(self._suffix)
+        size = length - len(start)
+        # As long as it is then, all three were there.
+        if not start or len(rest) + self._around != size:
+            return 0
+        if not self._between:
+            return size - 2 if rest and rest.translate(None, _NOT_PLAIN) == rest else 0
+        for literal, check in self._between:
+            part, there, rest = rest.partition(literal)
+            if not there or not check(part):
+                return 0
+        return size - 2 if self._last(rest) else 0
 
 
 def alike(event: bytes) -> Alike | None:
@@ -108,30 +146,8 @@ def alike(event: bytes) -> Alike | None:
         if found is not None:
             varied.append((found.span(1), check))
     varied.sort()
-    prefix, suffix = event[: varied[0][0][0]], event[varied[-1][0][1] :] + b"\r\n"
     between = [(event[end:start], check) for ((_, end), check), ((start, _), _) in pairwise(varied)]
-    check_last = varied[-1][1]
-    around, starts, not_plain = len(prefix) + len(suffix), USUAL_STARTS, _NOT_PLAIN
-
-    def takes(data: bytes) -> int:
-        length = len(data)
-        if length >= _MAX_ALIKE:
-            return 0
-        start = starts[length]
-        rest = data.removeprefix(start).removeprefix(prefix).removesuffix(suffix)
-        size = length - len(start)
-        # As long as it is then, all three were there.
-        if not start or len(rest) + around != size:
-            return 0
-        if not between:
-            return size - 2 if rest and len(rest.translate(None, not_plain)) == len(rest) else 0
-        for literal, check in between:
-            part, there, rest = rest.partition(literal)
-            if not there or not check(part):
-                return 0
-        return size - 2 if check_last(rest) else 0
-
-    return takes
+    return Alike(event[: varied[0][0][0]], between, varied[-1][1], event[varied[-1][0][1] :] + b"\r\n")
 
 
 class Dialect(NamedTuple):
