@@ -14,13 +14,14 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import statistics
 import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import clock_gettime, perf_counter
 from typing import Any, ClassVar
@@ -122,6 +123,22 @@ class TimedClient(StreamClient):
             at = data.find(b'"content":" @', at + 13)
 
 
+class EagerClient(StreamClient):
+    """Takes chunks that say which stream they are of, and has the backend send the next one of it."""
+
+    order: ClassVar[list[asyncio.Transport]] = []
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        for stream in re.findall(rb'" #(\d+)"', data):
+            self.send(int(stream))
+
+    @classmethod
+    def send(cls, stream: int) -> None:
+        if cls.order:
+            cls.order[stream].write(framed(EVENT % (b"#%d" % stream)))
+
+
 class ShortClient(asyncio.Protocol):
     """Takes the answers to requests on one connection. `answered` counts those of all."""
 
@@ -134,7 +151,8 @@ class ShortClient(asyncio.Protocol):
 class Peer:
     """A proxy that can be started on a port in front of an upstream. `needs` is what it cannot do without.
 
-    What cannot take the usual load gets a `share` of it, and only the measures in `only`.
+    What cannot take the usual load gets a `share` of it, and only the measures in `only`. `more` are measures that only
+    some proxies can be part of.
     """
 
     def __init__(
@@ -145,28 +163,45 @@ class Peer:
         files: tuple[str, ...] = (),
         share: float = 1.0,
         only: tuple[str, ...] = (),
+        more: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.share = share
-        self.only = only
+        self.measures = only or (*EVERYWHERE, *more)
         self.needs = shutil.which(needs) if isinstance(needs, str) else (str(needs) if needs.exists() else None)
         self._command = command
         self._files = files
 
-    def start(self, port: int, upstream: int, directory: Path, core: int) -> subprocess.Popen[bytes]:
-        values = {"PORT": port, "UPSTREAM": upstream, "DIRECTORY": directory, "HERE": HERE / "peers"}
+    def start(
+        self, port: int, upstream: int, directory: Path, cores: Iterable[int], workers: int
+    ) -> subprocess.Popen[bytes]:
+        values = {
+            "PORT": port,
+            "UPSTREAM": upstream,
+            "DIRECTORY": directory,
+            "HERE": HERE / "peers",
+            "WORKERS": workers,
+        }
         for name in self._files:
             template = string.Template((HERE / "peers" / name).read_text())
             (directory / name).write_text(template.safe_substitute(values))
         command = [string.Template(word).safe_substitute(values) for word in self._command]
         return subprocess.Popen(
-            ["taskset", "-c", str(core), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["taskset", "-c", ",".join(map(str, cores)), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
 
+# The measures that all can be part of.
+EVERYWHERE = ("cpu_per_chunk", "cpu_per_request", "latency", "first_token", "capacity", "release", "memory")
 GO = ("env", "GOMAXPROCS=1")
 PEERS = [
-    Peer("nginx", "nginx", "nginx", "-c", "$DIRECTORY/nginx.conf", "-p", "$DIRECTORY", files=("nginx.conf",)),
+    Peer(
+        "nginx",
+        "nginx",
+        *("nginx", "-c", "$DIRECTORY/nginx.conf", "-p", "$DIRECTORY"),
+        files=("nginx.conf",),
+        more=("workers",),
+    ),
     Peer(
         "nginx+lua",
         Path("/usr/lib/nginx/modules/ngx_http_lua_module.so"),
@@ -207,6 +242,7 @@ PEERS = [
         sys.executable,
         *(sys.executable, "-m", "sseproxy", "serve", "-c", "$DIRECTORY/sseproxy.yaml"),
         files=("sseproxy.yaml",),
+        more=("workers",),
     ),
     Peer(
         "litellm",
@@ -314,6 +350,8 @@ class Streams:
         Backend.streams.clear()
 
 
+# Of a core, for each of two workers: what is left of two cores is the generator's.
+SHARE = 0.4
 RELEASE = "us from client's close to upstream's, p50"
 CAPACITY = "streams at 50 chunks/s with p99 below 10 ms"
 Measure = Callable[[int, int, argparse.Namespace], Awaitable[dict[str, float]]]
@@ -435,6 +473,60 @@ async def memory_per_stream(port: int, pid: int, options: argparse.Namespace) ->
         return {"KiB per open stream": (memory(pid) - before) / options.open_streams / 1024}
 
 
+class Quota:
+    """A control group in which a process has `SHARE` of a core. Raises OSError where there is none to be had."""
+
+    def __init__(self, pid: int) -> None:
+        root = Path("/sys/fs/cgroup")
+        unified = (root / "cgroup.controllers").exists()
+        self._group = (root if unified else root / "cpu") / f"bench-{pid}"
+        self._group.mkdir()
+        period = 10_000
+        quota = int(SHARE * period)
+        if unified:
+            (self._group / "cpu.max").write_text(f"{quota} {period}")
+        else:
+            (self._group / "cpu.cfs_period_us").write_text(str(period))
+            (self._group / "cpu.cfs_quota_us").write_text(str(quota))
+        (self._group / "cgroup.procs").write_text(str(pid))
+
+    def remove(self) -> None:
+        """Once the process has ended."""
+        self._group.rmdir()
+
+
+async def _throughput(port: int, options: argparse.Namespace) -> float:
+    """Chunks a second, each sent when the one before it has arrived."""
+    async with Streams(port, options.streams, EagerClient) as streams:
+        EagerClient.order = streams.order
+        for stream in range(options.streams):
+            EagerClient.send(stream)
+        await asyncio.sleep(1)
+        received, started = StreamClient.received, perf_counter()
+        await asyncio.sleep(options.seconds)
+        rate = (StreamClient.received - received) / (perf_counter() - started)
+        EagerClient.order = []
+        return rate
+
+
+async def workers(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    _, *processes = tree(pid)
+    here = os.sched_getaffinity(0)
+    quotas: list[Quota] = []
+    try:
+        os.sched_setaffinity(0, options.cores)
+        quotas += map(Quota, processes)
+        # One that stands still accepts nothing.
+        os.kill(processes[1], signal.SIGSTOP)
+        one = await _throughput(port, options)
+        os.kill(processes[1], signal.SIGCONT)
+        two = await _throughput(port, options)
+    finally:
+        os.sched_setaffinity(0, here)
+        options.afterwards += [quota.remove for quota in quotas]
+    return {"chunks/s of one worker": one, "chunks/s of two workers": two, "two workers, times one": two / one}
+
+
 MEASURES: dict[str, Measure] = {
     "cpu_per_chunk": cpu_per_chunk,
     "cpu_per_request": cpu_per_request,
@@ -443,7 +535,10 @@ MEASURES: dict[str, Measure] = {
     "capacity": capacity,
     "release": release,
     "memory": memory_per_stream,
+    "workers": workers,
 }
+# How many workers a proxy has for a measure, if not one.
+WORKERS = {"workers": 2}
 
 
 def say(text: str) -> None:
@@ -467,8 +562,8 @@ async def run(options: argparse.Namespace) -> None:
     for number in range(options.rounds):
         for name in names:
             for peer in wanted:
-                if name in (peer.only or MEASURES):
-                    await _measure(name, peer, upstream, cores[0], options, f"round {number + 1}, {peer.name}", found)
+                if name in peer.measures:
+                    await _measure(name, peer, upstream, cores, options, f"round {number + 1}, {peer.name}", found)
     server.close()
     _report(found, options)
 
@@ -477,16 +572,19 @@ async def _measure(
     name: str,
     peer: Peer,
     upstream: int,
-    core: int,
+    cores: Sequence[int],
     options: argparse.Namespace,
     who: str,
     found: dict[str, dict[str, list[float]]],
 ) -> None:
     """One measure of a proxy that is new: what it did for another is not to be seen in it."""
-    load = argparse.Namespace(**vars(options) | {"streams": max(1, int(options.streams * peer.share))})
+    load = argparse.Namespace(
+        **vars(options) | {"streams": max(1, int(options.streams * peer.share)), "cores": cores, "afterwards": []}
+    )
+    number = WORKERS.get(name, 1)
     with tempfile.TemporaryDirectory() as directory:
         port = upstream if peer is DIRECT else _free_port()
-        process = peer.start(port, upstream, Path(directory), core)
+        process = peer.start(port, upstream, Path(directory), cores if number > 1 else cores[:1], number)
         try:
             await answering(port)
             busy, started = sum(os.times()[:2]), perf_counter()
@@ -504,6 +602,8 @@ async def _measure(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            for clean_up in load.afterwards:
+                clean_up()
 
 
 def _free_port() -> int:

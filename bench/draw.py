@@ -11,6 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+MORE_IS_BETTER = ("streams at", "chunks/s of", "times one")
 OURS, OTHERS, INK = "#c2410c", "#94a3b8", "#1e293b"
 
 
@@ -25,7 +26,7 @@ def draw(result: dict[str, object], to: Path) -> None:
         panel.axis("off")
     for panel, (what, peers) in zip(panels.flat, measures.items(), strict=False):
         ranked = sorted(peers.items(), key=lambda item: -float(item[1]["median"]))  # type: ignore[arg-type]
-        if "streams at" in what:
+        if any(more in what for more in MORE_IS_BETTER):
             ranked.reverse()
         names = [name for name, _ in ranked]
         medians = [float(figures["median"]) for _, figures in ranked]  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from sseproxy import config
 from sseproxy.observe.access import AccessLog, describe
 from sseproxy.relay.exchange import Exchange
 from sseproxy.wire.dialects import DELTA
-from sseproxy.wire.headers import client_address
+from sseproxy.wire.headers import Fields, client_address
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
 from .served import ConfigFile, Served, until_true
@@ -210,4 +210,4 @@ def test_the_gaps_are_a_fair_sample_however_many_there_were(gaps: list[float]) -
 )
 def test_the_client_is_the_nearest_that_nobody_vouches_for(hops: list[str], trusted: set[str], expected: str) -> None:
     fields = [(b"X-Forwarded-For", hop.encode()) for hop in hops]
-    assert client_address(fields, "10.0.0.1", trusted.__contains__) == expected
+    assert client_address(Fields(fields), "10.0.0.1", trusted.__contains__) == expected

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
+from collections import deque
 from functools import partial
 
 import aiohttp
@@ -17,13 +19,13 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError, LineTooLong
-from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy, HttpResponseParser
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy, HttpResponseParser, RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
+from aiohttp.web_protocol import ERROR, RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
 
-from sseproxy.relay.downstream import DownstreamProtocol
+from sseproxy.relay.downstream import DownstreamProtocol, Request
 
 from .harness import RunningProxy, ScriptedUpstream, post
 
@@ -47,6 +49,7 @@ def test_the_parsers_are_the_c_ones() -> None:
     [
         (BaseProtocol, "_pause_transport_reading", ["self"]),
         (BaseProtocol, "_resume_transport_reading", ["self"]),
+        (BaseProtocol, "resume_reading", ["self", "resume_parser"]),
         (BaseProtocol, "_drain_helper", ["self"]),
         (BaseProtocol, "pause_writing", ["self"]),
         (BaseProtocol, "resume_writing", ["self"]),
@@ -253,9 +256,30 @@ async def test_a_request_is_current_while_its_handler_runs_and_the_handler_is_ca
     assert connection._current_request is None
 
 
-def test_a_request_gives_its_raw_parts() -> None:
-    for name in ("raw_headers", "raw_path", "content", "protocol", "keep_alive", "version", "body_exists"):
-        assert hasattr(BaseRequest, name), name
+def test_a_message_gives_the_parts_of_a_request() -> None:
+    for name in ("method", "path", "version", "raw_headers", "headers", "should_close", "chunked"):
+        assert hasattr(RawRequestMessage, name), name
+    assert ERROR.headers.get("Content-Length") is None
+
+
+def test_a_server_lets_others_make_requests_and_asks_no_more_of_them_than_ours_have() -> None:
+    assert "request_factory" in parameters(Server)
+    source = inspect.getsource(RequestHandler)
+    asked = set(re.findall(r"\b(?:request|_current_request)\.(\w+)", source))
+    # What is asked for in `handle_error` and in access logs, ours replaces, or are off.
+    replaced = set(re.findall(r"\brequest\.(\w+)", inspect.getsource(RequestHandler.handle_error)))
+    assert asked - replaced == {"_cancel", "_finish", "_task"}
+    assert asked - replaced <= set(dir(Request))
+
+
+async def test_the_body_of_a_request_holds_its_bytes_in_a_queue_of_its_own() -> None:
+    body = StreamReader(BaseProtocol(asyncio.get_running_loop()), 1000)
+    body.feed_data(b"abc")
+    assert [*body._buffer] == [b"abc"]
+    body.read_nowait()
+    body.feed_eof()
+    body._buffer = deque(maxlen=0)
+    assert body.is_eof()
 
 
 async def test_a_request_parser_takes_the_last_trailer_for_a_field_of_the_next_request() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+from typing import cast
 
 import pytest
 
@@ -146,8 +147,8 @@ async def test_an_upstream_that_takes_nothing_stops_the_reading_of_the_upload(
     (connection,) = proxy.worker.proxy.server.connections
     (relay,) = proxy.worker.proxy.active
     assert relay._connection is not None
-    assert connection._current_request is not None
-    held = connection._current_request.content._size + relay._connection.transport.get_write_buffer_size()
+    assert relay._request is cast(object, connection._current_request)
+    held = relay._request.body._size + relay._connection.transport.get_write_buffer_size()
     assert 0 < held < 1_000_000
     assert sent < 100_000_000
     api.reader._transport.resume_reading()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from sseproxy.wire.framing import (
     response_framing,
     whole_chunks,
 )
+from sseproxy.wire.headers import Fields
 
 from .splits import cut, splits, steps
 
@@ -228,7 +229,7 @@ CL, TE = b"Content-Length", b"Transfer-Encoding"
 def test_a_clear_head_says_where_the_body_ends(
     method: str, status: int, version: tuple[int, int], fields: list[tuple[bytes, bytes]], framing: Framing | None
 ) -> None:
-    assert response_framing(method, status, version, fields) == framing
+    assert response_framing(method, status, version, Fields(fields)) == framing
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -251,12 +252,12 @@ def test_a_clear_head_says_where_the_body_ends(
 )  # fmt: skip
 def test_an_ambiguous_head_is_refused(method: str, version: tuple[int, int], fields: list[tuple[bytes, bytes]]) -> None:
     with pytest.raises(ProtocolError):
-        response_framing(method, 200, version, fields)
+        response_framing(method, 200, version, Fields(fields))
 
 
 @pytest.mark.parametrize("framing", ["chunked", "close", 0, 5])
 def test_what_announces_a_framing_is_read_back_as_it(framing: Framing) -> None:
-    assert response_framing("GET", 200, (1, 1), framing_fields(framing)) == framing
+    assert response_framing("GET", 200, (1, 1), Fields(framing_fields(framing))) == framing
 
 
 def test_no_body_is_announced_by_nothing() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy.errors import ProtocolError
 from sseproxy.wire import headers
-from sseproxy.wire.headers import Fields, check_head, named, serialize, tokens
-
-Field = tuple[bytes, bytes]
+from sseproxy.wire.headers import Field, Fields, check_head, serialize
 
 HOP_BY_HOP: list[Field] = [
     (b"Connection", b"keep-alive, X-Named"),
@@ -39,16 +39,20 @@ END_TO_END: list[Field] = [
 ]
 
 
+def named(fields: Sequence[Field], name: bytes) -> list[bytes]:
+    return list(Fields(fields).named(name))
+
+
 def upstream(
     *fields: Field,
-    framing: Fields = (),
+    framing: Sequence[Field] = (),
     credential: tuple[bytes, bytes] | None = None,
     read: bool = False,
     scheme: bytes = b"http",
     trusted: bool = False,
 ) -> list[Field]:
     return headers.to_upstream(
-        fields,
+        Fields(fields),
         host=b"api.example:8000",
         framing=framing,
         peer=b"192.0.2.7",
@@ -61,10 +65,10 @@ def upstream(
 
 
 def downstream(
-    *fields: Field, framing: Fields | None = (), event_stream: bool = False, connection: bytes | None = None
+    *fields: Field, framing: Sequence[Field] | None = (), event_stream: bool = False, connection: bytes | None = None
 ) -> list[Field]:
     return headers.to_downstream(
-        fields, framing=framing, event_stream=event_stream, request_id=b"id-1", connection=connection
+        Fields(fields), framing=framing, event_stream=event_stream, request_id=b"id-1", connection=connection
     )
 
 
@@ -218,7 +222,7 @@ def test_a_head_is_serialized_as_its_fields_are() -> None:
 def test_lists_are_read_over_all_their_fields() -> None:
     fields = [(b"A", b"x, Y"), (b"B", b"n"), (b"a", b",\t z\t,"), (b"a", b"")]
     assert named(fields, b"a") == [b"x, Y", b",\t z\t,", b""]
-    assert tokens(fields, b"a") == [b"x", b"y", b"z"]
+    assert Fields(fields).tokens(b"a") == [b"x", b"y", b"z"]
 
 
 @pytest.mark.parametrize(
@@ -257,10 +261,10 @@ def test_a_head_that_may_be_read_in_two_ways_is_refused(broken: bytes) -> None:
 )
 def test_the_content_type_tells_streams_and_json(value: bytes, event_stream: bool, is_json: bool) -> None:
     fields = [(b"Content-TYPE", value)]
-    assert headers.is_event_stream(fields) == event_stream
-    assert headers.is_json(fields) == is_json
-    assert not headers.is_event_stream([(b"Accept", value)])
-    assert not headers.is_json([])
+    assert headers.is_event_stream(Fields(fields)) == event_stream
+    assert headers.is_json(Fields(fields)) == is_json
+    assert not headers.is_event_stream(Fields([(b"Accept", value)]))
+    assert not headers.is_json(Fields([]))
 
 
 @pytest.mark.parametrize(
@@ -275,12 +279,12 @@ def test_the_content_type_tells_streams_and_json(value: bytes, event_stream: boo
     ],
 )
 def test_any_coding_but_identity_is_one(values: list[bytes], encoded: bool) -> None:
-    assert headers.is_encoded([(b"Content-Encoding", value) for value in values]) == encoded
+    assert headers.is_encoded(Fields([(b"Content-Encoding", value) for value in values])) == encoded
 
 
 @pytest.mark.parametrize("value", [b"a", b"req_0-1.Z:9", b"x" * 128])
 def test_a_harmless_request_id_is_taken_over(value: bytes) -> None:
-    assert headers.request_id([(b"X-REQUEST-ID", value)]) == value
+    assert headers.request_id(Fields([(b"X-REQUEST-ID", value)])) == value
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_a_harmless_request_id_is_taken_over(value: bytes) -> None:
     [[], [b""], [b"x" * 129], [b"a b"], [b"a\n"], [b"a\r\nb: c"], [b"caf\xc3\xa9"], [b'a"'], [b"a", b"a"], [b"a,b"]],
 )
 def test_any_other_request_id_is_not(values: list[bytes]) -> None:
-    assert headers.request_id([(b"X-Request-Id", value) for value in values]) is None
+    assert headers.request_id(Fields([(b"X-Request-Id", value) for value in values])) is None
 
 
 SAID: list[Field] = [

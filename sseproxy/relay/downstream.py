@@ -11,18 +11,17 @@ import logging
 import select
 import socket
 import struct
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy, RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
-from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
 
 from ..config import Limits
@@ -103,6 +102,77 @@ class _BrokenBody(RequestPayloadError, TimeoutError):
     """Fails the body of a request. When aiohttp only waits for the end of one, it expects no failure but a timeout."""
 
 
+_NO_FIELDS = headers.Fields(())
+_NO_BODY: deque[bytes] = deque(maxlen=0)
+
+
+class _Messages(list[Any]):
+    """The queue of a connection's requests; nearly always it is empty, and an empty deque takes 700 bytes."""
+
+    __slots__ = ()
+
+    def popleft(self) -> Any:
+        return self.pop(0)
+
+
+class Request:
+    """A request: its head, and its `body` as it comes.
+
+    To aiohttp it is the message and the request in one; it keeps less of the head than those do, for as long as a
+    response takes.
+    """
+
+    __slots__ = (
+        "_task",
+        "body",
+        "chunked",
+        "fields",
+        "keep_alive",
+        "length",
+        "method",
+        "protocol",
+        "target",
+        "version",
+    )
+
+    def __init__(self, protocol: DownstreamProtocol, message: RawRequestMessage, body: StreamReader) -> None:
+        self.protocol = protocol
+        self.method = message.method
+        self.target = message.path
+        self.version: tuple[int, int] = message.version
+        self.fields = headers.Fields(message.raw_headers)
+        self.keep_alive = not message.should_close
+        self.chunked = message.chunked
+        length = message.headers.get("Content-Length")
+        self.length = None if length is None else int(length)
+        self.body = body
+
+    def answered(self) -> None:
+        """Forgets what is needed only until there is a response."""
+        self.fields = _NO_FIELDS
+        if self.body.is_eof():
+            # An empty queue of its own takes 700 bytes.
+            self.body._buffer = _NO_BODY
+
+    def _cancel(self, exc: BaseException) -> None:
+        self.body.set_exception(exc)
+
+    def _finish(self) -> None:
+        """There is nothing to clean up."""
+
+
+def _request(
+    message: RawRequestMessage | Request,
+    body: StreamReader,
+    protocol: RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+) -> Request:
+    """What aiohttp makes of a message: what it is already, but for its own that stands for a broken one."""
+    assert isinstance(protocol, DownstreamProtocol)
+    return message if isinstance(message, Request) else Request(protocol, message, body)
+
+
 class DownstreamProtocol(RequestHandler):
     """One client connection. `on_leave` is called, once, the moment the client is seen gone while it is `busy`."""
 
@@ -136,6 +206,7 @@ class DownstreamProtocol(RequestHandler):
             access_log=cast(logging.Logger, None),
         )
         self._max_msg_queue_size, self._msg_queue_resume_size = MAX_PIPELINED, MAX_PIPELINED // 2
+        self._messages = cast("deque[Any]", _Messages())
         self._limits = server.limits
         self._parser = self._new_parser()
         self._server = server
@@ -245,9 +316,11 @@ class DownstreamProtocol(RequestHandler):
             if isinstance(message, _ErrInfo):
                 self._break_off()
             else:
-                self._last_request = message.should_close or message.method == "CONNECT"
-                self._body_left = int(message.headers.get("Content-Length", 0))
-                self._chunks = ChunkedDecoder() if message.chunked else None
+                request = Request(self, message, incoming)
+                self._messages[-1] = (cast(RawRequestMessage, request), incoming)
+                self._last_request = not request.keep_alive or request.method == "CONNECT"
+                self._body_left = request.length or 0
+                self._chunks = ChunkedDecoder() if request.chunked else None
             self._incoming = incoming
             self._tail = b""
         elif not in_body:
@@ -322,6 +395,11 @@ class DownstreamProtocol(RequestHandler):
         if self.pump is not None:
             self.pump.resume_writing()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # aiohttp calls this for each read of a body, and its end, whether reading was paused or not.
+        if self._reading_paused or self._unread:
+            super().resume_reading(resume_parser)
+
     def _pause_transport_reading(self) -> None:
         super()._pause_transport_reading()
         if self.transport is not None:
@@ -370,7 +448,7 @@ class DownstreamProtocol(RequestHandler):
             transport.abort()
 
     def handle_error(
-        self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        self, request: object, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """Answers what is not HTTP/1.1, without a byte of it."""
         error: ExchangeError
@@ -393,7 +471,9 @@ class Answer(web.StreamResponse):
     Writes its own bytes, because a proxy invents no Server, Date or Content-Type for others.
     """
 
-    def __init__(self, error: ExchangeError | None, *, keep_alive: bool = False, extra: headers.Fields = ()) -> None:
+    def __init__(
+        self, error: ExchangeError | None, *, keep_alive: bool = False, extra: Sequence[headers.Field] = ()
+    ) -> None:
         super().__init__()
         self._keep_alive = keep_alive
         self._head_bytes = self._body_bytes = b""
@@ -408,13 +488,12 @@ class Answer(web.StreamResponse):
             ]
             self._head_bytes = headers.serialize(status_line(error.status), fields)
 
-    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
-        transport = request.transport
+    async def prepare(self, request: object) -> AbstractStreamWriter | None:
+        assert isinstance(request, Request)
+        transport = request.protocol.transport
         if self._head_bytes and transport is not None:
             transport.write(self._head_bytes if request.method == "HEAD" else self._head_bytes + self._body_bytes)
-            protocol = request.protocol
-            assert isinstance(protocol, DownstreamProtocol)
-            self._written_to = protocol
+            self._written_to = request.protocol
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -456,11 +535,11 @@ class DownstreamServer(Server):
 
     def __init__(
         self,
-        handler: Callable[[BaseRequest], Awaitable[web.StreamResponse]],
+        handler: Callable[[Request], Awaitable[web.StreamResponse]],
         malformed: Callable[[ExchangeError], None],
         limits: Limits,
     ) -> None:
-        super().__init__(handler, handler_cancellation=True)
+        super().__init__(cast(Any, handler), request_factory=cast(Any, _request), handler_cancellation=True)
         self.malformed = malformed
         self.limits = limits
         self._clients: Counter[str] = Counter()

@@ -24,7 +24,6 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
-from aiohttp.web_request import BaseRequest
 
 from ..config import Config, Route, Timeouts
 from ..errors import (
@@ -42,7 +41,7 @@ from ..wire.dialects import Dialect, dialect_of, model_in
 from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper, with_usage
 from . import routes
-from .downstream import Answer, DownstreamProtocol, DownstreamServer, status_line
+from .downstream import Answer, DownstreamServer, Request, status_line
 from .exchange import Clock, Exchange, Inspector, JsonInspector, Observer, OpaqueInspector, StreamInspector
 from .pump import Peek, Pump
 from .upstream import ResponseHead, Upstream, UpstreamConnection
@@ -126,7 +125,7 @@ class Proxy:
         self._closing_idle: asyncio.TimerHandle | None = None
         self.server = DownstreamServer(self.handle, self._malformed, self.limits)
 
-    def handle(self, request: BaseRequest) -> Coroutine[None, None, web.StreamResponse]:
+    def handle(self, request: Request) -> Coroutine[None, None, web.StreamResponse]:
         return _Relay(self, request).run()
 
     def enter(self, route: str) -> None:
@@ -187,14 +186,12 @@ class Proxy:
 class _Relay:
     """One exchange under way."""
 
-    def __init__(self, proxy: Proxy, request: BaseRequest) -> None:
+    def __init__(self, proxy: Proxy, request: Request) -> None:
         downstream = request.protocol
         task = asyncio.current_task()
-        assert isinstance(downstream, DownstreamProtocol)
         assert task is not None
         self._proxy = proxy
         self._request = request
-        self._fields: headers.Fields = request.raw_headers
         self._downstream = downstream
         self._task = task
         self._loop = asyncio.get_running_loop()
@@ -206,7 +203,7 @@ class _Relay:
         self._waited = 0.0
         self._received = 0
         self._on_route = ""
-        self._request_id = headers.request_id(self._fields) or b"%016x" % random.getrandbits(64)
+        self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
         self._connection: UpstreamConnection | None = None
@@ -312,9 +309,9 @@ class _Relay:
         if self._exchange is None:
             observer = self._proxy.observer(route, upstream, routes.OTHER)
             exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
-            exchange.client = headers.client_address(self._fields, self._downstream.address, self._proxy.trusts)
+            exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
             exchange.method = self._request.method
-            exchange.traceparent = headers.traceparent(self._fields)
+            exchange.traceparent = headers.traceparent(self._request.fields)
             self._exchange = exchange
         return self._exchange
 
@@ -327,7 +324,7 @@ class _Relay:
             self._request.keep_alive
             and self._request.method != "CONNECT"
             and not (self._proxy.draining or self._proxy.retiring)
-            and self._request.content.is_eof()
+            and self._request.body.is_eof()
             and self._framing_out != "close"
         )
 
@@ -356,7 +353,7 @@ class _Relay:
         target = routes.upstream_path(route, upstream.base_path, path)
         dialect = dialect_of(target, route.dialect)
 
-        is_json = headers.is_json(self._fields) and not headers.is_encoded(self._fields)
+        is_json = headers.is_json(self._request.fields) and not headers.is_encoded(self._request.fields)
         wants_usage = route.usage.request and dialect.asks_usage and is_json
         if wants_usage or (self._proxy.models and is_json):
             await self._read_body(clock, route.timeouts.body)
@@ -382,8 +379,9 @@ class _Relay:
 
         if model is None and is_json and self._whole and self._proxy.names_models:
             exchange.model = _model_of(self._body)
-        # It is not asked for a third time, and a stream may be long.
+        # What only the way upstream has needed is let go: a stream may be long.
         self._body = b""
+        self._request.answered()
         self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
 
     async def _ask(
@@ -421,21 +419,21 @@ class _Relay:
             raise RequestError("overloaded")
         if request.method == "CONNECT":
             raise RequestError("method")
-        if len(request.raw_path) + headers.size(self._fields) > limits.request_head:
+        if len(request.target) + request.fields.size > limits.request_head:
             raise RequestError("head_too_large")
-        if limits.request_body is not None and (request.content_length or 0) > limits.request_body:
+        if limits.request_body is not None and (request.length or 0) > limits.request_body:
             raise RequestError("body_too_large")
-        if headers.passes(self._fields) > _MAX_PASSES:
+        if headers.passes(request.fields) > _MAX_PASSES:
             raise RequestError("loop")
-        if request.version not in ((1, 0), (1, 1)) or request.content.exception() is not None:
+        if request.version not in ((1, 0), (1, 1)) or request.body.exception() is not None:
             raise RequestError("bad_request")
         try:
-            headers.check_request(request.version, self._fields)
+            headers.check_request(request.version, request.fields)
         except ProtocolError:
             raise RequestError("bad_request") from None
-        if any(expectation.lower() != b"100-continue" for expectation in headers.named(self._fields, b"expect")):
+        if any(expectation.lower() != b"100-continue" for expectation in request.fields.named(b"expect")):
             raise RequestError("expectation")
-        path, query = routes.split_target(request.raw_path)
+        path, query = routes.split_target(request.target)
         candidates = self._proxy.router.candidates(request.method, path)
         model: str | None = None
         if any(route.match.model for route in candidates):
@@ -456,7 +454,7 @@ class _Relay:
         """
         before = perf_counter()
         try:
-            part = await self._request.content.readany()
+            part = await self._request.body.readany()
         except RequestPayloadError:
             raise RequestError("bad_request") from None
         self._waited += perf_counter() - before
@@ -489,9 +487,9 @@ class _Relay:
         """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
         transport = self._downstream.transport
         if (
-            headers.named(self._fields, b"expect")
+            self._request.fields.named(b"expect")
             and self._request.version == (1, 1)
-            and not self._request.content.is_eof()
+            and not self._request.body.is_eof()
             and transport is not None
         ):
             transport.write(_CONTINUE)
@@ -512,11 +510,11 @@ class _Relay:
         """Phases 3, Send, and 4, Head: returns the upstream's response head."""
         request, connection, exchange = self._request, self._connection, self._recorded()
         assert connection is not None
-        chunked = bool(headers.named(self._fields, b"transfer-encoding"))
-        framing: Framing | None = "chunked" if chunked else request.content_length
-        if not self._whole and request.content.is_eof():
+        chunked = bool(request.fields.named(b"transfer-encoding"))
+        framing: Framing | None = "chunked" if chunked else request.length
+        if not self._whole and request.body.is_eof():
             # It came together with its head, as the JSON of a completion does: one write takes both.
-            self._body += request.content.read_nowait()
+            self._body += request.body.read_nowait()
             self._whole = True
             most = self._proxy.limits.request_body
             if most is not None and len(self._body) > most:
@@ -528,7 +526,7 @@ class _Relay:
         head = headers.serialize(
             b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
             headers.to_upstream(
-                self._fields,
+                request.fields,
                 host=upstream.host,
                 framing=framing_fields(framing),
                 peer=peer.encode() or b"unknown",

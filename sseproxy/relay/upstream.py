@@ -69,8 +69,8 @@ class ResponseHead:
     def __init__(self, method: str, message: RawResponseMessage) -> None:
         self.status = message.code
         self.reason = message.reason.encode("utf-8", "surrogateescape")
-        self.fields = message.raw_headers
-        self.framing: Framing | None = response_framing(method, message.code, message.version, message.raw_headers)
+        self.fields = headers.Fields(message.raw_headers)
+        self.framing: Framing | None = response_framing(method, message.code, message.version, self.fields)
         self.reusable = not message.should_close and self.framing != "close"
 
 

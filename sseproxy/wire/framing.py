@@ -11,7 +11,7 @@ import re
 from typing import Literal, Protocol
 
 from ..errors import BrokenBodyError, ProtocolError
-from .headers import Fields, named, tokens
+from .headers import Field, Fields
 
 Framing = int | Literal["chunked", "close"]
 """Where a body ends: after so many bytes, as its chunks say, or with the connection."""
@@ -79,9 +79,9 @@ def response_framing(method: str, status: int, version: tuple[int, int], fields:
     Raises `ProtocolError` where the head is ambiguous: lengths that differ, a length together with a transfer coding,
     a coding other than a lone chunked, or any coding from HTTP/1.0.
     """
-    lengths = {length.strip(b" \t") for value in named(fields, b"content-length") for length in value.split(b",")}
-    codings = tokens(fields, b"transfer-encoding")
-    if named(fields, b"transfer-encoding") and (lengths or codings != [b"chunked"] or version != (1, 1)):
+    lengths = {length.strip(b" \t") for value in fields.named(b"content-length") for length in value.split(b",")}
+    codings = fields.tokens(b"transfer-encoding")
+    if fields.named(b"transfer-encoding") and (lengths or codings != [b"chunked"] or version != (1, 1)):
         raise ProtocolError("the transfer coding of the response is not a lone chunked")
     if len(lengths) > 1 or any(_DIGITS.fullmatch(length) is None for length in lengths):
         raise ProtocolError("the Content-Length of the response is not one number")
@@ -92,7 +92,7 @@ def response_framing(method: str, status: int, version: tuple[int, int], fields:
     return int(lengths.pop()) if lengths else "close"
 
 
-def framing_fields(framing: Framing | None) -> Fields:
+def framing_fields(framing: Framing | None) -> list[Field]:
     """The fields that announce `framing`."""
     if framing == "chunked":
         return [(b"Transfer-Encoding", b"chunked")]

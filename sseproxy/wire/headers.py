@@ -12,7 +12,7 @@ from typing import Final
 
 from ..errors import ProtocolError
 
-Fields = Sequence[tuple[bytes, bytes]]
+Field = tuple[bytes, bytes]
 
 # RFC 9110, section 7.6.1, and what older implementations treat alike. Framing is ours on each side; Expect is
 # answered here.
@@ -44,50 +44,62 @@ _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
-def named(fields: Fields, name: bytes) -> list[bytes]:
-    """The values of the field `name` (in lower case), in order."""
-    return [value for key, value in fields if key.lower() == name]
+class Fields:
+    """The fields of a head: `all` of them as they came, and by name."""
+
+    __slots__ = ("_by_name", "all")
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self.all = fields
+        self._by_name: dict[bytes, list[bytes]] = {}
+        for name, value in fields:
+            self._by_name.setdefault(name.lower(), []).append(value)
+
+    def named(self, name: bytes) -> Sequence[bytes]:
+        """The values of the field `name` (in lower case), in order."""
+        return self._by_name.get(name, ())
+
+    def tokens(self, name: bytes) -> list[bytes]:
+        """The members of the comma-separated list in the field `name`, in lower case."""
+        if name not in self._by_name:
+            return []
+        return [
+            member
+            for value in self._by_name[name]
+            for token in value.split(b",")
+            if (member := token.strip(b" \t").lower())
+        ]
+
+    @property
+    def size(self) -> int:
+        """The bytes that they take on the wire."""
+        return sum(len(name) + len(value) + 4 for name, value in self.all)
 
 
-def tokens(fields: Fields, name: bytes) -> list[bytes]:
-    """The members of the comma-separated list in the field `name`, in lower case."""
-    return [
-        member
-        for value in named(fields, name)
-        for token in value.split(b",")
-        if (member := token.strip(b" \t").lower())
-    ]
-
-
-def size(fields: Fields) -> int:
-    """The bytes that `fields` take on the wire."""
-    return sum(len(name) + len(value) + 4 for name, value in fields)
-
-
-def _end_to_end(fields: Fields, dropped: Set[bytes]) -> list[tuple[bytes, bytes]]:
-    drop = _HOP_BY_HOP.union(dropped, tokens(fields, b"connection"))
-    return [field for field in fields if field[0].lower() not in drop]
+def _end_to_end(fields: Fields, dropped: Set[bytes]) -> list[Field]:
+    drop = _HOP_BY_HOP.union(dropped, fields.tokens(b"connection"))
+    return [field for field in fields.all if field[0].lower() not in drop]
 
 
 def to_upstream(
     fields: Fields,
     *,
     host: bytes,
-    framing: Fields,
+    framing: Sequence[Field],
     peer: bytes,
     trusted: bool,
     scheme: bytes,
     request_id: bytes,
-    credential: tuple[bytes, bytes] | None,
+    credential: Field | None,
     read: bool,
-) -> list[tuple[bytes, bytes]]:
+) -> list[Field]:
     """The fields of the request that goes upstream.
 
     `framing` announces the request's body, `peer` is the client's address; if it is `trusted`, what it says of where
     the request comes from is kept. With a `credential` none of the client's goes along. Where the response is to
     be `read`, no content coding is asked for.
     """
-    said = {name: named(fields, name) if trusted else [] for name in _FORWARDING}
+    said = {name: fields.named(name) if trusted else [] for name in _FORWARDING}
     dropped = {b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for"}
     dropped |= {name for name, values in said.items() if not values}
     if credential is not None:
@@ -99,14 +111,14 @@ def to_upstream(
         out.append(credential)
     if read:
         out.append((b"Accept-Encoding", b"identity"))
-    if b"trailers" in tokens(fields, b"te"):
+    if b"trailers" in fields.tokens(b"te"):
         out += [(b"TE", b"trailers"), (b"Connection", b"TE")]
     out += framing
     out.append((b"X-Forwarded-For", b", ".join([*said[b"x-forwarded-for"], peer])))
     if not said[b"x-forwarded-proto"]:
         out.append((b"X-Forwarded-Proto", scheme))
     if not said[b"x-forwarded-host"]:
-        out += [(b"X-Forwarded-Host", value) for value in named(fields, b"host")]
+        out += [(b"X-Forwarded-Host", value) for value in fields.named(b"host")]
     out += [
         (b"X-Request-Id", request_id),
         (b"Via", _VIA),
@@ -115,8 +127,8 @@ def to_upstream(
 
 
 def to_downstream(
-    fields: Fields, *, framing: Fields | None, event_stream: bool, request_id: bytes, connection: bytes | None
-) -> list[tuple[bytes, bytes]]:
+    fields: Fields, *, framing: Sequence[Field] | None, event_stream: bool, request_id: bytes, connection: bytes | None
+) -> list[Field]:
     """The fields of the response that goes to the client.
 
     `framing` announces its body; None leaves a Content-Length as it came, which is right for HEAD and 304.
@@ -127,7 +139,7 @@ def to_downstream(
     out = _end_to_end(fields, dropped)
     if event_stream:
         out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
-    if not named(out, b"x-request-id"):
+    if not any(name.lower() == b"x-request-id" for name, _ in out):
         out.append((b"X-Request-Id", request_id))
     out.append((b"Via", _VIA))
     out += framing or ()
@@ -136,14 +148,14 @@ def to_downstream(
     return out
 
 
-def serialize(start_line: bytes, fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+def serialize(start_line: bytes, fields: Iterable[Field]) -> bytes:
     """A message head, with its blank line."""
     return b"".join((start_line, b"\r\n", *(b"%b: %b\r\n" % field for field in fields), b"\r\n"))
 
 
 def passes(fields: Fields) -> int:
     """How often the message has come through an sseproxy already."""
-    return tokens(fields, b"via").count(_VIA)
+    return fields.tokens(b"via").count(_VIA)
 
 
 def check_request(version: tuple[int, int], fields: Fields) -> None:
@@ -152,8 +164,8 @@ def check_request(version: tuple[int, int], fields: Fields) -> None:
     A transfer coding other than chunked, or in HTTP/1.0 (RFC 9112, sections 6.1 and 6.3); a Host that is missing, not
     the only one, or no host (section 3.2).
     """
-    codings, hosts = named(fields, b"transfer-encoding"), named(fields, b"host")
-    if codings and (tokens(fields, b"transfer-encoding") != [b"chunked"] or version == (1, 0)):
+    codings, hosts = fields.named(b"transfer-encoding"), fields.named(b"host")
+    if codings and (fields.tokens(b"transfer-encoding") != [b"chunked"] or version == (1, 0)):
         raise ProtocolError("the transfer coding is not chunked")
     if len(hosts) > 1 or (not hosts and version != (1, 0)) or not all(map(_HOST.fullmatch, hosts)):
         raise ProtocolError("there is not one valid Host")
@@ -165,17 +177,21 @@ def check_head(head: bytes) -> None:
         raise ProtocolError("the response head has a bare CR or LF, a control character or a folded line")
 
 
+def _has_type(fields: Fields, media_type: bytes) -> bool:
+    return media_type in [value.split(b";")[0].strip().lower() for value in fields.named(b"content-type")]
+
+
 def is_event_stream(fields: Fields) -> bool:
-    return any(value.split(b";")[0].strip().lower() == b"text/event-stream" for value in named(fields, b"content-type"))
+    return _has_type(fields, b"text/event-stream")
 
 
 def is_json(fields: Fields) -> bool:
-    return any(value.split(b";")[0].strip().lower() == b"application/json" for value in named(fields, b"content-type"))
+    return _has_type(fields, b"application/json")
 
 
 def is_encoded(fields: Fields) -> bool:
     """True if the body is compressed, and so cannot be read in passing."""
-    return any(coding != b"identity" for coding in tokens(fields, b"content-encoding"))
+    return any(coding != b"identity" for coding in fields.tokens(b"content-encoding"))
 
 
 def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> str:
@@ -183,7 +199,7 @@ def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> 
 
     https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-Forwarded-For, "Trusted proxy list"
     """
-    hops = [hop.strip().decode("latin-1") for value in named(fields, b"x-forwarded-for") for hop in value.split(b",")]
+    hops = [hop.strip().decode("latin-1") for value in fields.named(b"x-forwarded-for") for hop in value.split(b",")]
     address = peer
     while hops and trusts(address):
         hop = _address(hops.pop())
@@ -205,11 +221,11 @@ def _address(hop: str) -> str | None:
 
 def traceparent(fields: Fields) -> str | None:
     """The trace that the request is part of, if it is told in order (https://www.w3.org/TR/trace-context/)."""
-    found = named(fields, b"traceparent")
+    found = fields.named(b"traceparent")
     return found[0].decode() if len(found) == 1 and _TRACEPARENT.fullmatch(found[0]) else None
 
 
 def request_id(fields: Fields) -> bytes | None:
     """The client's own id for the request, if it is harmless enough to be logged and sent on."""
-    ids = named(fields, b"x-request-id")
+    ids = fields.named(b"x-request-id")
     return ids[0] if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) else None
