@@ -510,18 +510,25 @@ async def _throughput(port: int, options: argparse.Namespace) -> float:
 
 
 async def workers(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+    """Two next to one and something else that takes as much CPU: who is alone is woken up more expensively."""
     _, *processes = tree(pid)
+    other = await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
     here = os.sched_getaffinity(0)
     quotas: list[Quota] = []
     try:
         os.sched_setaffinity(0, options.cores)
-        quotas += map(Quota, processes)
+        quotas += map(Quota, [*processes, other.pid])
         # One that stands still accepts nothing.
         os.kill(processes[1], signal.SIGSTOP)
         one = await _throughput(port, options)
+        other.kill()
+        await other.wait()
         os.kill(processes[1], signal.SIGCONT)
         two = await _throughput(port, options)
     finally:
+        if other.returncode is None:
+            other.kill()
+            await other.wait()
         os.sched_setaffinity(0, here)
         options.afterwards += [quota.remove for quota in quotas]
     return {"chunks/s of one worker": one, "chunks/s of two workers": two, "two workers, times one": two / one}

@@ -127,6 +127,7 @@ class Request:
         "body",
         "chunked",
         "fields",
+        "head_size",
         "keep_alive",
         "length",
         "method",
@@ -135,12 +136,15 @@ class Request:
         "version",
     )
 
-    def __init__(self, protocol: DownstreamProtocol, message: RawRequestMessage, body: StreamReader) -> None:
+    def __init__(
+        self, protocol: DownstreamProtocol, message: RawRequestMessage, body: StreamReader, head_size: int
+    ) -> None:
         self.protocol = protocol
         self.method = message.method
         self.target = message.path
         self.version: tuple[int, int] = message.version
         self.fields = headers.Fields(message.raw_headers)
+        self.head_size = head_size
         self.keep_alive = not message.should_close
         self.chunked = message.chunked
         length = message.headers.get("Content-Length")
@@ -170,7 +174,7 @@ def _request(
 ) -> Request:
     """What aiohttp makes of a message: what it is already, but for its own that stands for a broken one."""
     assert isinstance(protocol, DownstreamProtocol)
-    return message if isinstance(message, Request) else Request(protocol, message, body)
+    return message if isinstance(message, Request) else Request(protocol, message, body, 0)
 
 
 class DownstreamProtocol(RequestHandler):
@@ -316,7 +320,7 @@ class DownstreamProtocol(RequestHandler):
             if isinstance(message, _ErrInfo):
                 self._break_off()
             else:
-                request = Request(self, message, incoming)
+                request = Request(self, message, incoming, self._unparsed + len(data))
                 self._messages[-1] = (cast(RawRequestMessage, request), incoming)
                 self._last_request = not request.keep_alive or request.method == "CONNECT"
                 self._body_left = request.length or 0

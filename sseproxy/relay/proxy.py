@@ -419,7 +419,7 @@ class _Relay:
             raise RequestError("overloaded")
         if request.method == "CONNECT":
             raise RequestError("method")
-        if len(request.target) + request.fields.size > limits.request_head:
+        if request.head_size > limits.request_head:
             raise RequestError("head_too_large")
         if limits.request_body is not None and (request.length or 0) > limits.request_body:
             raise RequestError("body_too_large")
@@ -431,7 +431,7 @@ class _Relay:
             headers.check_request(request.version, request.fields)
         except ProtocolError:
             raise RequestError("bad_request") from None
-        if any(expectation.lower() != b"100-continue" for expectation in request.fields.named(b"expect")):
+        if not {b"100-continue"}.issuperset(map(bytes.lower, request.fields.named(b"expect"))):
             raise RequestError("expectation")
         path, query = routes.split_target(request.target)
         candidates = self._proxy.router.candidates(request.method, path)

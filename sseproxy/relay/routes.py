@@ -37,9 +37,9 @@ def split_target(target: str) -> tuple[str, str]:
     path, mark, query = target.partition("?")
     if "#" in target:
         raise RequestError("bad_target")
-    decoded = unquote(path, errors="surrogateescape")
-    if not decoded.isprintable() or any(
-        segment.partition(";")[0] in (".", "..") for segment in decoded.replace("\\", "/").split("/")
+    decoded = unquote(path, errors="surrogateescape").replace("\\", "/")
+    if not decoded.isprintable() or (
+        "/." in decoded and any(segment.partition(";")[0] in (".", "..") for segment in decoded.split("/"))
     ):
         raise RequestError("bad_target")
     return path, mark + query

@@ -133,6 +133,7 @@ class RelayProtocol(ResponseHandler):
         self._closed_cleanly = False
         self._ended_in_order = False
         self._held_paused = False
+        self._plain = False
 
     @property
     def should_close(self) -> bool:
@@ -177,11 +178,13 @@ class RelayProtocol(ResponseHandler):
         """`reads` gets what comes, until `read_bounded`, where it may be trusted to be small."""
         if self._reads.small and self.transport is not None and not self._reading_paused:
             self.transport.set_protocol(reads)
+            self._plain = True
 
     def read_bounded(self) -> BoundedReads:
         """What comes goes the usual way again, which is returned."""
-        if self.transport is not None:
+        if self._plain and self.transport is not None:
             self.transport.set_protocol(self._reads)
+            self._plain = False
         return self._reads
 
     def finish(self, *, reusable: bool) -> None:

@@ -6,6 +6,7 @@ function and a line in `DIALECTS`; nothing else knows the APIs apart.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -645,6 +646,8 @@ def model_in(path: str) -> str | None:
     return match[1] if match else None
 
 
+# Few paths are many requests; a path may have as many bytes as a head, and there are few of them here.
+@functools.lru_cache(maxsize=64)
 def dialect_of(path: str, name: str = "auto") -> Dialect:
     """The dialect `name`, or for `auto` the one spoken on `path`, the path of the request that goes upstream."""
     return next(

@@ -70,11 +70,6 @@ class Fields:
             if (member := token.strip(b" \t").lower())
         ]
 
-    @property
-    def size(self) -> int:
-        """The bytes that they take on the wire."""
-        return sum(len(name) + len(value) + 4 for name, value in self.all)
-
 
 def _end_to_end(fields: Fields, dropped: Set[bytes]) -> list[Field]:
     drop = _HOP_BY_HOP.union(dropped, fields.tokens(b"connection"))
@@ -150,7 +145,7 @@ def to_downstream(
 
 def serialize(start_line: bytes, fields: Iterable[Field]) -> bytes:
     """A message head, with its blank line."""
-    return b"".join((start_line, b"\r\n", *(b"%b: %b\r\n" % field for field in fields), b"\r\n"))
+    return b"".join((start_line, b"\r\n", *[b"%b: %b\r\n" % field for field in fields], b"\r\n"))
 
 
 def passes(fields: Fields) -> int:
@@ -191,7 +186,7 @@ def is_json(fields: Fields) -> bool:
 
 def is_encoded(fields: Fields) -> bool:
     """True if the body is compressed, and so cannot be read in passing."""
-    return any(coding != b"identity" for coding in fields.tokens(b"content-encoding"))
+    return not {b"identity"}.issuperset(fields.tokens(b"content-encoding"))
 
 
 def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> str:
