@@ -25,7 +25,7 @@ from aiohttp.web_protocol import ERROR, RequestHandler, RequestPayloadError, _Er
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
 
-from sseproxy.relay.downstream import DownstreamProtocol, Request
+from sseproxy.relay.downstream import Request
 
 from .harness import RunningProxy, ScriptedUpstream, post
 
@@ -60,7 +60,10 @@ def test_the_parsers_are_the_c_ones() -> None:
         (RequestHandler, "eof_received", ["self"]),
         (RequestHandler, "connection_lost", ["self", "exc"]),
         (RequestHandler, "force_close", ["self"]),
-        (RequestHandler, "handle_error", ["self", "request", "status", "exc", "message"]),
+        (RequestHandler, "start", ["self"]),
+        (RequestHandler, "close", ["self"]),
+        (RequestHandler, "_process_keepalive", ["self"]),
+        (RequestHandler, "_resume_reading_if_drained", ["self"]),
         (_ErrInfo, "__init__", ["self", "status", "exc", "message"]),
         (HttpRequestParser, "feed_data", ["self", "incoming_data"]),
         (HttpRequestParser, "message_consumed", ["self"]),
@@ -75,8 +78,6 @@ def test_the_parsers_are_the_c_ones() -> None:
         (Server, "shutdown", ["self", "timeout"]),
         (Connection, "release", ["self"]),
         (Connection, "close", ["self"]),
-        (web.StreamResponse, "prepare", ["self", "request"]),
-        (web.StreamResponse, "write_eof", ["self", "data"]),
     ],
 )
 def test_a_method_is_there_with_its_parameters(owner: type, name: str, expected: list[str]) -> None:
@@ -101,12 +102,14 @@ async def test_the_protocols_have_the_attributes_that_are_read() -> None:
     for name in (
         *("_current_request", "_loop", "_manager", "_parser", "_task_handler", "_waiter", "peername", "ssl_context"),
         *("_max_msg_queue_size", "_msg_queue_resume_size", "_message_tail", "_messages", "_request_count", "_upgraded"),
+        *("_buffer_paused", "_close", "_force_close", "_handler_waiter", "_request_in_progress", "_lingering_time"),
+        *("_keepalive", "_keepalive_handle", "_next_keepalive_close_time"),
     ):
         assert hasattr(connection, name), name
     assert connection._request_count == 0
     assert not connection._messages
     assert EMPTY_PAYLOAD.is_eof()
-    assert hasattr(web.StreamResponse(), "_keep_alive")
+    assert hasattr(server, "requests_count")
 
 
 async def test_a_connector_makes_its_protocols_with_its_factory_and_keeps_them_in_its_pool() -> None:
@@ -173,21 +176,6 @@ async def test_a_body_whose_chunk_is_broken_is_dropped_and_never_fails() -> None
         parser.feed_data(b"ZZZ\r\n")
     assert body.exception() is None
     assert not body.is_eof()
-
-
-@pytest.mark.parametrize(("failure", "logged"), [(TimeoutError, 0), (RequestPayloadError, 1)])
-async def test_a_body_that_fails_while_its_end_is_waited_for_is_a_defect_unless_by_a_timeout(
-    proxy: RunningProxy, caplog: pytest.LogCaptureFixture, failure: type[Exception], logged: int
-) -> None:
-    client = await proxy.connect()
-    client.send(CHUNKED)
-    assert (await client.message()).status == 404
-    (connection,) = proxy.worker.proxy.server.connections
-    assert connection._waiter is None
-    assert isinstance(connection, DownstreamProtocol)
-    connection._incoming.set_exception(failure())
-    assert await client.rest() == (b"", "fin")
-    assert len(caplog.records) == logged
 
 
 async def test_a_line_that_is_too_long_is_told_apart() -> None:
@@ -262,14 +250,20 @@ def test_a_message_gives_the_parts_of_a_request() -> None:
     assert ERROR.headers.get("Content-Length") is None
 
 
-def test_a_server_lets_others_make_requests_and_asks_no_more_of_them_than_ours_have() -> None:
-    assert "request_factory" in parameters(Server)
-    source = inspect.getsource(RequestHandler)
-    asked = set(re.findall(r"\b(?:request|_current_request)\.(\w+)", source))
-    # What is asked for in `handle_error` and in access logs, ours replaces, or are off.
-    replaced = set(re.findall(r"\brequest\.(\w+)", inspect.getsource(RequestHandler.handle_error)))
-    assert asked - replaced == {"_cancel", "_finish", "_task"}
-    assert asked - replaced <= set(dir(Request))
+def test_what_is_asked_of_a_request_that_is_current_ours_has() -> None:
+    asked = set(re.findall(r"\b_current_request\.(\w+)", inspect.getsource(RequestHandler)))
+    assert asked == {"_cancel"}
+    assert asked <= set(dir(Request))
+
+
+async def test_what_starts_a_connection_s_task_is_replaced() -> None:
+    """`start` is ours. What else of aiohttp's touched requests and responses, nobody calls any more."""
+    callers = [
+        name
+        for name, method in inspect.getmembers(RequestHandler, inspect.isfunction)
+        if re.search(r"self\.(_handle_request|finish_response|handle_error)\(", inspect.getsource(method))
+    ]
+    assert set(callers) <= {"start", "_handle_request", "_make_error_handler"}
 
 
 async def test_the_body_of_a_request_holds_its_bytes_in_a_queue_of_its_own() -> None:

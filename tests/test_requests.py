@@ -302,3 +302,39 @@ async def test_a_client_that_leaves_with_answers_unread_leaves_nothing_behind(
     assert server.empty.is_set()
     await upstream.hang_up()
     await until(lambda: len(asyncio.all_tasks()) == tasks)
+
+
+@pytest.mark.parametrize("rest", [b"0\r\n\r\n", b"ZZZ\r\n"], ids=["the_end", "what_is_broken"])
+async def test_what_is_left_of_a_refused_request_is_read_before_the_connection_closes(
+    proxy: RunningProxy, caplog: pytest.LogCaptureFixture, rest: bytes
+) -> None:
+    client = await proxy.connect()
+    client.send(b"POST /nowhere HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+    assert (await client.message()).status == 404
+    client.send(rest)
+    assert await client.rest() == (b"", "fin")
+    assert not caplog.records
+
+
+async def test_what_is_left_of_a_refused_request_is_not_waited_for_without_end(
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await proxy.connect()
+    await until(lambda: len(proxy.worker.proxy.server.connections) == 1)
+    (connection,) = proxy.worker.proxy.server.connections
+    monkeypatch.setattr(connection, "_lingering_time", SHORT)
+    client.send(b"POST /nowhere HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\nabc")
+    assert (await client.message()).status == 404
+    assert await client.rest() == (b"", "fin")
+
+
+async def test_a_defect_outside_an_exchange_is_answered_and_logged(
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy.worker.proxy.server, "handle", None)
+    client = await proxy.connect()
+    client.send(post())
+    assert (await client.message()).status == 500
+    assert await client.rest() == (b"", "fin")
+    (record,) = caplog.records
+    assert "outside its own error handling" in record.message

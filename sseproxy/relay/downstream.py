@@ -14,10 +14,9 @@ import struct
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy, RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
@@ -98,10 +97,6 @@ class HangupWatch:
         self._epoll.close()
 
 
-class _BrokenBody(RequestPayloadError, TimeoutError):
-    """Fails the body of a request. When aiohttp only waits for the end of one, it expects no failure but a timeout."""
-
-
 _NO_FIELDS = headers.Fields(())
 _NO_BODY: deque[bytes] = deque(maxlen=0)
 
@@ -118,12 +113,10 @@ class _Messages(list[Any]):
 class Request:
     """A request: its head, and its `body` as it comes.
 
-    To aiohttp it is the message and the request in one; it keeps less of the head than those do, for as long as a
-    response takes.
+    It keeps less of the head than aiohttp's messages do, for as long as a response takes.
     """
 
     __slots__ = (
-        "_task",
         "body",
         "chunked",
         "fields",
@@ -159,22 +152,8 @@ class Request:
             self.body._buffer = _NO_BODY
 
     def _cancel(self, exc: BaseException) -> None:
+        """aiohttp's, for a connection that is lost while the request is on it."""
         self.body.set_exception(exc)
-
-    def _finish(self) -> None:
-        """There is nothing to clean up."""
-
-
-def _request(
-    message: RawRequestMessage | Request,
-    body: StreamReader,
-    protocol: RequestHandler,
-    writer: AbstractStreamWriter,
-    task: asyncio.Task[None],
-) -> Request:
-    """What aiohttp makes of a message: what it is already, but for its own that stands for a broken one."""
-    assert isinstance(protocol, DownstreamProtocol)
-    return message if isinstance(message, Request) else Request(protocol, message, body, 0)
 
 
 class DownstreamProtocol(RequestHandler):
@@ -264,6 +243,91 @@ class DownstreamProtocol(RequestHandler):
         transport.set_protocol(BoundedReads(self))
         self.refused = self._server.admit(self)
 
+    async def start(self) -> None:
+        """Answers one request after the other, for as long as the connection may stay.
+
+        In place of aiohttp's, which makes a task, and a writer that nobody needs, for each.
+        """
+        while not self._force_close:
+            if not self._messages:
+                self._waiter = self._loop.create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            message, body = cast("tuple[Request | _ErrInfo, StreamReader]", self._messages.popleft())
+            assert self._parser is not None
+            self._parser.message_consumed()
+            if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+                self._resume_reading_if_drained()
+            self._server.requests_count += 1
+            try:
+                self._keepalive = await self._answer(message)
+            except ConnectionError:
+                break
+            except BaseException:
+                self.force_close()
+                raise
+            if not body.is_eof() and not self._force_close:
+                await self._linger(body)
+            if not self._keepalive or self._close:
+                break
+            self._next_keepalive_close_time = self._loop.time() + KEEPALIVE
+            if self._keepalive_handle is None:
+                self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+        if not self._force_close:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _answer(self, message: Request | _ErrInfo) -> bool:
+        """Has `message` answered; returns whether the connection may stay. Raises ConnectionError if it is gone."""
+        self._request_in_progress = True
+        try:
+            if isinstance(message, _ErrInfo):
+                answer = self._malformed(message)
+            else:
+                self._current_request = cast(web.BaseRequest, message)
+                try:
+                    answer = await self._server.handle(message)
+                except Exception:
+                    log.exception("an exchange failed outside its own error handling")
+                    answer = Answer.of(InternalError())
+                finally:
+                    self._current_request = None
+            if answer.head and self.transport is not None:
+                head_only = isinstance(message, Request) and message.method == "HEAD"
+                self.transport.write(answer.head if head_only else answer.head + answer.body)
+                try:
+                    async with asyncio.timeout(LINGER):
+                        await self.flushed()
+                except TimeoutError:
+                    self.cut(flush=False)
+            return answer.keep_alive
+        finally:
+            self._request_in_progress = False
+            if self._handler_waiter is not None:
+                self._handler_waiter.set_result(None)
+
+    async def _linger(self, body: StreamReader) -> None:
+        """Reads what is left of a request that was answered before its end: a reset could overtake the answer."""
+        try:
+            async with asyncio.timeout(self._lingering_time):
+                # An upload that still waits for it was just cancelled, and lets go of it now.
+                await asyncio.sleep(0)
+                while not body.is_eof():
+                    await body.readany()
+        except (TimeoutError, RequestPayloadError):
+            self.close()
+
+    def _malformed(self, message: _ErrInfo) -> Answer:
+        """Answers what is not HTTP/1.1, without a byte of it."""
+        error = message.exc
+        if not isinstance(error, RequestError):
+            error = RequestError("head_too_large" if isinstance(error, LineTooLong) else "bad_request")
+        self._server.malformed(error)
+        return Answer.of(error)
+
     def data_received(self, data: bytes) -> None:
         """Parses heads and bodies one after the other: in one call, a broken head would cost the request before it."""
         if self._close or self._force_close:
@@ -352,7 +416,7 @@ class DownstreamProtocol(RequestHandler):
     def _break_off(self) -> None:
         """What was read cannot be parsed. A body that it was part of fails: aiohttp's parser only forgets it."""
         if not self._incoming.is_eof():
-            self._incoming.set_exception(_BrokenBody("the request body is broken"))
+            self._incoming.set_exception(RequestPayloadError("the request body is broken"))
 
     def _refuse_head(self, reason: str) -> None:
         self._stop_head_timer()
@@ -451,63 +515,27 @@ class DownstreamProtocol(RequestHandler):
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             transport.abort()
 
-    def handle_error(
-        self, request: object, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        """Answers what is not HTTP/1.1, without a byte of it."""
-        error: ExchangeError
-        if isinstance(exc, RequestError):
-            error = exc
-        elif isinstance(exc, LineTooLong):
-            error = RequestError("head_too_large")
-        elif status == 400:
-            error = RequestError("bad_request")
-        else:
-            log.error("an exchange failed outside its own error handling", exc_info=exc)
-            error = InternalError()
-        self._server.malformed(error)
-        return Answer(error)
 
+class Answer(NamedTuple):
+    """What is left to do for a request: to send an error made here, or nothing where the response was already sent.
 
-class Answer(web.StreamResponse):
-    """An error response made here, or, with None, the mark that the response was already sent in full.
-
-    Writes its own bytes, because a proxy invents no Server, Date or Content-Type for others.
+    It is bytes, because a proxy invents no Server, Date or Content-Type for others.
     """
 
-    def __init__(
-        self, error: ExchangeError | None, *, keep_alive: bool = False, extra: Sequence[headers.Field] = ()
-    ) -> None:
-        super().__init__()
-        self._keep_alive = keep_alive
-        self._head_bytes = self._body_bytes = b""
-        self._written_to: DownstreamProtocol | None = None
-        if error is not None:
-            self._body_bytes = body = error.body()
-            fields = [
-                (b"Content-Type", b"application/json"),
-                (b"Content-Length", b"%d" % len(body)),
-                *extra,
-                *(() if keep_alive else ((b"Connection", b"close"),)),
-            ]
-            self._head_bytes = headers.serialize(status_line(error.status), fields)
+    keep_alive: bool
+    head: bytes = b""
+    body: bytes = b""
 
-    async def prepare(self, request: object) -> AbstractStreamWriter | None:
-        assert isinstance(request, Request)
-        transport = request.protocol.transport
-        if self._head_bytes and transport is not None:
-            transport.write(self._head_bytes if request.method == "HEAD" else self._head_bytes + self._body_bytes)
-            self._written_to = request.protocol
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """`prepare` has written all there is. A client that does not take it gets no other answer."""
-        if self._written_to is not None:
-            try:
-                async with asyncio.timeout(LINGER):
-                    await self._written_to.flushed()
-            except TimeoutError:
-                self._written_to.cut(flush=False)
+    @staticmethod
+    def of(error: ExchangeError, *, keep_alive: bool = False, extra: Sequence[headers.Field] = ()) -> Answer:
+        body = error.body()
+        fields = [
+            (b"Content-Type", b"application/json"),
+            (b"Content-Length", b"%d" % len(body)),
+            *extra,
+            *(() if keep_alive else ((b"Connection", b"close"),)),
+        ]
+        return Answer(keep_alive, headers.serialize(status_line(error.status), fields), body)
 
 
 _REASONS = {
@@ -534,16 +562,17 @@ def status_line(status: int, reason: bytes | None = None) -> bytes:
 class DownstreamServer(Server):
     """aiohttp's low-level server with our protocol, and the count of its connections.
 
-    `malformed` is told of requests that never became exchanges.
+    `handle` answers a request. `malformed` is told of those that never became exchanges.
     """
 
     def __init__(
         self,
-        handler: Callable[[Request], Awaitable[web.StreamResponse]],
-        malformed: Callable[[ExchangeError], None],
+        handle: Callable[[Request], Awaitable[Answer]],
+        malformed: Callable[[RequestError], None],
         limits: Limits,
     ) -> None:
-        super().__init__(cast(Any, handler), request_factory=cast(Any, _request), handler_cancellation=True)
+        super().__init__(cast(Any, handle), handler_cancellation=True)
+        self.handle = handle
         self.malformed = malformed
         self.limits = limits
         self._clients: Counter[str] = Counter()

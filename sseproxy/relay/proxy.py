@@ -22,7 +22,6 @@ from time import perf_counter
 from typing import Literal
 
 import msgspec
-from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 
 from ..config import Config, Route, Timeouts
@@ -125,7 +124,7 @@ class Proxy:
         self._closing_idle: asyncio.TimerHandle | None = None
         self.server = DownstreamServer(self.handle, self._malformed, self.limits)
 
-    def handle(self, request: Request) -> Coroutine[None, None, web.StreamResponse]:
+    def handle(self, request: Request) -> Coroutine[None, None, Answer]:
         return _Relay(self, request).run()
 
     def enter(self, route: str) -> None:
@@ -174,12 +173,11 @@ class Proxy:
         for upstream in self.upstreams.values():
             await upstream.close()
 
-    def _malformed(self, error: ExchangeError) -> None:
+    def _malformed(self, error: RequestError) -> None:
         observer = self.observer("", "", routes.OTHER)
         exchange = Exchange("", "", observer, "", perf_counter())
         exchange.status = error.status
-        if isinstance(error, RequestError):
-            observer.rejected(error.reason)
+        observer.rejected(error.reason)
         exchange.finish(error.outcome)
 
 
@@ -234,7 +232,7 @@ class _Relay:
             self._pump.stop()
         self._task.cancel()
 
-    async def run(self) -> web.StreamResponse:
+    async def run(self) -> Answer:
         """Phases 1 to 6."""
         self._proxy.active.add(self)
         self._downstream.on_leave = self._leave
@@ -246,7 +244,7 @@ class _Relay:
                 await self._pump.done
             await self._flush()
             outcome = self._recorded().completed()
-            return Answer(None, keep_alive=self._keep_alive and not self._proxy.draining)
+            return Answer(self._keep_alive and not self._proxy.draining)
         except ExchangeError as error:
             outcome = self._failed(error)
             return self._refuse(error)
@@ -328,11 +326,11 @@ class _Relay:
             and self._framing_out != "close"
         )
 
-    def _refuse(self, error: ExchangeError) -> web.StreamResponse:
+    def _refuse(self, error: ExchangeError) -> Answer:
         """The response if its head was not sent yet; otherwise the connection is cut short of a clean end."""
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
-            return Answer(None)
+            return Answer(keep_alive=False)
         self._recorded().status = error.status
         extra = [(b"X-Request-Id", self._request_id)]
         if error.status in (429, 503):
@@ -340,7 +338,7 @@ class _Relay:
             extra.append((b"Retry-After", b"1"))
         # What is not read as others might read it is the last that is read.
         last = self._downstream.refused is not None or error.code in ("bad_request", "head_too_large")
-        return Answer(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
+        return Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
         """Phases 1 to 4, and the beginning of 5."""

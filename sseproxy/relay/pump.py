@@ -25,7 +25,7 @@ from .upstream import RelayProtocol, UpstreamConnection
 log = logging.getLogger(__name__)
 
 
-# In a run, of so many reads (a power of two) it is measured for one how long it took to forward it.
+# In a run, it is measured for one of so many reads how long it took to forward it.
 _MEASURED = 16
 
 
