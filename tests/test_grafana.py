@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from aiohttp import ClientSession
+from aiohttp import ClientError, ClientSession
 
 from sseproxy.observe.metrics import METRICS
 
@@ -235,7 +235,7 @@ async def prometheus(directory: Path, served: Served) -> AsyncIterator[Prometheu
                 try:
                     if await running.ask("up == 1"):
                         break
-                except (OSError, AssertionError, ValueError):
+                except (ClientError, OSError, AssertionError, ValueError):
                     pass
                 await asyncio.sleep(0.2)
         yield running
