@@ -57,7 +57,7 @@ $(BENCH): bench/requirements.txt
 	touch $@
 
 bench: $(STAMP) $(BENCH)
-	$(BIN)/python bench/compare.py --json bench/result.json $(ARGS)
+	$(BIN)/python -m bench.compare --json bench/result.json $(ARGS)
 	bench/.venv/bin/python bench/draw.py bench/result.json bench/result.png
 
 memory: $(STAMP)

@@ -1,0 +1,307 @@
+"""What is measured of a proxy, and how.
+
+Where proxies differ by less than the machine does from one second to the next, they take turns of a second, as
+`Load`; the others stand still then. What needs a proxy for itself is a function.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import statistics
+import sys
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from time import perf_counter, process_time
+
+from .load import (
+    CHUNKS,
+    END,
+    Backend,
+    EagerClient,
+    Requests,
+    StreamClient,
+    Streams,
+    TimedClient,
+    timed,
+    until,
+)
+from .proxies import DIRECT, Peer, cpu, memory, tree
+
+# Seconds of a turn, and of what goes before it, until the processor's caches are the proxy's again, and what was due
+# while it stood still is done. What it does every second by itself is then in each turn once, as it should be.
+TURN, WARM_UP = 1.0, 0.1
+# Connections in a turn, where they come one by one.
+ONE_BY_ONE = 30
+# Of a core, for each of two workers: what is left of two cores is the generator's.
+SHARE = 0.4
+RELEASE = "us from client's close to upstream's, p50"
+CAPACITY = "streams at 50 chunks/s with p99 below 10 ms"
+
+
+def say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+@contextmanager
+def generator() -> Iterator[Callable[[], float]]:
+    """Tells afterwards for which share of the time this process was busy: near 1 it would be what is measured."""
+    spent, began, share = process_time(), perf_counter(), 0.0
+    yield lambda: share
+    share = (process_time() - spent) / (perf_counter() - began)
+
+
+class Load(ABC):
+    """Work for a proxy on `port`, whose process is `pid`, as a context. What its turns take is kept for `figures`."""
+
+    def __init__(self, peer: Peer, port: int, pid: int, options: Namespace) -> None:
+        self.peer, self.port, self.pid, self.options = peer, port, pid, options
+        self.context = AsyncExitStack()
+
+    async def __aenter__(self) -> Load:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.context.aclose()
+
+    @abstractmethod
+    async def turn(self) -> None:
+        """Does the work for a while."""
+
+    @abstractmethod
+    def figures(self) -> dict[str, float]:
+        """What all turns together say, by what it is."""
+
+
+class Chunks(Load):
+    """Streams with a pace: the CPU for a chunk, and the time it takes to pass."""
+
+    async def __aenter__(self) -> Load:
+        number = max(1, int(self.options.streams * self.peer.share))
+        self._streams = await self.context.enter_async_context(Streams(self.port, number, TimedClient))
+        self._spent, self._sent = 0.0, 0
+        self._delays: list[float] = []
+        return self
+
+    async def turn(self) -> None:
+        await self._streams.pace(self.options.rate, WARM_UP, timed)
+        TimedClient.delays.clear()
+        before = cpu(self.pid)
+        self._sent += await self._streams.pace(self.options.rate, TURN, timed)
+        self._spent += cpu(self.pid) - before
+        self._delays += TimedClient.delays
+
+    def figures(self) -> dict[str, float]:
+        found = {}
+        if self.peer is not DIRECT:
+            found["us of CPU per chunk"] = self._spent / self._sent * 1e6
+        # With less to do it would not be the same time.
+        if self.peer.share == 1:
+            cuts = statistics.quantiles(self._delays, n=1000)
+            for name, index in (("p50", 499), ("p99", 989), ("p99.9", 998)):
+                found[f"us to pass, {name}"] = cuts[index] * 1e6
+        return found
+
+
+class ShortRequests(Load):
+    """Short requests with a pace: the CPU for one."""
+
+    async def __aenter__(self) -> Load:
+        self._requests = await self.context.enter_async_context(Requests(self.port))
+        # Until the connections to the backend are there.
+        await self._requests.pace(TURN)
+        self._spent, self._sent = 0.0, 0
+        return self
+
+    async def turn(self) -> None:
+        await self._requests.pace(WARM_UP)
+        before = cpu(self.pid)
+        self._sent += await self._requests.pace(TURN)
+        self._spent += cpu(self.pid) - before
+
+    def figures(self) -> dict[str, float]:
+        return {"us of CPU per short request": self._spent / self._sent * 1e6}
+
+
+class FirstToken(Load):
+    """New connections, one by one: the time from the request's beginning to the first token."""
+
+    async def __aenter__(self) -> Load:
+        self._times: list[float] = []
+        return self
+
+    async def turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        Backend.first = CHUNKS[0]
+        try:
+            for _ in range(ONE_BY_ONE):
+                Backend.streams.clear()
+                StreamClient.received = 0
+                asked_at = perf_counter()
+                transport, _ = await loop.create_connection(StreamClient, "127.0.0.1", self.port)
+                async with asyncio.timeout(10):
+                    while not StreamClient.received:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                        await asyncio.sleep(0)
+                self._times.append(perf_counter() - asked_at)
+                for backend in Backend.streams:
+                    backend.write(END)
+                transport.close()
+        finally:
+            Backend.first = b""
+
+    def figures(self) -> dict[str, float]:
+        return {"us to the first token, p50": statistics.median(self._times) * 1e6}
+
+
+class Release(Load):
+    """Clients that leave in the middle of a stream, one by one: the time until the backend's connection is closed."""
+
+    async def __aenter__(self) -> Load:
+        self._times: list[float] = []
+        return self
+
+    async def turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(ONE_BY_ONE):
+            Backend.streams.clear()
+            transport, _ = await loop.create_connection(StreamClient, "127.0.0.1", self.port)
+            await until(lambda: len(Backend.streams) == 1)
+            (backend,) = Backend.streams
+            StreamClient.received = 0
+            backend.write(CHUNKS[0])
+            await until(lambda: StreamClient.received == 1)
+            left_at = perf_counter()
+            transport.abort()
+            try:
+                async with asyncio.timeout(2):
+                    while Backend.streams:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                        await asyncio.sleep(0)
+                self._times.append(Backend.lost_at - left_at)
+            except TimeoutError:
+                # It does not let go at all.
+                backend.abort()
+                self._times.append(2.0)
+                return
+
+    def figures(self) -> dict[str, float]:
+        return {RELEASE: statistics.median(self._times) * 1e6}
+
+
+async def capacity(port: int, pid: int, options: Namespace) -> dict[str, float]:
+    """The most streams whose chunks are not late, in steps of a fifth: in leaps of four steps, then by halves."""
+
+    def streams(step: int) -> int:
+        return int(options.streams * 1.2**step)
+
+    async def late(step: int) -> bool:
+        TimedClient.delays.clear()
+        async with Streams(port, streams(step), TimedClient) as load:
+            with generator() as share:
+                await load.pace(options.rate, 2, timed)
+        slowest = statistics.quantiles(TimedClient.delays, n=100)[98]
+        say(f"  {streams(step)} streams: p99 {slowest * 1e3:.1f} ms (generator {share():.0%} busy)")
+        return slowest >= 0.01
+
+    async def too_many(step: int) -> bool:
+        """Late twice: once may be the machine."""
+        return await late(step) and await late(step)
+
+    enough, most = -1, 0
+    while not await too_many(most):
+        enough, most = most, most + 4
+    while most - enough > 1:
+        middle = (enough + most) // 2
+        if await too_many(middle):
+            most = middle
+        else:
+            enough = middle
+    return {CAPACITY: streams(enough) if enough >= 0 else 0}
+
+
+async def memory_per_stream(port: int, pid: int, options: Namespace) -> dict[str, float]:
+    before = memory(pid)
+    async with Streams(port, options.open_streams) as streams:
+        for number, backend in enumerate(streams.order):
+            backend.write(CHUNKS[number % len(CHUNKS)])
+        await until(lambda: StreamClient.received == options.open_streams)
+        return {"KiB per open stream": (memory(pid) - before) / options.open_streams / 1024}
+
+
+class Quota:
+    """A control group in which a process has `SHARE` of a core. Raises OSError where there is none to be had."""
+
+    def __init__(self, pid: int) -> None:
+        root = Path("/sys/fs/cgroup")
+        unified = (root / "cgroup.controllers").exists()
+        self._group = (root if unified else root / "cpu") / f"bench-{pid}"
+        self._group.mkdir()
+        period = 10_000
+        quota = int(SHARE * period)
+        if unified:
+            (self._group / "cpu.max").write_text(f"{quota} {period}")
+        else:
+            (self._group / "cpu.cfs_period_us").write_text(str(period))
+            (self._group / "cpu.cfs_quota_us").write_text(str(quota))
+        (self._group / "cgroup.procs").write_text(str(pid))
+
+    def remove(self) -> None:
+        """Once the process has ended."""
+        self._group.rmdir()
+
+
+async def _throughput(port: int, options: Namespace) -> float:
+    """Chunks a second, each sent when the one before it has arrived."""
+    async with Streams(port, options.streams, EagerClient) as streams:
+        EagerClient.order = streams.order
+        for stream in range(options.streams):
+            EagerClient.send(stream)
+        await asyncio.sleep(1)
+        received, started = StreamClient.received, perf_counter()
+        await asyncio.sleep(options.seconds)
+        rate = (StreamClient.received - received) / (perf_counter() - started)
+        EagerClient.order = []
+        return rate
+
+
+async def workers(port: int, pid: int, options: Namespace) -> dict[str, float]:
+    """Two next to one and something else that takes as much CPU: who is alone is woken up more expensively."""
+    _, *processes = tree(pid)
+    other = await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
+    here = os.sched_getaffinity(0)
+    quotas: list[Quota] = []
+    try:
+        os.sched_setaffinity(0, options.cores)
+        quotas += map(Quota, [*processes, other.pid])
+        # One that stands still accepts nothing.
+        os.kill(processes[1], signal.SIGSTOP)
+        one = await _throughput(port, options)
+        other.kill()
+        await other.wait()
+        os.kill(processes[1], signal.SIGCONT)
+        two = await _throughput(port, options)
+    finally:
+        if other.returncode is None:
+            other.kill()
+            await other.wait()
+        os.sched_setaffinity(0, here)
+        options.afterwards += [quota.remove for quota in quotas]
+    return {"chunks/s of one worker": one, "chunks/s of two workers": two, "two workers, times one": two / one}
+
+
+LOADS: dict[str, type[Load]] = {
+    "chunks": Chunks,
+    "requests": ShortRequests,
+    "first_token": FirstToken,
+    "release": Release,
+}
+ALONE: dict[str, Callable[[int, int, Namespace], Awaitable[dict[str, float]]]] = {
+    "capacity": capacity,
+    "memory": memory_per_stream,
+    "workers": workers,
+}
+# How many workers a proxy has for a measure, if not one.
+WORKERS = {"workers": 2}
