@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -12,9 +13,25 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from aiohttp import ClientSession
 
 from .harness import DEADLINE, Peer, ScriptedUpstream
+
+
+def program(name: str) -> str:
+    """The path of the program `name`, of the environment or the system. Where it is missing, the test is skipped.
+
+    In CI it fails: there every program is.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
+    found = shutil.which(name, path=path)
+    if found is None:
+        missing = f"{name} is not installed"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return found
 
 
 async def until_true(condition: Callable[[], bool]) -> None:

@@ -19,6 +19,8 @@ import yaml
 from sseproxy import config
 from sseproxy.observe.metrics import METRICS
 
+from .served import program
+
 ROOT = Path(__file__).parent.parent
 KUBERNETES = ROOT / "configs" / "kubernetes"
 SYSTEMD = ROOT / "configs" / "systemd"
@@ -36,15 +38,6 @@ def load(path: Path) -> Any:
 
 def seconds(duration: str) -> float:
     return config.Timeouts.model_validate({"idle": duration}, context=config._DOCUMENT).idle
-
-
-def program(name: str) -> str:
-    """The program `name`, which CI has, and others may have."""
-    found = shutil.which(name)
-    if found is None and not os.environ.get("CI"):
-        pytest.skip(f"{name} is not installed")
-    assert found is not None, f"{name} is not installed"
-    return found
 
 
 @pytest.mark.parametrize("path", [path for path in MANIFESTS if path.stem != "podmonitor"], ids=lambda path: path.stem)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import socket
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,7 +32,7 @@ from .harness import (
     delta,
     post,
 )
-from .served import Served, end, serve, until_true
+from .served import Served, end, program, serve, until_true
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "front"
 README = (CONFIGS / "README.md").read_text()
@@ -52,17 +50,6 @@ class Front:
     """The text in its files that says where it listens, with the port 80."""
     command: Callable[[str, Path], list[str]]
     """From the program's path and its first file to the command that runs it in the foreground."""
-
-    def find(self) -> str:
-        """The program's path. Where it is missing, the test is skipped, but fails in CI."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
-        found = shutil.which(self.program, path=path)
-        if found is None:
-            missing = f"there is no {self.program} on this machine"
-            if os.environ.get("CI"):
-                pytest.fail(missing)
-            pytest.skip(missing)
-        return found
 
 
 # What /etc/nginx/nginx.conf has around a file of conf.d, as far as it is needed. Master and worker are one process,
@@ -165,7 +152,7 @@ async def running(
 
     Besides the ports, and where Traefik's files lie, only `variants` are replaced.
     """
-    program, port = front.find(), free_port()
+    path, port = program(front.program), free_port()
     texts = {name: (CONFIGS / name).read_text() for name in front.files}
     for old, new in variants:
         replaced(texts, old, new)
@@ -180,7 +167,7 @@ async def running(
         (directory / name).write_text(text)
     with (directory / "output").open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *front.command(program, directory / front.files[0]),
+            *front.command(path, directory / front.files[0]),
             stdout=output,
             stderr=output,
             # Caddy keeps its state in the home directory, and has an API on a fixed port.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from aiohttp import ClientError, ClientSession
 from sseproxy.observe.metrics import METRICS
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post
-from .served import ConfigFile, Served
+from .served import ConfigFile, Served, program
 
 GRAFANA = Path(__file__).parent.parent / "grafana"
 RULES = sorted((GRAFANA / "rules").glob("*.yaml"))
@@ -35,15 +33,6 @@ NOT_SHOWN = {
 }
 EXPOSED = {f"{metric.name}_total" if metric.kind == "counter" else metric.name for metric in METRICS}
 WINDOW = "10s"
-
-
-def program(name: str) -> str:
-    """The program `name`, which CI has, and others may have."""
-    found = shutil.which(name)
-    if found is None and not os.environ.get("CI"):
-        pytest.skip(f"{name} is not installed")
-    assert found is not None, f"{name} is not installed"
-    return found
 
 
 def rules() -> Iterator[dict[str, Any]]:

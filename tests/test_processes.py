@@ -172,6 +172,31 @@ async def test_workers_that_die_again_and_again_are_started_later_and_later(upst
         assert re.findall(r"the next starts in ([\d.]+)s", served.stderr) == ["0.1", "0.2", "0.4", "0.8"]
 
 
+# What Python runs first: a worker, if it is the first, says something else than workers of this version.
+OTHER_VERSION = """
+import os, signal, sys
+if "sseproxy.process.worker" in sys.orig_argv:
+    try:
+        os.rmdir(os.path.join(os.path.dirname(__file__), "once"))
+    except OSError:
+        pass
+    else:
+        os.write(int(sys.orig_argv[4]), bytes.fromhex("00000002 91a0"))
+        signal.pause()
+"""
+
+
+async def test_a_worker_that_is_not_understood_is_replaced(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION)
+    (tmp_path / "once").mkdir()
+    arguments = ("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1")
+    async with serve(*arguments, PYTHONPATH=str(tmp_path)) as served:
+        await served.until("worker_restarts_total", 1)
+        assert "a worker says what this version does not understand" in served.stderr
+        await served.until("workers", 1)
+        await finish_stream(*await begin_stream(served, upstream))
+
+
 async def test_a_worker_that_cannot_be_started_is_started_as_soon_as_it_can_be(upstream: ScriptedUpstream) -> None:
     async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
         (worker,) = served.workers

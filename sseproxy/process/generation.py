@@ -187,14 +187,12 @@ class Generation:
                 process.send_signal(self._told)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_config(self._of_a_worker))
-        reports = Reports(reader, writer.write)
-        async for report in reports:
-            self._reports[number] = reports
-            self._registry.add(number, report)
-            accepts = bool(self._registry.gauge(number, metrics.WORKERS))
-            if accepts != (number in self.ready):
-                (self.ready.add if accepts else self.ready.discard)(number)
-                self._changed()
+        try:
+            await self._follow(number, Reports(reader, writer.write))
+        except Exception:
+            # As it is where the package on disk has become another one since the supervisor was started.
+            log.exception("a worker says what this version does not understand: it is killed; restart to upgrade")
+            process.kill()
         self.ready.discard(number)
         self._reports.pop(number, None)
         status = await process.wait()
@@ -203,3 +201,13 @@ class Generation:
         for labels, lost in self._registry.drop(number).items():
             self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
         return status
+
+    async def _follow(self, number: int, reports: Reports) -> None:
+        """Keeps what a worker reports, until it reports no more."""
+        async for report in reports:
+            self._reports[number] = reports
+            self._registry.add(number, report)
+            accepts = bool(self._registry.gauge(number, metrics.WORKERS))
+            if accepts != (number in self.ready):
+                (self.ready.add if accepts else self.ready.discard)(number)
+                self._changed()
