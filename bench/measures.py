@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter, process_time
+from typing import ClassVar
 
 from .load import (
     CHUNKS,
@@ -35,11 +36,10 @@ from .proxies import DIRECT, Peer, cpu, memory, tree
 # Seconds of a turn, and of what goes before it, until the processor's caches are the proxy's again, and what was due
 # while it stood still is done. What it does every second by itself is then in each turn once, as it should be.
 TURN, WARM_UP = 1.0, 0.1
-# Connections in a turn, where they come one by one.
-ONE_BY_ONE = 30
+# Connections in a turn, where they come one by one, and seconds that are waited for what may never be.
+ONE_BY_ONE, NEVER = 30, 2.0
 # Of a core, for each of two workers: what is left of two cores is the generator's.
 SHARE = 0.4
-RELEASE = "us from client's close to upstream's, p50"
 CAPACITY = "streams at 50 chunks/s with p99 below 10 ms"
 
 
@@ -127,68 +127,75 @@ class ShortRequests(Load):
         return {"us of CPU per short request": self._spent / self._sent * 1e6}
 
 
-class FirstToken(Load):
-    """New connections, one by one: the time from the request's beginning to the first token."""
+class OneByOne(Load):
+    """New connections, one by one: the median of what is measured of each, told as `figure`."""
+
+    figure: ClassVar[str]
 
     async def __aenter__(self) -> Load:
         self._times: list[float] = []
         return self
 
-    async def turn(self) -> None:
-        loop = asyncio.get_running_loop()
-        Backend.first = CHUNKS[0]
-        try:
-            for _ in range(ONE_BY_ONE):
-                Backend.streams.clear()
-                StreamClient.received = 0
-                asked_at = perf_counter()
-                transport, _ = await loop.create_connection(StreamClient, "127.0.0.1", self.port)
-                async with asyncio.timeout(10):
-                    while not StreamClient.received:  # noqa: ASYNC110 - an event would be later by a turn of the loop
-                        await asyncio.sleep(0)
-                self._times.append(perf_counter() - asked_at)
-                for backend in Backend.streams:
-                    backend.write(END)
-                transport.close()
-        finally:
-            Backend.first = b""
-
-    def figures(self) -> dict[str, float]:
-        return {"us to the first token, p50": statistics.median(self._times) * 1e6}
-
-
-class Release(Load):
-    """Clients that leave in the middle of a stream, one by one: the time until the backend's connection is closed."""
-
-    async def __aenter__(self) -> Load:
-        self._times: list[float] = []
-        return self
+    @abstractmethod
+    async def once(self) -> float:
+        """Seconds; `NEVER` if it was waited for in vain."""
 
     async def turn(self) -> None:
-        loop = asyncio.get_running_loop()
         for _ in range(ONE_BY_ONE):
-            Backend.streams.clear()
-            transport, _ = await loop.create_connection(StreamClient, "127.0.0.1", self.port)
-            await until(lambda: len(Backend.streams) == 1)
-            (backend,) = Backend.streams
-            StreamClient.received = 0
-            backend.write(CHUNKS[0])
-            await until(lambda: StreamClient.received == 1)
-            left_at = perf_counter()
-            transport.abort()
-            try:
-                async with asyncio.timeout(2):
-                    while Backend.streams:  # noqa: ASYNC110 - an event would be later by a turn of the loop
-                        await asyncio.sleep(0)
-                self._times.append(Backend.lost_at - left_at)
-            except TimeoutError:
-                # It does not let go at all.
-                backend.abort()
-                self._times.append(2.0)
+            self._times.append(await self.once())
+            if self._times[-1] == NEVER:
                 return
 
     def figures(self) -> dict[str, float]:
-        return {RELEASE: statistics.median(self._times) * 1e6}
+        return {self.figure: statistics.median(self._times) * 1e6}
+
+
+class FirstToken(OneByOne):
+    """From a client's beginning to connect to the first token."""
+
+    figure = "us to the first token, p50"
+
+    async def once(self) -> float:
+        Backend.streams.clear()
+        Backend.first, StreamClient.received = CHUNKS[0], 0
+        try:
+            asked_at = perf_counter()
+            transport, _ = await asyncio.get_running_loop().create_connection(StreamClient, "127.0.0.1", self.port)
+            async with asyncio.timeout(10):
+                while not StreamClient.received:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                    await asyncio.sleep(0)
+            took = perf_counter() - asked_at
+        finally:
+            Backend.first = b""
+        for backend in Backend.streams:
+            backend.write(END)
+        transport.close()
+        return took
+
+
+class Release(OneByOne):
+    """From a client's leaving in the middle of a stream to the end of the backend's connection."""
+
+    figure = "us from client's close to upstream's, p50"
+
+    async def once(self) -> float:
+        Backend.streams.clear()
+        transport, _ = await asyncio.get_running_loop().create_connection(StreamClient, "127.0.0.1", self.port)
+        await until(lambda: len(Backend.streams) == 1)
+        (backend,) = Backend.streams
+        StreamClient.received = 0
+        backend.write(CHUNKS[0])
+        await until(lambda: StreamClient.received == 1)
+        left_at = perf_counter()
+        transport.abort()
+        try:
+            async with asyncio.timeout(NEVER):
+                while Backend.streams:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                    await asyncio.sleep(0)
+        except TimeoutError:
+            backend.abort()
+            return NEVER
+        return Backend.lost_at - left_at
 
 
 async def capacity(port: int, pid: int, options: Namespace) -> dict[str, float]:
