@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 
+from sseproxy.relay import downstream as relay_downstream
 from sseproxy.relay import routes
 from sseproxy.relay import upstream as relay_upstream
 
@@ -29,6 +30,14 @@ from .harness import (
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 OURS = {"via", "x-request-id"}
+# Long enough for a loaded machine to do what it has to before, short enough to wait for.
+IDLE = 0.5
+
+
+async def answer_all(api: Peer) -> None:
+    while True:
+        await api.message()
+        api.send(OK)
 
 
 async def test_nothing_is_invented_in_either_direction(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
@@ -192,6 +201,51 @@ async def test_an_idle_connection_to_the_upstream_is_closed_by_us_first(
     await client.message()
     assert await ended == "fin"
     await until(lambda: proxy.sample("upstream_connections") == 0)
+
+
+@pytest.mark.parametrize("requests", [0, 1, 2])
+async def test_a_connection_that_a_client_leaves_idle_is_closed(
+    requests: int, start: StartProxy, play: PlayScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_downstream, "KEEPALIVE", IDLE)
+    proxy = await start((await play(answer_all)).url)
+    client = await proxy.connect()
+    for _ in range(requests):
+        client.send(post())
+        assert (await client.message()).status == 200
+    assert await client.rest() == (b"", "fin")
+    assert proxy.outcomes() == ({"completed": requests} if requests else {})
+
+
+async def test_a_connection_is_not_idle_during_a_silence(
+    start: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_downstream, "KEEPALIVE", IDLE)
+    proxy = await start(upstream.url)
+    client, api = await begin(proxy, upstream)
+    done, _ = await asyncio.wait([asyncio.ensure_future(api.rest())], timeout=3 * IDLE)
+    assert not done
+    api.send(STREAM_HEAD, chunk(delta("Hi") + DONE), LAST_CHUNK)
+    assert (await client.message()).complete
+    assert await client.rest() == (b"", "fin")
+    assert await proxy.ended() == {"completed": 1}
+
+
+@pytest.mark.parametrize("requests", [0, 1])
+async def test_a_connection_is_not_idle_while_a_head_comes(
+    requests: int, start: StartProxy, play: PlayScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_downstream, "KEEPALIVE", IDLE)
+    proxy = await start((await play(answer_all)).url)
+    client = await proxy.connect()
+    for _ in range(requests):
+        client.send(post())
+        assert (await client.message()).status == 200
+    client.send(post()[:30])
+    done, _ = await asyncio.wait([left := asyncio.ensure_future(client.head())], timeout=3 * IDLE)
+    assert not done
+    client.send(post()[30:])
+    assert (await left).status == 200
 
 
 async def test_a_client_that_left_is_counted_as_499(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:

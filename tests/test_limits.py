@@ -26,6 +26,7 @@ from .harness import (
     RunningProxy,
     ScriptedUpstream,
     begin,
+    begin_head,
     chunk,
     delta,
     post,
@@ -175,10 +176,8 @@ async def test_a_head_that_comes_in_time_may_be_followed_by_a_slow_answer(
     start: StartProxy, upstream: ScriptedUpstream
 ) -> None:
     proxy = await limited(start, upstream, request_head_time=SHORT)
-    client = await proxy.connect()
-    client.send(post()[:30])
-    await until(lambda: any(getattr(one, "_unparsed", 0) for one in proxy.worker.proxy.server.connections))
-    client.send(post()[30:])
+    client, rest = await begin_head(proxy)
+    client.send(rest)
     api = await upstream.accept()
     await api.message()
     done, _ = await asyncio.wait([asyncio.ensure_future(client.head())], timeout=2 * SHORT)

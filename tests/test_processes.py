@@ -32,6 +32,7 @@ from .harness import (
     RunningProxy,
     ScriptedUpstream,
     begin,
+    begin_head,
     chunk,
     delta,
     post,
@@ -420,21 +421,47 @@ async def test_connections_without_a_request_do_not_hold_up_the_drain(
     idle, api = await begin(proxy, upstream)
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     assert (await idle.message()).body == b"ok"
-    half = await proxy.connect()
-    half.send(post()[:40])
     server = proxy.worker.proxy.server
-    await until(lambda: len(server.connections) == 2)
     connecting = asyncio.get_running_loop().create_task(proxy.connect())
-    await until(lambda: len(server.connections) == 3)
+    await until(lambda: len(server.connections) == 2)
     # On the one that is new nobody waits for a request yet.
     proxy.worker.proxy.drain()
     fresh = await connecting
-    for client in (idle, half, fresh):
+    for client in (idle, fresh):
         assert (await client.rest())[0] == b""
     async with asyncio.timeout(DEADLINE):
         await server.empty.wait()
         await proxy.worker.drain()
     assert proxy.outcomes() == {"completed": 1}
+
+
+async def test_a_request_of_which_a_part_has_come_when_the_drain_begins_is_answered(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client, rest = await begin_head(proxy)
+    draining = await drained(proxy)
+    client.send(rest)
+    api = await upstream.accept()
+    await api.message()
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    response = await client.message()
+    assert (response.body, response.get("connection")) == (b"ok", "close")
+    assert await client.rest() == (b"", "fin")
+    async with asyncio.timeout(DEADLINE):
+        await draining
+    assert proxy.outcomes() == {"completed": 1}
+
+
+async def test_a_part_of_a_request_holds_up_the_drain_no_longer_than_a_head_may_take(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    limits = config.Limits(request_head_time=0.3)
+    proxy = await start(upstream.url, drain_timeout=3600.0, limits=limits)
+    client, _ = await begin_head(proxy)
+    draining = await drained(proxy)
+    assert (await client.message()).status == 408
+    async with asyncio.timeout(DEADLINE):
+        await draining
 
 
 async def test_an_exchange_that_the_end_does_not_wait_for_was_not_left_by_its_client(

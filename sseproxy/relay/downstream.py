@@ -431,11 +431,18 @@ class DownstreamProtocol(RequestHandler):
         if self._current_request is not None:
             self._leave()
 
+    def _process_keepalive(self) -> None:
+        if self._head_timer is None:
+            super()._process_keepalive()
+        else:
+            # A head that has begun has a time of its own.
+            self._keepalive_handle = None
+
     def close_if_idle(self, seconds: float) -> None:
-        """Closes the connection if no request is on it, and none has been for so long."""
+        """Closes the connection if no request is on it, nor a part of a head, and none has been for so long."""
         fresh = self._request_count == 0 and self._waiter is None
         idle = fresh or (self._waiter is not None and not self._waiter.done())
-        if idle and perf_counter() - max(self.free_at, self.read_at) >= seconds:
+        if idle and self._head_timer is None and perf_counter() - max(self.free_at, self.read_at) >= seconds:
             self.force_close()
 
     def _leave(self) -> None:
