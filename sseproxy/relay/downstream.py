@@ -168,6 +168,7 @@ class DownstreamProtocol(RequestHandler):
         "_last_request",
         "_limits",
         "_server",
+        "_surplus",
         "_tail",
         "_unparsed",
         "_unread",
@@ -200,6 +201,8 @@ class DownstreamProtocol(RequestHandler):
         # The body of the request that was read last, and whether it is the last one of the connection.
         self._incoming: StreamReader = EMPTY_PAYLOAD
         self._last_request = False
+        # Whether bytes came, or are to be expected, after that.
+        self._surplus = False
         # Of the body that is being received: where its chunks end, or how much of its length is to come.
         self._chunks: ChunkedDecoder | None = None
         self._body_left = 0
@@ -255,7 +258,7 @@ class DownstreamProtocol(RequestHandler):
                     await self._waiter
                 finally:
                     self._waiter = None
-            message, body = cast("tuple[Request | _ErrInfo, StreamReader]", self._messages.popleft())
+            message = cast("Request | _ErrInfo", self._messages.popleft()[0])
             assert self._parser is not None
             self._parser.message_consumed()
             if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
@@ -268,13 +271,13 @@ class DownstreamProtocol(RequestHandler):
             except BaseException:
                 self.force_close()
                 raise
-            if not body.is_eof() and not self._force_close:
-                await self._linger(body)
             if not self._keepalive or self._close:
                 break
             self._next_keepalive_close_time = self._loop.time() + KEEPALIVE
             if self._keepalive_handle is None:
                 self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+        if not self._force_close and self._more_may_come():
+            await self._discard()
         if not self._force_close:
             self._task_handler = None
             if self.transport is not None:
@@ -309,16 +312,25 @@ class DownstreamProtocol(RequestHandler):
             if self._handler_waiter is not None:
                 self._handler_waiter.set_result(None)
 
-    async def _linger(self, body: StreamReader) -> None:
-        """Reads what is left of a request that was answered before its end: a reset could overtake the answer."""
-        try:
-            async with asyncio.timeout(self._lingering_time):
-                # An upload that still waits for it was just cancelled, and lets go of it now.
-                await asyncio.sleep(0)
-                while not body.is_eof():
-                    await body.readany()
-        except (TimeoutError, RequestPayloadError):
-            self.close()
+    def _more_may_come(self) -> bool:
+        """Whether the client has sent, or is about to send, what is not read."""
+        unread = self._unparsed or self._unread or self._buffer_paused
+        return bool(unread) or self._surplus or not self._incoming.is_eof()
+
+    async def _discard(self) -> None:
+        """Tells the client, which may be sending more, that nothing more comes, and reads until it closes as well.
+
+        A close with bytes unread would be a reset, which can overtake the answer (RFC 9112, section 9.6).
+        """
+        self._stop_head_timer()
+        self._messages.clear()
+        self._incoming, self._last_request, self._unread = EMPTY_PAYLOAD, True, b""
+        self._resume_transport_reading()
+        transport = self.transport
+        if transport is not None and transport.can_write_eof() and not transport.is_closing():
+            transport.write_eof()
+        # The end of the connection ends this task.
+        await asyncio.sleep(self._lingering_time)
 
     def _malformed(self, message: _ErrInfo) -> Answer:
         """Answers what is not HTTP/1.1, without a byte of it."""
@@ -341,6 +353,7 @@ class DownstreamProtocol(RequestHandler):
         while start < len(data):
             if self._last_request and self._incoming.is_eof():
                 # What follows a request that closes the connection is nobody's.
+                self._surplus = True
                 return
             if self._reading_paused or len(self._messages) >= MAX_PIPELINED:
                 self._unread = data[start:]
@@ -415,15 +428,20 @@ class DownstreamProtocol(RequestHandler):
 
     def _break_off(self) -> None:
         """What was read cannot be parsed. A body that it was part of fails: aiohttp's parser only forgets it."""
+        self.read_no_more()
         if not self._incoming.is_eof():
             self._incoming.set_exception(RequestPayloadError("the request body is broken"))
+
+    def read_no_more(self) -> None:
+        """No request after this one is read, whatever comes."""
+        self._last_request = self._surplus = True
 
     def _refuse_head(self, reason: str) -> None:
         self._stop_head_timer()
         error = RequestError(reason)
         self._messages.append((_ErrInfo(status=error.status, exc=error, message=""), EMPTY_PAYLOAD))
-        # Nothing more is read; what waits before it is still answered.
-        self._incoming, self._last_request = EMPTY_PAYLOAD, True
+        # What waits before it is still answered.
+        self.read_no_more()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -336,8 +336,11 @@ class _Relay:
         if error.status in (429, 503):
             # Another replica, or this one's successor, takes it now.
             extra.append((b"Retry-After", b"1"))
-        # What is not read as others might read it is the last that is read.
-        last = self._downstream.refused is not None or error.code in ("bad_request", "head_too_large")
+        misread = error.code in ("bad_request", "head_too_large")
+        if misread:
+            # What is not read as others might read it is the last that is read.
+            self._downstream.read_no_more()
+        last = misread or self._downstream.refused is not None
         return Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
