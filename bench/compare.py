@@ -151,11 +151,16 @@ def report(found: dict[str, dict[str, list[float]]], options: argparse.Namespace
         sys.stdout.write(f"\n{what}\n")
         first = "nginx" if "nginx" in peers else next(iter(peers))
         base = statistics.median(peers[first])
+        direct = statistics.median(peers[DIRECT.name]) if DIRECT.name in peers and "us" in what.split() else None
         for name, values in peers.items():
             middle = statistics.median(values)
-            rows.setdefault(what, {})[name] = {"median": middle, "ratio": middle / base, "rounds": values}
-            spread = f"from {min(values):.1f} to {max(values):.1f}"
-            sys.stdout.write(f"  {name:<10}{middle:9.1f}  {middle / base:6.2f} x {first}  ({spread})\n")
+            row = {"median": middle, "ratio": middle / base, "rounds": values}
+            line = f"  {name:<10}{middle:9.1f}  {middle / base:6.2f} x {first}"
+            if direct is not None:
+                row["added"] = middle - direct
+                line += f"  {middle - direct:+9.1f} to {DIRECT.name}"
+            sys.stdout.write(f"{line}  (from {min(values):.1f} to {max(values):.1f})\n")
+            rows.setdefault(what, {})[name] = row
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": machine, "measures": rows}, indent=1) + "\n")
 

@@ -8,11 +8,15 @@ import os
 import random
 import tracemalloc
 from collections import Counter
+from collections.abc import Awaitable, Callable
 
 import pytest
 
 from sseproxy.relay.downstream import WRITE_BUFFER
+from sseproxy.relay.exchange import Clock, Exchange, Inspector
+from sseproxy.relay.pump import Pump
 from sseproxy.relay.reads import MAX_READ
+from sseproxy.relay.upstream import ResponseHead
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
@@ -22,6 +26,7 @@ from .harness import (
     Peer,
     RunningProxy,
     ScriptedUpstream,
+    begin,
     chunk,
     delta,
     post,
@@ -139,6 +144,81 @@ async def settled(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
     await until(lambda: not proxy.worker.proxy.server.connections and not proxy.sample("upstream_connections"))
     gc.collect()
     await asyncio.sleep(0)
+
+
+JSON_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+
+
+async def answered(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client, api = await begin(proxy, upstream)
+    api.send(JSON_ANSWER)
+    await client.message()
+    return "completed"
+
+
+async def streamed(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client, api = await begin(proxy, upstream)
+    api.send(STREAM_HEAD, chunk(delta("a")), chunk(DONE), LAST_CHUNK)
+    await client.message()
+    return "completed"
+
+
+async def cut(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client, api = await begin(proxy, upstream)
+    api.send(STREAM_HEAD, chunk(delta("a")))
+    await client.read_until(b"data: ")
+    api.reset()
+    await client.rest()
+    return "truncated"
+
+
+async def unanswered(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client, api = await begin(proxy, upstream)
+    api.close()
+    assert (await client.message()).status == 502
+    return "upstream_error"
+
+
+async def left(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client, api = await begin(proxy, upstream)
+    api.send(STREAM_HEAD, chunk(delta("a")))
+    await client.read_until(b"data: ")
+    client.reset()
+    await api.gone()
+    return "client_gone_mid_stream"
+
+
+async def left_early(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client, api = await begin(proxy, upstream)
+    client.reset()
+    await api.gone()
+    return "client_gone_before_head"
+
+
+async def refused(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client = await proxy.connect()
+    client.send(post(path="/nowhere"))
+    assert (await client.message()).status == 404
+    return "rejected"
+
+
+@pytest.mark.parametrize("exchange", [answered, streamed, cut, unanswered, left, left_early, refused])
+async def test_what_an_exchange_held_is_freed_with_its_end(
+    proxy: RunningProxy,
+    upstream: ScriptedUpstream,
+    exchange: Callable[[RunningProxy, ScriptedUpstream], Awaitable[str]],
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        outcome = await exchange(proxy, upstream)
+        await proxy.idle()
+        await asyncio.sleep(0)
+        held = [kept for kept in gc.get_objects() if isinstance(kept, (Clock, Exchange, Inspector, Pump, ResponseHead))]
+    finally:
+        gc.enable()
+    assert held == []
+    assert proxy.outcomes() == {outcome: 1}
 
 
 async def test_a_stream_holds_no_more_than_its_bound_for_a_client_that_does_not_read(

@@ -301,6 +301,9 @@ class _Relay:
         if self._on_route:
             self._proxy.leave(self._on_route)
         self._recorded().finish(outcome)
+        # These refer to this object in turn: together they would wait for the garbage collector.
+        del self._task
+        self._clock = self._upload = self._connection = self._pump = None
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The exchange's record, begun here if it has not got so far as to have one."""
@@ -538,14 +541,15 @@ class _Relay:
                 read=read,
             ),
         )
-        response = connection.protocol.expect_head(request.method)
+        connection.protocol.expect_head(request.method)
         connection.transport.write(head + (frame(body) if body and framing == "chunked" else body))
         exchange.request_bytes += len(body)
         clock.enter("head" if self._whole else "body", perf_counter())
         if not self._whole:
             self._continue()
             self._upload = self._loop.create_task(self._send_body(connection, exchange, clock, framing == "chunked"))
-        return await response
+        # No name for it: one that fails would refer to this frame, and the frame to it.
+        return await connection.protocol.head()
 
     async def _send_body(self, connection: UpstreamConnection, exchange: Exchange, clock: Clock, chunked: bool) -> None:
         def waits_for(phase: Literal["body", "head"]) -> None:

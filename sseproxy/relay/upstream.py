@@ -12,7 +12,7 @@ import asyncio
 import functools
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
@@ -144,10 +144,14 @@ class RelayProtocol(ResponseHandler):
         self._reads = BoundedReads(self)
         transport.set_protocol(self._reads)
 
-    def expect_head(self, method: str) -> asyncio.Future[ResponseHead]:
-        """A future for the head of the response to a `method` request. It raises `UpstreamError`."""
+    def expect_head(self, method: str) -> None:
+        """A `method` request is about to be sent, and its `head` to come."""
         self._method = method
         self._head = self._loop.create_future()
+
+    def head(self) -> Awaitable[ResponseHead]:
+        """The expected head, to be awaited. Raises `UpstreamError`."""
+        assert self._head is not None
         return self._head
 
     def feed_to(self, sink: BodySink) -> None:
