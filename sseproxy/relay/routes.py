@@ -53,15 +53,15 @@ class Router:
     """The routes, in the order in which they are tried: longest prefix first, with a model before without."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
-        self._routes = sorted(routes, key=lambda route: (-len(_prefix(route)), not route.match.model))
+        ordered = sorted(routes, key=lambda route: (-len(_prefix(route)), not route.match.model))
+        self._routes = [(_prefix(route), _prefix(route) + "/", route) for route in ordered]
 
     def candidates(self, method: str, path: str) -> Sequence[Route]:
         """The routes for `path`, best first; which one it is may still depend on the request's model."""
         return [
             route
-            for route in self._routes
-            if (path == (prefix := _prefix(route)) or path.startswith(prefix + "/"))
-            and (not route.match.methods or method in route.match.methods)
+            for prefix, above, route in self._routes
+            if (path == prefix or path.startswith(above)) and (not route.match.methods or method in route.match.methods)
         ]
 
 
