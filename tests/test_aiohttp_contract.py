@@ -102,7 +102,7 @@ async def test_the_protocols_have_the_attributes_that_are_read() -> None:
     for name in (
         *("_current_request", "_loop", "_manager", "_parser", "_task_handler", "_waiter", "peername", "ssl_context"),
         *("_max_msg_queue_size", "_msg_queue_resume_size", "_message_tail", "_messages", "_request_count", "_upgraded"),
-        *("_buffer_paused", "_close", "_force_close", "_handler_waiter", "_request_in_progress", "_lingering_time"),
+        *("_buffer_paused", "_close", "_force_close", "_handler_waiter", "_request_in_progress"),
         *("_keepalive", "_keepalive_handle", "_next_keepalive_close_time"),
     ):
         assert hasattr(connection, name), name

@@ -151,17 +151,32 @@ async def test_a_client_that_reads_when_it_has_sent_all_learns_that_it_was_refus
 
 
 @pytest.mark.parametrize("head", REFUSED.values(), ids=REFUSED)
-async def test_a_client_that_was_refused_is_not_waited_for_without_end(
+async def test_a_client_that_was_refused_and_falls_silent_is_not_waited_for(
     proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch, head: bytes
 ) -> None:
+    monkeypatch.setattr(downstream, "SILENCE", SHORT)
     client = await proxy.connect()
-    server = proxy.worker.proxy.server
-    await until(lambda: len(server.connections) == 1)
-    monkeypatch.setattr(server.connections[0], "_lingering_time", SHORT)
     client.send(head + b"y")
     assert 400 <= (await client.message()).status < 500
     assert await client.rest() == (b"", "fin")
-    await until(lambda: not server.connections)
+    await until(lambda: not proxy.worker.proxy.server.connections)
+
+
+async def test_a_client_that_was_refused_may_send_on_for_a_while(
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downstream, "SILENCE", SHORT)
+    monkeypatch.setattr(downstream, "LINGER", 4 * SHORT)
+    client, loop = await proxy.connect(), asyncio.get_running_loop()
+    server, began = proxy.worker.proxy.server, loop.time()
+
+    def sends_on() -> bool:
+        client.writer.write(b"y")
+        return not server.connections
+
+    client.send(REFUSED["an_upload"])
+    await until(sends_on)
+    assert loop.time() - began >= 4 * SHORT
 
 
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["in_one_write", "in_pieces"])

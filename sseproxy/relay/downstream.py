@@ -42,8 +42,11 @@ WRITE_BUFFER = 32 * 1024
 _TOLD = 500
 # Requests that a client may send ahead of their responses.
 MAX_PIPELINED = 4
-# A close that waits for a client to take the last bytes waits so long.
+# A close that waits for a client, to take the last bytes or to stop sending, waits so long at most: as nginx
+# (lingering_time) and Apache httpd (MAX_SECS_TO_LINGER).
 LINGER = 30.0
+# One that has sent nothing for so long has stopped (Apache httpd's SECONDS_TO_LINGER).
+SILENCE = 2.0
 
 _BLANK_LINE = b"\r\n\r\n"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -318,7 +321,7 @@ class DownstreamProtocol(RequestHandler):
         return bool(unread) or self._surplus or not self._incoming.is_eof()
 
     async def _discard(self) -> None:
-        """Tells the client, which may be sending more, that nothing more comes, and reads until it closes as well.
+        """Tells the client that nothing more comes, and reads what it still sends, until it closes or is silent.
 
         A close with bytes unread would be a reset, which can overtake the answer (RFC 9112, section 9.6).
         """
@@ -329,8 +332,11 @@ class DownstreamProtocol(RequestHandler):
         transport = self.transport
         if transport is not None and transport.can_write_eof() and not transport.is_closing():
             transport.write_eof()
+        now = began = perf_counter()
         # The end of the connection ends this task.
-        await asyncio.sleep(self._lingering_time)
+        while (end := min(max(self.read_at, began) + SILENCE, began + LINGER)) > now:
+            await asyncio.sleep(end - now)
+            now = perf_counter()
 
     def _malformed(self, message: _ErrInfo) -> Answer:
         """Answers what is not HTTP/1.1, without a byte of it."""
