@@ -116,6 +116,8 @@ PEERS = [
     Peer(
         "litellm",
         HERE / ".venv/bin/litellm",
+        # It would fetch prices from the network first.
+        *("env", "LITELLM_LOCAL_MODEL_COST_MAP=True"),
         *(str(HERE / ".venv/bin/litellm"), "--config", "$DIRECTORY/litellm.yaml", "--host", "127.0.0.1"),
         *("--port", "$PORT", "--num_workers", "1"),
         files=("litellm.yaml",),
