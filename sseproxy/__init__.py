@@ -37,7 +37,11 @@ and it is reported once.*
     cli             serve, check-config, demo
     demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
     config          a frozen, typed configuration, with file:line:col in every error
-    document        YAML to plain data that knows where each of its parts stands
+      values          durations, sizes, addresses, keys: how each is read, written, and its schema
+      files           the keys and certificates that options name
+      model           the options, and what has to fit together
+      document        YAML to plain data that knows where each of its parts stands
+      loading         files and flags, and what is wrong with them
     errors          every exception we raise; the one table from an error to status, body and outcome
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       headers         hop-by-hop, forwarding, credentials
@@ -66,7 +70,8 @@ and it is reported once.*
       notify          what systemd is told
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
-`errors`. A test holds that.
+`errors`. Within `config` it is values <- files <- model <- loading, and only who loads imports a YAML parser. A test
+holds that.
 
 The hot path
 ------------

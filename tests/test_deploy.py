@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from sseproxy import config
+from sseproxy.config.values import DOCUMENT
 from sseproxy.observe.metrics import METRICS
 
 from .served import program
@@ -37,7 +38,7 @@ def load(path: Path) -> Any:
 
 
 def seconds(duration: str) -> float:
-    return config.Timeouts.model_validate({"idle": duration}, context=config._DOCUMENT).idle
+    return config.Timeouts.model_validate({"idle": duration}, context=DOCUMENT).idle
 
 
 @pytest.mark.parametrize("path", [path for path in MANIFESTS if path.stem != "podmonitor"], ids=lambda path: path.stem)

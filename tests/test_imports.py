@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +16,7 @@ ROOT = Path(sseproxy.__file__).parent
 EVERYWHERE = {"config", "errors"}
 MAY_IMPORT = {
     "errors": set(),
-    "document": set(),
-    "config": {"errors", "document", "wire.dialects"},
+    "config": {"config", "errors", "wire.dialects"},
     "wire": {"errors", "wire"},
     "relay": {"wire", "relay"} | EVERYWHERE,
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
@@ -25,6 +26,8 @@ MAY_IMPORT = {
     "cli": {"process", "demo", "demonstration"} | EVERYWHERE,
     "__main__": {"cli"},
 }
+# From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
+CONFIG = ["config.values", "config.files", "config.model", "config.document", "config.loading"]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
@@ -54,6 +57,18 @@ def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
     allowed = MAY_IMPORT[dotted(path).partition(".")[0]]
     for name in imported(path):
         assert name.startswith("__") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed), name
+
+
+def test_the_model_of_the_configuration_does_not_know_how_it_is_loaded() -> None:
+    assert sorted(CONFIG) == [dotted(path) for path in MODULES if dotted(path).startswith("config.")]
+    for level, name in enumerate(CONFIG):
+        path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+        assert {other for other in imported(path) if other.startswith("config")} <= set(CONFIG[:level]), name
+
+
+def test_a_worker_does_not_import_a_yaml_parser() -> None:
+    check = "import sys, sseproxy.process.worker; sys.exit('yaml' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", check], check=False).returncode
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("wire")], ids=dotted)

@@ -13,8 +13,7 @@ from typing import Final
 
 import yaml
 
-Loc = tuple[str | int, ...]
-"""Where a part is: keys and indices, from the top."""
+from .values import Loc, dotted, quoted, shortened
 
 _SHARED = "!shared"
 _STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
@@ -23,7 +22,6 @@ _MAX_DEPTH = 32
 INVALID: Final = object()
 """Stands for a value whose problem is already reported."""
 
-_NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
 _VARIABLE = re.compile(
     r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?)", re.A
 )
@@ -217,30 +215,6 @@ class Document:
         return None if problems else expanded
 
 
-def dotted(loc: Loc) -> str:
-    """`path.to[0].key`. Of a key that is no plain word only the start is shown, and nothing that is below an api_key:
-    either may contain the key itself, as in `{api_key:secret}`.
-    """
-    path = ""
-    for key in loc:
-        if isinstance(key, int):
-            path += f"[{key}]"
-            continue
-        word = _NOT_IN_WORD.split(key)[0][:64]
-        path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
-        if key == "api_key":
-            break
-    return path.removeprefix(".")
-
-
 def position(before: str) -> tuple[int, int]:
     """Line and column, from 1, of what follows the text `before`."""
     return before.count("\n") + 1, len(before) - before.rfind("\n")
-
-
-def quoted(text: str) -> str:
-    return repr(shortened(text))
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 64 else text[:63] + "\N{HORIZONTAL ELLIPSIS}"

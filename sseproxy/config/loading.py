@@ -1,0 +1,207 @@
+"""How a configuration is read from YAML and from command-line flags, and written again.
+
+Everything wrong with a document is reported at once: what `document` finds, what the model does not take, and what does
+not fit together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
+from yarl import URL
+
+from ..errors import ConfigError
+from .document import INVALID, Document, position
+from .model import Admin, Config, Match, Route, Upstream, conflicts
+from .values import DOCUMENT, Loc, quoted, read_address, read_url, read_workers
+
+T = TypeVar("T")
+
+
+def resolved(config: Config) -> str:
+    """`config` as a file, every option with its value. What is secret is not in it."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return text
+
+
+def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Config:
+    """Read a configuration file. Raises `ConfigError`, also if the file cannot be read or is not UTF-8."""
+    source = os.fspath(path)
+    problem = ""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        problem = f"{source}: cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        line, column = position(data[: error.start].decode("utf-8-sig"))
+        problem = f"{source}:{line}:{column}: expected UTF-8 text"
+    if problem:
+        raise ConfigError([problem])
+    return parse(text, source, env)
+
+
+def parse(text: str, source: str, env: Mapping[str, str] = os.environ) -> Config:
+    """Read the text of a configuration file, called `source` in messages. Raises `ConfigError` with all its problems.
+
+    `${VAR}`, `${VAR:-default}` and `$$` are expanded in values, after the YAML is parsed.
+    """
+    document = Document(text, env)
+    config = _validate(document)
+    if config is None or document.problems:
+        raise ConfigError(
+            [
+                f"{source}:{line}:{column}: {problem}"
+                for (line, column), problem in sorted(document.problems, key=itemgetter(0))
+            ]
+        )
+    return config
+
+
+def single(
+    url: str, *, listen: str | None = None, admin: str | None = None, workers: str | int | None = None
+) -> Config:
+    """The configuration of a proxy for one upstream, without a file. Raises `ConfigError` whose problems name flags.
+
+    Requests below `/v1` go to the path of `url`; if it has none, all requests do, with their path unchanged.
+    """
+    problems: list[str] = []
+    target = _flag(problems, "--upstream", read_url, url)
+    changes = _changes(problems, listen, admin, workers)
+    if problems or target is None:
+        raise ConfigError(problems)
+    path = "/" if URL(target).raw_path == "/" else "/v1"
+    return Config(
+        upstreams=(Upstream(name="upstream", url=target),),
+        routes=(Route(name="api", match=Match(path=path), upstream="upstream"),),
+    ).model_copy(update=changes)
+
+
+def override(
+    config: Config, *, listen: str | None = None, admin: str | None = None, workers: str | int | None = None
+) -> Config:
+    """`config` with the values of the command-line flags that are given. Raises `ConfigError` that names flags."""
+    problems: list[str] = []
+    changes = _changes(problems, listen, admin, workers)
+    if problems:
+        raise ConfigError(problems)
+    return config.model_copy(update=changes)
+
+
+def _changes(
+    problems: list[str], listen: str | None, admin: str | None, workers: str | int | None
+) -> dict[str, object]:
+    changes: dict[str, object] = {}
+    if listen is not None:
+        address = _flag(problems, "--listen", read_address, listen)
+        changes["listen"] = (address,)
+    if admin is not None and (place := _flag(problems, "--admin", read_address, admin)):
+        changes["admin"] = Admin(listen=place)
+    if workers is not None:
+        number = isinstance(workers, str) and re.fullmatch("[0-9]{1,9}", workers)
+        changes["workers"] = _flag(problems, "--workers", read_workers, int(workers) if number else workers)
+    return changes
+
+
+def _flag(problems: list[str], flag: str, read: Callable[[object], T], value: object) -> T | None:
+    try:
+        return read(value)
+    except PydanticCustomError as error:
+        got = f", got {quoted(str(value))}" if error.type == "expected" else ""
+        problems.append(f"{flag}: {error.message()}{got}")
+        return None
+
+
+_TYPE_PROBLEMS = {
+    "model_type": "expected a mapping",
+    "tuple_type": "expected a list",
+    "string_type": "expected text",
+}
+
+
+def _report_invalid(document: Document, kind: str, loc: Loc, message: str) -> None:
+    """Add the problem that pydantic calls `kind`, unless there is one already: conflicts are found without it."""
+    if kind == "conflict":
+        return
+    if kind == "missing":
+        document.report(loc, "required key is missing", document.parts[loc[:-1]].node.start_mark)
+        return
+    if kind == "extra_forbidden":
+        known = sorted(_model_at(loc[:-1]).model_fields)
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        document.report(loc, f"unknown key; expected one of {', '.join(known)}{hint}")
+        return
+
+    while loc not in document.parts:  # the item of a list that is written as a single text
+        loc = loc[:-1]
+    part = document.parts[loc]
+    if part.value is INVALID:
+        return
+    if kind == "too_short":
+        if part.value == ():  # and not for the items that are not valid
+            document.report(loc, "expected at least one entry")
+    elif kind == "expected_secret":
+        document.report(loc, message)
+    elif kind in _TYPE_PROBLEMS:
+        document.report(loc, f"{_TYPE_PROBLEMS[kind]}, got {part.kind()}")
+    else:
+        document.report(loc, f"{message}, got {part.spelled()}")
+
+
+def _validate(document: Document) -> Config | None:
+    """The configuration, or `None` after adding to `problems` what keeps the data from being one."""
+    data = document.data
+    if data is None:
+        return None
+    upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
+    for loc, message in conflicts(
+        [_text(upstream.get("name")) for upstream in upstreams],
+        [_text(route.get("name")) for route in routes],
+        [_valid_match(route.get("match")) for route in routes],
+        [_text(route.get("upstream")) for route in routes],
+        spell=lambda loc, _: str(document.parts[loc].node.value),
+    ):
+        document.report(loc, message)
+    try:
+        return Config.model_validate(data, context=DOCUMENT)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_context=False, include_input=False):
+            _report_invalid(document, detail["type"], detail["loc"], detail["msg"])
+    return None
+
+
+def _entries(data: Mapping[str, object], section: str) -> list[dict[str, object]]:
+    entries = data.get(section)
+    if not isinstance(entries, tuple):
+        return []
+    return [entry if isinstance(entry, dict) else {} for entry in entries]
+
+
+def _model_at(loc: Loc) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for key in loc:
+        if isinstance(key, str):
+            annotation = model.model_fields[key].annotation
+            (model, *_) = get_args(annotation) or (annotation,)
+    return model
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _valid_match(value: object) -> Match | None:
+    try:
+        return Match.model_validate(value, context=DOCUMENT)
+    except ValidationError:
+        return None

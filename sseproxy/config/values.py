@@ -1,0 +1,465 @@
+"""The values of options: how each kind is read, how it is written again, and its schema.
+
+What is not as it should be is an `expected` error, which says what should be there. None of them shows what may be
+secret.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Annotated, Final, Literal, cast
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PositiveInt,
+    SecretStr,
+    ValidationInfo,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import plain_serializer_function_ser_schema
+from yarl import URL
+
+from ..wire.dialects import DIALECT_NAMES
+
+DOCUMENT: Final = object()
+"""Validation context of text written by an operator: there, numbers need a unit."""
+
+_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
+API_KEY = re.compile(r"[!-~]+")
+_DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
+_DURATION_MS = (3_600_000, 60_000, 1_000, 1)
+# A method, and the name of a field (RFC 9110, section 5.6.2).
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
+_PASSED_SOCKET = re.compile(r"systemd(?::(?P<name>[A-Za-z0-9_.@-]+))?")
+_SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
+_UNIX_ADDRESS = re.compile(r"unix:(?P<path>/[^|\x00]*[^/|\x00])(?:\|(?P<mode>0?[0-7]{3}))?")
+# sun_path without its final zero byte (unix(7)).
+_MAX_UNIX_PATH = 107
+_SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def expected(what: str, *, show: bool = True) -> PydanticCustomError:
+    """The error of a value that is not `what`. `show` tells whether a message may contain the value."""
+    return PydanticCustomError("expected" if show else "expected_secret", "expected {what}", {"what": what})
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen. An empty host is all interfaces, port 0 any free port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read `HOST:PORT`, `[IPV6]:PORT` or `:PORT`; the inverse of `str`. Raises `ValueError`."""
+        match = _ADDRESS.fullmatch(text)
+        if match is None or int(match["port"]) > 65535:
+            raise ValueError("not HOST:PORT")
+        if match["v6"] is not None:
+            ipaddress.IPv6Address(match["v6"])
+        return cls(match["v6"] or match["host"], int(match["port"]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """Where to listen in the file system. `mode` are the socket's permissions, which are needed to connect."""
+
+    path: str
+    mode: int = 0o660
+
+    @classmethod
+    def parse(cls, text: str) -> UnixAddress:
+        """Read `unix:PATH` or `unix:PATH|MODE` with an octal mode; the inverse of `str`. Raises `ValueError`."""
+        match = _UNIX_ADDRESS.fullmatch(text)
+        if match is None or len(os.fsencode(match["path"])) > _MAX_UNIX_PATH:
+            raise ValueError("not unix:PATH")
+        return cls(match["path"], int(match["mode"], 8)) if match["mode"] else cls(match["path"])
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}|{self.mode:04o}"
+
+
+@dataclass(frozen=True, slots=True)
+class PassedSocket:
+    """Sockets that the service manager listens on: those of `name`, or all that it passes (sd_listen_fds(3))."""
+
+    name: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> PassedSocket:
+        """Read `systemd` or `systemd:NAME`; the inverse of `str`. Raises `ValueError`."""
+        match = _PASSED_SOCKET.fullmatch(text)
+        if match is None:
+            raise ValueError("not systemd or systemd:NAME")
+        return cls(match["name"])
+
+    def __str__(self) -> str:
+        return "systemd" if self.name is None else f"systemd:{self.name}"
+
+
+Listen = Address | UnixAddress | PassedSocket
+"""Where to listen."""
+
+
+def read_address(value: object) -> Listen:
+    if isinstance(value, Listen):
+        return value
+    for kind in (PassedSocket, UnixAddress, Address):
+        try:
+            if isinstance(value, str):
+                return kind.parse(value)
+        except ValueError:
+            continue
+    raise expected("HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535, unix:/PATH, systemd or systemd:NAME")
+
+
+def _addresses(value: object) -> object:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _api_key(value: object) -> SecretStr | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = SecretStr(value)
+    if isinstance(value, SecretStr) and API_KEY.fullmatch(value.get_secret_value()):
+        return value
+    raise expected("an API key: text of visible ASCII characters", show=False)
+
+
+def _header(value: object) -> str:
+    if isinstance(value, str) and _TOKEN.fullmatch(value):
+        return value
+    raise expected("the name of a header field such as Authorization or x-api-key")
+
+
+def _file_path(value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise expected("the path of a file")
+
+
+def _file_path_or_none(value: object) -> str | None:
+    return None if value is None else _file_path(value)
+
+
+def _tls_version(value: object) -> str:
+    if value in ("1.2", "1.3"):
+        return str(value)
+    raise expected('"1.2" or "1.3", in quotes')
+
+
+def _seconds(value: object, info: ValidationInfo) -> float | None:
+    seconds = math.nan
+    if isinstance(value, str):
+        if match := _DURATION.fullmatch(value):
+            seconds = sum(int(n or 0) * ms for n, ms in zip(match.groups(), _DURATION_MS, strict=True)) / 1000
+    elif isinstance(value, int | float) and not isinstance(value, bool) and info.context is not DOCUMENT:
+        seconds = float(value)
+    return seconds if 0 < seconds < math.inf else None
+
+
+def _duration(value: object, info: ValidationInfo) -> float:
+    seconds = _seconds(value, info)
+    if seconds is None:
+        raise expected("a duration such as 30s or 5m")
+    return seconds
+
+
+def _duration_or_off(value: object, info: ValidationInfo) -> float | None:
+    if value is None or value is False or value == "off":
+        return None
+    seconds = _seconds(value, info)
+    if seconds is None:
+        raise expected("a duration such as 30s or 5m, or off")
+    return seconds
+
+
+def _count(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise expected("a number from 1 up")
+
+
+def _count_or_off(value: object) -> int | None:
+    if value is None or value is False or value == "off":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise expected("a number from 1 up, or off")
+
+
+def _size(value: object, info: ValidationInfo) -> int:
+    size = 0
+    if isinstance(value, str):
+        if match := _SIZE.fullmatch(value):
+            size = int(match[1]) * _SIZE_BYTES[match[2]]
+    elif isinstance(value, int) and not isinstance(value, bool) and info.context is not DOCUMENT:
+        size = value
+    if size <= 0:
+        raise expected("a size such as 512KiB or 32MiB")
+    return size
+
+
+def _size_or_off(value: object, info: ValidationInfo) -> int | None:
+    return None if value is None or value is False or value == "off" else _size(value, info)
+
+
+def _dialect(value: object) -> str:
+    if value == "auto" or value in DIALECT_NAMES:
+        return str(value)
+    raise expected(f"auto or the name of a dialect ({', '.join(DIALECT_NAMES)})")
+
+
+def _glob(value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise expected("the name of a model or a glob such as gpt-4*")
+
+
+def _listed(value: object) -> tuple[object, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, tuple):
+        return value
+    raise expected("text or a list")
+
+
+def _method(value: object) -> str:
+    if isinstance(value, str) and _TOKEN.fullmatch(value):
+        return value.upper()
+    raise expected("an HTTP method such as POST")
+
+
+def _network(value: object) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    try:
+        if isinstance(value, str):
+            return ipaddress.ip_network(value)
+    except ValueError:
+        pass
+    raise expected("an address or a network such as 10.0.0.0/8")
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return value
+    raise expected("a name: 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+
+
+def _path(value: object) -> str:
+    if isinstance(value, str) and _PATH.fullmatch(value):
+        return value.removesuffix("/") or "/"
+    raise expected("a path such as /v1, without query, empty segments and dot segments")
+
+
+def _exchanges(value: object) -> str:
+    if value is False:
+        return "off"
+    if value in ("all", "errors", "off"):
+        return str(value)
+    raise expected("all, errors or off")
+
+
+def _log_format(value: object) -> str:
+    if value in ("auto", "json", "text"):
+        return str(value)
+    raise expected("auto, json or text")
+
+
+def _share(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    raise expected("a share above 0, up to 1")
+
+
+def read_url(value: object) -> str:
+    """A canonical URL. Userinfo and queries hold secrets, so a URL that might have one is never shown."""
+    text = value if isinstance(value, str) and value.isprintable() and " " not in value else ""
+    show = not (isinstance(value, str) and re.search("[@?#]", value))
+    try:
+        url = URL(text)
+        usable = url.scheme in ("http", "https") and bool(url.host) and bool(url.port)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise expected("a URL such as https://api.openai.com/v1", show=show)
+    if re.match("[^/]*//[^/]*@", text):
+        raise expected("a URL without user name and password; a key belongs into api_key", show=show)
+    if "?" in text or "#" in text:
+        raise expected("a URL without query and fragment", show=show)
+    return str(url).rstrip("/")
+
+
+def read_workers(value: object) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise expected("auto or a number of processes from 1 up")
+
+
+def _spell_duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "off"
+    rest, parts = max(1, round(seconds * 1000)), []
+    for ms, unit in zip(_DURATION_MS, ("h", "m", "s", "ms"), strict=True):
+        number, rest = divmod(rest, ms)
+        parts += [f"{number}{unit}"] * bool(number)
+    return "".join(parts)
+
+
+def _spell_size(size: int | None) -> str:
+    if size is None:
+        return "off"
+    unit, factor = max((item for item in _SIZE_BYTES.items() if not size % item[1]), key=itemgetter(1))
+    return f"{size // factor}{unit}"
+
+
+NONE: Final[JsonSchemaValue] = {"type": "null"}
+TEXT: Final[JsonSchemaValue] = {"type": "string"}
+_NUMBER: Final[JsonSchemaValue] = {"type": "integer", "minimum": 1}
+_IN_TIME: Final[JsonSchemaValue] = {"type": "string", "pattern": "^([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"}
+_IN_BYTES: Final[JsonSchemaValue] = {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}
+_VARIABLE: Final[JsonSchemaValue] = {"type": "string", "pattern": r"\$\{"}
+
+
+def _enum(*values: str | bool) -> JsonSchemaValue:
+    return {"enum": list(values)}
+
+
+# YAML 1.1 reads a plain off as false.
+_OFF: Final = _enum("off", False)
+
+
+def _one_or_more(item: JsonSchemaValue) -> JsonSchemaValue:
+    return {"anyOf": [item, {"type": "array", "items": item}]}
+
+
+class Option:
+    """How an option is `read`, what it may look like to an editor, and how it is written again (`spell`)."""
+
+    def __init__(
+        self, read: Callable[..., object], *schemas: JsonSchemaValue, spell: Callable[..., object] | None = None
+    ) -> None:
+        self._reader = BeforeValidator(read)
+        # Text from the environment may stand in the place of any value.
+        self._schemas = list(schemas) if TEXT in schemas else [*schemas, _VARIABLE]
+        self._spell = spell
+
+    def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = self._reader.__get_pydantic_core_schema__(source, handler)
+        if self._spell is None:
+            return schema
+        return cast(CoreSchema, {**schema, "serialization": plain_serializer_function_ser_schema(self._spell)})
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return self._schemas[0] if len(self._schemas) == 1 else {"anyOf": self._schemas}
+
+
+Duration = Annotated[float, Option(_duration, _IN_TIME, spell=_spell_duration)]
+"""Seconds. Written as `250ms`, `30s`, `5m`, `1h` or a combination in descending units, such as `1m30s`."""
+
+DurationOrOff = Annotated[float | None, Option(_duration_or_off, _IN_TIME, _OFF, NONE, spell=_spell_duration)]
+"""A `Duration`, or `None`, which is written as `off`."""
+
+Size = Annotated[int, Option(_size, _IN_BYTES, spell=_spell_size)]
+"""Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
+
+SizeOrOff = Annotated[int | None, Option(_size_or_off, _IN_BYTES, _OFF, NONE, spell=_spell_size)]
+"""A `Size`, or `None`, which is written as `off`."""
+
+Count = Annotated[int, Option(_count, _NUMBER)]
+
+CountOrOff = Annotated[int | None, Option(_count_or_off, _NUMBER, _OFF, NONE, spell=lambda n: n or "off")]
+"""A number from 1 up, or `None`, which is written as `off`."""
+
+Share = Annotated[float, Option(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
+
+Workers = Annotated[PositiveInt | Literal["auto"], Option(read_workers, _NUMBER, _enum("auto"))]
+
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, Option(_network, TEXT, spell=str)]
+
+Networks = Annotated[tuple[Network, ...], Option(_listed, _one_or_more(TEXT))]
+
+ListenAddress = Annotated[Listen, Option(read_address, TEXT, spell=str)]
+
+ListenAddresses = Annotated[tuple[ListenAddress, ...], Option(_addresses, _one_or_more(TEXT)), Field(min_length=1)]
+
+URLText = Annotated[str, Option(read_url, TEXT)]
+"""The URL of an API, canonical, without trailing slash."""
+
+ApiKey = Annotated[SecretStr | None, Option(_api_key, TEXT, NONE)]
+
+FieldName = Annotated[str, Option(_header, TEXT)]
+
+RequiredPath = Annotated[str, Option(_file_path, TEXT)]
+"""The path of a file, from the working directory if it is relative."""
+
+FilePath = Annotated[str | None, Option(_file_path_or_none, TEXT, NONE)]
+
+Name = Annotated[str, Option(_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"})]
+"""Names are metric label values, hence short and plain."""
+
+PathPrefix = Annotated[str, Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
+
+Globs = Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], Option(_listed, _one_or_more(TEXT))]
+
+Methods = Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], Option(_listed, _one_or_more(TEXT))]
+
+DialectName = Annotated[str, Option(_dialect, _enum("auto", *DIALECT_NAMES))]
+
+TLSVersion = Annotated[Literal["1.2", "1.3"], Option(_tls_version, _enum("1.2", "1.3"))]
+
+Exchanges = Annotated[Literal["all", "errors", "off"], Option(_exchanges, _enum("all", "errors", "off", False))]
+
+LogFormat = Annotated[Literal["auto", "json", "text"], Option(_log_format, _enum("auto", "json", "text"))]
+
+
+# What a message shows of a place and of a value.
+
+Loc = tuple[str | int, ...]
+"""Where a part of a configuration is: keys and indices, from the top."""
+
+_NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
+
+
+def dotted(loc: Loc) -> str:
+    """`path.to[0].key`. Of a key that is no plain word only the start is shown, and nothing that is below an api_key:
+    either may contain the key itself, as in `{api_key:secret}`.
+    """
+    path = ""
+    for key in loc:
+        if isinstance(key, int):
+            path += f"[{key}]"
+            continue
+        word = _NOT_IN_WORD.split(key)[0][:64]
+        path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
+        if key == "api_key":
+            break
+    return path.removeprefix(".")
+
+
+def quoted(text: str) -> str:
+    return repr(shortened(text))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 64 else text[:63] + "\N{HORIZONTAL ELLIPSIS}"
