@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from pathlib import Path
 from typing import TypeVar, get_args
 
 import yaml
@@ -21,6 +20,7 @@ from yarl import URL
 
 from ..errors import ConfigError
 from .document import INVALID, Document, position
+from .files import read_configuration
 from .model import Admin, Config, Limits, Match, Route, Upstream, conflicts
 from .values import DOCUMENT, Loc, Size, quoted, read_address, read_url, read_workers, spell_size
 
@@ -34,11 +34,11 @@ def resolved(config: Config) -> str:
 
 
 def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Config:
-    """Read a configuration file. Raises `ConfigError`, also if the file cannot be read or is not UTF-8."""
+    """Read a configuration file, or a pipe. Raises `ConfigError`, also if it cannot be read or is not UTF-8."""
     source = os.fspath(path)
     problem = ""
     try:
-        data = Path(path).read_bytes()
+        data = read_configuration(source)
         text = data.decode("utf-8-sig")
     except OSError as error:
         problem = f"{source}: cannot be read: {error.strerror}"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
-from .files import ApiKeyFile, CAFile, load_certificate
+from .files import ApiKeyFile, CAFile, load_certificate, trusting
 from .values import (
     Address,
     ApiKey,
@@ -64,7 +64,7 @@ class Limits(_Model):
     connections: Count = 10_000
     """Clients' connections; requests on more are answered 503."""
     connections_per_client: CountOrOff = None
-    """Connections from one address; requests on more are answered 429."""
+    """Connections from one client, an IPv4 address or a /64 of IPv6; requests on more are answered 429."""
     active_requests: CountOrOff = None
     """Exchanges under way; more are answered 503."""
     lag: DurationOrOff = 1.0
@@ -133,7 +133,7 @@ class UpstreamTLS(_Model):
 
     def context(self) -> ssl.SSLContext:
         """For connections to an upstream. Raises what is wrong with the files, as pydantic wants it."""
-        context = ssl.create_default_context(cafile=self.ca_file)
+        context = trusting(self.ca_file)
         context.set_alpn_protocols(["http/1.1"])
         if self.cert_file is not None:
             load_certificate(context, self.cert_file, self.key_file)
@@ -286,7 +286,8 @@ class Config(_Model):
     """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
     asked for, and where models are labels."""
     trusted_proxies: Networks = ()
-    """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to instead of replaced."""
+    """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to. From others they are replaced, and no
+    other field passes that only a proxy says."""
     access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
     limits: Limits = Limits()
