@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from .files import ApiKeyFile, CAFile, load_certificate, trusting
@@ -49,9 +48,7 @@ from .values import (
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 def _part(limit: int | None, workers: int) -> int | None:
@@ -338,15 +335,6 @@ class Config(_Model):
             if upstream.name == name:
                 return upstream
         raise KeyError(name)
-
-
-def schema() -> dict[str, object]:
-    """The JSON Schema of a configuration file, for editors."""
-    return {
-        "$schema": GenerateJsonSchema.schema_dialect,
-        "title": "sseproxy",
-        **{key: value for key, value in Config.model_json_schema().items() if key != "title"},
-    }
 
 
 def conflicts(
