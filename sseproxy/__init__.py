@@ -30,7 +30,7 @@ The life of a request
 ---------------------
 *A request enters at `relay.proxy`, which has its phases in numbers. `relay.routes` matches it to a route,
 `wire.headers` takes its hop-by-hop fields off, and it leaves through `relay.upstream`. Each chunk that comes back is
-written downstream unchanged by `relay.pump`, and only then shown to the inspector in `relay.exchange`, which reads it
+written downstream unchanged by `relay.pump`, and only then shown to the inspector in `relay.inspect`, which reads it
 with `wire.sse` and `wire.dialects`. When the stream ends, for whatever reason, the exchange has exactly one outcome,
 and it is reported once.*
 
@@ -47,7 +47,16 @@ and it is reported once.*
       headers         hop-by-hop, forwarding, credentials
       framing         where a response body ends: chunked, by length, by close
       sse             bytes to events, incremental, bounded
-      dialects        what one event means in each API: content, usage, end, error
+      meaning         what an event can mean: content, usage, end, error; how counts are read
+      dialects        each API in a file of its own: its paths, its events, its text
+        dialect         what tells one API from another
+        chat            chat completions, completions, and what looks like them
+        responses       OpenAI's Responses
+        messages        Anthropic's Messages
+        gemini          Google's Gemini
+        media           OpenAI's audio and images
+        assistants      OpenAI's Assistants
+      alike           events that mean the same as the one before, recognised by their bytes
       usage           asking for usage that the client did not ask for, and keeping it from the client
     relay           the life of an exchange
       proxy           the phases
@@ -56,7 +65,9 @@ and it is reported once.*
       upstream        the API's side: connections, heads, and the errors of both
       pump            the hot path
       reads           reads of bounded size, for both sides
-      exchange        the record of an exchange, its clock, its inspector
+      exchange        the record of an exchange
+      clock           its one timer
+      inspect         reading along: what a body means to the record
     observe         what an operator sees
       metrics         every metric, and the registry
       telemetry       from what happens to numbers, and from worker to supervisor
@@ -78,7 +89,8 @@ The hot path
 aiohttp parses heads; bodies are ours. `RelayProtocol` receives from the upstream's transport and hands a body's bytes
 to the `Pump`, which writes them to the client's transport in the same call: no queue, no future, no task in between. A
 read that is exactly one HTTP chunk is forwarded as it came. Backpressure is the transports' own: when the client's
-write buffer is over its mark, reading from the upstream is paused. What the inspector does happens after the write.
+write buffer is over its mark, reading from the upstream is paused. What the inspector does happens after the write; it
+says whether it saw progress, and the pump moves the clock.
 
 Words
 -----

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sseproxy import config
 from sseproxy.observe.access import AccessLog, describe
 from sseproxy.relay.exchange import Exchange
-from sseproxy.wire.dialects import DELTA
 from sseproxy.wire.headers import Fields, client_address
+from sseproxy.wire.meaning import DELTA
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
 from .served import ConfigFile, Served, until_true

@@ -9,17 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sseproxy.wire.dialects import (
-    DELTA,
-    END,
-    GARBLED,
-    NOTHING,
-    Meaning,
-    Usage,
-    alike,
-    read_completion,
-)
+from sseproxy.wire.alike import alike
+from sseproxy.wire.dialects.chat import CHAT, read_completion
+from sseproxy.wire.dialects.responses import RESPONSES
 from sseproxy.wire.framing import frame, payload_of, whole_chunks
+from sseproxy.wire.meaning import DELTA, END, GARBLED, NOTHING, Meaning, Usage
 from sseproxy.wire.sse import EventParser
 
 from .harness import DONE, delta
@@ -316,7 +310,7 @@ def test_alike_is_only_what_means_a_delta_and_nothing_else(
         )
         for last, (key, text) in enumerate(deltas)
     )
-    found = alike(first)
+    found = alike(first, CHAT.text)
     if found is not None and found.size_of(frame(second)):
         assert found.size_of(frame(second)) == len(second)
         assert means(second) == [DELTA]
@@ -331,7 +325,7 @@ def means(event: bytes) -> list[Meaning]:
     st.binary(min_size=1, max_size=40), st.integers(0, 150), st.booleans(), st.sampled_from([{}, {"obfuscation": "aB"}])
 )
 def test_alike_is_nothing_that_is_read_otherwise(inserted: bytes, at: int, inside: bool, more: dict[str, str]) -> None:
-    found = alike(delta("Hi", **more))
+    found = alike(delta("Hi", **more), CHAT.text)
     assert found is not None
     plain = delta("Ho ho", **more) if inside else frame(delta("Ho ho", **more))
     at %= len(plain)
@@ -343,7 +337,7 @@ def test_alike_is_nothing_that_is_read_otherwise(inserted: bytes, at: int, insid
 
 
 def test_alike_are_chunks_with_another_plain_text() -> None:
-    found = alike(delta("Hi"))
+    found = alike(delta("Hi"), CHAT.text)
     assert found is not None
     assert found.size_of(frame(delta("ho"))) == len(delta("ho"))
     for other in ('"', "a\\", "\n", ""):
@@ -352,12 +346,12 @@ def test_alike_are_chunks_with_another_plain_text() -> None:
     assert not found.size_of(frame(delta("ho") + delta("ho")))
     assert not found.size_of(frame(delta("ho")) + frame(delta("ho")))
     assert not found.size_of(frame(delta("ho" * 4096)))
-    assert alike(delta("")) is None
-    assert alike(DONE) is None
+    assert alike(delta(""), CHAT.text) is None
+    assert alike(DONE, CHAT.text) is None
 
 
 def test_padding_is_alike_in_any_length() -> None:
-    found = alike(delta("Hi", obfuscation="aB3"))
+    found = alike(delta("Hi", obfuscation="aB3"), CHAT.text)
     assert found is not None
     for padding in ("", "x", "xyZ0" * 9):
         assert found.size_of(frame(delta("ho", obfuscation=padding)))
@@ -383,7 +377,7 @@ def test_numbers_are_alike_in_any_place() -> None:
             + b"\n\n"
         )
 
-    found = alike(numbered(9, "Hi", "abc"))
+    found = alike(numbered(9, "Hi", "abc"), RESPONSES.text)
     assert found is not None
     for number in (0, 10, 12345):
         assert found.size_of(frame(numbered(number, " ho", "xy")))
@@ -393,7 +387,7 @@ def test_numbers_are_alike_in_any_place() -> None:
 
 
 def test_without_its_framing_nothing_is_alike() -> None:
-    found = alike(delta("Hi"))
+    found = alike(delta("Hi"), CHAT.text)
     assert found is not None
     # Of whatever length, also of those that no chunk has.
     for length in range(1, 1024):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sseproxy import config
-from sseproxy.wire.dialects import DELTA, DIALECTS, END, NOTHING, Dialect, Meaning, Usage, dialect_of
+from sseproxy.wire.dialects import DIALECTS, Dialect, dialect_of
+from sseproxy.wire.meaning import DELTA, END, NOTHING, Meaning, Usage
 
 from .conftest import StartProxy
 from .harness import STREAM_HEAD, ScriptedUpstream, begin, chunk, post

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sseproxy.config import Timeouts
-from sseproxy.relay.exchange import Clock, Exchange, StreamInspector
+from sseproxy.relay.exchange import Exchange
+from sseproxy.relay.inspect import StreamInspector
 from sseproxy.wire.dialects import dialect_of
 
 from . import reference
@@ -169,14 +168,9 @@ class Recording:
 def measured(api: str, pieces: list[bytes]) -> reference.Seen:
     recording = Recording()
     exchange = recording.exchange
-    # Its timers never fire: the loop does not run.
-    loop = asyncio.new_event_loop()
-    inspector = StreamInspector(
-        exchange, dialect_of("", api), Clock(loop, Timeouts(), 0.0, lambda error: None), 1 << 22
-    )
+    inspector = StreamInspector(exchange, dialect_of("", api), 1 << 22)
     for number, piece in enumerate(pieces):
         inspector.look(piece, float(number))
-    loop.close()
     usage = exchange.usage
     return reference.Seen(
         events=exchange.events,

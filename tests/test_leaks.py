@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from sseproxy.relay.clock import Clock
 from sseproxy.relay.downstream import WRITE_BUFFER
-from sseproxy.relay.exchange import Clock, Exchange, Inspector
+from sseproxy.relay.exchange import Exchange
+from sseproxy.relay.inspect import Inspector
 from sseproxy.relay.pump import Pump
 from sseproxy.relay.reads import MAX_READ
 from sseproxy.relay.upstream import ResponseHead

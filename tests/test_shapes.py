@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sseproxy import config
-from sseproxy.wire.dialects import Usage, dialect_of
+from sseproxy.wire.dialects import dialect_of
+from sseproxy.wire.meaning import Usage
 from sseproxy.wire.sse import EventParser
 
 from .conftest import StartProxy

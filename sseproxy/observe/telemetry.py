@@ -16,7 +16,7 @@ import msgspec
 
 from ..errors import Outcome
 from ..relay.exchange import Exchange
-from ..wire.dialects import Usage
+from ..wire.meaning import Usage
 from . import metrics
 from .access import AccessLog
 from .metrics import Labels, Recorder, Report

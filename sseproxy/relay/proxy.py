@@ -39,8 +39,10 @@ from ..wire.dialects import Dialect, dialect_of, model_in
 from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper, with_usage
 from . import routes
+from .clock import Clock
 from .downstream import Answer, DownstreamServer, Request, status_line
-from .exchange import Clock, Exchange, Inspector, JsonInspector, Observer, OpaqueInspector, StreamInspector
+from .exchange import Exchange, Observer
+from .inspect import Inspector, JsonInspector, StreamInspector
 from .pump import Peek, Pump
 from .upstream import ResponseHead, Upstream, UpstreamConnection
 
@@ -608,7 +610,7 @@ class _Relay:
                 connection,
                 downstream,
                 exchange,
-                self._inspector(head, event_stream, dialect, exchange, clock),
+                self._inspector(head, event_stream, dialect, exchange),
                 clock,
                 framing_in=head.framing,
                 framing_out=self._framing_out,
@@ -627,15 +629,12 @@ class _Relay:
             self._clock.only_client(downstream.stall_detector())
             await downstream.flushed()
 
-    def _inspector(
-        self, head: ResponseHead, event_stream: bool, dialect: Dialect, exchange: Exchange, clock: Clock
-    ) -> Inspector:
-        clock.enter("idle", perf_counter())
+    def _inspector(self, head: ResponseHead, event_stream: bool, dialect: Dialect, exchange: Exchange) -> Inspector:
         if headers.is_encoded(head.fields):
             exchange.unread = "encoded"
         elif event_stream:
-            return StreamInspector(exchange, dialect, clock, self._proxy.limits.event)
+            return StreamInspector(exchange, dialect, self._proxy.limits.event)
         elif self._request.method == "POST" and headers.is_json(head.fields):
             # What a GET fetches was counted when it was generated.
-            return JsonInspector(exchange, dialect, clock, self._proxy.limits.event)
-        return OpaqueInspector(clock)
+            return JsonInspector(exchange, dialect, self._proxy.limits.event)
+        return Inspector()

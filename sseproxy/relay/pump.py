@@ -14,11 +14,13 @@ from collections.abc import Callable
 from time import perf_counter
 
 from ..errors import BrokenBodyError, ExchangeError, Truncated, UpstreamError
-from ..wire.dialects import Alike
+from ..wire.alike import Alike
 from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, payload_of, whole_chunks
 from ..wire.usage import UsageStripper
+from .clock import Clock
 from .downstream import DownstreamProtocol
-from .exchange import Clock, Exchange, Inspector
+from .exchange import Exchange
+from .inspect import Inspector
 from .reads import PlainReads
 from .upstream import RelayProtocol, UpstreamConnection
 
@@ -67,6 +69,7 @@ class Pump:
     """
 
     __slots__ = (
+        "_awaits_token",
         "_body",
         "_chunked_out",
         "_clock",
@@ -113,6 +116,7 @@ class Pump:
         self._forwarded = exchange.observer.forwarded
         self._inspector = inspector
         self._clock = clock
+        self._awaits_token = inspector.awaits_token
         self._body = decoder(framing_in)
         self._head = b""
         self._chunked_out = framing_out == "chunked"
@@ -132,6 +136,10 @@ class Pump:
         self._downstream.pump = self
         if self._heartbeat is not None:
             self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._beat, self._heartbeat)
+        if self._awaits_token:
+            self._clock.enter("first_token", self._exchange.received_at)
+        else:
+            self._clock.enter("idle", perf_counter())
         self._upstream.protocol.feed_to(self)
         self._send_head()
 
@@ -211,11 +219,17 @@ class Pump:
 
     def _look(self, payload: bytes, read_at: float) -> None:
         try:
-            self._inspector.look(payload, read_at)
+            progress = self._inspector.look(payload, read_at)
         except Exception:
             # Looking must never stop the bytes.
             log.exception("the inspector failed; this stream goes on without it")
             self._inspector = Inspector()
+            return
+        if progress and self._awaits_token:
+            self._awaits_token = False
+            self._clock.enter("idle", read_at)
+        elif progress:
+            self._clock.touched = read_at
 
     def _beat(self, interval: float) -> None:
         now = perf_counter()

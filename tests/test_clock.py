@@ -7,7 +7,7 @@ from time import perf_counter
 
 from sseproxy.config import Timeouts
 from sseproxy.errors import ExchangeError, StalledClient, UpstreamTimeout
-from sseproxy.relay.exchange import Clock
+from sseproxy.relay.clock import Clock
 
 SHORT, LONG = 0.05, 60.0
 

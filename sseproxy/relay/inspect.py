@@ -1,0 +1,128 @@
+"""Inspectors: what reads along with a body that is forwarded elsewhere.
+
+They tell the exchange what they read, and the pump whether it is progress.
+"""
+
+from __future__ import annotations
+
+from ..errors import ExchangeError
+from ..wire.alike import Alike, alike
+from ..wire.dialects import Dialect
+from ..wire.meaning import DELTA, NOTHING
+from ..wire.sse import EventParser
+from .exchange import Exchange
+
+# A stream whose events have not been alike for so many is none whose events are.
+_TRIES = 8
+
+
+class Inspector:
+    """Reads along with a body that is forwarded elsewhere, and tells the exchange what it meant.
+
+    It can neither stop nor delay the bytes: what it cannot follow it counts, and lets go.
+    """
+
+    __slots__ = ()
+
+    awaits_token = False
+    """Whether the body has a first token, which is the first progress."""
+    alike: Alike | None = None
+    """Recognises reads that are like the one that was looked at last, and need not be: each is another delta."""
+
+    def look(self, payload: bytes, read_at: float) -> bool:
+        """`payload` was written downstream, read from the upstream at `read_at`. Returns whether it is progress."""
+        return True
+
+    def end(self) -> None:
+        """The body is complete."""
+
+    def heartbeat(self) -> bytes:
+        """What may be forwarded now to show that the body goes on; empty where nothing may."""
+        return b""
+
+    def farewell(self, error: ExchangeError) -> bytes:
+        """What may still be forwarded to say that `error` ends the body; empty where nothing can be understood."""
+        return b""
+
+
+class StreamInspector(Inspector):
+    """An event stream in `dialect`."""
+
+    __slots__ = (
+        "_alike_since",
+        "_exchange",
+        "_numbered",
+        "_parser",
+        "_read",
+        "_text",
+        "_tries",
+        "alike",
+        "awaits_token",
+    )
+
+    def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
+        self._exchange = exchange
+        self._parser = EventParser(dialect.max_event(max_event))
+        self._read = dialect.read
+        self._numbered = dialect.numbered
+        self._text = dialect.text
+        self.awaits_token = dialect.generates
+        # For how many events more it is worth to make an `alike`, and how many there had been at the last one.
+        self._tries = _TRIES
+        self._alike_since = 0
+        self.alike = None
+
+    def look(self, payload: bytes, read_at: float) -> bool:
+        exchange, parser = self._exchange, self._parser
+        fresh, meaning = parser.fresh, NOTHING
+        if self.alike is not None and exchange.events > self._alike_since:
+            self._tries = _TRIES
+        events = parser.feed(payload)
+        for kind, data in events:
+            if data is None:
+                exchange.unread = "oversize"
+            meaning = NOTHING if data is None else self._read(kind, data)
+            exchange.happened(meaning, read_at)
+        self.alike = None
+        if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
+            self._tries -= 1
+            self._alike_since = exchange.events
+            self.alike = alike(payload, self._text)
+        if self.awaits_token:
+            self.awaits_token = exchange.first_token_at is None
+            return not self.awaits_token
+        return bool(events)
+
+    def heartbeat(self) -> bytes:
+        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.
+        return b": heartbeat\n" if self._parser.at_boundary and not self._exchange.marker_seen else b""
+
+    def farewell(self, error: ExchangeError) -> bytes:
+        if not self._parser.at_boundary or self._exchange.marker_seen:
+            return b""
+        return error.event(self._exchange.events if self._numbered else None)
+
+
+class JsonInspector(Inspector):
+    """A JSON body in `dialect`, looked at as a whole if it is no larger than an event may be."""
+
+    __slots__ = ("_exchange", "_limit", "_parts", "_read", "_size")
+
+    def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
+        self._exchange = exchange
+        self._read = dialect.read
+        self._limit = dialect.max_event(max_event)
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def look(self, payload: bytes, read_at: float) -> bool:
+        self._size += len(payload)
+        if self._size <= self._limit:
+            self._parts.append(payload)
+        elif self._parts:
+            self._parts.clear()
+            self._exchange.unread = "oversize"
+        return True
+
+    def end(self) -> None:
+        self._exchange.usage = self._read(b"", b"".join(self._parts)).usage

@@ -1,0 +1,67 @@
+"""OpenAI's Assistants: threads and their runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+from ..alike import text_under
+from ..meaning import DELTA, END, FAILED, NOTHING, NULL, Meaning, filled, read_rest, read_usage, text_of
+from .dialect import Dialect
+
+
+class _Value(msgspec.Struct, gc=False):
+    value: msgspec.Raw = NULL
+
+
+class _Piece(msgspec.Struct, gc=False):
+    type: str = ""
+    text: _Value | None = None
+
+
+class _ThreadDelta(msgspec.Struct, gc=False):
+    content: list[_Piece] | None = None
+    step_details: msgspec.Raw = NULL
+
+
+class _ThreadEvent(msgspec.Struct, gc=False):
+    object: str = ""
+    status: msgspec.Raw = NULL
+    delta: _ThreadDelta | None = None
+    usage: msgspec.Raw = NULL
+
+
+_decode_thread_event: Final = msgspec.json.Decoder(_ThreadEvent).decode
+_RUN_ENDS: Final = frozenset({"completed", "incomplete", "failed", "cancelled", "expired", "requires_action"})
+
+
+def read_run(kind: bytes, data: bytes) -> Meaning:
+    """https://platform.openai.com/docs/api-reference/assistants-streaming: a run's usage includes that of its steps."""
+    if data == b"[DONE]":
+        return END
+    if kind == b"error":
+        return FAILED
+    try:
+        event = _decode_thread_event(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return read_rest(kind, data)
+    if event.object == "thread.run":
+        status = text_of(event.status)
+        return Meaning(
+            usage=read_usage(event.usage), finish=status if status in _RUN_ENDS else None, error=status == "failed"
+        )
+    delta = event.delta or _ThreadDelta()
+    pieces = delta.content or []
+    if filled(delta.step_details) or any(piece.text is None or filled(piece.text.value) for piece in pieces):
+        return DELTA
+    return NOTHING
+
+
+ASSISTANTS: Final = Dialect(
+    "assistants",
+    re.compile(r"/threads/(runs|[^/]+/runs(/[^/]+(/submit_tool_outputs)?)?)$"),
+    read_run,
+    text_under("value", "arguments"),
+)

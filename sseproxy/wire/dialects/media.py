@@ -1,0 +1,55 @@
+"""OpenAI's audio and images."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+from ..alike import text_under
+from ..meaning import END, FAILED, NOTHING, NULL, Meaning, filled, filled_blob, read_rest, read_usage
+from .dialect import Dialect
+
+
+class _MediaEvent(msgspec.Struct, gc=False):
+    type: str = ""
+    audio: msgspec.Raw = NULL
+    delta: msgspec.Raw = NULL
+    text: msgspec.Raw = NULL
+    b64_json: msgspec.Raw = NULL
+    usage: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
+
+
+# Of a stream that has an end for each of its parts.
+_DELTA_OF_A_PART: Final = Meaning(delta=True, more=True)
+_decode_media_event: Final = msgspec.json.Decoder(_MediaEvent).decode
+
+
+def read_media(kind: bytes, data: bytes) -> Meaning:
+    """https://platform.openai.com/docs/api-reference/audio and /images: speech, transcripts and images."""
+    if data == b"[DONE]":
+        return END
+    try:
+        event = _decode_media_event(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return read_rest(kind, data)
+    if event.type == "error" or kind == b"error" or filled(event.error):
+        return FAILED
+    if event.type.endswith((".done", ".completed")):
+        finish = "completed" if event.type.endswith(".completed") else event.type
+        return Meaning(delta=filled_blob(event.b64_json), usage=read_usage(event.usage), finish=finish, end=True)
+    if event.type:
+        blob = filled_blob(event.audio) or filled_blob(event.b64_json)
+        return _DELTA_OF_A_PART if blob or filled(event.delta) or filled(event.text) else NOTHING
+    return Meaning(usage=read_usage(event.usage))
+
+
+SPEECH: Final = Dialect("speech", re.compile(r"/audio/speech$"), read_media, text_under("delta"))
+TRANSCRIPTIONS: Final = Dialect(
+    "transcriptions", re.compile(r"/audio/(transcriptions|translations)$"), read_media, text_under("delta")
+)
+IMAGES: Final = Dialect(
+    "images", re.compile(r"/images/(generations|edits)$"), read_media, text_under("delta"), large=True
+)

@@ -1,0 +1,181 @@
+"""What an event can mean in any API, and how the APIs' counts are read."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import msgspec
+
+NULL: Final = msgspec.Raw(b"null")
+_EMPTY: Final = frozenset({b"null", b'""', b"[]", b"{}"})
+# No count of tokens has more digits; what has is garbage, and must not reach a counter.
+_MAX_DIGITS: Final = 15
+
+
+class Usage(NamedTuple):
+    """An upstream's own counts, as it counts them. None: not told.
+
+    Whether `cached_input` is part of `input`, and `reasoning` of `output`, is the API's way: OpenAI's are parts,
+    Anthropic's cache reads and Gemini's thoughts come on top. `seconds` is for audio that is not counted in tokens.
+    """
+
+    input: int | None = None
+    output: int | None = None
+    cached_input: int | None = None
+    reasoning: int | None = None
+    seconds: float | None = None
+
+    def overlaid(self, later: Usage) -> Usage:
+        """These counts, with those that `later` tells in their place."""
+        return self._replace(**{name: count for name, count in later._asdict().items() if count is not None})
+
+
+class Meaning(NamedTuple):
+    """What an event says.
+
+    `delta`: it carries generated content. `usage`: counts that replace all earlier ones, or, with `overlay`, only those
+    that it tells. `finish`: why a choice ended. `end`: nothing follows that matters. `more`: what ended before was one
+    of several candidates, or images. `error`: the upstream reports a failure. `understood`: it could be decoded.
+    """
+
+    delta: bool = False
+    usage: Usage | None = None
+    finish: str | None = None
+    end: bool = False
+    error: bool = False
+    understood: bool = True
+    overlay: bool = False
+    more: bool = False
+
+
+NOTHING: Final = Meaning()
+DELTA: Final = Meaning(delta=True)
+END: Final = Meaning(end=True)
+GARBLED: Final = Meaning(understood=False)
+FAILED: Final = Meaning(error=True)
+
+
+# The fields are Raw, because a known key may hold anything: a wrong type in one, or a string that is no Unicode, must
+# not hide the others.
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: msgspec.Raw = NULL
+    reasoning_tokens: msgspec.Raw = NULL
+
+
+class _Usage(msgspec.Struct, gc=False):
+    """Every name under which the APIs tell their counts."""
+
+    prompt_tokens: msgspec.Raw = NULL
+    input_tokens: msgspec.Raw = NULL
+    promptTokenCount: msgspec.Raw = NULL
+    completion_tokens: msgspec.Raw = NULL
+    output_tokens: msgspec.Raw = NULL
+    candidatesTokenCount: msgspec.Raw = NULL
+    prompt_tokens_details: msgspec.Raw = NULL
+    input_tokens_details: msgspec.Raw = NULL
+    prompt_cache_hit_tokens: msgspec.Raw = NULL
+    cache_read_input_tokens: msgspec.Raw = NULL
+    cachedContentTokenCount: msgspec.Raw = NULL
+    completion_tokens_details: msgspec.Raw = NULL
+    output_tokens_details: msgspec.Raw = NULL
+    thoughtsTokenCount: msgspec.Raw = NULL
+    seconds: msgspec.Raw = NULL
+
+
+_decode_usage: Final = msgspec.json.Decoder(_Usage).decode
+_decode_details: Final = msgspec.json.Decoder(_Details).decode
+_decode_text: Final = msgspec.json.Decoder(str).decode
+_decode_seconds: Final = msgspec.json.Decoder(float).decode
+
+
+def filled(value: msgspec.Raw) -> bool:
+    """Whether `value` holds something: it is there, and neither null nor empty."""
+    return value is not NULL and bytes(value) not in _EMPTY
+
+
+def filled_blob(value: msgspec.Raw) -> bool:
+    """`filled` for base64 of any size, which is not copied."""
+    return value is not NULL and memoryview(value).nbytes > len(b"null")
+
+
+def text_of(value: msgspec.Raw) -> str | None:
+    """The string that `value` is; None if it is none."""
+    try:
+        return _decode_text(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _count(*values: msgspec.Raw) -> int | None:
+    """The first of `values` that is a count."""
+    for value in values:
+        if value is not NULL:
+            digits = bytes(value)
+            if digits.isdigit() and len(digits) <= _MAX_DIGITS:
+                return int(digits)
+    return None
+
+
+def _seconds(value: msgspec.Raw) -> float | None:
+    if value is NULL:
+        return None
+    try:
+        seconds = _decode_seconds(value)
+    except msgspec.MsgspecError:
+        return None
+    return seconds if 0 <= seconds < 10**_MAX_DIGITS else None
+
+
+def _details(value: msgspec.Raw) -> _Details:
+    if value is NULL:
+        return _NO_DETAILS
+    try:
+        return _decode_details(value)
+    except msgspec.MsgspecError:
+        return _NO_DETAILS
+
+
+_NO_DETAILS: Final = _Details()
+
+
+def read_usage(value: msgspec.Raw) -> Usage | None:
+    """The counts in a usage object of any API; None if it has none that is a count."""
+    if not filled(value):
+        return None
+    try:
+        usage = _decode_usage(value)
+    except msgspec.MsgspecError:
+        return None
+    into, out = _details(usage.prompt_tokens_details), _details(usage.completion_tokens_details)
+    into_too, out_too = _details(usage.input_tokens_details), _details(usage.output_tokens_details)
+    counts = Usage(
+        input=_count(usage.prompt_tokens, usage.input_tokens, usage.promptTokenCount),
+        output=_count(usage.completion_tokens, usage.output_tokens, usage.candidatesTokenCount),
+        cached_input=_count(
+            into.cached_tokens,
+            into_too.cached_tokens,
+            usage.prompt_cache_hit_tokens,
+            usage.cache_read_input_tokens,
+            usage.cachedContentTokenCount,
+        ),
+        reasoning=_count(out.reasoning_tokens, out_too.reasoning_tokens, usage.thoughtsTokenCount),
+        seconds=_seconds(usage.seconds),
+    )
+    return None if counts.input is None and counts.output is None and counts.seconds is None else counts
+
+
+class _Rest(msgspec.Struct, gc=False):
+    usage: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
+
+
+_decode_rest: Final = msgspec.json.Decoder(_Rest).decode
+
+
+def read_rest(kind: bytes, data: bytes) -> Meaning:
+    """What can be told of an event that is not what its API says."""
+    try:
+        rest = _decode_rest(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return Meaning(error=kind == b"error", understood=False)
+    return Meaning(usage=read_usage(rest.usage), error=kind == b"error" or filled(rest.error), understood=False)
