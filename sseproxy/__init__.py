@@ -28,11 +28,11 @@ whose workers do not come up, changes nothing.
 
 The life of a request
 ---------------------
-*A request enters at `relay.proxy`, which has its phases in numbers. `relay.routes` matches it to a route,
-`wire.headers` takes its hop-by-hop fields off, and it leaves through `relay.upstream`. Each chunk that comes back is
-written downstream unchanged by `relay.pump`, and only then shown to the inspector in `relay.inspect`, which reads it
-with `wire.sse` and `wire.dialects`. When the stream ends, for whatever reason, the exchange has exactly one outcome,
-and it is reported once.*
+*A request comes on a connection of `relay.downstream`, and `relay.phases` tells its life in numbers. `relay.admission`
+gives it its places, `relay.routes` a route, `wire.headers` takes its hop-by-hop fields off, and it leaves through an
+attempt in `relay.attempt`. Each chunk that comes back is written downstream unchanged by `relay.pump`, and only then
+shown to the inspector in `relay.inspect`, which reads it with `wire.sse` and `wire.dialects`. When the stream ends, for
+whatever reason, the exchange has exactly one outcome, and it is reported once.*
 
     cli             serve, check-config, demo
     demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
@@ -45,7 +45,7 @@ and it is reported once.*
     errors          every exception we raise; the one table from an error to status, body and outcome
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       headers         hop-by-hop, forwarding, credentials
-      framing         where a response body ends: chunked, by length, by close
+      framing         where a body ends: chunked, by length, by close
       sse             bytes to events, incremental, bounded
       meaning         what an event can mean: content, usage, end, error; how counts are read
       dialects        each API in a file of its own: its paths, its events, its text
@@ -59,10 +59,18 @@ and it is reported once.*
       alike           events that mean the same as the one before, recognised by their bytes
       usage           asking for usage that the client did not ask for, and keeping it from the client
     relay           the life of an exchange
-      proxy           the phases
+      proxy           what a worker holds
+      phases          the life of a request, in numbers
+      admission       what connections and requests occupy, and the limits on it
       routes          which route, which path upstream
-      downstream      the client's side: aiohttp's server protocol, and noticing that a client left
-      upstream        the API's side: connections, heads, and the errors of both
+      server          the connections of all clients, from being accepted on
+      downstream      a client's connection: its requests, one after the other, and noticing that it left
+      heads           request and response heads, by aiohttp's parser
+      body            the one owner of a request's body
+      answers         what is answered here
+      hangups         noticing a hang-up where nothing is read
+      attempt         one try at an upstream: connection, request, response head
+      upstream        the API's side: connections, and their errors
       pump            the hot path
       reads           reads of bounded size, for both sides
       exchange        the record of an exchange
@@ -83,6 +91,13 @@ and it is reported once.*
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
 `errors`. Within `config` it is values <- files <- model <- loading, and only who loads imports a YAML parser. A test
 holds that.
+
+One owner for each thing
+------------------------
+What a request occupies is a `Ticket`, given back first in the last phase. Its body is a `RequestBody`, from the first
+byte that comes to the last that is sent, and read in one place only. Its deadlines are one `Clock`: those of connecting
+and of the head fail the attempt, the others the exchange. Its upstream connection is the attempt's, until the pump has
+it. Where several of these end, each does, whatever the others raise.
 
 The hot path
 ------------

@@ -369,5 +369,5 @@ async def begin_head(proxy: RunningProxy) -> tuple[Peer, bytes]:
     """A client of whose first request a part was read, and the rest of it."""
     client = await proxy.connect()
     client.send(post()[:40])
-    await until(lambda: any(getattr(one, "_unparsed", 0) for one in proxy.worker.proxy.server.connections))
+    await until(lambda: any(one._heads.begun for one in proxy.worker.proxy.server.connections))
     return client, post()[40:]

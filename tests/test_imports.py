@@ -28,6 +28,12 @@ MAY_IMPORT = {
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
 CONFIG = ["config.values", "config.files", "config.model", "config.document", "config.loading"]
+# From the bottom up. What a module imports for its types alone is not counted: a connection knows its server's type.
+RELAY = [
+    *("relay.reads", "relay.hangups", "relay.answers", "relay.routes", "relay.heads", "relay.body", "relay.admission"),
+    *("relay.downstream", "relay.server", "relay.exchange", "relay.clock", "relay.inspect", "relay.upstream"),
+    *("relay.attempt", "relay.pump", "relay.phases", "relay.proxy"),
+]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
@@ -59,11 +65,27 @@ def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
         assert name.startswith("__") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed), name
 
 
-def test_the_model_of_the_configuration_does_not_know_how_it_is_loaded() -> None:
-    assert sorted(CONFIG) == [dotted(path) for path in MODULES if dotted(path).startswith("config.")]
-    for level, name in enumerate(CONFIG):
+def type_checked(path: Path) -> set[str]:
+    """What `path` imports for the type checker alone."""
+    tree = ast.parse(path.read_text())
+    guarded = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    package = ".".join(path.relative_to(ROOT).parts[:-1])
+    return {
+        f"{package}.{node.module}"
+        for guard in guarded
+        for node in ast.walk(guard)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+    }
+
+
+@pytest.mark.parametrize("plan", [CONFIG, RELAY], ids=["config", "relay"])
+def test_what_is_above_imports_what_is_below(plan: list[str]) -> None:
+    room = plan[0].partition(".")[0]
+    assert sorted(plan) == [dotted(path) for path in MODULES if dotted(path).startswith(f"{room}.")]
+    for level, name in enumerate(plan):
         path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-        assert {other for other in imported(path) if other.startswith("config")} <= set(CONFIG[:level]), name
+        others = {other for other in imported(path) if other.startswith(f"{room}.")} - type_checked(path)
+        assert others <= set(plan[:level]), name
 
 
 def test_a_worker_does_not_import_a_yaml_parser() -> None:

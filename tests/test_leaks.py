@@ -15,10 +15,10 @@ import pytest
 from sseproxy.relay.clock import Clock
 from sseproxy.relay.downstream import WRITE_BUFFER
 from sseproxy.relay.exchange import Exchange
+from sseproxy.relay.heads import ResponseHead
 from sseproxy.relay.inspect import Inspector
 from sseproxy.relay.pump import Pump
 from sseproxy.relay.reads import MAX_READ
-from sseproxy.relay.upstream import ResponseHead
 
 from .conftest import PlayScript, StartProxy
 from .harness import (

@@ -13,7 +13,6 @@ import pytest
 
 from sseproxy import config
 from sseproxy.errors import RequestError
-from sseproxy.relay import downstream
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
@@ -79,7 +78,6 @@ async def test_connections(start: StartProxy, upstream: ScriptedUpstream) -> Non
 async def test_connections_far_above_the_limit_are_closed_at_once(
     start: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downstream, "_TOLD", 1)
     proxy = await limited(start, upstream, connections=1)
     await begin(proxy, upstream)
     await proxy.connect()
@@ -101,7 +99,7 @@ async def test_connections_of_one_address(start: StartProxy, upstream: ScriptedU
     await finish(client, api)
     client.close()
     await until(proxy.worker.proxy.server.empty.is_set)
-    assert not proxy.worker.proxy.server._clients
+    assert not proxy.worker.proxy.server.places._of
     (await proxy.connect()).send(post())
     await api.message()
 
@@ -239,7 +237,7 @@ async def test_a_body_that_comes_with_its_head_is_too_large_as_well(
     proxy = await limited(start, upstream, request_body=1000)
     client = await proxy.connect()
     client.send(CHUNKED + chunk(b"x" * 1200) + LAST_CHUNK)
-    refused(await client.message(), "body_too_large", proxy, route="api")
+    refused(await client.message(), "body_too_large", proxy)
 
 
 async def test_an_empty_line_begins_no_head(start: StartProxy, upstream: ScriptedUpstream) -> None:

@@ -471,7 +471,7 @@ async def test_an_exchange_that_the_end_does_not_wait_for_was_not_left_by_its_cl
     client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")))
     await client.read_until(chunk(delta("Hi")))
-    await proxy.worker.proxy.server.shutdown(timeout=0.1)
+    await proxy.worker.proxy.server.shutdown(0.1)
     received, _ = await client.rest()
     assert not received.endswith(LAST_CHUNK)
     await api.gone()

@@ -11,6 +11,7 @@ import pytest
 
 from sseproxy.config import Limits
 from sseproxy.relay import downstream
+from sseproxy.relay import server as servers
 from sseproxy.relay.downstream import MAX_PIPELINED
 
 from .conftest import PlayScript, StartProxy
@@ -116,7 +117,7 @@ async def test_what_follows_a_head_that_is_too_large_is_not_kept(
     client, api = await begin(proxy, upstream)
     await dribble(proxy, client, TOO_LARGE["in_pieces"] + [b"y" * 1000] * 100)
     (connection,) = proxy.worker.proxy.server.connections
-    assert len(connection._messages) == 1
+    assert len(connection._requests) == 1
     api.send(OK)
     assert (await client.message()).body == b"ok"
     assert (await client.message()).status == 431
@@ -218,7 +219,7 @@ async def test_few_requests_wait_for_the_one_before_them_and_all_are_answered_in
     (connection,) = proxy.worker.proxy.server.connections
     for number in range(400):
         assert (await api.message()).start_line == f"GET /v1/files/{number} HTTP/1.1"
-        assert len(connection._messages) <= MAX_PIPELINED
+        assert len(connection._requests) <= MAX_PIPELINED
         assert len(proxy.worker.proxy.active) == 1
         api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n%03d" % number)
         assert (await client.message()).body == b"%03d" % number
@@ -299,7 +300,7 @@ async def pipeline_until_blocked(proxy: RunningProxy, request_head: bytes) -> Pe
     return client
 
 
-async def settled(server: downstream.DownstreamServer) -> None:
+async def settled(server: servers.DownstreamServer) -> None:
     """Waits until no request is handled any more."""
     handled = -1
     while server.requests_count != handled:
@@ -324,7 +325,7 @@ async def test_a_client_that_takes_no_answers_gets_no_more_of_them_and_is_cut(
         for connection in server.connections:
             if connection.transport is not None:
                 held = max(held, connection.transport.get_write_buffer_size())
-            queued = max(queued, len(connection._messages))
+            queued = max(queued, len(connection._requests))
         return not server.connections
 
     await until(cut)

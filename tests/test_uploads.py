@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sseproxy import config
-from sseproxy.relay.downstream import DownstreamProtocol
+from sseproxy.relay.body import RequestBody
 
 from .conftest import StartProxy
 from .harness import LAST_CHUNK, Peer, RunningProxy, ScriptedUpstream, begin, chunk, post, until
@@ -102,7 +102,7 @@ async def test_a_broken_chunk_of_a_request_that_waits_does_not_touch_the_one_bef
     client, api = await begin(proxy, upstream)
     client.send(CHUNKED, chunk(b"abc"))
     (connection,) = proxy.worker.proxy.server.connections
-    await until(lambda: bool(connection._messages))
+    await until(lambda: bool(connection._requests))
     client.send(BROKEN)
     api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
     await client.read_until(b"\r\n\r\n")
@@ -197,8 +197,9 @@ async def test_an_answer_to_an_upload_that_the_upstream_does_not_take_is_whole_a
 ) -> None:
     client, api = await upload_until_blocked(proxy, upstream)
     (relay,) = proxy.worker.proxy.active
-    assert relay._connection is not None
-    transport = relay._connection.transport
+    assert relay._attempt is not None
+    assert relay._attempt.connection is not None
+    transport = relay._attempt.connection.transport
     assert transport.get_write_buffer_size()
     api.send(b"HTTP/1.1 413 Content Too Large\r\n", answer)
     if b"close" in answer:
@@ -257,14 +258,14 @@ async def test_an_upload_of_blank_lines_costs_no_more_than_another(
     proxy: RunningProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, follows: bytes
 ) -> None:
     parsed = 0
-    parse = DownstreamProtocol._parse
+    feed = RequestBody.feed
 
-    def counting(self: DownstreamProtocol, data: bytes) -> None:
+    def counting(self: RequestBody, data: bytes) -> int:
         nonlocal parsed
         parsed += 1
-        parse(self, data)
+        return feed(self, data)
 
-    monkeypatch.setattr(DownstreamProtocol, "_parse", counting)
+    monkeypatch.setattr(RequestBody, "feed", counting)
     payload = b"\r\n\r\n" * 100_000
     client = await proxy.connect()
     client.send(

@@ -27,7 +27,7 @@ from ..config import Config, Listen
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
 from ..observe.metrics import Recorder, Registry
-from ..relay.downstream import check_parser
+from ..relay.heads import check_parser
 from . import notify
 from .admin import application
 from .generation import Generation

@@ -9,6 +9,7 @@ as well, but as a worker whose successor has already taken over: in its own time
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import pickle
@@ -88,13 +89,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         tls = self._config.tls.context() if self._config.tls is not None else None
         for sock in self._sockets:
-            server = await loop.create_server(
-                self.proxy.server,
-                sock=sock,
-                backlog=BACKLOG,
-                ssl=tls,
-                ssl_handshake_timeout=self._config.limits.request_head_time if tls is not None else None,
-            )
+            server = await loop.create_server(functools.partial(self.proxy.server, tls), sock=sock, backlog=BACKLOG)
             self._servers.append(server)
         self._accepts(True)
 

@@ -285,7 +285,7 @@ class Pump:
         self.stop()
         self._send_head()
         self._upstream.abort()
-        if self._extendable and self._downstream.left_at is None:
+        if self._extendable and self._downstream.gone_at is None:
             event = self._inspector.farewell(error)
             if event:
                 self._write(frame(event) if self._chunked_out else event)

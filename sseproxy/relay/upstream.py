@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import select
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
-from aiohttp.base_protocol import BaseProtocol
 from aiohttp.client_exceptions import (
     ClientConnectorCertificateError,
     ClientConnectorDNSError,
@@ -28,12 +29,10 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
 from yarl import URL
 
 from ..errors import ProtocolError, RequestError, UpstreamError
-from ..wire import headers
-from ..wire.framing import Framing, response_framing
+from .heads import ResponseHead, ResponseHeads
 from .reads import BoundedReads, PlainReads
 
 if TYPE_CHECKING:
@@ -42,9 +41,8 @@ if TYPE_CHECKING:
 
 # Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
 KEEPALIVE = 4.0
-MAX_HEADER_FIELDS = 200
 # Models of one upstream of which it is remembered; clients name them.
-_MAX_REFUSING, _MAX_MODEL = 1024, 256
+_MAX_MODELS = 1024
 # Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
 _HELD_LIMIT = 64 * 1024
 
@@ -61,58 +59,6 @@ class BodySink(Protocol):
         """No more will come. `clean`: the upstream closed its side in order."""
 
 
-class ResponseHead:
-    """A response head and how its body is framed."""
-
-    __slots__ = ("fields", "framing", "reason", "reusable", "status")
-
-    def __init__(self, method: str, message: RawResponseMessage) -> None:
-        self.status = message.code
-        self.reason = message.reason.encode("utf-8", "surrogateescape")
-        self.fields = headers.Fields(message.raw_headers)
-        self.framing: Framing | None = response_framing(method, message.code, message.version, self.fields)
-        self.reusable = not message.should_close and self.framing != "close"
-
-
-class HeadParser:
-    """Reads whole response heads of at most `limit` bytes, one after the other, for all connections of an upstream."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
-        self.limit = limit
-        self._loop = loop
-        self._parser: HttpResponseParser | None = None
-
-    def _new(self) -> HttpResponseParser:
-        return HttpResponseParser(
-            BaseProtocol(self._loop),
-            self._loop,
-            2**16,
-            max_line_size=self.limit,
-            max_field_size=self.limit,
-            max_headers=MAX_HEADER_FIELDS,
-            # Only heads are fed to it; every message ends with its head.
-            response_with_body=False,
-            read_until_eof=False,
-            auto_decompress=False,
-        )
-
-    def parse(self, raw: bytes) -> RawResponseMessage:
-        """Raises `ProtocolError`, ValueError, or aiohttp's `HttpProcessingError`."""
-        headers.check_head(raw)
-        parser = self._parser or self._new()
-        # One that has raised, switched protocols, or read the end of a connection, reads no other head.
-        self._parser = None
-        messages, _, _ = parser.feed_data(raw)
-        if len(messages) != 1:
-            raise ProtocolError("the response head is not one message")
-        message: RawResponseMessage = messages[0][0]
-        if message.code == 101 or message.version not in ((1, 0), (1, 1)):
-            raise ProtocolError("the upstream switched protocols")
-        if not message.should_close:
-            self._parser = parser
-        return message
-
-
 class RelayProtocol(ResponseHandler):
     """One upstream connection.
 
@@ -120,12 +66,16 @@ class RelayProtocol(ResponseHandler):
     (`feed_to`). Bytes that come in any other state were not asked for, and end the connection.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, heads: HeadParser) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, heads: ResponseHeads) -> None:
         super().__init__(loop)
         # The base class's queue, which nobody reads from: one for all.
         self._buffer = _NO_QUEUE
         self._heads = heads
         self._method = ""
+        self.requests = 0
+        """How many were sent on it."""
+        self.heard = False
+        """Whether any byte of an answer to the latest has come."""
         self._head: asyncio.Future[ResponseHead] | None = None
         self._answered = False
         self._held = b""
@@ -147,6 +97,8 @@ class RelayProtocol(ResponseHandler):
     def expect_head(self, method: str) -> None:
         """A `method` request is about to be sent, and its `head` to come."""
         self._method = method
+        self.requests += 1
+        self.heard = False
         self._head = self._loop.create_future()
 
     def head(self) -> Awaitable[ResponseHead]:
@@ -238,6 +190,7 @@ class RelayProtocol(ResponseHandler):
         elif self._head is None or self._head.done():
             self.abort()
         else:
+            self.heard = True
             self._held += data
             try:
                 self._read_head()
@@ -282,16 +235,34 @@ class RelayProtocol(ResponseHandler):
         return b"".join(parts)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        left = self._left_in_tls()
-        if left and self._sink is not None:
-            self._sink.data_received(left)
-        super().connection_lost(exc)
+        # Each of these happens, the last one first, whatever the others raise.
+        with ExitStack() as ends:
+            ends.callback(self._tell_of_the_end)
+            ends.callback(super().connection_lost, exc)
+            left = self._left_in_tls()
+            self._closed_cleanly = exc is None and self._ended_in_order
+            if left and self._sink is not None:
+                self._sink.data_received(left)
+
+    def _tell_of_the_end(self) -> None:
         # Nobody reads from the queue that the base class puts its exception into.
         self._exception = None
-        self._closed_cleanly = exc is None and self._ended_in_order
         self._fail_head(UpstreamError("reset"))
         if self._sink is not None:
             self._sink.connection_lost(self._closed_cleanly)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come since the last response, nor an end: what the loop has not read yet included.
+
+        In TLS, what has come may be the protocol's own; only an end can be told there.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return False
+        watched = select.EPOLLRDHUP if transport.get_extra_info("sslcontext") else select.EPOLLRDHUP | select.POLLIN
+        poll = select.poll()
+        poll.register(transport.get_extra_info("socket").fileno(), watched)
+        return not poll.poll(0)
 
 
 class _Target:
@@ -339,32 +310,42 @@ class Upstream:
         loop = asyncio.get_running_loop()
         # No limit: a request is never queued for a connection where nobody sees it.
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
-        self._refusing: dict[str | None, None] = {}
+        self._stream_options: dict[str | None, bool] = {}
         self._connector._factory = cast(
             "functools.partial[ResponseHandler]",
-            functools.partial(RelayProtocol, loop=loop, heads=HeadParser(loop, limits.response_head)),
+            functools.partial(RelayProtocol, loop=loop, heads=ResponseHeads(loop, limits.response_head)),
         )
         self._max_pending = limits.pending_connects
         self._pending = 0
 
-    def takes_stream_options(self, model: str | None) -> bool:
-        """Whether requests for `model` may have them; so it is until `refuses_stream_options`."""
-        return model not in self._refusing
+    def takes_stream_options(self, model: str | None) -> bool | None:
+        """Whether requests for `model` may have them; None if there was no answer yet that told."""
+        return self._stream_options.get(model)
 
-    def refuses_stream_options(self, model: str | None) -> None:
-        if model is not None and len(model) > _MAX_MODEL:
+    def remember_stream_options(self, model: str | None, taken: bool) -> None:
+        if self._stream_options.get(model) is taken:
             return
-        while len(self._refusing) >= _MAX_REFUSING:
-            del self._refusing[next(iter(self._refusing))]
-        self._refusing[model] = None
+        while len(self._stream_options) >= _MAX_MODELS:
+            del self._stream_options[next(iter(self._stream_options))]
+        self._stream_options[model] = taken
 
-    async def connect(self) -> Connection:
-        """A connection of its own, from the pool or a new one, until it is released or closed."""
+    async def connect(self, *, fresh: bool = False) -> Connection:
+        """A connection of its own, from the pool or, always if `fresh`, a new one, until it is released or closed.
+
+        Raises `UpstreamError`, or `RequestError` if too many connections are being made.
+        """
         if self._pending >= self._max_pending:
             raise RequestError("pending_connects")
         self._pending += 1
         try:
-            return await self._connector.connect(self._target, [], _NO_TIMEOUT)
+            while True:
+                connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
+                protocol = connection.protocol
+                assert isinstance(protocol, RelayProtocol)
+                if not protocol.requests or (not fresh and protocol.is_quiet()):
+                    return connection
+                # What has come on it, or an end, would meet the next request.
+                connection.close()
         except ClientConnectorDNSError:
             raise UpstreamError("dns") from None
         except (ClientConnectorCertificateError, ClientConnectorSSLError):
@@ -400,8 +381,9 @@ class UpstreamConnection:
         self.transport = transport
 
     @property
-    def open(self) -> bool:
-        return self._connection is not None
+    def reused(self) -> bool:
+        """Whether a request was sent on it before the present one."""
+        return self.protocol.requests > 1
 
     def release(self, *, reusable: bool) -> None:
         """The response is complete: back into the pool if the connection is `reusable`."""

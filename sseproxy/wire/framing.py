@@ -22,6 +22,8 @@ _CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 MAX_SIZE_LINE = 256
 # Trailers are discarded (RFC 9110, section 6.5.1), so they only need a bound.
 MAX_TRAILERS = 8192
+# No trailer may say where a message ends (RFC 9110, section 6.5.1); one that does means to be read by somebody else.
+_FRAMING_FIELDS = (b"content-length", b"transfer-encoding")
 
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
@@ -237,3 +239,5 @@ class ChunkedDecoder:
         self._trailers += len(line)
         if self._trailers > MAX_TRAILERS or _FIELD_LINE.fullmatch(line) is None:
             raise ProtocolError("the trailer section is malformed or too long")
+        if line.partition(b":")[0].lower() in _FRAMING_FIELDS:
+            raise ProtocolError("a trailer field says where the message ends")

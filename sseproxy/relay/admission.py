@@ -1,0 +1,172 @@
+"""What requests and connections occupy of a worker, and the limits on it.
+
+A request has one `Ticket`. Whatever it occupies is taken through that, and given back by one call, in the last phase.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from ..config import Config, Limits
+from ..errors import ExchangeError, RequestError
+from ..wire.headers import client_block
+from .body import RequestBody
+
+# Connections above their limit that are still told so; more are closed without a word. Each needs a descriptor.
+_MOST_TOLD = 500
+
+
+def told(connections: int) -> int:
+    """How many connections beyond `connections` are answered before they are closed."""
+    return min(_MOST_TOLD, -(-connections // 8))
+
+
+class Connections:
+    """How many connections clients have, in all and by their addresses."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._most = limits.connections
+        self._told = told(limits.connections)
+        self._most_of_one = limits.connections_per_client
+        self._of: Counter[str] = Counter()
+        self.open = 0
+
+    def come(self) -> bool:
+        """A connection was accepted. Returns False if there are so many that it is not even worth an answer."""
+        self.open += 1
+        return self.open <= self._most + self._told
+
+    def known(self, client: str) -> RequestError | None:
+        """It is one from the address `client`, empty where it has none. Why no request is taken on it, or None."""
+        block = client_block(client)
+        if block:
+            self._of[block] += 1
+        if self.open > self._most:
+            return RequestError("connections")
+        if self._most_of_one is not None and self._of[block] > self._most_of_one:
+            return RequestError("connections_per_client")
+        return None
+
+    def gone(self, client: str) -> None:
+        """A connection that was `known` as one of `client` has ended, or, without an address, one that never was."""
+        self.open -= 1
+        block = client_block(client)
+        if block:
+            self._of[block] -= 1
+            if not self._of[block]:
+                del self._of[block]
+
+
+class Admission:
+    """The requests that are under way in a worker, and what they may occupy.
+
+    `lag` tells for how long the worker's timers have been late, in seconds.
+    """
+
+    def __init__(self, config: Config, lag: Callable[[], float]) -> None:
+        self._limits = config.limits
+        self._lag = lag
+        self._most_on_route = {route.name: route.limits.active_requests for route in config.routes}
+        self._on_route: Counter[str] = Counter()
+        self._under_way = 0
+        self._held = 0
+        # Those that hold something of their bodies, in the order in which they began to.
+        self._holders: dict[Ticket, None] = {}
+
+    def ticket(self, body: RequestBody, refuse: Callable[[ExchangeError], None]) -> Ticket:
+        """For a request with `body`, which `refuse` ends. It counts as under way until its ticket is given back."""
+        self._under_way += 1
+        ticket = Ticket(self, body, refuse)
+        body.held_in(ticket)
+        return ticket
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is occupied."""
+        return not (self._under_way or self._held or self._holders or any(self._on_route.values()))
+
+    def _room(self, size: int, asker: Ticket) -> bool:
+        """Whether there is room for `size` bytes more of a body, or could be made."""
+        most = self._limits.held
+        if self._held + size <= most:
+            return True
+        for ticket in [ticket for ticket in self._holders if ticket.spare and ticket is not asker]:
+            ticket.body.forget()
+            if self._held + size <= most:
+                return True
+        # Clients that take their time hold nobody up who does not.
+        waiting = sorted((ticket for ticket in self._holders if ticket.collects), key=lambda one: one.body.waited)
+        while asker.collects and waiting and (slowest := waiting.pop()) is not asker:
+            slowest.body.close()
+            slowest.refuse(RequestError("held"))
+            if self._held + size <= most:
+                return True
+        return False
+
+
+class Ticket:
+    """What one request occupies."""
+
+    __slots__ = ("_admission", "_held", "_route", "body", "collects", "refuse", "spare")
+
+    def __init__(self, admission: Admission, body: RequestBody, refuse: Callable[[ExchangeError], None]) -> None:
+        self._admission: Admission | None = admission
+        self._held = 0
+        self._route: str | None = None
+        self.body = body
+        self.refuse = refuse
+        self.collects = False
+        """Its body is collected: what is held grows with what the client sends."""
+        self.spare = False
+        """What is held is needed only if the connection that it was sent on turns out to be dead."""
+
+    def admit(self) -> None:
+        """Raises `RequestError` if there are too many requests under way, or the worker cannot keep up."""
+        admission = self._admission
+        assert admission is not None
+        limits = admission._limits
+        if limits.active_requests is not None and admission._under_way > limits.active_requests:
+            raise RequestError("active_requests")
+        if limits.lag is not None and admission._lag() > limits.lag:
+            raise RequestError("overloaded")
+
+    def enter(self, route: str) -> None:
+        """It is a request on `route`. Raises `RequestError` if there are too many."""
+        admission = self._admission
+        assert admission is not None
+        most = admission._most_on_route[route]
+        if most is not None and admission._on_route[route] >= most:
+            raise RequestError("active_requests")
+        admission._on_route[route] += 1
+        self._route = route
+
+    def hold(self, size: int) -> bool:
+        admission = self._admission
+        if admission is None or not admission._room(size, self):
+            return False
+        admission._held += size
+        admission._holders[self] = None
+        self._held += size
+        return True
+
+    def release(self, size: int) -> None:
+        admission = self._admission
+        if admission is not None and size:
+            admission._held -= size
+            self._held -= size
+            if not self._held:
+                del admission._holders[self]
+
+    def give_back(self) -> None:
+        """The request has ended. Nothing is occupied any more, whatever it was."""
+        admission, self._admission = self._admission, None
+        if admission is None:
+            return
+        admission._under_way -= 1
+        if self._route is not None:
+            admission._on_route[self._route] -= 1
+        if self._held:
+            admission._held -= self._held
+            del admission._holders[self]
+            self._held = 0

@@ -1,0 +1,51 @@
+"""What is answered here instead of by an upstream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from ..errors import ExchangeError
+from ..wire import headers
+
+_REASONS: Final = {
+    400: b"Bad Request",
+    404: b"Not Found",
+    408: b"Request Timeout",
+    413: b"Content Too Large",
+    417: b"Expectation Failed",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    508: b"Loop Detected",
+}
+
+
+def status_line(status: int, reason: bytes | None = None) -> bytes:
+    return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)
+
+
+class Answer(NamedTuple):
+    """What is left to do for a request: to send an error made here, or nothing where the response was already sent.
+
+    It is bytes, because a proxy invents no Server, Date or Content-Type for others.
+    """
+
+    keep_alive: bool
+    head: bytes = b""
+    body: bytes = b""
+
+    @staticmethod
+    def of(error: ExchangeError, *, keep_alive: bool = False, extra: Sequence[headers.Field] = ()) -> Answer:
+        body = error.body()
+        fields = [
+            (b"Content-Type", b"application/json"),
+            (b"Content-Length", b"%d" % len(body)),
+            *extra,
+            *(() if keep_alive else ((b"Connection", b"close"),)),
+        ]
+        return Answer(keep_alive, headers.serialize(status_line(error.status), fields), body)

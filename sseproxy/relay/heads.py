@@ -1,0 +1,192 @@
+"""Message heads, parsed by aiohttp's C parser: requests from clients, responses from upstreams.
+
+The parser sees heads only. Where a head ends is found here, and where a body ends is decided by `wire.framing`, so that
+no two parsers can disagree about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.http_parser import (
+    HttpRequestParser,
+    HttpRequestParserPy,
+    HttpResponseParser,
+    RawRequestMessage,
+    RawResponseMessage,
+)
+
+from ..config import Limits
+from ..errors import ParserError, ProtocolError, RequestError
+from ..wire import headers
+from ..wire.framing import Framing, response_framing
+
+MAX_RESPONSE_FIELDS = 200
+
+_BLANK_LINE = b"\r\n\r\n"
+# How much of a body aiohttp would buffer, had it one to parse.
+_UNUSED_LIMIT = 2**16
+
+
+def check_parser() -> None:
+    """Raises `ParserError` if aiohttp has no other parser than the one in Python, which is lax, and slow."""
+    if HttpRequestParser is HttpRequestParserPy:
+        raise ParserError
+
+
+class RequestHead:
+    """A request head. `problem` tells why the request cannot be taken as it is, if so: others may read it otherwise."""
+
+    __slots__ = ("fields", "framing", "keep_alive", "method", "problem", "size", "target", "version")
+
+    def __init__(self, message: RawRequestMessage, size: int) -> None:
+        self.method = message.method
+        self.target = message.path
+        self.version: tuple[int, int] = message.version
+        self.fields = headers.Fields(message.raw_headers)
+        self.size = size
+        self.framing: Framing | None = None
+        self.problem: RequestError | None = None
+        self.keep_alive = not message.should_close
+        try:
+            headers.check_request(self.version, self.fields)
+        except ProtocolError:
+            self.problem = RequestError("bad_request")
+        if self.version not in ((1, 0), (1, 1)):
+            self.problem = RequestError("bad_request")
+        if self.problem is None:
+            length = message.headers.get("Content-Length")
+            self.framing = "chunked" if message.chunked else None if length is None else int(length)
+
+
+class RequestHeads:
+    """Reads the heads of one connection's requests, one at a time; `feed` takes bytes in any split.
+
+    `size` counts the bytes of the head that has begun; it is 0 between heads.
+    """
+
+    __slots__ = ("_limits", "_loop", "_parser", "_protocol", "_tail", "size")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, protocol: BaseProtocol, limits: Limits) -> None:
+        self._loop = loop
+        self._protocol = protocol
+        self._limits = limits
+        self._parser: HttpRequestParser | None = None
+        self._tail = b""
+        self.size = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether more than empty lines has come of a head."""
+        return self._parser is not None
+
+    def feed(self, data: bytes, start: int) -> tuple[RequestHead | None, int]:
+        """The head that ends in `data`, or None, and where in `data` what follows it begins.
+
+        Raises `RequestError` as soon as what has come cannot become a head.
+        """
+        if self._parser is None:
+            # RFC 9112, section 2.2: empty lines before a request line are ignored.
+            blank = len(data) - start - len(data[start:].lstrip(b"\r\n"))
+            self.size += blank
+            start += blank
+            if start == len(data):
+                self._check_size()
+                return None, start
+            self._parser = self._new()
+        end = self._end(data, start)
+        part = data[start:end]
+        self.size += len(part)
+        self._check_size()
+        try:
+            messages, _, _ = self._parser.feed_data(part)
+        except LineTooLong:
+            raise RequestError("head_too_large") from None
+        except (HttpProcessingError, ValueError):
+            raise RequestError("bad_request") from None
+        if not messages:
+            self._tail = (self._tail + part)[1 - len(_BLANK_LINE) :]
+            return None, end
+        head = RequestHead(messages[0][0], self.size)
+        self._parser, self._tail, self.size = None, b"", 0
+        return head, end
+
+    def _new(self) -> HttpRequestParser:
+        return HttpRequestParser(
+            self._protocol,
+            self._loop,
+            _UNUSED_LIMIT,
+            max_line_size=self._limits.request_head,
+            max_headers=self._limits.request_fields,
+            max_field_size=self._limits.request_head,
+            response_with_body=False,
+            auto_decompress=False,
+        )
+
+    def _end(self, data: bytes, start: int) -> int:
+        """Where in `data` the head may end that is being read at `start`."""
+        if self._tail:
+            end = (self._tail + data[start : start + len(_BLANK_LINE) - 1]).find(_BLANK_LINE)
+            if end >= 0:
+                return start + end + len(_BLANK_LINE) - len(self._tail)
+        end = data.find(_BLANK_LINE, start)
+        return end + len(_BLANK_LINE) if end >= 0 else len(data)
+
+    def _check_size(self) -> None:
+        if self.size > self._limits.request_head:
+            raise RequestError("head_too_large")
+
+
+class ResponseHead:
+    """A response head and how its body is framed."""
+
+    __slots__ = ("fields", "framing", "reason", "reusable", "status")
+
+    def __init__(self, method: str, message: RawResponseMessage) -> None:
+        self.status = message.code
+        self.reason = message.reason.encode("utf-8", "surrogateescape")
+        self.fields = headers.Fields(message.raw_headers)
+        self.framing: Framing | None = response_framing(method, message.code, message.version, self.fields)
+        # An upstream may send a body where none may be, after HEAD, 204 or 304; it must not meet the next request.
+        self.reusable = not message.should_close and self.framing is not None and self.framing != "close"
+
+
+class ResponseHeads:
+    """Reads whole response heads of at most `limit` bytes, one after the other, for all connections of an upstream."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self.limit = limit
+        self._loop = loop
+        self._parser: HttpResponseParser | None = None
+
+    def _new(self) -> HttpResponseParser:
+        return HttpResponseParser(
+            BaseProtocol(self._loop),
+            self._loop,
+            _UNUSED_LIMIT,
+            max_line_size=self.limit,
+            max_field_size=self.limit,
+            max_headers=MAX_RESPONSE_FIELDS,
+            # Only heads are fed to it; every message ends with its head.
+            response_with_body=False,
+            read_until_eof=False,
+            auto_decompress=False,
+        )
+
+    def parse(self, raw: bytes) -> RawResponseMessage:
+        """Raises `ProtocolError`, ValueError, or aiohttp's `HttpProcessingError`."""
+        headers.check_head(raw)
+        parser = self._parser or self._new()
+        # One that has raised, switched protocols, or read the end of a connection, reads no other head.
+        self._parser = None
+        messages, _, _ = parser.feed_data(raw)
+        if len(messages) != 1:
+            raise ProtocolError("the response head is not one message")
+        message: RawResponseMessage = messages[0][0]
+        if message.code == 101 or message.version not in ((1, 0), (1, 1)):
+            raise ProtocolError("the upstream switched protocols")
+        if not message.should_close:
+            self._parser = parser
+        return message

@@ -1,0 +1,517 @@
+"""The life of a request, in numbered phases, of which the last always runs and records.
+
+1. *Admit*: the request takes its place among those under way; its head is checked.
+2. *Route*: the route is found; where something depends on the model, the body is collected for it.
+3. *Connect*: a connection to the upstream, pooled or new.
+4. *Send*: the head at once, the body as it comes.
+5. *Head*: the upstream's response head is awaited, and sent downstream before any byte of the body.
+6. *Body*: the pump moves it.
+7. *End*: whatever happened, all that was occupied is given back, both sides are released, and the exchange gets its one
+   outcome.
+
+Phases 3 to 5 are an *attempt*. A client that leaves cancels whichever phase it is in; a deadline or the end of a drain
+makes it fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import ExitStack
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from ..config import Route, Timeouts
+from ..errors import (
+    ExchangeError,
+    InternalError,
+    Outcome,
+    RequestError,
+    StalledClient,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from ..wire import headers
+from ..wire.dialects import Dialect, dialect_of, model_in
+from ..wire.framing import Framing, framing_fields
+from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper, with_usage
+from . import routes
+from .admission import Ticket
+from .answers import Answer, status_line
+from .attempt import Attempt, Outgoing
+from .clock import Clock
+from .downstream import Request
+from .exchange import Exchange
+from .heads import ResponseHead
+from .inspect import Inspector, JsonInspector, StreamInspector
+from .pump import Peek, Pump
+from .upstream import Upstream
+
+if TYPE_CHECKING:
+    from .proxy import Proxy
+
+log = logging.getLogger(__name__)
+
+# What a backend says of an option that it does not know is short.
+_MAX_REFUSAL: Final = 64 * 1024
+# A request may come through here more than once on purpose; this often it goes in circles.
+_MAX_PASSES: Final = 8
+# Of a body that is sent as it comes, so much is kept in case that it has to be sent again.
+_MAX_REPEATED: Final = 1024 * 1024
+# Methods that change nothing (RFC 9110, section 9.2.1), of those that are relayed.
+_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class _Request(msgspec.Struct):
+    model: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_decode_request = msgspec.json.Decoder(_Request).decode
+
+
+def _model_of(body: bytes) -> str | None:
+    try:
+        model = msgspec.json.decode(_decode_request(body).model)
+    except msgspec.MsgspecError:
+        return None
+    return model if isinstance(model, str) else None
+
+
+class Relay:
+    """One exchange under way. `run` it once."""
+
+    def __init__(self, proxy: Proxy, request: Request) -> None:
+        downstream = request.connection
+        task = asyncio.current_task()
+        assert task is not None
+        self._proxy = proxy
+        self._request = request
+        self._downstream = downstream
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._received_at = max(downstream.read_at, downstream.free_at)
+        self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
+        self._ticket: Ticket | None = None
+        self._exchange: Exchange | None = None
+        self._clock: Clock | None = None
+        self._attempt: Attempt | None = None
+        self._pump: Pump | None = None
+        self._flushing = False
+        self._framing_out: Framing | None = None
+        self._head_sent = False
+        self._keep_alive = False
+        self._error: ExchangeError | None = None
+
+    def fail(self, error: ExchangeError) -> None:
+        """Ends the exchange from outside, with `error`. The first error counts."""
+        if self._error is not None:
+            return
+        if self._pump is None or self._flushing:
+            self._error = error
+            self._task.cancel()
+        elif not self._pump.done.done():
+            self._error = error
+            self._pump.fail(error)
+
+    def _missed(self, error: ExchangeError) -> None:
+        """A deadline has passed: that of the attempt, or of the exchange."""
+        of_attempt = isinstance(error, UpstreamTimeout) and error.phase in ("connect", "head")
+        if not (of_attempt and self._attempt is not None and self._attempt.fail(error)):
+            self.fail(error)
+
+    def _gone(self) -> None:
+        """The client is gone."""
+        if self._attempt is not None:
+            self._attempt.end()
+        if self._pump is not None:
+            self._pump.stop()
+        self._task.cancel()
+
+    async def run(self) -> Answer:
+        """Phases 1 to 7."""
+        outcome = Outcome.PROXY_ERROR
+        try:
+            self._proxy.active.add(self)
+            self._downstream.on_gone = self._gone
+            await self._relay()
+            # What the phases before it needed is gone by now, and a stream may be long.
+            if self._pump is not None:
+                await self._pump.done
+            await self._flush()
+            outcome = self._recorded().completed()
+            return Answer(self._keep_alive and not self._proxy.draining)
+        except ExchangeError as error:
+            outcome = self._failed(error)
+            return self._refuse(error)
+        except asyncio.CancelledError:
+            if self._error is None:
+                outcome = self._cancelled()
+                raise
+            self._task.uncancel()
+            outcome = self._failed(self._error)
+            return self._refuse(self._error)
+        except Exception:
+            # The client gets an answer, and the exchange its outcome, also from a mistake of ours.
+            log.exception("an exchange failed in a way that nobody foresaw")
+            return self._refuse(InternalError())
+        finally:
+            self._end(outcome)
+
+    def _cancelled(self) -> Outcome:
+        """The outcome if the client is gone, unless the body had ended and this task was only about to hear of it."""
+        if self._downstream.gone_at is None:
+            # Nobody left: the worker's end does not wait for this exchange.
+            return Outcome.DRAINED
+        body = self._pump.done if self._pump is not None else None
+        if body is None or not body.done() or body.cancelled() or self._flushing:
+            return self._recorded().client_left()
+        error = body.exception()
+        return self._failed(error) if isinstance(error, ExchangeError) else self._recorded().completed()
+
+    def _failed(self, error: ExchangeError) -> Outcome:
+        exchange = self._recorded()
+        outcome = exchange.failed(error)
+        if outcome is not error.outcome:
+            return outcome
+        exchange.reason = error.code
+        if isinstance(error, UpstreamError):
+            exchange.observer.upstream_failed(error.kind, answered=exchange.head_at is not None)
+        elif isinstance(error, RequestError):
+            exchange.observer.rejected(error.reason)
+        return outcome
+
+    def _end(self, outcome: Outcome) -> None:
+        """Phase 7: End."""
+        # Each of these happens, the last one first, whatever the others raise.
+        with ExitStack() as ends:
+            ends.callback(self._record, outcome)
+            if self._clock is not None:
+                ends.callback(self._clock.stop)
+            if self._attempt is not None:
+                ends.callback(self._attempt.end)
+            if self._pump is not None:
+                ends.callback(self._pump.stop)
+            ends.callback(self._request.body.close)
+            if self._ticket is not None:
+                ends.callback(self._ticket.give_back)
+        # These refer to this object in turn: together they would wait for the garbage collector.
+        del self._task
+        self._ticket = self._clock = self._attempt = self._pump = None
+
+    def _record(self, outcome: Outcome) -> None:
+        self._proxy.active.discard(self)
+        self._downstream.on_gone = None
+        self._downstream.free_at = perf_counter()
+        self._recorded().finish(outcome)
+
+    def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
+        """The exchange's record, begun here if it has not got so far as to have one."""
+        if self._exchange is None:
+            observer = self._proxy.observer(route, upstream, routes.OTHER)
+            exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
+            self._exchange = exchange
+            exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
+            exchange.method = self._request.method
+            exchange.traceparent = headers.traceparent(self._request.fields)
+        return self._exchange
+
+    def _can_keep_alive(self) -> bool:
+        """The connection can take another request: this one has come to its end, and its response is framed."""
+        return (
+            self._request.keep_alive
+            and not (self._proxy.draining or self._proxy.retiring)
+            and self._request.body.ended
+            and self._framing_out != "close"
+        )
+
+    def _refuse(self, error: ExchangeError) -> Answer:
+        """The response if its head was not sent yet; otherwise the connection is cut short of a clean end."""
+        if self._head_sent:
+            self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
+            return Answer(keep_alive=False)
+        self._recorded().status = error.status
+        extra = [(b"X-Request-Id", self._request_id)]
+        if error.status in (429, 503):
+            # Another replica, or this one's successor, takes it now.
+            extra.append((b"Retry-After", b"1"))
+        misread = error.code in ("bad_request", "head_too_large")
+        if misread:
+            # A request that parsers may read differently ends the connection.
+            self._downstream.read_no_more()
+        last = misread or self._downstream.refused is not None
+        return Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
+
+    async def _relay(self) -> None:
+        """Phases 1 to 5, and the beginning of 6."""
+        self._admit()
+        route, path, query = await self._route()
+        proxy, request, body = self._proxy, self._request, self._request.body
+        upstream = proxy.upstreams[route.upstream]
+        exchange = self._recorded(route.name, upstream.name)
+        assert self._ticket is not None
+        self._ticket.enter(route.name)
+        clock = self._start_clock(route.timeouts)
+        target = routes.upstream_path(route, upstream.base_path, path)
+        known_as = routes.normal_path(target)
+        dialect = dialect_of(known_as, route.dialect)
+
+        is_json = headers.is_json(request.fields) and not headers.is_encoded(request.fields)
+        wants_usage = route.usage.request and dialect.asks_usage and is_json
+        collected = True
+        if wants_usage or (proxy.models and is_json):
+            collected = await self._collect(clock, route.timeouts.body)
+        whole = body.whole if is_json and collected else None
+        model = (None if whole is None else _model_of(whole)) or model_in(known_as)
+        exchange.model, exchange.api = model, dialect.name
+        exchange.observer = proxy.observer(route.name, upstream.name, routes.model_label(proxy.models, model))
+        asking: bytes | None = None
+        if wants_usage and whole is not None and upstream.takes_stream_options(model) is not False:
+            asking = with_usage(whole)
+        del whole
+
+        # Anything else is fetched, not generated, and may come as compressed as the client wants it.
+        read = dialect.generates or request.method == "POST"
+        target += query if upstream.credential is None else routes.without_key(query)
+        head = await self._ask(upstream, target, asking, model, clock, read=read)
+        if asking is not None and await self._refuses_stream_options(head, clock):
+            asking = None
+            head = await self._ask(upstream, target, None, model, clock, read=read)
+            # A refusal may only quote what the client wrote; that it is taken without proves what was refused.
+            if head.status < 300:
+                upstream.remember_stream_options(model, taken=False)
+        elif asking is not None and head.status < 300:
+            upstream.remember_stream_options(model, taken=True)
+        # What only the way upstream has needed is forgotten: a stream may be long.
+        request.answered()
+        self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
+
+    def _admit(self) -> None:
+        """Phase 1: Admit."""
+        request, limits = self._request, self._proxy.limits
+        self._ticket = self._proxy.admission.ticket(request.body, self.fail)
+        if self._downstream.refused is not None:
+            raise self._downstream.refused
+        self._ticket.admit()
+        routes.check_method(request.method)
+        if request.head_size > limits.request_head:
+            raise RequestError("head_too_large")
+        problem = request.problem or request.body.problem
+        if problem is not None:
+            raise problem
+        if headers.passes(request.fields) > _MAX_PASSES:
+            raise RequestError("loop")
+        if not {b"100-continue"}.issuperset(map(bytes.lower, request.fields.named(b"expect"))):
+            raise RequestError("expectation")
+
+    async def _route(self) -> tuple[Route, str, str]:
+        """Phase 2: Route. The route, the path and the query."""
+        path, query = routes.split_target(self._request.target)
+        candidates = self._proxy.router.candidates(self._request.method, path)
+        model: str | None = None
+        if any(route.match.model for route in candidates):
+            # Whichever of them it will be, it would wait no longer.
+            silence = max(route.timeouts.body for route in candidates)
+            totals = [route.timeouts.total for route in candidates]
+            total = None if None in totals else max(total for total in totals if total is not None)
+            clock = self._start_clock(Timeouts(body=silence, total=total))
+            if not await self._collect(clock, silence):
+                raise RequestError("body_too_large")
+            model = _model_of(self._request.body.whole or b"")
+        return routes.choose(candidates, model), path, query
+
+    def _start_clock(self, timeouts: Timeouts) -> Clock:
+        if self._clock is not None:
+            self._clock.stop()
+        self._clock = Clock(self._loop, timeouts, self._received_at, self._missed)
+        return self._clock
+
+    async def _collect(self, clock: Clock, patience: float) -> bool:
+        """Waits for the whole body; returns whether it is no larger than what is collected of one."""
+        body, most, size = self._request.body, self._proxy.max_body, 0
+        whole = body.whole
+        if whole is not None:
+            return len(whole) <= most
+        clock.enter("body", perf_counter())
+        self._continue()
+        assert self._ticket is not None
+        self._ticket.collects = True
+        try:
+            while size <= most and (came := await body.collect(patience)):
+                clock.touched = perf_counter()
+                size += came
+        finally:
+            self._ticket.collects = False
+        return size <= most
+
+    def _continue(self) -> None:
+        """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
+        request, transport = self._request, self._downstream.transport
+        if (
+            request.fields.named(b"expect")
+            and request.version == (1, 1)
+            and not request.body.ended
+            and transport is not None
+        ):
+            transport.write(_CONTINUE)
+
+    async def _ask(
+        self, upstream: Upstream, target: str, asking: bytes | None, model: str | None, clock: Clock, *, read: bool
+    ) -> ResponseHead:
+        """Phases 3 to 5: one attempt, or two if the first met a connection that was already dead.
+
+        The client's body is sent, or `asking` for it if there is such a one.
+        """
+        request, body, ticket = self._request, self._request.body, self._ticket
+        exchange = self._recorded()
+        assert ticket is not None
+        # Whether the upstream takes what is asked for is known afterwards; if it does not, the client's own is sent.
+        ticket.spare = asking is None or upstream.takes_stream_options(model) is True
+        idempotent = request.method in _SAFE_METHODS or bool(request.fields.named(b"idempotency-key"))
+
+        def outgoing(reused: bool) -> Outgoing:
+            whole = body.whole
+            framing = request.framing
+            if whole is None:
+                body.keeps = _MAX_REPEATED if reused else 0
+                parts = []
+            else:
+                body.keeps = len(whole) if reused or not ticket.spare else 0
+                body.take()
+                parts = [whole if asking is None else asking]
+                framing = None if framing is None else len(parts[0])
+            head = self._head_out(upstream, target, framing, read=read)
+            rest = body if whole is None else None
+            if rest is not None:
+                self._continue()
+            return Outgoing(request.method, head, parts, rest, framing == "chunked", idempotent)
+
+        again = False
+        while True:
+            attempt = self._attempt = Attempt(upstream, exchange, clock, self.fail, self._released)
+            try:
+                return await attempt.head(outgoing, fresh=again)
+            except UpstreamError:
+                attempt.end()
+                if again or not attempt.can_be_repeated or not body.begin_again():
+                    raise
+                again = True
+
+    def _head_out(self, upstream: Upstream, target: str, framing: Framing | None, *, read: bool) -> bytes:
+        """The head of the request as it goes upstream."""
+        request, peer = self._request, self._downstream.address
+        return headers.serialize(
+            b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
+            headers.to_upstream(
+                request.fields,
+                host=upstream.host,
+                framing=framing_fields(framing),
+                peer=peer.encode() or b"unknown",
+                trusted=self._proxy.trusts(peer),
+                scheme=b"https" if self._downstream.is_tls else b"http",
+                request_id=self._request_id,
+                credential=upstream.credential,
+                read=read,
+            ),
+        )
+
+    def _released(self) -> None:
+        gone_at = self._downstream.gone_at
+        if gone_at is not None:
+            self._recorded().observer.released(perf_counter() - gone_at)
+
+    async def _refuses_stream_options(self, head: ResponseHead, clock: Clock) -> bool:
+        """Whether the response says so; it is given up then, and otherwise still to be forwarded."""
+        assert self._attempt is not None
+        connection = self._attempt.connection
+        assert connection is not None
+        if head.status not in REFUSAL_STATUSES or not head.framing or not self._request.body.begin_again():
+            return False
+        clock.enter("idle", perf_counter())
+        peek = Peek(connection, head.framing, _MAX_REFUSAL)
+        if REFUSED not in await peek.look():
+            peek.put_back()
+            return False
+        if peek.whole:
+            connection.release(reusable=head.reusable)
+        else:
+            connection.abort()
+        return True
+
+    def _respond(
+        self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None, *, strip: bool
+    ) -> None:
+        """Sends the head downstream, and begins phase 6, Body."""
+        request, downstream, transport = self._request, self._downstream, self._downstream.transport
+        attempt, exchange = self._attempt, self._exchange
+        assert attempt is not None
+        connection = attempt.connection
+        assert connection is not None
+        assert exchange is not None
+        assert transport is not None
+        event_stream = headers.is_event_stream(head.fields) and head.framing is not None
+        stripper = UsageStripper() if strip and event_stream and not headers.is_encoded(head.fields) else None
+        if head.framing is None or (isinstance(head.framing, int) and stripper is None):
+            self._framing_out = head.framing
+        else:
+            self._framing_out = "chunked" if request.version == (1, 1) else "close"
+        self._keep_alive = self._can_keep_alive()
+        option = b"close" if not self._keep_alive else b"keep-alive" if request.version == (1, 0) else None
+        head_out = headers.serialize(
+            status_line(head.status, head.reason),
+            headers.to_downstream(
+                head.fields,
+                # A HEAD and a 304 tell the length of what they do not carry; a 204 has none to tell.
+                framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
+                event_stream=event_stream,
+                request_id=self._request_id,
+                connection=option,
+            ),
+        )
+        self._head_sent = True
+        exchange.head_received(head.status, event_stream)
+        if attempt.uploads:
+            request.body.forget()
+        else:
+            request.body.close()
+        reusable = head.reusable and not attempt.uploads
+        if head.framing is None or head.framing == 0:
+            transport.write(head_out)
+            connection.release(reusable=reusable)
+        else:
+            assert self._framing_out is not None
+            self._pump = Pump(
+                connection,
+                downstream,
+                exchange,
+                self._inspector(head, event_stream, dialect, exchange),
+                clock,
+                framing_in=head.framing,
+                framing_out=self._framing_out,
+                reusable=reusable,
+                heartbeat=heartbeat,
+                stripper=stripper,
+            )
+            self._pump.start(head_out)
+
+    async def _flush(self) -> None:
+        """The end of phase 6: the client takes the last bytes."""
+        downstream, transport = self._downstream, self._downstream.transport
+        if transport is not None and transport.get_write_buffer_size():
+            assert self._clock is not None
+            self._flushing = True
+            self._clock.only_client(downstream.stall_detector())
+            await downstream.flushed()
+
+    def _inspector(self, head: ResponseHead, event_stream: bool, dialect: Dialect, exchange: Exchange) -> Inspector:
+        if headers.is_encoded(head.fields):
+            exchange.unread = "encoded"
+        elif event_stream:
+            return StreamInspector(exchange, dialect, self._proxy.limits.event)
+        elif self._request.method == "POST" and headers.is_json(head.fields):
+            # What a GET fetches was counted when it was generated.
+            return JsonInspector(exchange, dialect, self._proxy.limits.event)
+        return Inspector()

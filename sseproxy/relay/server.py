@@ -1,0 +1,150 @@
+"""The connections of all clients of a worker, from being accepted to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import cast
+
+from aiohttp.base_protocol import BaseProtocol
+
+from ..config import Limits
+from ..errors import RequestError
+from .admission import Connections
+from .answers import Answer
+from .downstream import DownstreamProtocol, Request
+from .hangups import HangupWatch
+
+
+class _Accepted(asyncio.Protocol):
+    """A connection that was accepted. It has a place from then on, also while TLS is being agreed on."""
+
+    def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext) -> None:
+        self._server = server
+        self._loop = loop
+        self._tls = tls
+        self._early = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        accepted = cast(asyncio.Transport, transport)
+        if self._server.places.come():
+            self._server.agree(self._handshake(accepted))
+        else:
+            self._server.places.gone("")
+            accepted.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._early += data
+
+    async def _handshake(self, transport: asyncio.Transport) -> None:
+        protocol = DownstreamProtocol(self._server, self._loop)
+        patience = self._server.limits.request_head_time
+        agreed: asyncio.Future[asyncio.Transport | None] = asyncio.ensure_future(
+            self._loop.start_tls(transport, protocol, self._tls, server_side=True, ssl_handshake_timeout=patience)
+        )
+        encrypted: asyncio.Transport | None = None
+        try:
+            # The next turn of the loop begins to agree. What was read before it is handed over in the one after.
+            await asyncio.sleep(0)
+            if self._early:
+                self._loop.call_soon(self._hand_over, transport)
+            encrypted = await agreed
+        except OSError:
+            # It speaks no TLS, or none that is accepted here.
+            pass
+        finally:
+            agreed.cancel()
+            # From here on it has a place as any other, or none.
+            self._server.places.gone("")
+        if encrypted is not None and not encrypted.is_closing():
+            protocol.connection_made(encrypted)
+
+    def _hand_over(self, transport: asyncio.Transport) -> None:
+        # uvloop's, for TLS.
+        protocol = cast(asyncio.BufferedProtocol, transport.get_protocol())
+        if not transport.is_closing():
+            size = len(self._early)
+            memoryview(protocol.get_buffer(size))[:size] = self._early
+            protocol.buffer_updated(size)
+
+
+class DownstreamServer:
+    """The connections of all clients.
+
+    `handle` answers a request. `malformed` is told of those that never became exchanges.
+    """
+
+    def __init__(
+        self,
+        handle: Callable[[Request], Awaitable[Answer]],
+        malformed: Callable[[RequestError], None],
+        limits: Limits,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.handle = handle
+        self.malformed = malformed
+        self.limits = limits
+        self.places = Connections(limits)
+        self.hangups = HangupWatch(self._loop)
+        self.parsed_for = BaseProtocol(self._loop)
+        """What aiohttp's parser wants a protocol for, which is to pause it."""
+        self.requests_count = 0
+        self.connections: set[DownstreamProtocol] = set()
+        """Those that have not ended; of one whose client is gone, its task may still end."""
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self.empty = asyncio.Event()
+        """Set while there is no connection, nor an exchange that has still to end after one."""
+        self.empty.set()
+
+    def __call__(self, tls: ssl.SSLContext | None = None) -> asyncio.Protocol:
+        """The protocol of a connection that was accepted, which is to be encrypted as `tls` has it."""
+        return DownstreamProtocol(self, self._loop) if tls is None else _Accepted(self, self._loop, tls)
+
+    def agree(self, handshake: Awaitable[None]) -> None:
+        """A connection is about to be encrypted."""
+        task = asyncio.ensure_future(handshake)
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+
+    def made(self, connection: DownstreamProtocol) -> RequestError | None:
+        """There is a new `connection`. Why no request of it may be taken, or None.
+
+        Far above the limit it is closed at once.
+        """
+        self.connections.add(connection)
+        self.empty.clear()
+        if not self.places.come() and connection.transport is not None:
+            connection.transport.abort()
+        return self.places.known(connection.address)
+
+    def lost(self, connection: DownstreamProtocol, task: asyncio.Task[None] | None) -> None:
+        """The `connection` is gone; `task` may still have to end what was on it."""
+        self.places.gone(connection.address)
+        if task is None or task.done():
+            self._forget(connection)
+        else:
+            task.add_done_callback(lambda _: self._forget(connection))
+
+    def _forget(self, connection: DownstreamProtocol) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self.empty.set()
+
+    def close_idle_for(self, seconds: float) -> None:
+        """Closes the connections that have been without a request for so long."""
+        for connection in list(self.connections):
+            connection.close_if_idle(seconds)
+
+    async def shutdown(self, seconds: float) -> None:
+        """Ends every connection; what is under way has so many `seconds` to end by itself."""
+        for handshake in list(self._handshakes):
+            handshake.cancel()
+        self.close_idle_for(0.0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.empty.wait()
+        for connection in list(self.connections):
+            connection.end()
+        await self.empty.wait()
