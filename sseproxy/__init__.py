@@ -61,6 +61,7 @@ and it is reported once.*
       metrics         every metric, and the registry
       telemetry       from what happens to numbers, and from worker to supervisor
       access          a line for each exchange
+      logs            lines that nobody waits for
     process
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration

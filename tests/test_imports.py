@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "process": {"relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
     "demonstration": {"process", "demo"} | EVERYWHERE,
-    "cli": {"process", "demo", "demonstration"} | EVERYWHERE,
+    "cli": {"process", "demo", "demonstration", "observe.logs"} | EVERYWHERE,
     "__main__": {"cli"},
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.

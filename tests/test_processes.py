@@ -191,7 +191,8 @@ async def test_a_worker_that_is_not_understood_is_replaced(upstream: ScriptedUps
     (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION)
     (tmp_path / "once").mkdir()
     arguments = ("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1")
-    async with serve(*arguments, PYTHONPATH=str(tmp_path)) as served:
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    async with serve(*arguments, PYTHONPATH=path) as served:
         await served.until("worker_restarts_total", 1)
         assert "a worker says what this version does not understand" in served.stderr
         await served.until("workers", 1)

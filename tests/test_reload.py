@@ -245,7 +245,9 @@ async def test_workers_that_do_not_come_up_change_nothing(
         workers = set(children(os.getpid())).difference(before)
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", "/bin/false")
-            with pytest.raises(ReloadError, match="a new worker ended with status 1 before it accepted connections"):
+            with pytest.raises(
+                ReloadError, match="2 of 2 new workers did not come to accept connections: one ended with status 1"
+            ):
                 await supervisor.reload()
         assert workers <= set(children(os.getpid()))
         assert (await supervisor.registry())._gauges[0]["config_last_reload_successful", ()] == 0

@@ -26,6 +26,7 @@ from .values import (
     FieldName,
     FilePath,
     Globs,
+    HostNames,
     ListenAddress,
     ListenAddresses,
     Loc,
@@ -108,6 +109,8 @@ class Admin(_Model):
     """The listener for metrics and health, apart from the clients' one."""
 
     listen: ListenAddress = Address("127.0.0.1", 9464)
+    hosts: HostNames = ()
+    """Names in `Host` that are served, beside IP addresses, `localhost` and this machine's name."""
 
 
 class UpstreamTLS(_Model):
@@ -193,6 +196,8 @@ class Reload(_Model):
     """Look at the content of the file, and of the files it names, this often, and reload when it has changed."""
     drain_timeout: DurationOrOff = None
     """How long exchanges that began on the old configuration may go on; `None` is to their end."""
+    generations: Count = 4
+    """Earlier configurations that may still be finishing; where there are more, the exchanges of the oldest end."""
 
 
 class AccessLog(_Model):

@@ -40,6 +40,7 @@ _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A method, and the name of a field (RFC 9110, section 5.6.2).
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
 _PASSED_SOCKET = re.compile(r"systemd(?::(?P<name>[A-Za-z0-9_.@-]+))?")
@@ -233,6 +234,12 @@ def _glob(value: object) -> str:
     raise expected("the name of a model or a glob such as gpt-4*")
 
 
+def _host_name(value: object) -> str:
+    if isinstance(value, str) and _HOST_NAME.fullmatch(value):
+        return value.lower()
+    raise expected("the name of a host such as proxy.example.org, without port")
+
+
 def _listed(value: object) -> tuple[object, ...]:
     if isinstance(value, str):
         return (value,)
@@ -421,6 +428,8 @@ Name = Annotated[str, Option(_name, {"type": "string", "pattern": f"^{_NAME.patt
 PathPrefix = Annotated[str, Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
 
 Globs = Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], Option(_listed, _one_or_more(TEXT))]
+
+HostNames = Annotated[tuple[Annotated[str, BeforeValidator(_host_name)], ...], Option(_listed, _one_or_more(TEXT))]
 
 Methods = Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], Option(_listed, _one_or_more(TEXT))]
 

@@ -7,7 +7,7 @@ into a `Registry`, which outlives workers, so that counters never fall.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -354,6 +354,13 @@ class Registry(Collector):
         return {
             labels: int(value) for (name, labels), value in gauges.items() if name == REQUESTS_ACTIVE.name and value > 0
         }
+
+    def forget_states(self, gone: Iterable[str]) -> None:
+        """The configuration no longer has what is called so by the first label of a state."""
+        for name in gone:
+            for states in self._states.values():
+                for labels in [labels for labels in states if labels[0] == name]:
+                    del states[labels]
 
     def collect(self) -> Iterator[Family]:
         for metric in METRICS:
