@@ -24,7 +24,7 @@ from sseproxy.observe import logs
 from sseproxy.observe.logs import Lines
 
 from .harness import DEADLINE, ScriptedUpstream
-from .served import ConfigFile, children, end, until_true
+from .served import ConfigFile, children, end, python_runs_first, until_true
 
 # Writes as a worker does, from several processes at once: numbered lines of many lengths, and long ones.
 WRITER = """
@@ -177,10 +177,8 @@ if "sseproxy.process.worker" in sys.orig_argv:
 
 
 async def test_nobody_reads_standard_error_and_everybody_is_served(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(NOISY)
     socket_path, admin_path = tmp_path / "s", tmp_path / "admin"
     file = ConfigFile(tmp_path, upstream, listen=f"unix:{socket_path}", admin=f"{{listen: 'unix:{admin_path}'}}")
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     with pipe() as (_, writer):
         # Full, before anything was written.
         os.set_blocking(writer, False)
@@ -190,7 +188,7 @@ async def test_nobody_reads_standard_error_and_everybody_is_served(upstream: Scr
         os.set_blocking(writer, True)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "sseproxy", "serve", "-c", str(file.path)),
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | python_runs_first(NOISY, tmp_path),
             stdout=writer,
             stderr=writer,
         )
