@@ -164,6 +164,7 @@ class RequestError(ExchangeError):
         "connections": (503, "There are too many connections."),
         "connections_per_client": (429, "There are too many connections from this address."),
         "active_requests": (503, "There are too many requests under way."),
+        "held": (503, "Too many request bodies are being read in advance; please try again."),
         "overloaded": (503, "The proxy has more to do than it can."),
         "pending_connects": (503, "Too many requests wait for a connection to the upstream."),
     }

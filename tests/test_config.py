@@ -516,19 +516,68 @@ def test_api_key_is_in_no_repr() -> None:
     assert SECRET not in str(caught.value)
 
 
+def test_a_configuration_knows_the_variables_whose_values_it_took() -> None:
+    env = {"PORT": "1", "KEY": SECRET, "EMPTY": "", "OTHER": "x"}
+    models = "metrics: {models: ['${EMPTY:-a}', '${NONE:-b}', $$]}"
+    text = f"listen: 'h:${{PORT}}'\n{models}\n{upstream('api_key: ${KEY}')}"
+    loaded = config.parse(text, "f", env)
+    assert loaded.variables == config.override(loaded, workers=2).share(2).variables == {"PORT", "KEY", "EMPTY"}
+    assert "variables" not in config.resolved(loaded) + repr(loaded) + json.dumps(config.schema())
+    assert config.single("http://h").variables == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("max_body: 65MiB", "f:1:1: limits.held: expected at least max_body (65MiB), got its default of 64MiB"),
+        ("limits: {held: 1KiB}", "f:1:10: limits.held: expected at least max_body (its default of 32MiB), got 1KiB"),
+        (
+            "max_body: ${BODY}\nlimits:\n  held: 4KiB",
+            "f:3:3: limits.held: expected at least max_body (${BODY}), got 4KiB",
+        ),
+    ],
+)
+def test_a_body_that_would_never_fit_is_a_conflict(options: str, expected: str) -> None:
+    assert problems(f"{options}\n{VALID}", {"BODY": "1GiB"}) == [expected]
+    with pytest.raises(ValidationError, match=r"limits\.held: expected at least max_body \(2B\), got 1B"):
+        Config(
+            max_body=2,
+            limits=config.Limits(held=1),
+            upstreams=(Upstream(name="up", url="http://h"),),
+            routes=(Route(name="api", match=Match(path="/v1"), upstream="up"),),
+        )
+
+
+@pytest.mark.parametrize("options", ["max_body: 64MiB", "max_body: 1B\nlimits: {held: 1B}", "limits: {held: 1GiB}"])
+def test_a_body_that_fits_is_none(options: str) -> None:
+    assert config.parse(f"{options}\n{VALID}", "f", {})
+
+
+@pytest.mark.parametrize(
+    "wrong", ["max_body: 1", "limits: 1", "limits: {held: 1}", "max_body: ${NONE}", "limits: {held: !x 1}"]
+)
+def test_a_size_that_is_wrong_conflicts_with_nothing(wrong: str) -> None:
+    (problem,) = problems(f"{wrong}\n{VALID}")
+    assert "at least" not in problem
+
+
 def test_config_survives_pickling() -> None:
     loaded = config.load(CONFIGS / "reference.yaml", {"OPENAI_API_KEY": SECRET})
     again = pickle.loads(pickle.dumps(loaded))
     assert again == loaded
+    assert again.variables == {"OPENAI_API_KEY"}
     assert again.upstreams[0].api_key.get_secret_value() == SECRET
 
 
 def test_minimal_config_loads() -> None:
     loaded = config.load(CONFIGS / "minimal.yaml", {"OPENAI_API_KEY": SECRET})
-    assert loaded == Config(
-        upstreams=(Upstream(name="openai", url="https://api.openai.com/v1", api_key=SecretStr(SECRET)),),
-        routes=(Route(name="api", match=Match(path="/v1"), upstream="openai"),),
+    assert dict(loaded) == dict(
+        Config(
+            upstreams=(Upstream(name="openai", url="https://api.openai.com/v1", api_key=SecretStr(SECRET)),),
+            routes=(Route(name="api", match=Match(path="/v1"), upstream="openai"),),
+        )
     )
+    assert loaded.variables == {"OPENAI_API_KEY"}
     assert problems((CONFIGS / "minimal.yaml").read_text()) == [
         "f:8:5: upstreams[0].api_key: environment variable OPENAI_API_KEY is not set"
     ]
@@ -767,7 +816,7 @@ def test_duration_refuses_what_is_none(text: str) -> None:
 @given(st.integers(1, 999_999_999), st.sampled_from(["B", "KiB", "MiB", "GiB"]))
 def test_size_round_trip(count: int, unit: str) -> None:
     size = count * 1024 ** ["B", "KiB", "MiB", "GiB"].index(unit)
-    assert config.parse(f"max_body: {count}{unit}\n{VALID}", "f", {}).max_body == size
+    assert config.parse(f"limits: {{event: {count}{unit}}}\n{VALID}", "f", {}).limits.event == size
 
 
 SYNTAX = [": ", "\n", "\n  ", "\n    - ", "- ", "{", "}", "[", "]", ", ", "'", '"', "# ", "|", ">", "? ", "---", "..."]

@@ -85,13 +85,14 @@ class Part:
 class Document:
     """A YAML document: `data` (None if it is no mapping), its `parts` by where they are, and its `problems`.
 
-    A problem is ((line, column), text), counted from 1. `${VAR}` comes from `env`.
+    A problem is ((line, column), text), counted from 1. `${VAR}` comes from `env`; `variables` are those that did.
     """
 
     def __init__(self, text: str, env: Mapping[str, str]) -> None:
         self.problems: list[tuple[tuple[int, int], str]] = []
         self._env = env
         self.parts: dict[Loc, Part] = {}
+        self.variables: set[str] = set()
         self.data: dict[str, object] | None = None
         try:
             self._loader = _Loader(text)
@@ -202,6 +203,8 @@ class Document:
                 problems.append("expected ${NAME} or ${NAME:-default}; a literal ${ is written as $${")
                 return ""
             value = self._env.get(name)
+            if value is not None:
+                self.variables.add(name)
             if default is not None:
                 return value or default
             if value is None:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 from yarl import URL
 
 from ..errors import ConfigError
 from .document import INVALID, Document, position
-from .model import Admin, Config, Match, Route, Upstream, conflicts
-from .values import DOCUMENT, Loc, quoted, read_address, read_url, read_workers
+from .model import Admin, Config, Limits, Match, Route, Upstream, conflicts
+from .values import DOCUMENT, Loc, Size, quoted, read_address, read_url, read_workers, spell_size
 
 T = TypeVar("T")
 
@@ -64,6 +64,7 @@ def parse(text: str, source: str, env: Mapping[str, str] = os.environ) -> Config
                 for (line, column), problem in sorted(document.problems, key=itemgetter(0))
             ]
         )
+    config._variables = frozenset(document.variables)
     return config
 
 
@@ -173,9 +174,12 @@ def _validate(document: Document) -> Config | None:
         [_text(route.get("name")) for route in routes],
         [_valid_match(route.get("match")) for route in routes],
         [_text(route.get("upstream")) for route in routes],
-        spell=lambda loc, _: str(document.parts[loc].node.value),
+        _valid_size(data, Config, "max_body"),
+        _valid_size(data.get("limits", {}), Limits, "held"),
+        spell=lambda loc, value: _spelled(document, loc, value),
     ):
-        document.report(loc, message)
+        # What is not written down has no place; `held` conflicts with a `max_body` that is.
+        document.report(loc, message, document.parts[loc if loc in document.parts else ("max_body",)].place)
     try:
         return Config.model_validate(data, context=DOCUMENT)
     except ValidationError as error:
@@ -202,6 +206,23 @@ def _model_at(loc: Loc) -> type[BaseModel]:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _spelled(document: Document, loc: Loc, value: str | int) -> str:
+    if loc in document.parts:
+        return str(document.parts[loc].node.value)
+    return f"its default of {spell_size(value)}" if isinstance(value, int) else value
+
+
+def _valid_size(options: object, model: type[BaseModel], name: str) -> int | None:
+    """The size `name` among the `options` of `model`, or its default."""
+    if not isinstance(options, dict):
+        return None
+    size = options.get(name, model.model_fields[name].default)
+    try:
+        return TypeAdapter(Size).validate_python(size, context=DOCUMENT if name in options else None)
+    except ValidationError:
+        return None
 
 
 def _valid_match(value: object) -> Match | None:

@@ -45,6 +45,7 @@ from .values import (
     dotted,
     expected,
     quoted,
+    spell_size,
 )
 
 
@@ -81,6 +82,8 @@ class Limits(_Model):
     """A request body; larger ones are answered 413, also while they are relayed."""
     request_body_rate: SizeOrOff = 240
     """Bytes a second that a client has to send of its body on average, once it has had `timeouts.body` to begin."""
+    held: Size = 64 << 20
+    """Request bodies that are read in advance, in bytes, for each worker; requests that need more are answered 503."""
     response_head: Size = 32 << 10
     """An upstream's response head; larger ones are answered 502."""
     event: Size = 4 << 20
@@ -295,6 +298,13 @@ class Config(_Model):
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
 
+    _variables: frozenset[str] = frozenset()
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The environment variables whose values the file took. They may hold keys, which no worker needs again."""
+        return self._variables
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         found = [
@@ -304,7 +314,9 @@ class Config(_Model):
                 [route.name for route in self.routes],
                 [route.match for route in self.routes],
                 [route.upstream for route in self.routes],
-                spell=lambda _, name: name,
+                self.max_body,
+                self.limits.held,
+                spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
             )
         ]
         if found:
@@ -346,11 +358,14 @@ def conflicts(
     routes: Sequence[str | None],
     matches: Sequence[Match | None],
     uses: Sequence[str | None],
-    spell: Callable[[Loc, str], str],
+    max_body: int | None,
+    held: int | None,
+    spell: Callable[[Loc, str | int], str],
 ) -> Iterator[tuple[Loc, str]]:
-    """What is wrong between the parts: repeated names and matches, and names of upstreams (`uses`) that do not exist.
+    """What is wrong between the parts: repeated names and matches, names of upstreams (`uses`) that do not exist, and a
+    body that would never fit.
 
-    `None` stands for a part that is itself wrong. `spell` gives a name as it may be shown.
+    `None` stands for a part that is itself wrong. `spell` gives a name or a size as it may be shown.
     """
     identities = [match and (match.path, frozenset(match.model), frozenset(match.methods)) for match in matches]
     columns: tuple[tuple[str, str, Sequence[object]], ...] = (
@@ -363,6 +378,10 @@ def conflicts(
             first = column.index(item)
             if item is not None and first < index:
                 yield (section, index, key), f"expected a unique {key}, got that of {section}[{first}]"
+
+    if max_body is not None and held is not None and max_body > held:
+        most, least = spell(("limits", "held"), held), spell(("max_body",), max_body)
+        yield ("limits", "held"), f"expected at least max_body ({least}), got {most}"
 
     names = [name for name in upstreams if name is not None]
     if not names or len(names) < len(upstreams):

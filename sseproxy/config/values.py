@@ -333,7 +333,7 @@ def _spell_duration(seconds: float | None) -> str:
     return "".join(parts)
 
 
-def _spell_size(size: int | None) -> str:
+def spell_size(size: int | None) -> str:
     if size is None:
         return "off"
     unit, factor = max((item for item in _SIZE_BYTES.items() if not size % item[1]), key=itemgetter(1))
@@ -387,10 +387,10 @@ Duration = Annotated[float, Option(_duration, _IN_TIME, spell=_spell_duration)]
 DurationOrOff = Annotated[float | None, Option(_duration_or_off, _IN_TIME, _OFF, NONE, spell=_spell_duration)]
 """A `Duration`, or `None`, which is written as `off`."""
 
-Size = Annotated[int, Option(_size, _IN_BYTES, spell=_spell_size)]
+Size = Annotated[int, Option(_size, _IN_BYTES, spell=spell_size)]
 """Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
 
-SizeOrOff = Annotated[int | None, Option(_size_or_off, _IN_BYTES, _OFF, NONE, spell=_spell_size)]
+SizeOrOff = Annotated[int | None, Option(_size_or_off, _IN_BYTES, _OFF, NONE, spell=spell_size)]
 """A `Size`, or `None`, which is written as `off`."""
 
 Count = Annotated[int, Option(_count, _NUMBER)]
