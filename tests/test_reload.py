@@ -504,17 +504,6 @@ def test_what_is_watched_is_a_file_of_bounded_size(tmp_path: Path) -> None:
     assert len(read_file(str(tmp_path / "large"))) < 5_000_000
 
 
-async def test_a_file_that_has_become_a_pipe_holds_up_nothing(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    key = tmp_path / "key"
-    key.write_text("sk-x\n")
-    file = ConfigFile(tmp_path, upstream, key=f"api_key_file: '{key}'", reload="{watch: 50ms}")
-    async with file.serve() as served:
-        key.unlink()
-        os.mkfifo(key)
-        await served.until(r'config_reloads_total\{result="failure"\}', 1)
-        assert (await served.get("/readyz"))[0] == 200
-
-
 async def test_exchanges_from_before_a_reload_may_be_given_a_time(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     file = ConfigFile(tmp_path, upstream, reload="{drain_timeout: 100ms}")
     async with file.serve() as served:

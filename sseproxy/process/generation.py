@@ -41,8 +41,11 @@ _UNREADY_AFTER, _KILLED_AFTER = 5, 20
 _STARTED_AFTER = 60
 # Of a connection that is served: the client's side and the upstream's.
 _DESCRIPTORS, _DESCRIPTORS_OF_ITS_OWN = 2, 50
-# A shorter key, such as "none", is for upstreams that want some key; it may be part of anything.
-_PLACEHOLDER = 8
+# What the interpreter and its libraries go by themselves; a file may have used it for a path.
+_NEEDED = frozenset(
+    {"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ"}
+    | {"SSL_CERT_DIR", "SSL_CERT_FILE"}
+)
 
 
 def cores() -> int:
@@ -78,13 +81,8 @@ def within_descriptors(config: Config) -> Config:
 
 
 def environment(config: Config) -> dict[str, str]:
-    """What a worker inherits: not the variables that hold a key of `config`, which it is handed with it."""
-    keys = [upstream.key.get_secret_value() for upstream in config.upstreams if upstream.key is not None]
-
-    def secret(value: str) -> bool:
-        return any(key == value or (len(key) >= _PLACEHOLDER and key in value) for key in keys)
-
-    return {name: value for name, value in os.environ.items() if not secret(value)}
+    """What a worker inherits: not the variables that `config` took its keys from, which are handed to it."""
+    return {name: value for name, value in os.environ.items() if name not in config.variables - _NEEDED}
 
 
 class Generation:
