@@ -58,7 +58,8 @@ and it is reported once.*
       reads           reads of bounded size, for both sides
       exchange        the record of an exchange, its clock, its inspector
     observe         what an operator sees
-      metrics         every metric, and the registry
+      metrics         every metric, and what a worker counts with
+      registry        all workers' numbers, and their exposition
       telemetry       from what happens to numbers, and from worker to supervisor
       access          a line for each exchange
       logs            lines that nobody waits for

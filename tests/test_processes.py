@@ -16,7 +16,8 @@ import pytest
 
 from sseproxy import config
 from sseproxy.errors import SseproxyError
-from sseproxy.observe.metrics import Recorder, Registry, exposition
+from sseproxy.observe.metrics import Recorder
+from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, encode_report
 from sseproxy.process.generation import cores, environment
 from sseproxy.process.listeners import listen

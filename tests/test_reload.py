@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestServer
 
 from sseproxy import config
 from sseproxy.errors import ReloadError
-from sseproxy.observe.metrics import Registry
+from sseproxy.observe.registry import Registry
 from sseproxy.process.admin import application
 from sseproxy.process.supervisor import Supervisor
 from sseproxy.process.supervisor import _read as read_file

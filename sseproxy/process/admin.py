@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 from yarl import URL
 
 from ..errors import ReloadError, SseproxyError
-from ..observe.metrics import Registry, exposition
+from ..observe.registry import Registry, exposition
 
 # Whoever reads these learns nothing that he could not see otherwise, and probes name whatever host they like.
 _UNDER_ANY_NAME = frozenset({"/metrics", "/livez", "/readyz"})

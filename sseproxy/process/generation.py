@@ -22,7 +22,8 @@ from time import perf_counter
 from ..config import Config
 from ..errors import Outcome
 from ..observe import metrics
-from ..observe.metrics import Recorder, Registry, Report
+from ..observe.metrics import Recorder, Report
+from ..observe.registry import Registry
 from ..observe.telemetry import Reports
 from .worker import encode_config
 

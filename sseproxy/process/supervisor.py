@@ -28,7 +28,8 @@ from .. import __version__
 from ..config import Config, Listen
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
-from ..observe.metrics import Recorder, Registry
+from ..observe.metrics import Recorder
+from ..observe.registry import Registry
 from ..relay.downstream import check_parser
 from . import notify
 from .admin import application
