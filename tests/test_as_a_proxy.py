@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+from ipaddress import ip_network
 from typing import cast
 
 import pytest
 
+from sseproxy import config
 from sseproxy.relay import downstream as relay_downstream
 from sseproxy.relay import routes
 from sseproxy.relay import upstream as relay_upstream
@@ -255,3 +257,138 @@ async def test_a_client_that_left_is_counted_as_499(proxy: RunningProxy, upstrea
     await proxy.idle()
     assert proxy.sample("requests_total", code="499", outcome="client_gone_before_head") == 1
     assert proxy.sample("requests_total") == 1
+
+
+CLAIMS = {
+    "Forwarded": "for=6.6.6.6",
+    "X-Forwarded-For": "6.6.6.6",
+    "X_Forwarded_For": "6.6.6.6",
+    "X-Forwarded-Port": "666",
+    "X-Forwarded-Prefix": "/evil",
+    "X-Forwarded-User": "root",
+    "X-Forwarded-Client-Cert": "Subject=root",
+    "X-Real-IP": "6.6.6.6",
+    "x_real-ip": "6.6.6.6",
+    "True-Client-IP": "6.6.6.6",
+    "X-Original-URL": "/admin",
+    "SCRIPT_NAME": "/admin",
+    "Remote_User": "root",
+}
+
+
+def get(path: str = "/v1/x", **fields: str) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"GET {path} HTTP/1.1\r\nHost: h\r\n{lines}\r\n".encode()
+
+
+async def test_nobody_says_through_us_what_only_a_proxy_says(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client = await proxy.connect()
+    client.send(get(**CLAIMS, X_Mine="mine"))
+    request = await (await upstream.accept()).message()
+    assert {name.lower() for name, _ in request.fields} - OURS == {
+        *("host", "x_mine", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host")
+    }
+    assert request.all("x-forwarded-for") == ["127.0.0.1"]
+
+
+async def test_what_a_trusted_proxy_says_passes_and_forwarded_is_added_to(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, trusted_proxies=(ip_network("127.0.0.0/8"),))
+    client = await proxy.connect()
+    client.send(get(**CLAIMS))
+    request = await (await upstream.accept()).message()
+    assert request.all("forwarded") == ["for=6.6.6.6, for=127.0.0.1;host=h;proto=http"]
+    assert request.all("x-forwarded-for") == ["6.6.6.6, 127.0.0.1"]
+    assert (request.get("x-forwarded-port"), request.get("x-real-ip")) == ("666", "6.6.6.6")
+    assert not any("_" in name for name, _ in request.fields)
+
+
+@pytest.mark.parametrize("name", ["x_api_key", "X-Api_Key", "api_key"])
+async def test_a_key_replaces_credentials_in_any_spelling(
+    start: StartProxy, upstream: ScriptedUpstream, name: str
+) -> None:
+    proxy = await start(upstream.url, api_key="sk-x")
+    client = await proxy.connect()
+    client.send(get(**{name: "client"}))
+    request = await (await upstream.accept()).message()
+    assert (request.get("authorization"), request.get(name.lower())) == ("Bearer sk-x", None)
+
+
+async def test_trailers_are_not_asked_for_because_they_are_dropped(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client = await proxy.connect()
+    client.send(get(TE="trailers", Connection="TE"))
+    request = await (await upstream.accept()).message()
+    assert (request.get("te"), request.get("connection")) == (None, None)
+
+
+@pytest.mark.parametrize("line", [b"Content-Length : 5", b"Content-Length\t: 5", b": x", b"X", b"X y: z"])
+async def test_a_line_of_a_response_head_that_is_no_field_is_a_502(
+    proxy: RunningProxy, upstream: ScriptedUpstream, line: bytes
+) -> None:
+    client, api = await begin(proxy, upstream)
+    api.send(b"HTTP/1.1 200 OK\r\n" + line + b"\r\n\r\nhello and more")
+    api.close()
+    response = await client.message()
+    assert (response.status, response.json()["error"]["code"]) == (502, "upstream_protocol")
+    await api.gone()
+    assert await proxy.ended() == {"upstream_error": 1}
+
+
+async def test_a_path_that_is_spelled_otherwise_takes_the_same_route(
+    start: StartProxy, upstream: ScriptedUpstream, play: PlayScript
+) -> None:
+    other = await play(answer_all)
+    up = config.Upstream(name="up", url=f"{upstream.url}/base")
+    proxy = await start(
+        upstream.url,
+        upstreams=(up, config.Upstream(name="other", url=other.url)),
+        routes=(
+            config.Route(name="all", match=config.Match(path="/v1"), upstream="other"),
+            config.Route(name="admin", match=config.Match(path="/v1/admin"), upstream="up"),
+        ),
+    )
+    client = await proxy.connect()
+    api = None
+    for path, forwarded in {
+        "/v1/admin/%61?%61": "/base/%61?%61",
+        "/v1/%61dmin/%61?%61": "/base/%61?%61",
+        "/%761/%61%64%6D%69%6e": "/base",
+        "/v1/admi%6E/%2fx": "/base/%2fx",
+    }.items():
+        client.send(get(path))
+        api = api or await upstream.accept()
+        assert (await api.message()).start_line == f"GET {forwarded} HTTP/1.1"
+        api.send(OK)
+        assert (await client.message()).status == 200
+    assert proxy.sample("requests_total", route="admin") == 4
+
+
+async def test_a_path_that_is_spelled_otherwise_is_measured_all_the_same(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client, api = await begin(proxy, upstream, post(path="/v1/respons%65s"))
+    generated = b'data: {"type":"response.output_text.delta","delta":"Hi"}\n\n'
+    api.send(STREAM_HEAD, chunk(generated), chunk(b'data: {"type":"response.completed"}\n\n'), LAST_CHUNK)
+    assert (await client.message()).complete
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("time_to_first_token_seconds_count") == 1
+
+
+async def test_a_route_for_any_model_reads_no_body_for_the_routes_behind_it(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    files = config.Route(name="files", match=config.Match(path="/v1/files"), upstream="up")
+    chat = config.Route(name="chat", match=config.Match(path="/v1", model=("*",)), upstream="up")
+    proxy = await start(upstream.url, routes=(chat, files), max_body=10)
+    client = await proxy.connect()
+    body = b"x" * 1000
+    client.send(post(body, "/v1/files"))
+    api = await upstream.accept()
+    assert (await api.message()).body == body
+    api.send(OK)
+    assert (await client.message()).status == 200
+    client.send(post(body, "/v1/chat/completions"))
+    assert (await client.message()).status == 413

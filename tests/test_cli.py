@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator
 from math import inf
 from pathlib import Path
@@ -189,6 +192,26 @@ async def test_a_file_that_cannot_be_used_starts_nothing(tmp_path: Path) -> None
     assert (status, out) == (1, "")
     assert errors.startswith(f"sseproxy: {file}:6:")
     assert errors.count("\n") == 1
+
+
+async def test_a_configuration_may_be_another_programs_output(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    command = 'exec "$0" -m sseproxy check-config <(cat good.yaml)'
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", command, sys.executable), cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert out.startswith(b"/dev/fd/")
+    assert out.endswith(b": ok (1 route, 1 upstream)\n")
+
+
+async def test_a_pipe_in_place_of_a_key_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key")
+    file = tmp_path / "bad.yaml"
+    file.write_text(GOOD.replace("api_key: ${KEY:-}", f"api_key_file: {tmp_path / 'key'}"))
+    status, out, errors = await run("check-config", str(file))
+    assert (status, out) == (1, "")
+    assert errors.endswith("api_key_file: expected a readable file with an API key (not a regular file)\n")
 
 
 async def test_the_module_runs_as_the_command_does() -> None:

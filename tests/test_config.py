@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import socket
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from sseproxy import config
-from sseproxy.config import Address, Admin, Config, Match, PassedSocket, Route, Timeouts, UnixAddress, Upstream
+from sseproxy.config import Address, Admin, Config, Match, PassedSocket, Route, Timeouts, UnixAddress, Upstream, files
 from sseproxy.errors import ConfigError
 from sseproxy.wire.dialects import DIALECT_NAMES
 
@@ -169,9 +173,13 @@ MISTAKES = {
         f"access_log: {{format: xml}}\n{VALID}",
         "f:1:14: access_log.format: expected auto, json or text, got 'xml'",
     ),
-    "key_file_empty": (
+    "key_file_is_a_device": (
         upstream("api_key_file: /dev/null"),
-        "f:4:5: upstreams[0].api_key_file: expected a file with an API key: one line of visible ASCII characters",
+        "f:4:5: upstreams[0].api_key_file: expected a readable file with an API key (not a regular file)",
+    ),
+    "key_file_with_a_zero_byte": (
+        upstream('api_key_file: "/k\\0"'),
+        "f:4:5: upstreams[0].api_key_file: expected a readable file with an API key (no path has such a character)",
     ),
     "key_file_missing": (
         upstream("api_key_file: /nowhere.key"),
@@ -261,7 +269,7 @@ MISTAKES = {
     ),
     "ca_file_without_certificates": (
         upstream("tls: {ca_file: /dev/null}"),
-        f"f:4:11: upstreams[0].tls.ca_file: {CA_FILE} (no certificate is in it), got '/dev/null'",
+        f"f:4:11: upstreams[0].tls.ca_file: {CA_FILE} (not a regular file), got '/dev/null'",
     ),
     "ca_file_number": (
         upstream("tls: {ca_file: 1}"),
@@ -882,3 +890,148 @@ routes:
     )
     reference = Path(__file__).parent.parent / "configs" / "reference.yaml"
     assert all(name in reference.read_text() for name in DIALECT_NAMES)
+
+
+# Where an option names a file: what a configuration has before and after the file's name, and what is expected there.
+NAMED_FILES = {
+    "api_key_file": (upstream("api_key_file: FILE"), "a readable file with an API key"),
+    "ca_file": (upstream("tls: {ca_file: FILE}"), "a readable file of PEM certificates"),
+    "cert_file": (upstream("tls: {cert_file: FILE}"), "readable files in cert_file and key_file"),
+    "key_file": (upstream("tls: {cert_file: GOOD, key_file: FILE}"), "readable files in cert_file and key_file"),
+    "clients_cert_file": (f"tls: {{cert_file: FILE}}\n{VALID}", "readable files in cert_file and key_file"),
+    "clients_key_file": (
+        f"tls: {{cert_file: GOOD, key_file: FILE}}\n{VALID}",
+        "readable files in cert_file and key_file",
+    ),
+}
+
+
+@pytest.mark.parametrize("option", NAMED_FILES)
+def test_a_file_that_would_keep_whoever_reads_it_is_refused(option: str, tmp_path: Path) -> None:
+    text, expected = NAMED_FILES[option]
+    (tmp_path / "good").write_text("x")
+    (tmp_path / "large").write_bytes(b"x" * ((4 << 20) + 1))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "socket"))
+    for file, why in {
+        "pipe": "not a regular file",
+        "link": "not a regular file",
+        "/dev/zero": "not a regular file",
+        "socket": "no such device or address",
+        "loop": "too many levels of symbolic links",
+        ".": "is a directory",
+        "missing": "no such file or directory",
+        "large": f"larger than {'16KiB' if option == 'api_key_file' else '4MiB'}",
+    }.items():
+        written = text.replace("FILE", str(tmp_path / file)).replace("GOOD", str(tmp_path / "good"))
+        (problem,) = problems(written)
+        assert f": expected {expected} ({why}" in problem, file
+        assert str(tmp_path) not in problem or option == "ca_file"
+
+
+def test_a_file_that_became_a_pipe_keeps_no_worker_either(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("h")
+    issued.private_key_pem.write_to_path(tmp_path / "key")
+    for file in ("cert", "ca"):
+        issued.cert_chain_pems[0].write_to_path(tmp_path / file)
+    cert, key, ca = (str(tmp_path / file) for file in ("cert", "key", "ca"))
+    contexts = [
+        config.TLS(cert_file=cert, key_file=key).context,
+        config.UpstreamTLS(cert_file=cert, key_file=key, ca_file=ca).context,
+    ]
+    for context in contexts:
+        assert context()
+    for file in ("key", "cert", "ca"):
+        (tmp_path / file).unlink()
+        os.mkfifo(tmp_path / file)
+        for context in contexts[file == "ca" :]:
+            with pytest.raises((OSError, PydanticCustomError), match="not a regular file"):
+                context()
+
+
+def test_keys_are_read_through_links_as_they_are_mounted(tmp_path: Path) -> None:
+    (tmp_path / "..2026").mkdir()
+    (tmp_path / "..2026" / "key").write_text("sk-x\n")
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "key").symlink_to("..data/key")
+    loaded = config.parse(upstream(f"api_key_file: {tmp_path / 'key'}"), "f", {})
+    assert loaded.upstreams[0].key == SecretStr("sk-x")
+
+
+@pytest.mark.parametrize("content", ["", "\n", "two\nlines", "é", "a b"])
+def test_a_key_file_has_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(content)
+    assert problems(upstream(f"api_key_file: {tmp_path / 'key'}")) == [
+        "f:4:5: upstreams[0].api_key_file: expected a file with an API key: one line of visible ASCII characters"
+    ]
+
+
+def test_a_file_without_certificates_is_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "ca").write_text("no certificate")
+    (problem,) = problems(upstream(f"tls: {{ca_file: {tmp_path / 'ca'}}}"))
+    assert problem.startswith(f"f:4:11: upstreams[0].tls.ca_file: {CA_FILE} (no certificate is in it)")
+
+
+def test_a_configuration_may_come_out_of_a_pipe() -> None:
+    ours, theirs = os.pipe()
+    # More than a pipe holds, so that it is read while it is written.
+    text = f"# {'x' * 200_000}\n{VALID}"
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            loading = pool.submit(config.load, f"/dev/fd/{ours}", {})
+            with open(theirs, "w") as file:
+                file.write(text)
+            assert loading.result() == config.parse(VALID, "f", {})
+        finally:
+            os.close(ours)
+
+
+def test_it_may_have_been_written_before_it_is_read() -> None:
+    ours, theirs = os.pipe()
+    os.write(theirs, VALID.encode())
+    os.close(theirs)
+    try:
+        assert config.load(f"/dev/fd/{ours}") == config.parse(VALID, "f")
+    finally:
+        os.close(ours)
+
+
+def test_it_may_be_written_later(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(config.load, tmp_path / "pipe", {})
+        # This waits for a reader.
+        (tmp_path / "pipe").write_text(VALID)
+        assert loading.result() == config.parse(VALID, "f", {})
+
+
+@pytest.mark.parametrize("begun", [None, b"", VALID.encode()])
+def test_a_pipe_that_nobody_writes_into_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes | None
+) -> None:
+    monkeypatch.setattr(files, "_PIPE_PATIENCE", 0.1)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    # Both ends at once, so that nobody waits for the other.
+    writer = None if begun is None else os.open(path, os.O_RDWR)
+    try:
+        if writer is not None and begun:
+            os.write(writer, begun)
+        with pytest.raises(ConfigError) as caught:
+            config.load(path)
+    finally:
+        if writer is not None:
+            os.close(writer)
+    assert caught.value.problems == (f"{path}: cannot be read: nothing came out of it for 0.1 seconds",)
+
+
+def test_a_configuration_has_an_end(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: larger than 4MiB"):
+        config.load("/dev/zero")
+    with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be read: Is a directory"):
+        config.load(tmp_path)
+    with pytest.raises(ConfigError, match="expected a mapping, got an empty document"):
+        config.load("/dev/null")

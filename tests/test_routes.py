@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+from urllib.parse import unquote
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy.config import Match, Route
 from sseproxy.errors import RequestError
-from sseproxy.relay.routes import Router, choose, split_target, upstream_path
+from sseproxy.relay.routes import (
+    Router,
+    check_method,
+    choose,
+    normal_path,
+    split_target,
+    upstream_path,
+    without_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +124,23 @@ def taken(routes: list[Route], path: str, method: str = "POST", model: str | Non
         ("/v10/chat", "all"),
         ("/v", "all"),
         ("/V1/models", "all"),
-        ("/%761/models", "all"),
+        ("/%61/models", "all"),
         ("//v1", "all"),
         ("/v1;a/models", "all"),
         ("/v1", "v1"),
         ("/v1/", "v1"),
         ("/v1/models", "v1"),
         ("/v1//chat", "v1"),
+        ("/%761", "v1"),
+        ("/%76%31/models", "v1"),
+        ("/v1%2Fchat", "all"),
+        ("/v1/%2Fchat", "v1"),
+        ("/v1/%43hat", "v1"),
+        ("/v1/c%2568at", "v1"),
+        ("/v1/c%68at", "chat"),
+        ("/v1/%63%68%61%74", "chat"),
+        ("/v1/c%68at/completions", "chat"),
+        ("/v1/c%68atter", "v1"),
         ("/v1/chatter", "v1"),
         ("/v1/chat%2Fcompletions", "v1"),
         ("/v1/chat", "chat"),
@@ -208,7 +230,145 @@ def test_a_model_that_no_long_prefix_takes_falls_to_a_shorter_one() -> None:
         ("/v1", "/a", "/v1//models", "/a//models"),
         ("/team/v1", "/v1", "/team/v1/chat/completions", "/v1/chat/completions"),
         ("/v1", "/base%2Fx", "/v1/%C3%A9", "/base%2Fx/%C3%A9"),
+        ("/v1", "/v2", "/%76%31", "/v2"),
+        ("/v1", "/v2", "/%761/c%68at%2f", "/v2/c%68at%2f"),
+        ("/v1", "", "/v%31/%61", "/%61"),
+        ("/v1", "", "/v1/100%/%6", "/100%/%6"),
+        ("/a%2fb", "/c", "/a%2Fb/%2f", "/c/%2f"),
+        ("/%61%c3%a9", "/c", "/a%C3%A9/x", "/c/x"),
+        ("/%61", "/c", "/a/x", "/c/x"),
+        ("/", "/c", "/%61/x", "/c/%61/x"),
     ],
 )
 def test_the_prefix_of_the_route_becomes_that_of_the_upstream(prefix: str, base: str, path: str, expected: str) -> None:
     assert upstream_path(route(prefix), base, path) == expected
+
+
+SEGMENTS = st.text("aZ09-._~:@!", min_size=1, max_size=6).filter(lambda text: text.strip(".") != "")
+
+
+def respelled(data: st.DataObject, text: str) -> str:
+    """`text`, some of its characters encoded that need not be, and some hexadecimal digits in the other case."""
+    out = ""
+    for piece in re.findall(r"%[0-9A-Fa-f]{2}|.", text):
+        if len(piece) == 3:
+            out += data.draw(st.sampled_from([piece.lower(), piece.upper()]))
+        elif re.fullmatch(r"[A-Za-z0-9._~-]", piece) and data.draw(st.booleans()):
+            out += data.draw(st.sampled_from(["%{:02x}", "%{:02X}"])).format(ord(piece))
+        else:
+            out += piece
+    return out
+
+
+@given(
+    st.lists(SEGMENTS | st.sampled_from(["a%2fb", "%C3%a9", "100%25"]), max_size=3),
+    st.text("ab/%2f:;Z.", max_size=12).map(lambda rest: f"/{rest}") | st.just(""),
+    st.data(),
+)
+def test_a_prefix_in_any_spelling_is_the_routes_and_the_rest_stays_as_it_came(
+    segments: list[str], rest: str, data: st.DataObject
+) -> None:
+    prefix = "/" + "/".join(segments)
+    admin, everything = route(respelled(data, prefix), name="admin"), route("/", name="all")
+    path = respelled(data, prefix) + rest
+    if prefix == "/":
+        path = rest or "/"
+    (found,) = Router([everything, admin]).candidates("GET", path)
+    assert found in (admin, everything)
+    assert normal_path(prefix) == "/" or found is admin
+    assert upstream_path(admin, "/base", path) == "/base" + (path if prefix == "/" else rest)
+
+
+TRIPLETS = st.integers(0x20, 0x7E).flatmap(lambda code: st.sampled_from([f"%{code:02x}", f"%{code:02X}"]))
+
+
+@given(st.lists(st.sampled_from("aZ09/-._~:é") | TRIPLETS, max_size=12).map("".join))
+def test_a_normal_path_reads_the_same_and_has_nothing_left_to_decode(path: str) -> None:
+    normal = normal_path(path)
+    assert unquote(normal) == unquote(path)
+    for triplet in re.findall("%..", normal):
+        assert triplet == triplet.upper()
+        assert not re.fullmatch("[A-Za-z0-9._~-]", unquote(triplet))
+
+
+def test_only_routes_before_the_first_that_takes_any_model_need_the_model() -> None:
+    chat, any_chat = route("/v1/chat", "gpt-*", name="chat"), route("/v1/chat", name="any")
+    models, posts = route("/v1", "*", name="models"), route("/v1", "b", name="posts", methods=("POST",))
+    files = route("/v1/files", name="files")
+    router = Router([chat, any_chat, models, posts, files])
+
+    def names(method: str, path: str) -> list[str]:
+        return [one.name for one in router.candidates(method, path)]
+
+    assert names("GET", "/v1/files") == names("GET", "/v1/f%69les/x") == ["files"]
+    assert names("GET", "/v1/chat") == ["chat", "any"]
+    assert names("GET", "/v1/models") == ["models"]
+    assert names("POST", "/v1/models") == ["models", "posts"]
+    assert names("GET", "/") == []
+
+
+@pytest.mark.parametrize("method", ["TRACE", "trace", "TRACK", "CONNECT", "connect"])
+def test_a_method_that_echoes_or_tunnels_is_refused(method: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        check_method(method)
+    assert (refused.value.reason, refused.value.status) == ("method", 501)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "TRACER"])
+def test_any_other_method_is_not(method: str) -> None:
+    check_method(method)
+
+
+@pytest.mark.parametrize(
+    ("query", "without"),
+    [
+        ("", ""),
+        ("?", "?"),
+        ("?a=b&monkey=1&keys=2&b=key", "?a=b&monkey=1&keys=2&b=key"),
+        ("?key=x", ""),
+        ("?key", ""),
+        ("?key=", ""),
+        ("?key=x&a=1", "?a=1"),
+        ("?a=1&key=x", "?a=1"),
+        ("?a=1&key=x&b=2", "?a=1&b=2"),
+        ("?key=x&key=y", ""),
+        ("?key=x&a&key=y&b&key", "?a&b"),
+        ("?%6bey=x&a=%6bey", "?a=%6bey"),
+        ("?a&%6B%65%79=x", "?a"),
+        ("?%256bey=x", "?%256bey=x"),
+        ("?KEY=x&Key=y&a", "?a"),
+        ("?$key=x&%24key=y", ""),
+        ("?access_token=x&a", "?a"),
+        ("?a;key=x", "?a"),
+        ("?a;key=x;b", "?a;b"),
+        ("?a;key=x&b", "?a&b"),
+        ("?a&key=x;b", "?a&b"),
+        ("?key=a=b?c/d&alt=sse", "?alt=sse"),
+        ("?&&a==%zz&&key=x&&", "?&&a==%zz&&&"),
+    ],
+)
+def test_a_key_in_the_query_is_taken_out(query: str, without: str) -> None:
+    assert without_key(query) == without
+
+
+NAMES = st.sampled_from(
+    ["key", "%6bey", "k%45y", "KEY", "$key", "access_token", "a", "keys", "%", "", "ke y", "é", "%FF"]
+)
+PARAMETERS = st.tuples(NAMES, st.text("ak=%6be?/+", max_size=5).map(lambda text: f"={text}") | st.just("")).map("".join)
+
+
+@given(PARAMETERS, st.lists(st.tuples(st.sampled_from("&;"), PARAMETERS), max_size=6))
+def test_no_key_is_left_in_a_query_and_nothing_else_is_lost(first: str, more: list[tuple[str, str]]) -> None:
+    query = "?" + first + "".join(separator + parameter for separator, parameter in more)
+
+    def is_key(parameter: str) -> bool:
+        return unquote(parameter.split("=")[0]).lower() in ("key", "$key", "access_token")
+
+    parameters = [first, *(parameter for _, parameter in more)]
+    kept = [index for index, parameter in enumerate(parameters) if not is_key(parameter)]
+    without = without_key(query)
+    # Two that a & kept apart are still apart for a server that splits at & only.
+    between = ["".join(separator for separator, _ in more[one:other]) for one, other in pairwise(kept)]
+    separators = ["?", *("&" if "&" in found else ";" for found in between)] if kept else []
+    assert without == "".join(separator + parameters[index] for separator, index in zip(separators, kept, strict=True))
+    assert not any(is_key(parameter) for parameter in without[1:].split("&"))

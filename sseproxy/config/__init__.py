@@ -19,12 +19,11 @@ from .model import (
     Upstream,
     UpstreamTLS,
     UsageOptions,
-    schema,
 )
 from .values import Address, Listen, PassedSocket, UnixAddress
 
 if TYPE_CHECKING:
-    from .loading import load, override, parse, resolved, single
+    from .loading import load, override, parse, resolved, schema, single
 
 __all__ = [
     "TLS",
@@ -53,7 +52,7 @@ __all__ = [
     "single",
 ]
 
-_READING = frozenset({"load", "override", "parse", "resolved", "single"})
+_READING = frozenset({"load", "override", "parse", "resolved", "schema", "single"})
 
 
 def __getattr__(name: str) -> object:

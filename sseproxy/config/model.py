@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
-from .files import ApiKeyFile, CAFile, load_certificate
+from .files import ApiKeyFile, CAFile, load_certificate, trusting
 from .values import (
     Address,
     ApiKey,
@@ -50,9 +49,7 @@ from .values import (
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 def _part(limit: int | None, workers: int) -> int | None:
@@ -65,7 +62,7 @@ class Limits(_Model):
     connections: Count = 10_000
     """Clients' connections; requests on more are answered 503."""
     connections_per_client: CountOrOff = None
-    """Connections from one address; requests on more are answered 429."""
+    """Connections from one client, an IPv4 address or a /64 of IPv6; requests on more are answered 429."""
     active_requests: CountOrOff = None
     """Exchanges under way; more are answered 503."""
     lag: DurationOrOff = 1.0
@@ -136,7 +133,7 @@ class UpstreamTLS(_Model):
 
     def context(self) -> ssl.SSLContext:
         """For connections to an upstream. Raises what is wrong with the files, as pydantic wants it."""
-        context = ssl.create_default_context(cafile=self.ca_file)
+        context = trusting(self.ca_file)
         context.set_alpn_protocols(["http/1.1"])
         if self.cert_file is not None:
             load_certificate(context, self.cert_file, self.key_file)
@@ -291,7 +288,8 @@ class Config(_Model):
     """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
     asked for, and where models are labels."""
     trusted_proxies: Networks = ()
-    """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to instead of replaced."""
+    """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to. From others they are replaced, and no
+    other field passes that only a proxy says."""
     access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
     limits: Limits = Limits()
@@ -342,15 +340,6 @@ class Config(_Model):
             if upstream.name == name:
                 return upstream
         raise KeyError(name)
-
-
-def schema() -> dict[str, object]:
-    """The JSON Schema of a configuration file, for editors."""
-    return {
-        "$schema": GenerateJsonSchema.schema_dialect,
-        "title": "sseproxy",
-        **{key: value for key, value in Config.model_json_schema().items() if key != "title"},
-    }
 
 
 def conflicts(

@@ -13,7 +13,6 @@ A client that leaves cancels whichever phase it is in; a deadline or the end of 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import random
 from collections import Counter
@@ -139,10 +138,7 @@ class Proxy:
 
     def trusts(self, address: str) -> bool:
         """Whether a client at `address` is believed where its requests come from."""
-        if not self._trusted or not address:
-            return False
-        host = ipaddress.ip_address(address)
-        return any(host in network for network in self._trusted)
+        return bool(self._trusted) and headers.is_within(address, self._trusted)
 
     def retire(self) -> None:
         """Others take what comes from now on, and there is no hurry: `server.empty` tells when all has ended.
@@ -355,13 +351,13 @@ class _Relay:
         self._on_route = route.name
         clock = self._clock = Clock(self._loop, route.timeouts, self._received_at, self.fail)
         target = routes.upstream_path(route, upstream.base_path, path)
-        dialect = dialect_of(target, route.dialect)
+        dialect = dialect_of(routes.normal_path(target), route.dialect)
 
         is_json = headers.is_json(self._request.fields) and not headers.is_encoded(self._request.fields)
         wants_usage = route.usage.request and dialect.asks_usage and is_json
         if wants_usage or (self._proxy.models and is_json):
             await self._read_body(clock, route.timeouts.body)
-        model = (_model_of(self._body) if self._whole else None) or model_in(target)
+        model = (_model_of(self._body) if self._whole else None) or model_in(routes.normal_path(target))
         exchange.model, exchange.api = model, dialect.name
         exchange.observer = self._proxy.observer(
             route.name, upstream.name, routes.model_label(self._proxy.models, model)

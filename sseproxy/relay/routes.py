@@ -1,7 +1,8 @@
 """Which route a request takes, and where it goes from there.
 
-The one policy of paths: what is matched is what is forwarded, byte for byte. A path that an upstream could resolve to
-something else than it looks like, dot segments in any spelling, is refused.
+The one policy of paths: what is forwarded is what came, byte for byte. It is matched as an upstream may read it, with
+the characters decoded that need no encoding; a path that an upstream could resolve to something else than it looks
+like, dot segments in any spelling, is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ from ..errors import RequestError
 OTHER: Final = "other"
 """The label of the models that the configuration does not name."""
 
+# TRACE gives back what it was sent, the server's key among it (RFC 9110, section 9.3.8); TRACK is IIS's name for it.
+# CONNECT would make a tunnel to anywhere.
+_REFUSED_METHODS: Final = frozenset({"CONNECT", "TRACE", "TRACK"})
+# How APIs take a key, or a token, in the query: Google's, and RFC 6750, section 2.3.
+_KEYS: Final = frozenset({"key", "$key", "access_token"})
+_SEPARATOR: Final = re.compile("([&;])")
+_ENCODED: Final = re.compile("%[0-9A-Fa-f]{2}")
+# RFC 3986, section 2.3.
+_UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _ABSOLUTE: Final = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 
 
@@ -45,8 +55,55 @@ def split_target(target: str) -> tuple[str, str]:
     return path, mark + query
 
 
+def check_method(method: str) -> None:
+    """Raises `RequestError` for a method that is never forwarded, in whatever case a lenient server might take it."""
+    if method.upper() in _REFUSED_METHODS:
+        raise RequestError("method")
+
+
+def without_key(query: str) -> str:
+    """`query`, with its `?` or empty, without a key of the client's; every other byte stays.
+
+    A parameter counts in any spelling of its name, and whether a server splits a query at `&` only or at `;` as well.
+    With it goes a separator beside it, a `;` rather than a `&`.
+    """
+    if "%" not in query and not any(key in query.lower() for key in _KEYS):
+        return query
+    kept: list[str] = []
+    between = ""
+    for index, part in enumerate(_SEPARATOR.split(query[1:])):
+        if index % 2:
+            between += part
+        elif unquote(part.partition("=")[0]).lower() not in _KEYS:
+            kept += ["&" if "&" in between else between[:1], part] if kept else ["?", part]
+            between = ""
+    return "".join(kept)
+
+
+def normal_path(path: str) -> str:
+    """`path` for comparison (RFC 3986, section 6.2.2): the unreserved is decoded, and hexadecimal is in upper case."""
+    return _ENCODED.sub(_normal_triplet, path) if "%" in path else path
+
+
+def _normal_triplet(match: re.Match[str]) -> str:
+    character = chr(int(match[0][1:], 16))
+    return character if character in _UNRESERVED else match[0].upper()
+
+
+def _length(path: str, normal_length: int) -> int:
+    """How many characters of `path` are the first `normal_length` of it in its normal form."""
+    if "%" not in path:
+        return normal_length
+    at = 0
+    while normal_length > 0:
+        encoded = _ENCODED.match(path, at)
+        at = encoded.end() if encoded else at + 1
+        normal_length -= len(_normal_triplet(encoded)) if encoded else 1
+    return at
+
+
 def _prefix(route: Route) -> str:
-    return route.match.path.rstrip("/")
+    return normal_path(route.match.path).rstrip("/")
 
 
 class Router:
@@ -57,12 +114,19 @@ class Router:
         self._routes = [(_prefix(route), _prefix(route) + "/", route) for route in ordered]
 
     def candidates(self, method: str, path: str) -> Sequence[Route]:
-        """The routes for `path`, best first; which one it is may still depend on the request's model."""
-        return [
-            route
-            for prefix, above, route in self._routes
-            if (path == prefix or path.startswith(above)) and (not route.match.methods or method in route.match.methods)
-        ]
+        """The routes that a request for `path` may take, best first, as far as the first that takes any model.
+
+        If one of them has models, it depends on the request's which it is.
+        """
+        path = normal_path(path)
+        found: list[Route] = []
+        for prefix, above, route in self._routes:
+            match = route.match
+            if (path == prefix or path.startswith(above)) and (not match.methods or method in match.methods):
+                found.append(route)
+                if not match.model:
+                    break
+        return found
 
 
 def choose(candidates: Sequence[Route], model: str | None) -> Route:
@@ -80,5 +144,5 @@ def model_label(globs: Sequence[str], model: str | None) -> str:
 
 
 def upstream_path(route: Route, base_path: str, path: str) -> str:
-    """`path` with the route's prefix replaced by the upstream's."""
-    return base_path + path[len(_prefix(route)) :] or "/"
+    """`path` with the route's prefix, however it is spelled there, replaced by the upstream's."""
+    return base_path + path[_length(path, len(_prefix(route))) :] or "/"

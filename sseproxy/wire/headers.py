@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 from ..errors import ProtocolError
@@ -29,18 +30,77 @@ _HOP_BY_HOP: Final = frozenset(
         b"upgrade",
     }
 )
-# A client can claim anything in these; what we forward is what we saw ourselves.
+# What we tell the upstream of where a request comes from; what a trusted proxy said of it goes before it.
 _FORWARDING: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"})
+# What a server may believe of who its client is, where a request comes from, or which URL it was for: only a proxy in
+# front is supposed to say it, so nobody who is not trusted says it through us. Families, by how their names begin:
+_PROXY_ONLY_FAMILIES: Final = (
+    b"x-forwarded-",  # For, Host, Proto, Port, Prefix, Ssl, User, Client-Cert: all proxies; Spring, Rack, Django
+    b"x-envoy-",  # what Envoy removes from external requests
+    b"x-original-",  # URL, Host, Forwarded-For, Remote-Addr: IIS, ingress-nginx, Azure
+    b"x-remote-",  # User, Group, Extra-: Kubernetes' authenticating proxy
+    b"x-auth-request-",  # User, Email, Groups: oauth2-proxy
+    b"remote-",  # User, Groups, Email: Authelia
+    b"ssl-client-",  # Cert, Verify, Subject-Dn: ingress-nginx
+    b"x-ssl-client-",  # the same, as nginx and HAProxy are usually configured
+    b"x-client-cert",
+    b"x-amzn-mtls-",  # AWS, of client certificates
+    b"x-amzn-oidc-",
+    b"x-goog-authenticated-user-",  # Google's Identity-Aware Proxy
+    b"cf-access-authenticated-",  # Cloudflare Access
+    b"tailscale-user-",
+)
+# and one by one:
+_PROXY_ONLY: Final = frozenset(
+    {
+        b"forwarded",
+        b"x-forwarded",
+        b"x-real-ip",  # nginx, Traefik
+        b"client-ip",
+        b"x-client-ip",
+        b"x-cluster-client-ip",
+        b"true-client-ip",  # Akamai, Cloudflare
+        b"cf-connecting-ip",
+        b"cf-connecting-ipv6",
+        b"cf-pseudo-ipv4",
+        b"fastly-client-ip",
+        b"fly-client-ip",
+        b"x-appengine-user-ip",
+        b"x-azure-clientip",
+        b"x-azure-socketip",
+        b"client-cert",  # RFC 9440
+        b"client-cert-chain",
+        b"x-scheme",  # ingress-nginx
+        b"x-url-scheme",
+        b"front-end-https",  # Microsoft
+        b"x-rewrite-url",  # IIS
+        b"script-name",  # gunicorn
+        b"path-info",
+    }
+)
 _CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key"})
+# Servers that hand fields on as variables (CGI, RFC 3875, section 4.1.18, and WSGI) take - and _ for one.
+_FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-")
 # RFC 9110, section 7.6.3; the pseudonym tells no host name.
 _VIA: Final = b"1.1 sseproxy"
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 
-# RFC 9112, sections 2.2, 5.1 and 5.2: no bare CR or LF, no control characters, no folding.
-_BROKEN_HEAD: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)|\r\n[ \t]")
+# RFC 9112, sections 2.2, 4, 5.1 and 5.2: a status line, then lines that begin with a name and its colon, with no space
+# between them; no bare CR or LF, no control characters, no folding. What is matched is never given back, so that a head
+# that does not match costs no more than one that does.
+_HEAD: Final = re.compile(
+    rb"(?:[\t\x20-\x7e\x80-\xff]++\r\n)(?:[\x21-\x39\x3b-\x7e]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
+)
 # RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port; no user, no list, not empty.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+# RFC 7239, section 4: what is no token is quoted.
+_TOKEN: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+# The nearest hops of a request that are looked at. No chain of proxies that somebody trusts is as long; a client can
+# write thousands.
+_MAX_HOPS: Final = 32
+# An IPv6 address with brackets, a scope and a port is shorter.
+_MAX_HOP: Final = 128
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -71,11 +131,6 @@ class Fields:
         ]
 
 
-def _end_to_end(fields: Fields, dropped: Set[bytes]) -> list[Field]:
-    drop = _HOP_BY_HOP.union(dropped, fields.tokens(b"connection"))
-    return [field for field in fields.all if field[0].lower() not in drop]
-
-
 def to_upstream(
     fields: Fields,
     *,
@@ -90,25 +145,46 @@ def to_upstream(
 ) -> list[Field]:
     """The fields of the request that goes upstream.
 
-    `framing` announces the request's body, `peer` is the client's address; if it is `trusted`, what it says of where
-    the request comes from is kept. With a `credential` none of the client's goes along. Where the response is to
-    be `read`, no content coding is asked for.
+    `framing` announces the request's body, `peer` is the client's address, or `unknown`; if it is `trusted`, what it
+    says of where the request comes from is kept. With a `credential` none of the client's goes along. Where the
+    response is to be `read`, no content coding is asked for.
+
+    A field is dropped in its spellings with `_` as well. What only a proxy says is in such a spelling from nobody: a
+    proxy in front that removes what its clients claim may not know of it.
     """
     said = {name: fields.named(name) if trusted else [] for name in _FORWARDING}
-    dropped = {b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for"}
-    dropped |= {name for name, values in said.items() if not values}
+    drop = {
+        *_HOP_BY_HOP,
+        *[name.translate(_FOLDED) for name in fields.tokens(b"connection")],
+        b"host",
+        b"content-length",
+        b"expect",
+        b"x-request-id",
+        b"x-forwarded-for",
+        b"forwarded",
+    }
+    drop |= {name for name, values in said.items() if not values}
     if credential is not None:
-        dropped |= {*_CREDENTIALS, credential[0].lower()}
+        drop |= {*_CREDENTIALS, credential[0].translate(_FOLDED)}
     if read:
-        dropped.add(b"accept-encoding")
-    out = [(b"Host", host), *_end_to_end(fields, dropped)]
+        drop.add(b"accept-encoding")
+    out = [(b"Host", host)]
+    for field in fields.all:
+        name = field[0].translate(_FOLDED)
+        if name in drop:
+            continue
+        if name in _PROXY_ONLY or name.startswith(_PROXY_ONLY_FAMILIES):
+            if not trusted or b"_" in field[0]:
+                continue
+        out.append(field)
     if credential is not None:
         out.append(credential)
     if read:
         out.append((b"Accept-Encoding", b"identity"))
-    if b"trailers" in fields.tokens(b"te"):
-        out += [(b"TE", b"trailers"), (b"Connection", b"TE")]
     out += framing
+    if said[b"forwarded"]:
+        ours = forwarded_element(peer, fields.named(b"host"), scheme)
+        out.append((b"Forwarded", b", ".join([*said[b"forwarded"], ours])))
     out.append((b"X-Forwarded-For", b", ".join([*said[b"x-forwarded-for"], peer])))
     if not said[b"x-forwarded-proto"]:
         out.append((b"X-Forwarded-Proto", scheme))
@@ -121,6 +197,22 @@ def to_upstream(
     return out
 
 
+def forwarded_element(peer: bytes, host: Sequence[bytes], scheme: bytes) -> bytes:
+    """What we add to a `Forwarded` (RFC 7239, section 4): a request from `peer`, for `host` if it had one.
+
+    `peer` is an address, `unknown`, or one of both with a port, with brackets around IPv6.
+    """
+    if peer.count(b":") > 1 and not peer.startswith(b"["):
+        peer = b"[%b]" % peer
+    pairs = [(b"for", peer), *[(b"host", value) for value in host], (b"proto", scheme)]
+    return b";".join(b"%b=%b" % (name, value if _TOKEN.fullmatch(value) else _quoted(value)) for name, value in pairs)
+
+
+def _quoted(text: bytes) -> bytes:
+    """A quoted-string (RFC 9110, section 5.6.4)."""
+    return b'"%b"' % text.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+
+
 def to_downstream(
     fields: Fields, *, framing: Sequence[Field] | None, event_stream: bool, request_id: bytes, connection: bytes | None
 ) -> list[Field]:
@@ -128,10 +220,10 @@ def to_downstream(
 
     `framing` announces its body; None leaves a Content-Length as it came, which is right for HEAD and 304.
     """
-    dropped: set[bytes] = set() if framing is None else {b"content-length"}
+    drop = _HOP_BY_HOP.union(fields.tokens(b"connection"), () if framing is None else (b"content-length",))
     if event_stream:
-        dropped |= _STREAM_POLICY
-    out = _end_to_end(fields, dropped)
+        drop |= _STREAM_POLICY
+    out = [field for field in fields.all if field[0].lower() not in drop]
     if event_stream:
         out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
     if not any(name.lower() == b"x-request-id" for name, _ in out):
@@ -168,8 +260,8 @@ def check_request(version: tuple[int, int], fields: Fields) -> None:
 
 def check_head(head: bytes) -> None:
     """Refuses a response head that parsers may read in more than one way. Raises `ProtocolError`."""
-    if _BROKEN_HEAD.search(head) is not None:
-        raise ProtocolError("the response head has a bare CR or LF, a control character or a folded line")
+    if _HEAD.fullmatch(head) is None:
+        raise ProtocolError("the response head has a line that is no field, a bare CR or LF, or a control character")
 
 
 def _has_type(fields: Fields, media_type: bytes) -> bool:
@@ -194,24 +286,75 @@ def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> 
 
     https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-Forwarded-For, "Trusted proxy list"
     """
-    hops = [hop.strip().decode("latin-1") for value in fields.named(b"x-forwarded-for") for hop in value.split(b",")]
-    address = peer
-    while hops and trusts(address):
-        hop = _address(hops.pop())
-        if hop is None:
+    address = plain_address(peer)
+    hops = islice(_hops(fields.named(b"x-forwarded-for")), _MAX_HOPS)
+    while trusts(address) and (hop := next(hops, None)) is not None:
+        claimed = _address(hop)
+        if claimed is None:
             break
-        address = hop
+        address = claimed
     return address
 
 
-def _address(hop: str) -> str | None:
+def _hops(values: Sequence[bytes]) -> Iterator[bytes]:
+    """The members of X-Forwarded-For from the nearest on; what is not asked for is not looked at."""
+    for value in reversed(values):
+        end = len(value)
+        while end >= 0:
+            comma = value.rfind(b",", 0, end)
+            yield value[comma + 1 : end]
+            end = comma
+
+
+def _address(hop: bytes) -> str | None:
     """The address in a member of X-Forwarded-For, which may have a port."""
-    for text in (hop, hop.rpartition(":")[0]):
-        try:
-            return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
-        except ValueError:
-            continue
+    if len(hop) > _MAX_HOP:
+        return None
+    text = hop.strip().decode("latin-1")
+    for part in (text, text.rpartition(":")[0]):
+        if (address := _parsed(part.removeprefix("[").removesuffix("]"))) is not None:
+            return str(address)
     return None
+
+
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that `text` is; an IPv4 one in IPv6's clothes as itself, and a scoped one without its scope.
+
+    The scope is the name of an interface of this machine, or whatever a client wrote (RFC 4007, section 11).
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if address.version == 4:
+        return address
+    return address.ipv4_mapped or (ipaddress.IPv6Address(int(address)) if address.scope_id else address)
+
+
+def plain_address(address: str) -> str:
+    """`address` as it is compared, written and told: canonical and without a scope. What is none stays as it is."""
+    parsed = _parsed(address) if ":" in address else None
+    return address if parsed is None else str(parsed)
+
+
+def is_within(address: str, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
+    """Whether `address` is in one of `networks`. What is no address, as of a Unix socket's peer, is in none."""
+    parsed = _parsed(address)
+    return parsed is not None and any(parsed in network for network in networks)
+
+
+def client_block(address: str) -> str:
+    """Whom `address` is counted as: an IPv4 address stands for itself, an IPv6 one for its /64.
+
+    Who has one address of a /64 has all of them (RFC 4291, section 2.5.4; RFC 6177), except on a link, where everybody
+    is in the same. What is no address, as of a Unix socket's peer, stands for itself.
+    """
+    parsed = _parsed(address) if ":" in address else None
+    if parsed is None:
+        return address
+    if parsed.version == 4 or parsed.is_link_local:
+        return str(parsed)
+    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))
 
 
 def traceparent(fields: Fields) -> str | None:
