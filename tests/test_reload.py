@@ -20,7 +20,6 @@ from sseproxy.errors import ReloadError
 from sseproxy.observe.registry import Registry
 from sseproxy.process.admin import application
 from sseproxy.process.supervisor import Supervisor
-from sseproxy.process.supervisor import _read as read_file
 
 from .conftest import StartProxy
 from .harness import (
@@ -495,13 +494,15 @@ async def test_names_under_which_reloads_are_served_come_with_a_reload(
         assert await under("other.example") == 421
 
 
-def test_what_is_watched_is_a_file_of_bounded_size(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path, tmp_path / "none"):
-        with pytest.raises(OSError):
-            read_file(str(path))
-    (tmp_path / "large").write_bytes(b"x" * 20_000_000)
-    assert len(read_file(str(tmp_path / "large"))) < 5_000_000
+async def test_a_file_that_has_become_a_pipe_holds_up_nothing(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk-x\n")
+    file = ConfigFile(tmp_path, upstream, key=f"api_key_file: '{key}'", reload="{watch: 50ms}")
+    async with file.serve() as served:
+        key.unlink()
+        os.mkfifo(key)
+        await served.until(r'config_reloads_total\{result="failure"\}', 1)
+        assert (await served.get("/readyz"))[0] == 200
 
 
 async def test_exchanges_from_before_a_reload_may_be_given_a_time(upstream: ScriptedUpstream, tmp_path: Path) -> None:

@@ -7,15 +7,12 @@ the same sockets, and only when all of them accept are the old ones told to fini
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import itertools
 import logging
-import os
 import platform
 import signal
 import socket
-import stat
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -26,6 +23,7 @@ from aiohttp import web
 
 from .. import __version__
 from ..config import Config, Listen
+from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
 from ..observe.metrics import Recorder
@@ -43,7 +41,7 @@ _Sockets = dict[Listen, list[socket.socket]]
 # What a draining worker may take beyond the drain timeout before it is killed.
 _DRAIN_GRACE = 5.0
 _ENDING = "the proxy is shutting down"
-# Of a file that is watched. Bundles of certificates have a quarter of a megabyte.
+# Of a file that is watched; larger ones are not read as what they are either.
 _MAX_FILE = 4 << 20
 _SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # For what a reload waits at most until workers have stopped accepting; it takes them a turn of their loop.
@@ -139,7 +137,7 @@ class Supervisor:
         await self._admin.setup()
         await self._administer(self._admin_sockets)
         async with self._reloading:
-            self._seen = self._content()
+            self._seen = await asyncio.to_thread(self._content)
             generation = self._generation = self._generate(self.config, self._sockets)
             if not await self._come_up(generation, lambda: False):
                 if not generation.ready:
@@ -236,8 +234,9 @@ class Supervisor:
     async def _replace(self) -> None:
         if self.stopping.is_set():
             raise ReloadError(_ENDING)
-        self._seen = self._content()
-        config = self._reread()
+        self._seen = await asyncio.to_thread(self._content)
+        # It may take a while to read, and this process has others to answer.
+        config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
         assert self._generation is not None
         new, old = self._generate(config, clients), self._generation
@@ -316,16 +315,16 @@ class Supervisor:
         """Reloads when a file says something new, until a configuration wants no more of that."""
         while (interval := self.config.reload.watch) is not None:
             await asyncio.sleep(interval)
-            if self._content() != self._seen:
+            if await asyncio.to_thread(self._content) != self._seen:
                 await self._reload_unattended()
 
     def _content(self) -> list[bytes]:
-        """What the configuration's files say, in short."""
+        """What the configuration's files say, in short. A file that cannot be read says nothing."""
         paths = [self._path, *self.config.files()] if self._path is not None else self.config.files()
         digests = []
         for path in paths:
             try:
-                digests.append(hashlib.sha256(_read(path)).digest())
+                digests.append(hashlib.sha256(read_file(path, _MAX_FILE)).digest())
             except OSError:
                 digests.append(b"")
         return digests
@@ -361,14 +360,6 @@ class Supervisor:
 def _used(config: Config) -> set[tuple[str, str]]:
     """The upstreams that requests go to: name and URL."""
     return {(name, config.upstream(name).url) for name in (route.upstream for route in config.routes)}
-
-
-def _read(path: str) -> bytes:
-    """The content of a file, or the beginning of a large one. Raises `OSError` for what is none, and could block."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return file.read(_MAX_FILE)
 
 
 def _without(sockets: _Sockets, others: _Sockets) -> _Sockets:
