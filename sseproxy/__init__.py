@@ -20,11 +20,14 @@ Processes
 A worker is a fresh interpreter that inherits the listening sockets and one end of a socket pair. Down the pair comes
 its configuration, up go its reports: what has changed since the last one, each second, and at once when `/metrics` is
 asked for. The supervisor adds them up, so counters never fall when a worker ends, and a worker's gauges go with it. The
-end of the pair is the end of the other side: a worker whose supervisor died drains and goes.
+end of the pair is the end of the other side: a worker whose supervisor died drains and goes. A worker that does not
+answer when it is asked is not ready, and in the end killed and replaced.
+
+What either writes for people goes through a thread, and is dropped if nobody takes it: no reader holds up a loop.
 
 A reload starts a new generation on the same sockets. When all of it accepts, the old one is told to finish what it
 has, so that nothing is refused or cut, and no code in a worker ever changes a configuration. One that does not load, or
-whose workers do not come up, changes nothing.
+whose workers do not come up, changes nothing. Of those that still finish only so many may be left.
 
 The life of a request
 ---------------------
