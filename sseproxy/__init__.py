@@ -40,8 +40,11 @@ and it is reported once.*
     cli             serve, check-config, demo
     demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
     config          a frozen, typed configuration, with file:line:col in every error
+      addresses       where to listen
+      files           how files are read, and certificates loaded
+      plain           what a worker is handed: the options without the model
       values          durations, sizes, addresses, keys: how each is read, written, and its schema
-      files           the keys and certificates that options name
+      named           the options that name a file
       model           the options, and what has to fit together
       document        YAML to plain data that knows where each of its parts stands
       loading         files and flags, and what is wrong with them
@@ -75,8 +78,8 @@ and it is reported once.*
       notify          what systemd is told
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
-`errors`. Within `config` it is values <- files <- model <- loading, and only who loads imports a YAML parser. A test
-holds that.
+`errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
+YAML parser, because half of what it takes to start are imports. A test holds that.
 
 The hot path
 ------------

@@ -6,15 +6,19 @@ It reads no YAML, so that a worker, which is handed its configuration, does not 
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from .files import ApiKeyFile, CAFile, load_certificate, trusting
+from .addresses import Address
+from .files import for_clients, for_upstream
+from .named import ApiKeyFile, CAFile, check_certificate
+from .plain import TLS as PlainTLS
+from .plain import Options, Secret
+from .plain import UpstreamTLS as PlainUpstreamTLS
 from .values import (
-    Address,
     ApiKey,
     Count,
     CountOrOff,
@@ -50,6 +54,24 @@ from .values import (
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    _kind: ClassVar[type[Options]] = Options
+
+    def plain(self) -> Self:
+        """The same, as a worker is handed it."""
+        return cast("Self", self._kind({name: _plain(getattr(self, name)) for name in self._handed()}))
+
+    @classmethod
+    def _handed(cls) -> Iterable[str]:
+        return cls.model_fields
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, SecretStr):
+        return Secret(value.get_secret_value())
+    return value.plain() if isinstance(value, _Model) else value
 
 
 def _part(limit: int | None, workers: int) -> int | None:
@@ -123,21 +145,19 @@ class UpstreamTLS(_Model):
     key_file: FilePath = None
     """Its private key; `None` if it is in `cert_file` as well."""
 
+    _kind: ClassVar = PlainUpstreamTLS
+
     @model_validator(mode="after")
     def _loads(self) -> Self:
         if self.key_file is not None and self.cert_file is None:
             raise expected("cert_file beside key_file", show=False)
         if self.cert_file is not None:
-            self.context()
+            check_certificate(self.context)
         return self
 
     def context(self) -> ssl.SSLContext:
-        """For connections to an upstream. Raises what is wrong with the files, as pydantic wants it."""
-        context = trusting(self.ca_file)
-        context.set_alpn_protocols(["http/1.1"])
-        if self.cert_file is not None:
-            load_certificate(context, self.cert_file, self.key_file)
-        return context
+        """For connections to an upstream. Raises `OSError`, or `ValueError` for a key with a password."""
+        return for_upstream(self.ca_file, self.cert_file, self.key_file)
 
 
 class TLS(_Model):
@@ -149,18 +169,16 @@ class TLS(_Model):
     """Its private key; `None` if it is in `cert_file` as well."""
     min_version: TLSVersion = "1.2"
 
+    _kind: ClassVar = PlainTLS
+
     @model_validator(mode="after")
     def _loads(self) -> Self:
-        self.context()
+        check_certificate(self.context)
         return self
 
     def context(self) -> ssl.SSLContext:
-        """For listeners. Raises what is wrong with the files, as pydantic wants it."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3 if self.min_version == "1.3" else ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
-        load_certificate(context, self.cert_file, self.key_file)
-        return context
+        """For listeners. Raises `OSError`, or `ValueError` for a key with a password."""
+        return for_clients(self.cert_file, self.key_file, self.min_version)
 
 
 class Upstream(_Model):
@@ -182,6 +200,10 @@ class Upstream(_Model):
         if self.api_key is not None and self.api_key_file is not None:
             raise expected("either api_key or api_key_file, not both", show=False)
         return self
+
+    @classmethod
+    def _handed(cls) -> Iterable[str]:
+        return (*(name for name in cls.model_fields if name not in ("api_key", "api_key_file")), "key")
 
     @property
     def key(self) -> SecretStr | None:

@@ -18,10 +18,10 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING, cast
 
 import uvloop
 
-from ..config import Config
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
 from ..observe.logs import set_up_logging
@@ -29,6 +29,9 @@ from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
 from .listeners import BACKLOG
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +45,13 @@ _HEADER = struct.Struct("!I")
 
 def encode_config(config: Config) -> bytes:
     """The frame that a worker is started with. Only ever read back by a child of this process."""
-    body = pickle.dumps(config)
+    body = pickle.dumps(config.plain())
     return _HEADER.pack(len(body)) + body
 
 
 async def _read_config(reader: asyncio.StreamReader) -> Config:
     (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-    config = pickle.loads(await reader.readexactly(size))
-    assert isinstance(config, Config)
-    return config
+    return cast("Config", pickle.loads(await reader.readexactly(size)))
 
 
 class Worker:

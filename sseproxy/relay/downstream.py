@@ -14,7 +14,7 @@ import struct
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
@@ -23,11 +23,13 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_server import Server
 
-from ..config import Limits
 from ..errors import BrokenBodyError, ExchangeError, InternalError, ParserError, RequestError
 from ..wire import headers
 from ..wire.framing import ChunkedDecoder
 from .reads import BoundedReads
+
+if TYPE_CHECKING:
+    from ..config import Limits
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from ..config import Timeouts
 from ..errors import ExchangeError, Outcome, Phase, StalledClient, UpstreamTimeout
 from ..wire.dialects import DELTA, NOTHING, Alike, Dialect, Meaning, Usage, alike
 from ..wire.sse import EventParser
+
+if TYPE_CHECKING:
+    from ..config import Timeouts
 
 # A stream whose events have not been alike for so many is none whose events are.
 _TRIES = 8

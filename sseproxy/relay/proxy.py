@@ -18,12 +18,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from aiohttp.web_protocol import RequestPayloadError
 
-from ..config import Config, Route, Timeouts
 from ..errors import (
     Draining,
     ExchangeError,
@@ -43,6 +42,9 @@ from .downstream import Answer, DownstreamServer, Request, status_line
 from .exchange import Clock, Exchange, Inspector, JsonInspector, Observer, OpaqueInspector, StreamInspector
 from .pump import Peek, Pump
 from .upstream import ResponseHead, Upstream, UpstreamConnection
+
+if TYPE_CHECKING:
+    from ..config import Config, Route
 
 log = logging.getLogger(__name__)
 
@@ -439,7 +441,8 @@ class _Relay:
         if any(route.match.model for route in candidates):
             # Whichever of them it will be, it would wait no longer.
             silence = max(route.timeouts.body for route in candidates)
-            clock = self._clock = Clock(self._loop, Timeouts(body=silence), self._received_at, self.fail)
+            timeouts = candidates[0].timeouts.model_copy(update={"body": silence, "total": None})
+            clock = self._clock = Clock(self._loop, timeouts, self._received_at, self.fail)
             await self._read_body(clock, silence)
             clock.stop()
             if not self._whole:
