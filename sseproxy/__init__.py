@@ -20,11 +20,14 @@ Processes
 A worker is a fresh interpreter that inherits the listening sockets and one end of a socket pair. Down the pair comes
 its configuration, up go its reports: what has changed since the last one, each second, and at once when `/metrics` is
 asked for. The supervisor adds them up, so counters never fall when a worker ends, and a worker's gauges go with it. The
-end of the pair is the end of the other side: a worker whose supervisor died drains and goes.
+end of the pair is the end of the other side: a worker whose supervisor died drains and goes. A worker that does not
+answer when it is asked is not ready, and in the end killed and replaced.
+
+What either writes for people goes through a thread, and is dropped if nobody takes it: no reader holds up a loop.
 
 A reload starts a new generation on the same sockets. When all of it accepts, the old one is told to finish what it
 has, so that nothing is refused or cut, and no code in a worker ever changes a configuration. One that does not load, or
-whose workers do not come up, changes nothing.
+whose workers do not come up, changes nothing. Of those that still finish only so many may be left.
 
 The life of a request
 ---------------------
@@ -37,8 +40,11 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
     cli             serve, check-config, demo
     demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
     config          a frozen, typed configuration, with file:line:col in every error
+      addresses       where to listen
+      files           how files are read, and certificates loaded
+      plain           what a worker is handed: the options without the model
       values          durations, sizes, addresses, keys: how each is read, written, and its schema
-      files           the keys and certificates that options name
+      named           the options that name a file
       model           the options, and what has to fit together
       document        YAML to plain data that knows where each of its parts stands
       loading         files and flags, and what is wrong with them
@@ -77,9 +83,11 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       clock           its one timer
       inspect         reading along: what a body means to the record
     observe         what an operator sees
-      metrics         every metric, and the registry
+      metrics         every metric, and what a worker counts with
+      registry        all workers' numbers, and their exposition
       telemetry       from what happens to numbers, and from worker to supervisor
       access          a line for each exchange
+      logs            lines that nobody waits for
     process
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration
@@ -89,8 +97,8 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       notify          what systemd is told
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
-`errors`. Within `config` it is values <- files <- model <- loading, and only who loads imports a YAML parser. A test
-holds that.
+`errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
+YAML parser, because half of what it takes to start are imports. A test holds that.
 
 One owner for each thing
 ------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 
 import uvloop
@@ -15,6 +16,7 @@ from . import __version__, config, demonstration
 from .config import Address, Config
 from .demo import Pace
 from .errors import SseproxyError
+from .observe.logs import STANDARD_OUTPUT, Lines, set_up_logging
 from .process.supervisor import Supervisor
 
 # Below what those who ask, Docker among them, give it.
@@ -26,11 +28,12 @@ _MAX_SAID = 1000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         status: int = options.run(options)
     except SseproxyError as error:
-        sys.stderr.writelines(f"sseproxy: {line}\n" for line in str(error).splitlines())
+        # The status says it as well, should there be no room for the words.
+        with suppress(OSError):
+            sys.stderr.writelines(f"sseproxy: {line}\n" for line in str(error).splitlines())
         return 1
     except KeyboardInterrupt:
         return 130
@@ -122,15 +125,18 @@ def _serve(options: argparse.Namespace) -> int:
             return config.single(options.upstream, **flags)
         return config.override(config.load(options.config), **flags)
 
-    return uvloop.run(_run(read(), read, options.config))
+    settings = read()
+    set_up_logging()
+    return uvloop.run(_run(settings, read, options.config))
 
 
 async def _run(settings: Config, reread: Callable[[], Config], path: str | None) -> int:
     supervisor = Supervisor(settings, reread, path)
     supervisor.bind()
     await supervisor.start()
-    sys.stdout.write(summary(supervisor))
-    sys.stdout.flush()
+    out = Lines(STANDARD_OUTPUT)
+    out.write(summary(supervisor).encode())
+    out.flush()
     return await supervisor.run()
 
 
@@ -149,15 +155,32 @@ def summary(supervisor: Supervisor) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _print(text: str) -> None:
+    """Writes to standard output. Raises `SseproxyError` if that is full."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough.
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        raise SseproxyError(f"standard output: {(error.strerror or '').lower()}") from None
+
+
+def _discard_output() -> None:
+    """What could not be written is not tried again at the end."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
 def _check(options: argparse.Namespace) -> int:
     settings = config.load(options.file)
     if options.resolved:
-        sys.stdout.write(config.resolved(settings))
+        _print(config.resolved(settings))
         return 0
     routes, upstreams = len(settings.routes), len(settings.upstreams)
-    sys.stdout.write(
-        f"{options.file}: ok ({routes} route{'s'[: routes > 1]}, {upstreams} upstream{'s'[: upstreams > 1]})\n"
-    )
+    _print(f"{options.file}: ok ({routes} route{'s'[: routes > 1]}, {upstreams} upstream{'s'[: upstreams > 1]})\n")
     return 0
 
 
@@ -183,10 +206,11 @@ def _healthcheck(options: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    sys.stdout.write(json.dumps(config.schema(), indent=2) + "\n")
+    _print(json.dumps(config.schema(), indent=2) + "\n")
     return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
     pace = Pace(ttft=options.ttft, rate=options.rate, tokens=options.tokens)
+    set_up_logging()
     return uvloop.run(demonstration.run(pace, listen=options.listen, admin=options.admin, once=options.once))

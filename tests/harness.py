@@ -18,7 +18,8 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from sseproxy import config
-from sseproxy.observe.metrics import Registry, Report, exposition
+from sseproxy.observe.metrics import Report
+from sseproxy.observe.registry import Registry, exposition
 from sseproxy.process.listeners import listen
 from sseproxy.process.worker import Worker
 

@@ -135,6 +135,12 @@ class ConfigFile:
         return serve("-c", str(self.path), **environment)
 
 
+def python_runs_first(code: str, directory: Path) -> dict[str, str]:
+    """The environment in which Python runs `code` before anything else, from `directory`."""
+    (directory / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
+
+
 @asynccontextmanager
 async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
     """Runs `sseproxy serve ARGUMENTS` until it listens, and ends it and its workers if the test has not."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import threading
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
+from select import PIPE_BUF
 from typing import Any
 
 import pytest
@@ -14,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy import config
-from sseproxy.observe.access import AccessLog, describe
+from sseproxy.errors import Outcome
+from sseproxy.observe.access import AccessLog, _json, _text, describe
 from sseproxy.relay.exchange import Exchange
 from sseproxy.wire.headers import Fields, client_address
-from sseproxy.wire.meaning import DELTA
+from sseproxy.wire.meaning import DELTA, Usage
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, usage
 from .served import ConfigFile, Served, until_true
@@ -148,35 +151,52 @@ async def test_the_last_lines_are_written(upstream: ScriptedUpstream, tmp_path: 
     assert len(lines(served)) == 1
 
 
-class Stuck:
-    """A reader that takes nothing until it is let go."""
-
-    def __init__(self) -> None:
-        self.free = threading.Event()
-        self.taken = b""
-
-    def __call__(self, batch: bytes) -> None:
-        self.free.wait(20)
-        self.taken += batch
-
-
-def test_a_reader_that_does_not_read_costs_lines_but_neither_time_nor_memory() -> None:
-    reader = Stuck()
-    log = AccessLog(config.AccessLog(), reader, terminal=False)
+def test_what_nobody_took_is_counted_in_a_line() -> None:
+    reader, writer = os.pipe()
+    log = AccessLog(config.AccessLog(), writer)
     ended = Exchange("r", "u", Recording(), "id", 0.0)
     ended.ended_at = 1.0
     number = 20_000
     for _ in range(number):
         log.ended(ended)
         log.flush()
-    reader.free.set()
+    taken = bytearray()
+
+    def collect() -> None:
+        while part := os.read(reader, 1 << 16):
+            taken.extend(part)
+
+    collecting = threading.Thread(target=collect)
+    collecting.start()
     log.close()
-    log.ended(ended)
-    log.close()
-    said = [json.loads(line) for line in reader.taken.splitlines()]
+    os.close(writer)
+    collecting.join()
+    os.close(reader)
+    said = [json.loads(line) for line in bytes(taken).splitlines()]
     (dropped,) = [line["dropped"] for line in said if "dropped" in line]
-    assert len(said) - 1 + dropped == number + 1
-    assert 1 << 19 < len(reader.taken) < 1 << 21
+    assert len(said) - 1 + dropped == number
+
+
+TEXT = st.text(max_size=200)
+
+
+@given(TEXT, TEXT, TEXT)
+def test_a_line_has_room_in_a_write_that_nobody_splits(model: str, method: str, reason: str) -> None:
+    """`PIPE_BUF` bytes; what others say is bounded, and the rest is ours."""
+    exchange = Exchange("r" * 64, "u" * 64, Recording(), "i" * 128, 0.0)
+    exchange.ended_at = exchange.head_at = exchange.first_token_at = 1e6 / 7
+    exchange.client, exchange.api, exchange.reason = "2001:db8:" * 6, "transcriptions", "connections_per_client"
+    exchange.model, exchange.method, exchange.finish_reason = model * 9, method * 9, reason * 9
+    exchange.traceparent, exchange.is_stream, exchange.longest_gap = TRACE, True, 1e6 / 7
+    exchange.gaps = [1e6 / 7]
+    exchange.request_bytes = exchange.response_bytes = exchange.events = 1 << 62
+    exchange.usage = Usage(1 << 62, 1 << 62, 1 << 62, 1 << 62, 1e9 / 7)
+    exchange.outcome, exchange.status = Outcome.UPSTREAM_TIMEOUT_FIRST_TOKEN, 504
+    at = datetime.now(UTC)
+    for spell in (_json, _text):
+        line = spell(at, describe(exchange))
+        assert len(line) < PIPE_BUF
+        assert b"\n" not in line
 
 
 @given(st.lists(st.floats(0.0005, 70), min_size=1, max_size=5000))

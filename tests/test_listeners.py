@@ -228,7 +228,7 @@ async def test_systemd_passes_the_sockets_and_is_told_how_it_goes(
         await streamed(client, upstream)
         client.close()
         admin = Peer(*await asyncio.open_connection("127.0.0.1", systemd.port("admin")))
-        admin.send(b"POST /-/reload HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        admin.send(b"POST /-/reload HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert (await admin.message()).status == 200
         admin.close()
         reloading = await systemd.hears()

@@ -15,7 +15,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from sseproxy.observe import metrics
-from sseproxy.observe.metrics import METRICS, Metric, Recorder, Registry, Report, exposition
+from sseproxy.observe.metrics import METRICS, Metric, Recorder, Report
+from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, Telemetry, encode_report
 from sseproxy.relay.proxy import Lateness
 

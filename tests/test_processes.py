@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from sseproxy import config
-from sseproxy.observe.metrics import Recorder, Registry, exposition
+from sseproxy.errors import SseproxyError
+from sseproxy.observe.metrics import Recorder
+from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, encode_report
-from sseproxy.process.generation import cores
+from sseproxy.process.generation import cores, environment
 from sseproxy.process.listeners import listen
 from sseproxy.process.supervisor import Supervisor
 from sseproxy.process.worker import encode_config
@@ -40,7 +42,18 @@ from .harness import (
     until,
     usage,
 )
-from .served import Served, alive, children, end, run, serve, until_refused, until_true
+from .served import (
+    ConfigFile,
+    Served,
+    alive,
+    children,
+    end,
+    python_runs_first,
+    run,
+    serve,
+    until_refused,
+    until_true,
+)
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 
@@ -188,14 +201,176 @@ if "sseproxy.process.worker" in sys.orig_argv:
 
 
 async def test_a_worker_that_is_not_understood_is_replaced(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION)
     (tmp_path / "once").mkdir()
     arguments = ("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1")
-    async with serve(*arguments, PYTHONPATH=str(tmp_path)) as served:
+    async with serve(*arguments, **python_runs_first(OTHER_VERSION, tmp_path)) as served:
         await served.until("worker_restarts_total", 1)
         assert "a worker says what this version does not understand" in served.stderr
         await served.until("workers", 1)
         await finish_stream(*await begin_stream(served, upstream))
+
+
+async def test_a_worker_that_stands_still_is_not_ready_until_it_goes_on(upstream: ScriptedUpstream) -> None:
+    async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "1") as served:
+        client, api = await begin_stream(served, upstream)
+        await served.until("workers", 1)
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGSTOP)
+        await served.until("workers", 0)
+        status, _, reason = await served.get("/readyz")
+        assert (status, reason) == (503, "no worker accepts connections\n")
+        assert f"the worker {worker} has said nothing for 5 s: it is not ready" in served.stderr
+        os.kill(worker, signal.SIGCONT)
+        await served.until("workers", 1)
+        assert (await served.get("/readyz"))[0] == 200
+        await finish_stream(client, api)
+        await served.until(r'requests_total\{.*outcome="completed".*\}', 1)
+        assert served.workers == [worker]
+        assert await served.sample("worker_restarts_total") == 0
+
+
+# A supervisor that is twenty times less patient, and a worker that hangs when it is told to.
+IMPATIENT = """
+import signal, sys
+if "serve" in sys.orig_argv:
+    from sseproxy.process import generation
+    generation._ASKED_EVERY = 0.05
+if "sseproxy.process.worker" in sys.orig_argv:
+    def hang(*_):
+        while True:
+            pass
+    signal.signal(signal.SIGUSR1, hang)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGUSR1], ids=["stopped", "looping"])
+async def test_a_worker_that_hangs_is_killed_and_replaced(
+    upstream: ScriptedUpstream, tmp_path: Path, number: signal.Signals
+) -> None:
+    arguments = ("--upstream", upstream.url, *ANYWHERE, "--workers", "2")
+    async with serve(*arguments, **python_runs_first(IMPATIENT, tmp_path)) as served:
+        client, api = await begin_stream(served, upstream)
+        await served.until(r"streams_active\{.*\}", 1)
+        workers = served.workers
+        for worker in workers:
+            os.kill(worker, number)
+        await api.gone()
+        await client.rest()
+        await served.until("worker_restarts_total", 2)
+        await served.until("workers", 2)
+        assert not set(workers) & set(served.workers)
+        for worker in workers:
+            assert f"the worker {worker} has said nothing for 20 s: it is killed" in served.stderr
+        assert await served.sample(r'requests_total\{.*outcome="proxy_error".*\}') == 1
+        assert (await served.get("/readyz"))[0] == 200
+        await finish_stream(*await begin_stream(served, upstream))
+
+
+async def test_a_worker_that_finishes_and_hangs_is_killed(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve(**python_runs_first(IMPATIENT, tmp_path)) as served:
+        _, api = await begin_stream(served, upstream)
+        (old,) = served.workers
+        served.process.send_signal(signal.SIGHUP)
+        await served.until("workers_finishing", 1)
+        os.kill(old, signal.SIGSTOP)
+        await api.gone()
+        await served.until("workers_finishing", 0)
+        assert not alive(old)
+        assert await served.sample("worker_restarts_total") == 0
+
+
+async def test_nobody_is_killed_because_all_stood_still(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    arguments = ("--upstream", upstream.url, *ANYWHERE, "--workers", "2")
+    async with serve(*arguments, **python_runs_first(IMPATIENT, tmp_path)) as served:
+        client, api = await begin_stream(served, upstream)
+        family = [served.pid, *served.workers]
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)
+        # Longer than a worker may say nothing, as a machine that sleeps.
+        await asyncio.sleep(3)
+        for pid in family:
+            os.kill(pid, signal.SIGCONT)
+        await finish_stream(client, api)
+        await served.until(r'requests_total\{.*outcome="completed".*\}', 1)
+        await served.until("workers", 2)
+        assert served.workers == family[1:]
+        assert "has said nothing" not in served.stderr
+
+
+@pytest.mark.parametrize("lag", [None, 0.1, 3.5])
+async def test_a_worker_is_given_more_time_where_more_lag_is_allowed(
+    upstream: ScriptedUpstream, lag: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sseproxy.process.generation._ASKED_EVERY", 0.02)
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere, limits=config.Limits(lag=lag)))
+    supervisor.bind()
+    before = children(os.getpid())
+    try:
+        await supervisor.start()
+        (worker,) = set(children(os.getpid())).difference(before)
+        os.kill(worker, signal.SIGSTOP)
+        await until_true(lambda: not alive(worker))
+    finally:
+        await supervisor.close()
+    patience = 4 if lag == 3.5 else 1
+    (killed,) = [record.getMessage() for record in caplog.records if "it is killed" in record.getMessage()]
+    assert killed == f"the worker {worker} has said nothing for {20 * patience} s: it is killed"
+
+
+def python_that_works(times: int, directory: Path) -> str:
+    """A path that executes Python so often, and from then on fails after a second."""
+    for number in range(times):
+        (directory / f"{number}").mkdir()
+    path = directory / "python"
+    works = f'rmdir "$n" 2>/dev/null && exec {sys.executable} "$@"'
+    path.write_text(f"#!/bin/sh\nfor n in {directory}/[0-9]*; do {works}; done\nsleep 1\nexit 3\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have 3 s to come up, two of them."""
+    monkeypatch.setattr("sseproxy.process.supervisor._TO_COME_UP", 1.0)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_start_without_any_worker_is_an_error(
+    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor.bind()
+    before = children(os.getpid())
+    monkeypatch.setattr(sys, "executable", python_that_works(0, tmp_path))
+    with pytest.raises(SseproxyError, match=r"^nothing is served: 2 of 2 new workers .*: one ended with status 3$"):
+        await supervisor.start()
+    assert set(children(os.getpid())) <= set(before)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_start_goes_on_with_the_workers_that_there_are(
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor.bind()
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", python_that_works(1, tmp_path))
+            await supervisor.start()
+        assert supervisor._unready() is None
+        assert any(
+            "1 of 2 new workers did not come to accept connections: one ended with status 3" in record.getMessage()
+            for record in caplog.records
+        )
+    finally:
+        await supervisor.close()
 
 
 async def test_a_worker_that_cannot_be_started_is_started_as_soon_as_it_can_be(upstream: ScriptedUpstream) -> None:
@@ -497,3 +672,32 @@ async def test_without_a_number_there_is_a_worker_for_every_core_it_may_use(upst
         assert served.lines[-1] == f"  workers: {cores()}"
         assert len(served.workers) == cores()
         assert await served.sample("workers") == cores()
+
+
+def variables_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(line.split("=", 1) for line in lines if line)
+
+
+async def test_a_worker_has_no_key_in_its_environment(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = ConfigFile(tmp_path, upstream, key="api_key: '${SECRET_KEY}'")
+    async with file.serve(SECRET_KEY="sk-very-secret", OTHER="kept") as served:
+        (worker,) = served.workers
+        expected = os.environ | {"OTHER": "kept"}
+        passed = variables_of(worker)
+        assert {name: passed.get(name) for name in expected} == expected
+        assert not any("sk-very-secret" in value for value in passed.values())
+        client = await served.connect()
+        client.send(post())
+        assert (await (await upstream.accept()).message()).get("authorization") == "Bearer sk-very-secret"
+
+
+def test_what_the_interpreter_goes_by_is_passed_though_the_file_has_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "upstreams: [{name: up, url: 'http://h', api_key: '${HOME}${KEY}'}]\n"
+        "routes: [{name: r, match: {path: /}, upstream: up}]\n"
+    )
+    monkeypatch.setenv("HOME", "/home")
+    monkeypatch.setenv("KEY", "sk-x")
+    passed = environment(config.parse(text, "file"))
+    assert passed == {name: value for name, value in os.environ.items() if name != "KEY"}

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
+from aiohttp.test_utils import TestServer
 
 from sseproxy import config
 from sseproxy.errors import ReloadError
+from sseproxy.observe.registry import Registry
+from sseproxy.process.admin import application
 from sseproxy.process.supervisor import Supervisor
 
 from .conftest import StartProxy
@@ -35,6 +38,7 @@ from .harness import (
     until,
 )
 from .served import ConfigFile, Served, alive, children, until_true
+from .test_processes import python_that_works
 
 RELOADS = 100
 SHORT = b'{"object":"list","data":[]}'
@@ -245,7 +249,9 @@ async def test_workers_that_do_not_come_up_change_nothing(
         workers = set(children(os.getpid())).difference(before)
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", "/bin/false")
-            with pytest.raises(ReloadError, match="a new worker ended with status 1 before it accepted connections"):
+            with pytest.raises(
+                ReloadError, match="2 of 2 new workers did not come to accept connections: one ended with status 1"
+            ):
                 await supervisor.reload()
         assert workers <= set(children(os.getpid()))
         assert (await supervisor.registry())._gauges[0]["config_last_reload_successful", ()] == 0
@@ -254,6 +260,105 @@ async def test_workers_that_do_not_come_up_change_nothing(
     finally:
         await supervisor.close()
     assert set(children(os.getpid())) == set(before)
+
+
+async def test_workers_of_which_only_some_come_up_change_nothing(
+    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sseproxy.process.supervisor._TO_COME_UP", 1.0)
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor.bind()
+    before = children(os.getpid())
+    try:
+        await supervisor.start()
+        workers = set(children(os.getpid())).difference(before)
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", python_that_works(1, tmp_path))
+            with pytest.raises(ReloadError, match=r"^1 of 2 new workers did not come .*: one ended with status 3$"):
+                await supervisor.reload()
+        assert set(children(os.getpid())).difference(before) == workers
+        await supervisor.reload()
+    finally:
+        await supervisor.close()
+
+
+async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
+    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sseproxy.process.supervisor._TO_COME_UP", 0.5)
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere))
+    supervisor.bind()
+    hangs = tmp_path / "python"
+    hangs.write_text("#!/bin/sh\nexec sleep 1000\n")
+    hangs.chmod(0o755)
+    try:
+        await supervisor.start()
+        workers = children(os.getpid())
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", str(hangs))
+            with pytest.raises(ReloadError, match=r"^1 of 1 new workers did not come to accept connections$"):
+                await supervisor.reload()
+        assert children(os.getpid()) == workers
+    finally:
+        await supervisor.close()
+
+
+async def test_reloads_that_are_asked_for_together_are_two_at_most(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve() as served:
+        answers = await asyncio.gather(*(reload(served) for _ in range(50)))
+        assert answers == [(200, "reloaded\n")] * 50
+        assert 1 <= await served.sample(r'config_reloads_total\{result="success"\}') <= 2
+        # What one of many is told, all are.
+        file.write(upstream, workers="none")
+        answers = await asyncio.gather(*(reload(served) for _ in range(50)))
+        assert {status for status, _ in answers} == {400}
+        assert len(set(answers)) == 1
+        assert 1 <= await served.sample(r'config_reloads_total\{result="failure"\}') <= 50
+
+
+async def test_a_hundred_signals_are_a_few_reloads(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        for _ in range(100):
+            served.process.send_signal(signal.SIGHUP)
+            # The supervisor has a turn in between.
+            assert (await served.get("/livez"))[0] == 200
+        assert (await reload(served))[0] == 200
+        assert await served.sample(r'config_reloads_total\{result="success"\}') < 20
+        await until_true(lambda: len(served.workers) == 1)
+
+
+async def test_what_asks_during_a_reload_gets_what_is_configured_by_then(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with ScriptedUpstream() as other, file.serve() as served:
+        first = asyncio.get_running_loop().create_task(reload(served))
+        await until_true(lambda: len(served.workers) == 2)
+        file.write(other)
+        assert await reload(served) == (200, "reloaded\n")
+        assert first.done()
+        await asked(served, other)
+
+
+async def test_earlier_configurations_that_finish_are_bounded(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = ConfigFile(tmp_path, upstream, reload="{generations: 2}")
+    async with file.serve() as served:
+        clients: list[Peer] = []
+        for number in range(6):
+            streamer, _ = await streaming(served, upstream)
+            clients.append(streamer)
+            assert (await reload(served))[0] == 200
+            assert len(served.workers) == min(number + 1, 2) + 1
+        for client in clients[:-2]:
+            received, _ = await client.rest()
+            assert b'"code": "draining"' in received
+        assert served.stderr.count("the exchanges of the oldest end") == 4
+        assert await served.sample("workers_finishing") == 2
+        await served.until(r'requests_total\{.*outcome="drained".*\}', 4)
+        assert await served.sample(r"streams_active\{.*\}") == 2
 
 
 async def test_the_end_ends_those_that_finish_as_well(upstream: ScriptedUpstream, tmp_path: Path) -> None:
@@ -268,6 +373,136 @@ async def test_the_end_ends_those_that_finish_as_well(upstream: ScriptedUpstream
         assert b'"code": "draining"' in received
         assert await served.ended() == 0
         await until_true(lambda: not any(map(alive, workers)))
+
+
+async def refused_request(served: Served, upstream: ScriptedUpstream) -> None:
+    """An exchange that the upstream does not answer."""
+    client = await served.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.close()
+    assert (await client.message()).status == 502
+
+
+async def test_what_a_configuration_no_longer_has_has_no_state(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    def upstreams(**urls: str) -> str:
+        return "[" + ", ".join(f"{{name: {name}, url: '{url}/v1'}}" for name, url in urls.items()) + "]"
+
+    def routes(name: str) -> str:
+        return f"[{{name: api, match: {{path: /v1}}, upstream: {name}}}]"
+
+    up = r'upstream_up\{upstream="%s"\}'
+    file = ConfigFile(tmp_path, upstream)
+    async with ScriptedUpstream() as other, file.serve() as served:
+
+        async def states() -> dict[str, float]:
+            return {name: value for name, value in (await served.samples()).items() if name.startswith("upstream_up")}
+
+        client, api = await streaming(served, upstream)
+        await served.until(up % "up", 1)
+        await refused_request(served, upstream)
+        await served.until(r'requests_total\{.*outcome="upstream_error".*upstream="up"\}', 1)
+        assert await states() == {'upstream_up{upstream="up"}': 0}
+        # It stays what it is where nothing changed.
+        assert (await reload(served))[0] == 200
+        assert await states() == {'upstream_up{upstream="up"}': 0}
+        # Another server of the same name; then one that no route uses; then none.
+        for present in ({"up": other.url}, {"up": upstream.url, "new": other.url}, {"new": other.url}):
+            file.write(upstream, upstreams=upstreams(**present), routes=routes([*present][-1]))
+            assert (await reload(served))[0] == 200
+            assert await states() == {}
+        # An exchange of an earlier configuration changes nothing of that.
+        second = await served.sample(r'requests_total\{.*outcome="truncated".*upstream="up"\}')
+        api.close()
+        await client.rest()
+        await served.until(r'requests_total\{.*outcome="truncated".*upstream="up"\}', second + 1)
+        assert await states() == {}
+        await asked(served, other)
+        await served.until(up % "new", 1)
+        assert await states() == {'upstream_up{upstream="new"}': 1}
+        # What was counted of it is still there, so that sums do not fall.
+        assert await served.sample(r'requests_total\{.*outcome="upstream_error".*upstream="up"\}') == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"Host": "localhost"}, 200),
+        ({"Host": "LOCALHOST:9464"}, 200),
+        ({"Host": "192.0.2.7:80"}, 200),
+        ({"Host": "[2001:db8::1]:80"}, 200),
+        ({"Host": socket.gethostname()}, 200),
+        ({"Host": "proxy.example:9464"}, 200),
+        ({"Host": "rebound.example"}, 421),
+        ({"Host": "localhost.rebound.example"}, 421),
+        ({"Host": "192.0.2.7.rebound.example"}, 421),
+        ({"Host": "localhost@rebound.example"}, 421),
+        ({"Host": ""}, 421),
+        ({"Host": "localhost", "Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "localhost", "Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "localhost", "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Host": "localhost", "Origin": "https://evil.example"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost:8080"}, 403),
+        ({"Host": "localhost", "Origin": "null"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost", "Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+    ids=str,
+)
+async def test_no_web_page_can_reload(fields: dict[str, str], status: int) -> None:
+    reloads = 0
+
+    async def reload() -> None:
+        nonlocal reloads
+        reloads += 1
+
+    async def registry() -> Registry:
+        return Registry()
+
+    app = application(registry, lambda: None, reload, lambda: ("proxy.example",))
+    async with TestServer(app) as server, ClientSession() as session:
+        async with session.post(server.make_url("/-/reload"), headers=fields) as response:
+            assert response.status == status, await response.text()
+            assert (await response.text()).endswith("\n")
+        assert reloads == (status == 200)
+        for path in ("/metrics", "/livez", "/readyz"):
+            async with session.get(server.make_url(path), headers=fields) as response:
+                assert response.status == 200
+        async with session.get(server.make_url("/other"), headers=fields) as response:
+            assert response.status == (421 if status == 421 else 404)
+
+
+async def test_names_under_which_reloads_are_served_come_with_a_reload(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve() as served:
+
+        async def under(name: str) -> int:
+            async with (
+                ClientSession(headers={"Host": name}) as session,
+                session.post(f"http://127.0.0.1:{served.admin}/-/reload") as response,
+            ):
+                return response.status
+
+        assert await under("proxy.example") == 421
+        file.write(upstream, admin="{listen: '127.0.0.1:0', hosts: Proxy.Example}")
+        assert await under("localhost") == 200
+        assert await under("proxy.example") == 200
+        assert await under("other.example") == 421
+
+
+async def test_a_file_that_has_become_a_pipe_holds_up_nothing(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk-x\n")
+    file = ConfigFile(tmp_path, upstream, key=f"api_key_file: '{key}'", reload="{watch: 50ms}")
+    async with file.serve() as served:
+        key.unlink()
+        os.mkfifo(key)
+        await served.until(r'config_reloads_total\{result="failure"\}', 1)
+        assert (await served.get("/readyz"))[0] == 200
 
 
 async def test_exchanges_from_before_a_reload_may_be_given_a_time(upstream: ScriptedUpstream, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, SecretStr
 
 from sseproxy import config
 from sseproxy.config import Address, Config, Limits, Match, Route, Timeouts, Upstream
@@ -115,3 +117,28 @@ def test_every_value_is_written_as_it_is_read(
     text = config.resolved(settings)
     assert config.parse(text, "resolved", {}) == settings
     VALIDATOR.validate(yaml.safe_load(text))
+
+
+def test_what_a_worker_is_handed_has_all_options_and_cannot_change() -> None:
+    upstream = Upstream(name="up", url="http://h", api_key=SecretStr("sk-x"))
+    settings = Config(upstreams=(upstream,), routes=(Route(name="r", match=Match(path="/"), upstream="up"),))
+    handed = pickle.loads(pickle.dumps(settings.plain()))
+
+    def same(model: Any, options: Any) -> None:
+        for name in type(model).model_fields:
+            value = getattr(model, name)
+            if isinstance(value, BaseModel):
+                same(value, getattr(options, name))
+            elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+                for one, other in zip(value, getattr(options, name), strict=True):
+                    same(one, other)
+            elif name not in ("api_key", "api_key_file"):
+                assert getattr(options, name) == value
+
+    same(settings, handed)
+    key = handed.upstreams[0].key
+    assert key.get_secret_value() == "sk-x"
+    assert "sk-x" not in repr(key)
+    with pytest.raises(AttributeError, match="does not change"):
+        handed.limits.lag = 3.0
+    assert handed.routes[0].timeouts.model_copy(update={"body": 1.0}).body == 1.0

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .model import (
-    TLS,
-    AccessLog,
-    Admin,
-    Config,
-    Limits,
-    Match,
-    Metrics,
-    Reload,
-    Route,
-    RouteLimits,
-    Timeouts,
-    Upstream,
-    UpstreamTLS,
-    UsageOptions,
-)
-from .values import Address, Listen, PassedSocket, UnixAddress
-
 if TYPE_CHECKING:
+    from .addresses import Address, Listen, PassedSocket, UnixAddress
     from .loading import load, override, parse, resolved, schema, single
+    from .model import (
+        TLS,
+        AccessLog,
+        Admin,
+        Config,
+        Limits,
+        Match,
+        Metrics,
+        Reload,
+        Route,
+        RouteLimits,
+        Timeouts,
+        Upstream,
+        UpstreamTLS,
+        UsageOptions,
+    )
 
 __all__ = [
     "TLS",
@@ -53,12 +53,12 @@ __all__ = [
 ]
 
 _READING = frozenset({"load", "override", "parse", "resolved", "schema", "single"})
+_ADDRESSES = frozenset({"Address", "Listen", "PassedSocket", "UnixAddress"})
 
 
 def __getattr__(name: str) -> object:
-    """What reads and writes files: a worker, which does neither, does not import a YAML parser."""
-    if name not in _READING:
+    """Imports what is asked for: a worker, which reads and checks nothing, has neither pydantic nor a YAML parser."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import loading
-
-    return getattr(loading, name)
+    module = "loading" if name in _READING else "addresses" if name in _ADDRESSES else "model"
+    return getattr(import_module(f".{module}", __name__), name)

@@ -112,7 +112,7 @@ def single(
     """
     problems: list[str] = []
     target = _flag(problems, "--upstream", read_url, url)
-    changes = _changes(problems, listen, admin, workers)
+    changes = _changes(problems, Admin(), listen, admin, workers)
     if problems or target is None:
         raise ConfigError(problems)
     path = "/" if URL(target).raw_path == "/" else "/v1"
@@ -127,21 +127,25 @@ def override(
 ) -> Config:
     """`config` with the values of the command-line flags that are given. Raises `ConfigError` that names flags."""
     problems: list[str] = []
-    changes = _changes(problems, listen, admin, workers)
+    changes = _changes(problems, config.admin, listen, admin, workers)
     if problems:
         raise ConfigError(problems)
     return config.model_copy(update=changes)
 
 
 def _changes(
-    problems: list[str], listen: str | None, admin: str | None, workers: str | int | None
+    problems: list[str],
+    administration: Admin,
+    listen: str | None,
+    admin: str | None,
+    workers: str | int | None,
 ) -> dict[str, object]:
     changes: dict[str, object] = {}
     if listen is not None:
         address = _flag(problems, "--listen", read_address, listen)
         changes["listen"] = (address,)
     if admin is not None and (place := _flag(problems, "--admin", read_address, admin)):
-        changes["admin"] = Admin(listen=place)
+        changes["admin"] = administration.model_copy(update={"listen": place})
     if workers is not None:
         number = isinstance(workers, str) and re.fullmatch("[0-9]{1,9}", workers)
         changes["workers"] = _flag(problems, "--workers", read_workers, int(workers) if number else workers)

@@ -6,15 +6,19 @@ It reads no YAML, so that a worker, which is handed its configuration, does not 
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from .files import ApiKeyFile, CAFile, load_certificate, trusting
+from .addresses import Address
+from .files import for_clients, for_upstream
+from .named import ApiKeyFile, CAFile, check_certificate
+from .plain import TLS as PlainTLS
+from .plain import Options, Secret
+from .plain import UpstreamTLS as PlainUpstreamTLS
 from .values import (
-    Address,
     ApiKey,
     Count,
     CountOrOff,
@@ -25,6 +29,7 @@ from .values import (
     FieldName,
     FilePath,
     Globs,
+    HostNames,
     ListenAddress,
     ListenAddresses,
     Loc,
@@ -49,6 +54,24 @@ from .values import (
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    _kind: ClassVar[type[Options]] = Options
+
+    def plain(self) -> Self:
+        """The same, as a worker is handed it."""
+        return cast("Self", self._kind({name: _plain(getattr(self, name)) for name in self._handed()}))
+
+    @classmethod
+    def _handed(cls) -> Iterable[str]:
+        return cls.model_fields
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, SecretStr):
+        return Secret(value.get_secret_value())
+    return value.plain() if isinstance(value, _Model) else value
 
 
 def _part(limit: int | None, workers: int) -> int | None:
@@ -108,6 +131,8 @@ class Admin(_Model):
     """The listener for metrics and health, apart from the clients' one."""
 
     listen: ListenAddress = Address("127.0.0.1", 9464)
+    hosts: HostNames = ()
+    """Names in `Host` that are served, beside IP addresses, `localhost` and this machine's name."""
 
 
 class UpstreamTLS(_Model):
@@ -120,21 +145,19 @@ class UpstreamTLS(_Model):
     key_file: FilePath = None
     """Its private key; `None` if it is in `cert_file` as well."""
 
+    _kind: ClassVar = PlainUpstreamTLS
+
     @model_validator(mode="after")
     def _loads(self) -> Self:
         if self.key_file is not None and self.cert_file is None:
             raise expected("cert_file beside key_file", show=False)
         if self.cert_file is not None:
-            self.context()
+            check_certificate(self.context)
         return self
 
     def context(self) -> ssl.SSLContext:
-        """For connections to an upstream. Raises what is wrong with the files, as pydantic wants it."""
-        context = trusting(self.ca_file)
-        context.set_alpn_protocols(["http/1.1"])
-        if self.cert_file is not None:
-            load_certificate(context, self.cert_file, self.key_file)
-        return context
+        """For connections to an upstream. Raises `OSError`, or `ValueError` for a key with a password."""
+        return for_upstream(self.ca_file, self.cert_file, self.key_file)
 
 
 class TLS(_Model):
@@ -146,18 +169,16 @@ class TLS(_Model):
     """Its private key; `None` if it is in `cert_file` as well."""
     min_version: TLSVersion = "1.2"
 
+    _kind: ClassVar = PlainTLS
+
     @model_validator(mode="after")
     def _loads(self) -> Self:
-        self.context()
+        check_certificate(self.context)
         return self
 
     def context(self) -> ssl.SSLContext:
-        """For listeners. Raises what is wrong with the files, as pydantic wants it."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3 if self.min_version == "1.3" else ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
-        load_certificate(context, self.cert_file, self.key_file)
-        return context
+        """For listeners. Raises `OSError`, or `ValueError` for a key with a password."""
+        return for_clients(self.cert_file, self.key_file, self.min_version)
 
 
 class Upstream(_Model):
@@ -180,6 +201,10 @@ class Upstream(_Model):
             raise expected("either api_key or api_key_file, not both", show=False)
         return self
 
+    @classmethod
+    def _handed(cls) -> Iterable[str]:
+        return (*(name for name in cls.model_fields if name not in ("api_key", "api_key_file")), "key")
+
     @property
     def key(self) -> SecretStr | None:
         """The key, from wherever it is."""
@@ -193,6 +218,8 @@ class Reload(_Model):
     """Look at the content of the file, and of the files it names, this often, and reload when it has changed."""
     drain_timeout: DurationOrOff = None
     """How long exchanges that began on the old configuration may go on; `None` is to their end."""
+    generations: Count = 4
+    """Earlier configurations that may still be finishing; where there are more, the exchanges of the oldest end."""
 
 
 class AccessLog(_Model):

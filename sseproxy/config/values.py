@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import math
-import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Annotated, Final, Literal, cast
 
@@ -30,91 +28,26 @@ from pydantic_core.core_schema import plain_serializer_function_ser_schema
 from yarl import URL
 
 from ..wire.dialects import DIALECT_NAMES
+from .addresses import Address, Listen, PassedSocket, UnixAddress
 
 DOCUMENT: Final = object()
 """Validation context of text written by an operator: there, numbers need a unit."""
 
-_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
 API_KEY = re.compile(r"[!-~]+")
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A method, and the name of a field (RFC 9110, section 5.6.2).
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
-_PASSED_SOCKET = re.compile(r"systemd(?::(?P<name>[A-Za-z0-9_.@-]+))?")
 _SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
-_UNIX_ADDRESS = re.compile(r"unix:(?P<path>/[^|\x00]*[^/|\x00])(?:\|(?P<mode>0?[0-7]{3}))?")
-# sun_path without its final zero byte (unix(7)).
-_MAX_UNIX_PATH = 107
 _SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def expected(what: str, *, show: bool = True) -> PydanticCustomError:
     """The error of a value that is not `what`. `show` tells whether a message may contain the value."""
     return PydanticCustomError("expected" if show else "expected_secret", "expected {what}", {"what": what})
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen. An empty host is all interfaces, port 0 any free port."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """Read `HOST:PORT`, `[IPV6]:PORT` or `:PORT`; the inverse of `str`. Raises `ValueError`."""
-        match = _ADDRESS.fullmatch(text)
-        if match is None or int(match["port"]) > 65535:
-            raise ValueError("not HOST:PORT")
-        if match["v6"] is not None:
-            ipaddress.IPv6Address(match["v6"])
-        return cls(match["v6"] or match["host"], int(match["port"]))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
-    """Where to listen in the file system. `mode` are the socket's permissions, which are needed to connect."""
-
-    path: str
-    mode: int = 0o660
-
-    @classmethod
-    def parse(cls, text: str) -> UnixAddress:
-        """Read `unix:PATH` or `unix:PATH|MODE` with an octal mode; the inverse of `str`. Raises `ValueError`."""
-        match = _UNIX_ADDRESS.fullmatch(text)
-        if match is None or len(os.fsencode(match["path"])) > _MAX_UNIX_PATH:
-            raise ValueError("not unix:PATH")
-        return cls(match["path"], int(match["mode"], 8)) if match["mode"] else cls(match["path"])
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}|{self.mode:04o}"
-
-
-@dataclass(frozen=True, slots=True)
-class PassedSocket:
-    """Sockets that the service manager listens on: those of `name`, or all that it passes (sd_listen_fds(3))."""
-
-    name: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> PassedSocket:
-        """Read `systemd` or `systemd:NAME`; the inverse of `str`. Raises `ValueError`."""
-        match = _PASSED_SOCKET.fullmatch(text)
-        if match is None:
-            raise ValueError("not systemd or systemd:NAME")
-        return cls(match["name"])
-
-    def __str__(self) -> str:
-        return "systemd" if self.name is None else f"systemd:{self.name}"
-
-
-Listen = Address | UnixAddress | PassedSocket
-"""Where to listen."""
 
 
 def read_address(value: object) -> Listen:
@@ -231,6 +164,12 @@ def _glob(value: object) -> str:
     if isinstance(value, str) and value:
         return value
     raise expected("the name of a model or a glob such as gpt-4*")
+
+
+def _host_name(value: object) -> str:
+    if isinstance(value, str) and _HOST_NAME.fullmatch(value):
+        return value.lower()
+    raise expected("the name of a host such as proxy.example.org, without port")
 
 
 def _listed(value: object) -> tuple[object, ...]:
@@ -421,6 +360,8 @@ Name = Annotated[str, Option(_name, {"type": "string", "pattern": f"^{_NAME.patt
 PathPrefix = Annotated[str, Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
 
 Globs = Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], Option(_listed, _one_or_more(TEXT))]
+
+HostNames = Annotated[tuple[Annotated[str, BeforeValidator(_host_name)], ...], Option(_listed, _one_or_more(TEXT))]
 
 Methods = Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], Option(_listed, _one_or_more(TEXT))]
 

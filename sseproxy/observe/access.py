@@ -1,34 +1,28 @@
 """The access log: one line for each exchange that has ended. Never content, keys, paths or queries.
 
-Lines are records of the logger `sseproxy.access`. They are collected, and written by a thread every so often, so that
-whoever reads them, or does not, holds up no exchange.
+Lines are collected, and handed to a thread every so often, so that writing them holds up no exchange.
 """
 
 from __future__ import annotations
 
-import logging
-import queue
+import os
 import random
 import statistics
-import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from ..config import AccessLog as Options
 from ..errors import Outcome
 from ..relay.exchange import Exchange
+from .logs import STANDARD_OUTPUT, Lines
 
-_logger: Final = logging.getLogger("sseproxy.access")
-# Bytes that wait for a reader that does not read; what is more is dropped, and counted.
-_MAX_WAITING: Final = 1 << 20
-# Of the name of a model, or a finish reason.
+if TYPE_CHECKING:
+    from ..config import AccessLog as Options
+
+# Of what a client or an upstream calls something. All of a line has room in a write that nobody splits (`logs`).
 _MAX_NAME: Final = 128
-# How long the end of the process waits for the last lines to be taken.
-_LAST_LINES: Final = 1.0
 
 
 def _shown(said_by_others: str | None) -> str | None:
@@ -54,7 +48,7 @@ def describe(exchange: Exchange) -> dict[str, Any]:
         "upstream": exchange.upstream,
         "api": exchange.api,
         "model": _shown(exchange.model),
-        "method": exchange.method,
+        "method": _shown(exchange.method),
         "status": exchange.status,
         "outcome": exchange.outcome,
         "reason": exchange.reason,
@@ -74,133 +68,60 @@ def describe(exchange: Exchange) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value not in (None, "", {})}
 
 
-def _at(record: logging.LogRecord) -> datetime:
-    return datetime.fromtimestamp(record.created, UTC)
+def _json(at: datetime, said: Mapping[str, object]) -> bytes:
+    """One JSON object, beginning with the time at which the exchange ended (RFC 3339)."""
+    time = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return msgspec.json.encode({"time": time, **said})
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line, beginning with the time at which the exchange ended (RFC 3339)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        time = _at(record).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return msgspec.json.encode({"time": time, **record.__dict__["said"]}).decode()
-
-
-class TextFormatter(logging.Formatter):
+def _text(at: datetime, said: Mapping[str, Any]) -> bytes:
     """For people who watch a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        said = record.__dict__["said"]
-        if "dropped" in said:
-            return f"{_at(record):%H:%M:%S} {said['dropped']} lines were dropped: nobody read them"
-        usage = said.get("usage", {})
-        parts = [
-            f"{_at(record):%H:%M:%S} {said.get('status', '---')} {said['outcome']:<22}",
-            f"{said.get('route', '-')} -> {said.get('upstream', '-')}",
-            said.get("model", ""),
-            f"first token {said['first_token_seconds']:.2f}s" if "first_token_seconds" in said else "",
-            f"total {said['duration_seconds']:.2f}s",
-            f"{said['events']} events" if "events" in said else "",
-            f"tokens {usage.get('input', '?')}+{usage.get('output', '?')}" if usage else "",
-            said.get("reason", ""),
-            said["request_id"],
-        ]
-        return "  ".join(filter(None, parts))
-
-
-class _Batches(logging.Handler):
-    """Collects lines; `write` is called with many at once, in a thread of its own."""
-
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        super().__init__()
-        self._write = write
-        self._lines: list[str] = []
-        self._size = 0
-        self._waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._dropped = 0
-        threading.Thread(target=self._run, name="access-log", daemon=True).start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._size > _MAX_WAITING:
-            self._dropped += 1
-            return
-        line = self.format(record)
-        self._lines.append(line)
-        self._size += len(line)
-
-    def take_dropped(self) -> int:
-        """How many lines were dropped, once there is room again to say so."""
-        if self._size:
-            return 0
-        dropped, self._dropped = self._dropped, 0
-        return dropped
-
-    def flush(self) -> None:
-        """Hands over what was collected, unless what was handed over before is still being written."""
-        if self._lines and self._idle.is_set():
-            self._idle.clear()
-            self._waiting.put("".join(f"{line}\n" for line in self._lines).encode())
-            self._lines.clear()
-            self._size = 0
-
-    def finish(self) -> None:
-        """Writes the last lines, if somebody takes them."""
-        self._idle.wait(_LAST_LINES)
-        self.flush()
-        self._idle.wait(_LAST_LINES)
-
-    def _run(self) -> None:
-        while True:
-            batch = self._waiting.get()
-            try:
-                self._write(batch)
-            except OSError:
-                # Whoever read has gone; there is nobody to tell.
-                pass
-            finally:
-                self._idle.set()
+    if "dropped" in said:
+        return f"{at:%H:%M:%S} {said['dropped']} lines were dropped: nobody read them".encode()
+    usage = said.get("usage", {})
+    parts = [
+        f"{at:%H:%M:%S} {said.get('status', '---')} {said['outcome']:<22}",
+        f"{said.get('route', '-')} -> {said.get('upstream', '-')}",
+        said.get("model", ""),
+        f"first token {said['first_token_seconds']:.2f}s" if "first_token_seconds" in said else "",
+        f"total {said['duration_seconds']:.2f}s",
+        f"{said['events']} events" if "events" in said else "",
+        f"tokens {usage.get('input', '?')}+{usage.get('output', '?')}" if usage else "",
+        said.get("reason", ""),
+        said["request_id"],
+    ]
+    return "  ".join(filter(None, parts)).encode()
 
 
 class AccessLog:
-    """Writes what `options` want to know. `write` takes bytes, and may wait for whoever reads them."""
+    """Writes what `options` want to know to `descriptor`."""
 
-    def __init__(self, options: Options, write: Callable[[bytes], object], *, terminal: bool) -> None:
+    def __init__(self, options: Options, descriptor: int = STANDARD_OUTPUT) -> None:
         self._all = options.exchanges == "all"
         self._sample = options.sample
-        self._handler = _Batches(write)
-        text = options.format == "text" or (options.format == "auto" and terminal)
-        self._handler.setFormatter(TextFormatter() if text else JsonFormatter())
-        _logger.setLevel(logging.INFO)
-        _logger.propagate = False
-        _logger.handlers = [self._handler]
+        text = options.format == "text" or (options.format == "auto" and os.isatty(descriptor))
+        self._spell = _text if text else _json
+        self._lines = Lines(descriptor, lambda number: self._line({"dropped": number}).decode())
 
     def ended(self, exchange: Exchange) -> None:
         """An exchange has its outcome."""
         if exchange.outcome is Outcome.COMPLETED and (exchange.status or 0) < 400:
             if not self._all or (self._sample < 1 and random.random() >= self._sample):
                 return
-        dropped = self._handler.take_dropped()
-        if dropped:
-            _logger.warning("dropped", extra={"said": {"dropped": dropped}})
-        _logger.info("ended", extra={"said": describe(exchange)})
+        self._lines.write(self._line(describe(exchange)) + b"\n")
+
+    def _line(self, said: Mapping[str, object]) -> bytes:
+        return self._spell(datetime.now(UTC), said)
 
     def flush(self) -> None:
-        self._handler.flush()
+        """What was collected is to be written; it is written by a thread."""
+        self._lines.flush()
 
     def close(self) -> None:
-        self._handler.finish()
+        """Waits a moment for the last lines to be taken."""
+        self._lines.finish()
 
 
 def to_standard_output(options: Options) -> AccessLog | None:
     """The access log of a process; None if none is wanted."""
-    if options.exchanges == "off":
-        return None
-    out = sys.stdout.buffer
-
-    def write(batch: bytes) -> None:
-        out.write(batch)
-        out.flush()
-
-    return AccessLog(options, write, terminal=sys.stdout.isatty())
+    return None if options.exchanges == "off" else AccessLog(options)

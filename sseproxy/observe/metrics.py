@@ -1,22 +1,16 @@
-"""Every metric: its name, labels, buckets and meaning, and the registry that `/metrics` is written from.
+"""Every metric: its name, labels, buckets and meaning, and what a worker counts with.
 
-A worker counts into a `Recorder` of its own and sends what has changed as a `Report`; the supervisor adds the reports
-into a `Registry`, which outlives workers, so that counters never fall.
+A worker counts into a `Recorder` of its own, and sends what has changed as a `Report`; the supervisor adds the reports
+up in its `registry`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final, Literal, NamedTuple
 
 import msgspec
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.registry import Collector
-from prometheus_client.samples import Exemplar
 
 # To the first token: OpenTelemetry's GenAI buckets, extended at both ends as vLLM does, so that panels overlay.
 TO_TOKEN: Final = (
@@ -32,8 +26,6 @@ DURATION: Final = (
 )  # fmt: skip
 # The proxy's own share: from tens of microseconds, where it belongs, to what would wake somebody up.
 OWN_DELAY: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0)
-
-_OPENMETRICS: Final = "application/openmetrics-text"
 
 Labels = tuple[str, ...]
 
@@ -320,89 +312,3 @@ class Recorder:
             self._states.setdefault((name, labels), value)
         for name, labels, taken in report.histograms:
             self._histograms[name, labels].take_back(taken)
-
-
-class Registry(Collector):
-    """All workers' numbers, added up. Gauges are kept by worker, and go with it."""
-
-    def __init__(self) -> None:
-        self._counters: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
-        self._histograms: dict[str, dict[Labels, Histogram]] = {metric.name: {} for metric in METRICS}
-        self._gauges: dict[int, dict[tuple[str, Labels], float]] = {}
-        self._states: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
-
-    def add(self, worker: int, report: Report) -> None:
-        for name, labels, amount in report.counters:
-            counters = self._counters[name]
-            counters[labels] = counters.get(labels, 0) + amount
-        gauges = self._gauges.setdefault(worker, {})
-        for name, labels, value in report.gauges:
-            gauges[name, labels] = value
-        for name, labels, value in report.states:
-            self._states[name][labels] = value
-        for name, labels, delta in report.histograms:
-            total = self._histograms[name].setdefault(labels, Histogram([0] * len(delta.counts)))
-            total.add(delta)
-
-    def gauge(self, worker: int, metric: Metric, labels: Labels = ()) -> float:
-        """What `worker` says of a gauge; 0 if nothing."""
-        return self._gauges.get(worker, {}).get((metric.name, labels), 0)
-
-    def drop(self, worker: int) -> dict[Labels, int]:
-        """`worker` is gone, and its gauges with it. How many exchanges were on it then, by (route, upstream)."""
-        gauges = self._gauges.pop(worker, {})
-        return {
-            labels: int(value) for (name, labels), value in gauges.items() if name == REQUESTS_ACTIVE.name and value > 0
-        }
-
-    def collect(self) -> Iterator[Family]:
-        for metric in METRICS:
-            name = f"sseproxy_{metric.name}"
-            if metric.kind == "counter":
-                counter = CounterMetricFamily(name, metric.help, labels=metric.labels)
-                for labels, value in self._counters[metric.name].items():
-                    counter.add_metric(labels, value)
-                yield counter
-            elif metric.kind in ("gauge", "state"):
-                gauge = GaugeMetricFamily(name, metric.help, labels=metric.labels)
-                values = self._states[metric.name] if metric.kind == "state" else self._summed(metric)
-                for labels, value in values.items():
-                    gauge.add_metric(labels, value)
-                yield gauge
-            else:
-                histogram = HistogramMetricFamily(name, metric.help, labels=metric.labels)
-                for labels, counted in self._histograms[metric.name].items():
-                    histogram.add_metric(labels, list(_cumulative(metric.buckets, counted)), counted.sum)
-                yield histogram
-
-    def _summed(self, metric: Metric) -> dict[Labels, float]:
-        total: dict[Labels, float] = {}
-        for gauges in self._gauges.values():
-            for (name, labels), value in gauges.items():
-                if name == metric.name:
-                    total[labels] = total.get(labels, 0) + value
-        return total
-
-
-def exposition(registry: Registry, accept: str) -> tuple[bytes, str]:
-    """What `/metrics` says, and its content type, in the format that `accept` asks for."""
-    served = CollectorRegistry()
-    served.register(registry)
-    ProcessCollector(registry=served)
-    # The library fails on versions that are no numbers, and answers with whatever version it is asked for.
-    encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accept else "")
-    return encode(served), content_type
-
-
-def _cumulative(
-    bounds: tuple[float, ...], counted: Histogram
-) -> Iterator[tuple[str, float] | tuple[str, float, Exemplar]]:
-    """(le, count, exemplar) of each bucket, as the exposition formats want them."""
-    total = 0
-    for index, le in enumerate((*map(repr, bounds), "+Inf")):
-        total += counted.counts[index]
-        example = counted.exemplars.get(index)
-        if example is None:
-            yield le, total
-        else:
-            yield le, total, Exemplar({"request_id": example.request_id}, example.value, example.at)

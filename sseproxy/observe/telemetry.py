@@ -52,12 +52,15 @@ class Reports:
         self._write = write
         self._answered = asyncio.Event()
         self._answered.set()
+        self.number = 0
+        """How many have come."""
 
     async def __aiter__(self) -> AsyncIterator[Report]:
         try:
             while True:
                 (size,) = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
                 report = _decode(await self._reader.readexactly(size))
+                self.number += 1
                 yield report
                 if report.asked:
                     self._answered.set()
@@ -66,11 +69,15 @@ class Reports:
         finally:
             self._answered.set()
 
-    async def latest(self) -> None:
-        """Asks the worker for a report; returns when it has been iterated over, or when there are no more."""
+    def ask(self) -> None:
+        """Asks the worker for a report, unless it still has to answer."""
         if self._answered.is_set():
             self._answered.clear()
             self._write(b"?")
+
+    async def latest(self) -> None:
+        """Asks the worker for a report; returns when it has been iterated over, or when there are no more."""
+        self.ask()
         await self._answered.wait()
 
 

@@ -1,7 +1,8 @@
 """A generation: the workers of one configuration, started together, replaced when they end unasked, retired together.
 
 A worker that ends unasked is replaced, at once the first time, later and later if its successors end early as well.
-What it had under way counts as lost.
+What it had under way counts as lost. One that says nothing, although it was asked, is ended so that it is replaced: it
+stands still, and so do the clients that it has accepted.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from math import ceil
 from time import perf_counter
 
 from ..config import Config
-from ..errors import Outcome, ReloadError
+from ..errors import Outcome
 from ..observe import metrics
-from ..observe.metrics import Recorder, Registry
+from ..observe.metrics import Recorder, Report
+from ..observe.registry import Registry
 from ..observe.telemetry import Reports
 from .worker import encode_config
 
@@ -29,8 +32,21 @@ log = logging.getLogger(__name__)
 # A worker that lived this long was not part of a crash loop.
 _HEALTHY_AFTER = 10.0
 _BACKOFF_MIN, _BACKOFF_MAX = 0.1, 10.0
+# A worker is asked so often whether it is there, if it does not say so unasked.
+_ASKED_EVERY = 1.0
+# So often in a row it says nothing until it counts as not ready, and until it is killed, where `limits.lag` is a second
+# or less; more is given where that is more. A turn of a worker's loop takes milliseconds, and in one that is overloaded
+# as long as `limits.lag` allows. A kill cuts streams, and is for what will not get better: gunicorn waits 30 seconds.
+_UNREADY_AFTER, _KILLED_AFTER = 5, 20
+# In the same count, until it accepts: it takes half a second of CPU, and on a small machine many start at once.
+_STARTED_AFTER = 60
 # Of a connection that is served: the client's side and the upstream's.
 _DESCRIPTORS, _DESCRIPTORS_OF_ITS_OWN = 2, 50
+# What the interpreter and its libraries go by themselves; a file may have used it for a path.
+_NEEDED = frozenset(
+    {"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ"}
+    | {"SSL_CERT_DIR", "SSL_CERT_FILE"}
+)
 
 
 def cores() -> int:
@@ -65,6 +81,11 @@ def within_descriptors(config: Config) -> Config:
     return config.model_copy(update={"limits": config.limits.model_copy(update={"connections": possible})})
 
 
+def environment(config: Config) -> dict[str, str]:
+    """What a worker inherits: not the variables that `config` took its keys from, which are handed to it."""
+    return {name: value for name, value in os.environ.items() if name not in config.variables - _NEEDED}
+
+
 class Generation:
     """The workers of `config`, which accept on `sockets` until they are told otherwise.
 
@@ -87,6 +108,8 @@ class Generation:
         """The workers that accept, by their numbers."""
         self.fate = ""
         """How the latest worker ended that did so unasked."""
+        self.finishing = False
+        """Another configuration has taken over."""
         self._of_a_worker = config.share(self.size)
         self._sockets = sockets
         self._numbers = numbers
@@ -107,15 +130,23 @@ class Generation:
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.size)]
 
-    def started(self) -> bool:
-        """Whether every worker accepts. Raises `ReloadError` if one could not do so much as begin."""
-        if self.fate and not self.ready:
-            raise ReloadError(f"a new worker {self.fate} before it accepted connections")
+    def complete(self) -> bool:
+        """Whether every worker accepts."""
         return len(self.ready) == self.size
+
+    def missing(self) -> str:
+        """Who does not accept, and what is known of why."""
+        why = f": one {self.fate}" if self.fate else ""
+        return f"{self.size - len(self.ready)} of {self.size} new workers did not come to accept connections{why}"
 
     def retire(self) -> None:
         """No more accepting; exchanges go on as `reload.drain_timeout` has it. Returns at once."""
+        self.finishing = True
         self._tell(signal.SIGHUP)
+
+    def expire(self) -> None:
+        """No more accepting; exchanges are ended. Returns at once."""
+        self._tell(signal.SIGINT)
 
     def drain(self) -> None:
         """No more accepting; exchanges go on as `drain_timeout` has it. Returns at once."""
@@ -174,6 +205,7 @@ class Generation:
             try:
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds)),
+                    env=environment(self.config),
                     pass_fds=fds,
                     # The terminal's Ctrl-C goes to a whole process group; what it means is decided here.
                     start_new_session=True,
@@ -187,8 +219,10 @@ class Generation:
                 process.send_signal(self._told)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_config(self._of_a_worker))
+        reports = Reports(reader, writer.write)
+        watch = asyncio.get_running_loop().create_task(self._watch(number, process, reports))
         try:
-            await self._follow(number, Reports(reader, writer.write))
+            await self._follow(number, reports)
         except Exception:
             # As it is where the package on disk has become another one since the supervisor was started.
             log.exception("a worker says what this version does not understand: it is killed; restart to upgrade")
@@ -196,6 +230,7 @@ class Generation:
         self.ready.discard(number)
         self._reports.pop(number, None)
         status = await process.wait()
+        watch.cancel()
         writer.close()
         del self._processes[number]
         for labels, lost in self._registry.drop(number).items():
@@ -206,8 +241,40 @@ class Generation:
         """Keeps what a worker reports, until it reports no more."""
         async for report in reports:
             self._reports[number] = reports
-            self._registry.add(number, report)
-            accepts = bool(self._registry.gauge(number, metrics.WORKERS))
-            if accepts != (number in self.ready):
-                (self.ready.add if accepts else self.ready.discard)(number)
-                self._changed()
+            if self.finishing:
+                # What a state is now, those say who have the configuration that is in use.
+                report.states.clear()
+            self._add(number, report)
+
+    def _add(self, number: int, report: Report) -> None:
+        self._registry.add(number, report)
+        accepts = bool(self._registry.gauge(number, metrics.WORKERS))
+        if accepts != (number in self.ready):
+            (self.ready.add if accepts else self.ready.discard)(number)
+            self._changed()
+
+    async def _watch(self, number: int, process: asyncio.subprocess.Process, reports: Reports) -> None:
+        """Notices when a worker says nothing, and kills it when it goes on so.
+
+        What is counted are turns of this process in which it heard nothing, not time: while the whole machine sleeps,
+        or this process stands still, nobody is at fault.
+        """
+        silent = 0
+        patience = ceil(max(1.0, self.config.limits.lag or 0.0))
+        killed_after = _KILLED_AFTER * patience
+        while True:
+            heard = reports.number
+            await asyncio.sleep(_ASKED_EVERY)
+            if reports.number != heard:
+                silent = 0
+                continue
+            reports.ask()
+            silent += 1
+            if silent == _UNREADY_AFTER * patience and number in self.ready:
+                log.warning("the worker %d has said nothing for %d s: it is not ready", process.pid, silent)
+                # What it said last does not hold; it is ready again when it says so.
+                self._add(number, Report([], [(metrics.WORKERS.name, (), 0)], [], []))
+            if silent == (killed_after if reports.number else max(killed_after, _STARTED_AFTER)):
+                log.error("the worker %d has said nothing for %d s: it is killed", process.pid, silent)
+                with suppress(ProcessLookupError):
+                    process.kill()

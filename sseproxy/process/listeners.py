@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 
-from ..config import Address, Listen, PassedSocket, UnixAddress
+from ..config.addresses import Address, Listen, PassedSocket, UnixAddress
 from ..errors import ListenError
 
 BACKLOG = 1024

@@ -16,7 +16,6 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from pathlib import Path
 from typing import get_args
 
 import aiohttp
@@ -24,9 +23,11 @@ from aiohttp import web
 
 from .. import __version__
 from ..config import Config, Listen
+from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
-from ..observe.metrics import Recorder, Registry
+from ..observe.metrics import Recorder
+from ..observe.registry import Registry
 from ..relay.heads import check_parser
 from . import notify
 from .admin import application
@@ -39,9 +40,15 @@ _Sockets = dict[Listen, list[socket.socket]]
 
 # What a draining worker may take beyond the drain timeout before it is killed.
 _DRAIN_GRACE = 5.0
+_ENDING = "the proxy is shutting down"
+# Of a file that is watched; larger ones are not read as what they are either.
+_MAX_FILE = 4 << 20
 _SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # For what a reload waits at most until workers have stopped accepting; it takes them a turn of their loop.
 _TAKE_OVER = 5.0
+# For what a start or a reload waits at most until workers accept: this, and a second for each. A worker takes half a
+# second of CPU, and all begin at once.
+_TO_COME_UP = 30.0
 # For what a scrape waits at most until a worker has told what it knows; one that is not overloaded takes a millisecond.
 _ANSWER = 1.0
 
@@ -58,15 +65,18 @@ class Supervisor:
         self._path = path
         self._sockets: _Sockets = {}
         self._admin_sockets: _Sockets = {}
-        self._admin = web.AppRunner(application(self.registry, self._unready, self.reload), access_log=None)
+        served = application(self.registry, self._unready, self.reload, lambda: self.config.admin.hosts)
+        self._admin = web.AppRunner(served, access_log=None)
         self._admin_sites: dict[socket.socket, web.SockSite] = {}
         self._recorder = Recorder()
         self._registry = Registry()
         self._numbers = itertools.count(1)
         self._generation: Generation | None = None
-        # Those before it are among them until their last worker has ended.
-        self._generations: set[Generation] = set()
+        # The oldest first. Those before the present one are among them until their last worker has ended.
+        self._generations: list[Generation] = []
         self._reloading = asyncio.Lock()
+        # The reload that whoever wants one now waits for, until it begins.
+        self._next_reload: asyncio.Task[None] | None = None
         # What was in the files when they were last read.
         self._seen: list[bytes] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,9 +137,14 @@ class Supervisor:
         await self._admin.setup()
         await self._administer(self._admin_sockets)
         async with self._reloading:
-            self._seen = self._content()
+            self._seen = await asyncio.to_thread(self._content)
             generation = self._generation = self._generate(self.config, self._sockets)
-            await self._until(lambda: len(generation.ready) == generation.size or self.stopping.is_set())
+            if not await self._come_up(generation, lambda: False):
+                if not generation.ready:
+                    self._kill()
+                    await self.close()
+                    raise SseproxyError(f"nothing is served: {generation.missing()}")
+                log.error("%s; those that do are all there is", generation.missing())
             self._loaded()
         notify.ready(f"{self.workers} workers")
 
@@ -143,9 +158,21 @@ class Supervisor:
     async def reload(self) -> None:
         """Reads the configuration anew, and replaces the workers by such as have it.
 
-        Raises `SseproxyError` if that cannot be done; everything stays as it was then.
+        All who ask while a reload is under way get one more, together: what it has read may not be what they mean.
+        Raises `SseproxyError` if it cannot be done; everything stays as it was then.
         """
+        if self._next_reload is None:
+            self._next_reload = self._begin(self._reload_once())
+        reloading = self._next_reload
+        # Whoever asked may leave, and does not end it for the others.
+        await asyncio.wait((reloading,))
+        if reloading.cancelled():
+            raise ReloadError(_ENDING)
+        await reloading
+
+    async def _reload_once(self) -> None:
         async with self._reloading:
+            self._next_reload = None
             notify.reloading()
             try:
                 await self._replace()
@@ -159,6 +186,7 @@ class Supervisor:
                 notify.ready(f"{self.workers} workers")
             self._recorder.count(metrics.RELOADS, ("success",))
             log.info("reloaded: %d workers, %d generations finish", self.workers, len(self._generations) - 1)
+            await self._end_oldest()
 
     async def close(self) -> None:
         """Drains: not ready, no accepting, workers told; returns when all have ended."""
@@ -199,26 +227,28 @@ class Supervisor:
         generation = Generation(
             config, _flat(sockets), self._numbers, self._registry, self._recorder, self._changed.set
         )
-        self._generations.add(generation)
+        self._generations.append(generation)
         generation.start()
         return generation
 
     async def _replace(self) -> None:
         if self.stopping.is_set():
-            raise ReloadError("the proxy is shutting down")
-        self._seen = self._content()
-        config = self._reread()
+            raise ReloadError(_ENDING)
+        self._seen = await asyncio.to_thread(self._content)
+        # It may take a while to read, and this process has others to answer.
+        config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
         assert self._generation is not None
         new, old = self._generate(config, clients), self._generation
-        try:
-            await self._until(lambda: new.started() or self.stopping.is_set())
-        except SseproxyError:
+        # If not even one accepts, the others will not either.
+        if not await self._come_up(new, lambda: bool(new.fate) and not new.ready):
+            why = new.missing()
             new.kill()
             await self._end(new)
             _close(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
-            raise
+            raise ReloadError(why)
         await self._administer(_without(admin, self._admin_sockets))
+        self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
         self._generation, self.config = new, config
         unused, unused_admin = _without(self._sockets, clients), _without(self._admin_sockets, admin)
         self._sockets, self._admin_sockets = clients, admin
@@ -235,9 +265,33 @@ class Supervisor:
         clean_up([*unused, *unused_admin])
         self._loaded()
 
+    async def _come_up(self, generation: Generation, failed: Callable[[], bool]) -> bool:
+        """Waits until all of `generation` accept, and no longer if it `failed`, or when everything is to end.
+
+        Tells whether it may go on: False if workers are missing.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TO_COME_UP + generation.size):
+                await self._until(lambda: generation.complete() or failed() or self.stopping.is_set())
+        return generation.complete() or self.stopping.is_set()
+
     async def _end(self, generation: Generation) -> None:
         await generation.ended()
-        self._generations.discard(generation)
+        self._generations.remove(generation)
+
+    async def _end_oldest(self) -> None:
+        """No more earlier configurations finish than may; what is left of the oldest ones is ended."""
+        allowed = self.config.reload.generations
+        oldest = [generation for generation in self._generations if generation is not self._generation]
+        del oldest[max(0, len(oldest) - allowed) :]
+        for generation in oldest:
+            log.warning("more than %d earlier configurations are finishing: the exchanges of the oldest end", allowed)
+            generation.expire()
+        for generation in oldest:
+            try:
+                await asyncio.wait_for(generation.ended(), _DRAIN_GRACE)
+            except TimeoutError:
+                generation.kill()
 
     async def _reload_unattended(self) -> None:
         with suppress(SseproxyError):
@@ -261,16 +315,16 @@ class Supervisor:
         """Reloads when a file says something new, until a configuration wants no more of that."""
         while (interval := self.config.reload.watch) is not None:
             await asyncio.sleep(interval)
-            if self._content() != self._seen:
+            if await asyncio.to_thread(self._content) != self._seen:
                 await self._reload_unattended()
 
     def _content(self) -> list[bytes]:
-        """What the configuration's files say, in short."""
+        """What the configuration's files say, in short. A file that cannot be read says nothing."""
         paths = [self._path, *self.config.files()] if self._path is not None else self.config.files()
         digests = []
         for path in paths:
             try:
-                digests.append(hashlib.sha256(Path(path).read_bytes()).digest())
+                digests.append(hashlib.sha256(read_file(path, _MAX_FILE)).digest())
             except OSError:
                 digests.append(b"")
         return digests
@@ -301,6 +355,11 @@ class Supervisor:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+
+def _used(config: Config) -> set[tuple[str, str]]:
+    """The upstreams that requests go to: name and URL."""
+    return {(name, config.upstream(name).url) for name in (route.upstream for route in config.routes)}
 
 
 def _without(sockets: _Sockets, others: _Sockets) -> _Sockets:

@@ -3,7 +3,7 @@
 Started by the supervisor as `python -m sseproxy.process.worker CHANNEL LISTENER...`, which are inherited file
 descriptors. The configuration comes as the first frame of the channel; reports go back over it. The end of the
 channel is the end of the supervisor, and then the worker drains and goes, as it does on SIGTERM. On SIGHUP it does so
-as well, but as a worker whose successor has already taken over: in its own time.
+as well, but as a worker whose successor has already taken over: in its own time. On SIGINT it ends what it still has.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING, cast
 
 import uvloop
 
-from ..config import Config
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
+from ..observe.logs import set_up_logging
 from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
 from .listeners import BACKLOG
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +46,13 @@ _HEADER = struct.Struct("!I")
 
 def encode_config(config: Config) -> bytes:
     """The frame that a worker is started with. Only ever read back by a child of this process."""
-    body = pickle.dumps(config)
+    body = pickle.dumps(config.plain())
     return _HEADER.pack(len(body)) + body
 
 
 async def _read_config(reader: asyncio.StreamReader) -> Config:
     (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-    config = pickle.loads(await reader.readexactly(size))
-    assert isinstance(config, Config)
-    return config
+    return cast("Config", pickle.loads(await reader.readexactly(size)))
 
 
 class Worker:
@@ -93,11 +95,11 @@ class Worker:
             self._servers.append(server)
         self._accepts(True)
 
-    async def retire(self, ending: asyncio.Event) -> None:
-        """Stops accepting, and lets exchanges end, as long as a reload allows, or until `ending`."""
+    async def retire(self, over: asyncio.Event) -> None:
+        """Stops accepting, and lets exchanges end, as long as a reload allows, or until it is `over`."""
         self._stop_accepting()
         self.proxy.retire()
-        waiting = [asyncio.ensure_future(event.wait()) for event in (self.proxy.server.empty, ending)]
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self.proxy.server.empty, over)]
         await asyncio.wait(waiting, timeout=self._config.reload.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
         for waiter in waiting:
             waiter.cancel()
@@ -120,13 +122,18 @@ class Worker:
 
 async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     loop = asyncio.get_running_loop()
-    ending, retiring = asyncio.Event(), asyncio.Event()
+    retiring, over, ending = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def expire() -> None:
+        retiring.set()
+        over.set()
 
     def end() -> None:
         ending.set()
-        retiring.set()
+        expire()
 
     loop.add_signal_handler(signal.SIGTERM, end)
+    loop.add_signal_handler(signal.SIGINT, expire)
     loop.add_signal_handler(signal.SIGHUP, retiring.set)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
     config = await _read_config(reader)
@@ -158,7 +165,7 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     watch = loop.create_task(heed_supervisor())
     await retiring.wait()
     if not ending.is_set():
-        await worker.retire(ending)
+        await worker.retire(over)
     await worker.drain(None if ending.is_set() else 0.0)
     watch.cancel()
     writer.close()
@@ -168,7 +175,7 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     channel, *listeners = map(int, sys.argv[1:])
     uvloop.run(_serve(channel, listeners))
 

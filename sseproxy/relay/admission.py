@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ..config import Config, Limits
 from ..errors import ExchangeError, RequestError
 from ..wire.headers import client_block
 from .body import RequestBody
+
+if TYPE_CHECKING:
+    from ..config import Config, Limits
 
 # Connections above their limit that are still told so; more are closed without a word. Each needs a descriptor.
 _MOST_TOLD = 500

@@ -10,11 +10,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from ..config import Limits
 from ..errors import BrokenBodyError, RequestError, StalledClient
 from ..wire.framing import BodyDecoder, Framing, decoder
+
+if TYPE_CHECKING:
+    from ..config import Limits
 
 # Bytes that wait for whoever reads, before no more is taken from the client.
 READ_BUFFER: Final = 32 * 1024

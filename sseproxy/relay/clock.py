@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..config import Timeouts
 from ..errors import ExchangeError, Phase, StalledClient, UpstreamTimeout
+
+if TYPE_CHECKING:
+    from ..config import Timeouts
 
 
 class Clock:

@@ -7,6 +7,7 @@ no two parsers can disagree about it.
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
@@ -18,10 +19,12 @@ from aiohttp.http_parser import (
     RawResponseMessage,
 )
 
-from ..config import Limits
 from ..errors import ParserError, ProtocolError, RequestError
 from ..wire import headers
 from ..wire.framing import Framing, response_framing
+
+if TYPE_CHECKING:
+    from ..config import Limits
 
 MAX_RESPONSE_FIELDS = 200
 

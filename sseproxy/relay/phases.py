@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from ..config import Route, Timeouts
 from ..errors import (
     ExchangeError,
     InternalError,
@@ -51,6 +50,7 @@ from .pump import Peek, Pump
 from .upstream import Upstream
 
 if TYPE_CHECKING:
+    from ..config import Route, Timeouts
     from .proxy import Proxy
 
 log = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ class Relay:
             silence = max(route.timeouts.body for route in candidates)
             totals = [route.timeouts.total for route in candidates]
             total = None if None in totals else max(total for total in totals if total is not None)
-            clock = self._start_clock(Timeouts(body=silence, total=total))
+            clock = self._start_clock(candidates[0].timeouts.model_copy(update={"body": silence, "total": total}))
             if not await self._collect(clock, silence):
                 raise RequestError("body_too_large")
             model = _model_of(self._request.body.whole or b"")

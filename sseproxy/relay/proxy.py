@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-from ..config import Config
 from ..errors import Draining, RequestError
 from ..wire import headers
 from . import routes
@@ -17,6 +17,9 @@ from .exchange import Exchange, Observer
 from .phases import Relay
 from .server import DownstreamServer
 from .upstream import Upstream
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 # Once others take the requests: a client that has sent none for so long is not about to.
 _IDLE_BEFORE_CLOSE = 5.0

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
-from ..config import Route
 from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..config import Route
 
 OTHER: Final = "other"
 """The label of the models that the configuration does not name."""

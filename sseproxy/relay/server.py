@@ -6,16 +6,18 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from aiohttp.base_protocol import BaseProtocol
 
-from ..config import Limits
 from ..errors import RequestError
 from .admission import Connections
 from .answers import Answer
 from .downstream import DownstreamProtocol, Request
 from .hangups import HangupWatch
+
+if TYPE_CHECKING:
+    from ..config import Limits
 
 
 class _Accepted(asyncio.Protocol):

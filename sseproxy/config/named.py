@@ -1,0 +1,83 @@
+"""Options that name a file: what is in it is checked when the configuration is read."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import SecretStr
+
+from .files import read_file, trusting
+from .values import API_KEY, NONE, TEXT, Option, expected
+
+# No key is longer; a file that is was named by mistake.
+_MAX_KEY_FILE = 16 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFile:
+    """An API key that was read from the file at `path`."""
+
+    path: str
+    key: SecretStr
+
+
+def _why(error: OSError) -> str:
+    text = error.strerror or ""
+    return text[:1].lower() + text[1:]
+
+
+def _api_key_file(value: object) -> KeyFile | None:
+    if value is None or isinstance(value, KeyFile):
+        return value
+    if not isinstance(value, str) or not value:
+        raise expected("the path of a file with an API key", show=False)
+    try:
+        text = read_file(value, _MAX_KEY_FILE).decode("ascii").strip()
+    except OSError as error:
+        # What it is not shown for: it may be the key itself.
+        raise expected(f"a readable file with an API key ({_why(error)})", show=False) from None
+    except UnicodeDecodeError:
+        text = ""
+    if not API_KEY.fullmatch(text):
+        raise expected("a file with an API key: one line of visible ASCII characters", show=False)
+    return KeyFile(value, SecretStr(text))
+
+
+def _spell_file(file: KeyFile | None) -> str | None:
+    return None if file is None else file.path
+
+
+def _ca_file(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value:
+        try:
+            trusting(value)
+            return value
+        except OSError as error:
+            # An SSLError is one as well.
+            why = "no certificate is in it" if isinstance(error, ssl.SSLError) else _why(error)
+            raise expected(f"a readable file of PEM certificates ({why})") from None
+    raise expected("the path of a file of PEM certificates")
+
+
+def check_certificate(load: Callable[[], ssl.SSLContext]) -> None:
+    """Raises what is wrong with a certificate that `load` loads, as pydantic wants it."""
+    try:
+        load()
+    except ValueError:
+        raise expected("a private key without password", show=False) from None
+    except ssl.SSLError:
+        raise expected(
+            "a certificate and its private key in PEM, in cert_file and key_file, that belong together", show=False
+        ) from None
+    except OSError as error:
+        raise expected(f"readable files in cert_file and key_file ({_why(error)})", show=False) from None
+
+
+ApiKeyFile = Annotated[KeyFile | None, Option(_api_key_file, TEXT, NONE, spell=_spell_file)]
+
+CAFile = Annotated[str | None, Option(_ca_file, TEXT, NONE)]
