@@ -21,7 +21,6 @@ from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import Literal
 
-import msgspec
 from aiohttp.web_protocol import RequestPayloadError
 
 from ..config import Config, Route, Timeouts
@@ -38,7 +37,8 @@ from ..errors import (
 from ..wire import headers
 from ..wire.dialects import Dialect, dialect_of, model_in
 from ..wire.framing import LAST_CHUNK, Framing, frame, framing_fields
-from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper, with_usage
+from ..wire.request import RequestReader
+from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
 from . import routes
 from .clock import Clock
 from .downstream import Answer, DownstreamServer, Request, status_line
@@ -60,19 +60,10 @@ _LATENESS_INTERVAL = 0.25
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class _Request(msgspec.Struct):
-    model: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_decode_request = msgspec.json.Decoder(_Request).decode
-
-
 def _model_of(body: bytes) -> str | None:
-    try:
-        model = msgspec.json.decode(_decode_request(body).model)
-    except msgspec.MsgspecError:
-        return None
-    return model if isinstance(model, str) else None
+    reader = RequestReader()
+    reader.feed(body)
+    return reader.model
 
 
 class Lateness:
@@ -199,6 +190,7 @@ class _Relay:
         # The request's body as far as it was read in advance, and whether that is all of it.
         self._body = b""
         self._whole = False
+        self._reader = RequestReader()
         # Of the request's body: seconds that the client was waited for, and bytes that came.
         self._waited = 0.0
         self._received = 0
@@ -363,14 +355,15 @@ class _Relay:
         wants_usage = route.usage.request and dialect.asks_usage and is_json
         if wants_usage or (self._proxy.models and is_json):
             await self._read_body(clock, route.timeouts.body)
-        model = (_model_of(self._body) if self._whole else None) or model_in(target)
+        model = (self._reader.model if self._whole else None) or model_in(target)
         exchange.model, exchange.api = model, dialect.name
         exchange.observer = self._proxy.observer(
             route.name, upstream.name, routes.model_label(self._proxy.models, model)
         )
-        asking = (
-            with_usage(self._body) if wants_usage and self._whole and upstream.takes_stream_options(model) else None
-        )
+        asking = None
+        if wants_usage and self._whole and upstream.takes_stream_options(model):
+            splice = self._reader.with_usage()
+            asking = b"".join(splice.into([self._body])) if splice is not None else None
 
         # Anything else is fetched, not generated, and may come as compressed as the client wants it.
         read = dialect.generates or self._request.method == "POST"
@@ -450,7 +443,7 @@ class _Relay:
             clock.stop()
             if not self._whole:
                 raise RequestError("body_too_large")
-            model = _model_of(self._body)
+            model = self._reader.model
         return routes.choose(candidates, model), path, query
 
     async def _next_part(self, grace: float) -> bytes:
@@ -484,6 +477,7 @@ class _Relay:
         size = 0
         while size <= limit and (part := await self._next_part(grace)):
             clock.touched = perf_counter()
+            self._reader.feed(part)
             size += len(part)
             parts.append(part)
         self._body = b"".join(parts)
@@ -640,5 +634,5 @@ class _Relay:
             return StreamInspector(exchange, dialect, self._proxy.limits.event)
         elif self._request.method == "POST" and headers.is_json(head.fields):
             # What a GET fetches was counted when it was generated.
-            return JsonInspector(exchange, dialect, self._proxy.limits.event)
-        return Inspector()
+            return JsonInspector(exchange, dialect)
+        return Inspector(exchange)
