@@ -49,7 +49,7 @@ def upstream(
     *fields: Field,
     framing: Sequence[Field] = (),
     credential: tuple[bytes, bytes] | None = None,
-    read: bool = False,
+    inspect: bool = False,
     scheme: bytes = b"http",
     trusted: bool = False,
 ) -> list[Field]:
@@ -62,7 +62,7 @@ def upstream(
         scheme=scheme,
         request_id=b"id-1",
         credential=credential,
-        read=read,
+        inspect=inspect,
     )
 
 
@@ -239,7 +239,7 @@ def test_the_framing_of_a_request_is_ours_and_told_once() -> None:
 
 def test_only_where_the_response_is_read_its_coding_is_refused() -> None:
     field = (b"Accept-Encoding", b"gzip, br")
-    assert named(upstream(field, field, read=True), b"accept-encoding") == [b"identity"]
+    assert named(upstream(field, field, inspect=True), b"accept-encoding") == [b"identity"]
     assert named(upstream(field, field), b"accept-encoding") == [b"gzip, br", b"gzip, br"]
     assert named(upstream(), b"accept-encoding") == []
 

@@ -8,14 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sseproxy.wire.request import RequestReader
 from sseproxy.wire.sse import EventParser
-from sseproxy.wire.usage import UsageStripper, with_usage
+from sseproxy.wire.usage import UsageStripper
 
 from .harness import DONE, delta, usage
 from .splits import splits, steps
 
 # The bytes of the other members, as no JSON library would write them again.
 ODD = b'"seed": 1e400, "n":1.0,\t"user":"\\u0041\\ud83d\\ude00"'
+
+
+def with_usage(*parts: bytes) -> bytes | None:
+    """The body of these parts with usage asked for."""
+    reader = RequestReader()
+    for part in parts:
+        reader.feed(part)
+    splice = reader.with_usage()
+    return None if splice is None else b"".join(splice.into(parts))
 
 
 @pytest.mark.parametrize(
@@ -38,10 +48,13 @@ def test_usage_is_asked_for(body: bytes, options: object) -> None:
 
 
 def test_everything_else_is_asked_as_it_was_spelled() -> None:
-    asking = with_usage(b'{"messages": [ {"role":"user"} ], "stream":true,' + ODD + b"}")
-    assert asking is not None
-    for part in (b'[ {"role":"user"} ]', b"1e400", b"1.0", b'"\\u0041\\ud83d\\ude00"'):
-        assert part in asking
+    body = b'{"messages": [ {"role":"user"} ], "stream":true,' + ODD + b" } "
+    added = body[:-3] + b' ,"stream_options":{"include_usage":true}} '
+    assert with_usage(body) == with_usage(*steps(body)) == added
+    large = b'{"x":"%b",' % (b"x" * 50_000)
+    assert with_usage(large + body[1:]) == with_usage(*steps(large + body[1:], 1000)) == large + added[1:]
+    there = large + b'"stream":true, "stream_options" : { } ,' + ODD + b"}"
+    assert with_usage(there) == there.replace(b"{ }", b'{"include_usage":true}')
 
 
 @pytest.mark.parametrize(

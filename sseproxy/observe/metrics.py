@@ -105,7 +105,7 @@ NOT_READ = Metric(
     "bodies_not_read",
     "counter",
     (*_R, "reason"),
-    "Bodies not read, or not wholly: compressed, or with an event above 4 MiB (24 MiB where there may be images).",
+    "Bodies not read, or not wholly: compressed (encoded), more than is looked at (oversize), or a fault (failed).",
 )
 SECONDS = Metric("audio_seconds", "counter", _R, "Seconds of audio, where the upstream counts them instead of tokens.")
 EVENTS = Metric("stream_events", "counter", _R, "Events of event streams.")

@@ -137,44 +137,37 @@ class RequestBody:
         """What is collected and kept is held in `place`. Before this there is no room for it."""
         self._place = place
 
-    async def collect(self, patience: float) -> int:
-        """Waits for more of the body, which stays to be read; returns how many bytes came, 0 at its end.
+    async def collect(self, patience: float) -> bytes:
+        """Waits for more of the body, which stays to be read. Returns what came, empty at the end.
 
         Raises as `read` does, and `RequestError` if there is no room.
         """
         part = await self._next(patience)
         if not part:
-            return 0
+            return part
         if self._place is None or not self._place.hold(len(part)):
             raise RequestError("held")
         if self._ahead is _NOTHING:
             self._ahead = deque()
         self._ahead.append(part)
-        return len(part)
+        return part
 
     @property
-    def whole(self) -> bytes | None:
-        """All of the body, if all of it has come and none of it was read."""
+    def whole(self) -> list[bytes] | None:
+        """All of the body, in parts, if all of it has come and none of it was read."""
         if not self.ended or self._problem is not None or self._closed or self._begun:
             return None
-        if not self._ahead:
-            if len(self._parts) > 1:
-                self._parts = [b"".join(self._parts)]
-            return self._parts[0] if self._parts else b""
-        if self._parts:
-            return None
-        if len(self._ahead) > 1:
-            self._ahead = deque((b"".join(self._ahead),))
-        return self._ahead[0]
+        return [*self._ahead, *self._parts]
 
-    def take(self) -> bytes:
-        """Reads all of a body that is `whole`."""
-        whole = self.whole
-        assert whole is not None
-        held = bool(self._ahead)
+    def take(self) -> list[bytes]:
+        """Reads all of a body that is `whole`, at once."""
+        ahead, came = self._ahead, self._parts
         self._ahead, self._parts, self._size = _NOTHING, [], 0
-        self._keep(whole, held=held)
-        return whole
+        for part in ahead:
+            self._keep(part, held=True)
+        for part in came:
+            self._keep(part, held=False)
+        return [*ahead, *came]
 
     async def read(self, patience: float) -> bytes:
         """The next bytes, empty at the end.

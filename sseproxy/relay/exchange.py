@@ -104,7 +104,7 @@ class Exchange:
         self.marker_seen = False
         """The dialect's end was seen, and forwarded."""
         self.stream_error = False
-        self.unread: Literal["encoded", "oversize"] | None = None
+        self.unread: Literal["encoded", "oversize", "failed"] | None = None
         """Why the body, or a part of it, could not be read in passing."""
         self.outcome: Outcome | None = None
         observer.started()

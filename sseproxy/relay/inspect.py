@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..errors import ExchangeError
 from ..wire.alike import Alike, alike
 from ..wire.dialects import Dialect
+from ..wire.extract import Gist
 from ..wire.meaning import DELTA, NOTHING
 from ..wire.sse import EventParser
 from .exchange import Exchange
@@ -17,17 +18,20 @@ _TRIES = 8
 
 
 class Inspector:
-    """Reads along with a body that is forwarded elsewhere, and tells the exchange what it meant.
+    """Reads along with a body, and tells the exchange what it meant. This one reads nothing: any byte is progress.
 
     It can neither stop nor delay the bytes: what it cannot follow it counts, and lets go.
     """
 
-    __slots__ = ()
+    __slots__ = ("_exchange",)
 
     awaits_token = False
     """Whether the body has a first token, which is the first progress."""
     alike: Alike | None = None
     """Recognises reads that are like the one that was looked at last, and need not be: each is another delta."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
 
     def look(self, payload: bytes, read_at: float) -> bool:
         """`payload` was written downstream, read from the upstream at `read_at`. Returns whether it is progress."""
@@ -35,6 +39,11 @@ class Inspector:
 
     def end(self) -> None:
         """The body is complete."""
+
+    def failed(self) -> Inspector:
+        """What looks on where this one raised an exception."""
+        self._exchange.unread = "failed"
+        return Inspector(self._exchange)
 
     def heartbeat(self) -> bytes:
         """What may be forwarded now to show that the body goes on; empty where nothing may."""
@@ -45,26 +54,39 @@ class Inspector:
         return b""
 
 
-class StreamInspector(Inspector):
-    """An event stream in `dialect`."""
+class EventInspector(Inspector):
+    """An event stream in `dialect`, of which only is known where its events begin and end."""
 
-    __slots__ = (
-        "_alike_since",
-        "_exchange",
-        "_numbered",
-        "_parser",
-        "_read",
-        "_text",
-        "_tries",
-        "alike",
-        "awaits_token",
-    )
+    __slots__ = ("_numbered", "_parser")
+
+    def __init__(self, exchange: Exchange, parser: EventParser, *, numbered: bool) -> None:
+        super().__init__(exchange)
+        self._parser = parser
+        self._numbered = numbered
+
+    def look(self, payload: bytes, read_at: float) -> bool:
+        self._parser.feed(payload)
+        return True
+
+    def heartbeat(self) -> bytes:
+        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.
+        return b": heartbeat\n" if self._parser.at_boundary and not self._exchange.marker_seen else b""
+
+    def farewell(self, error: ExchangeError) -> bytes:
+        if not self._parser.at_boundary or self._exchange.marker_seen:
+            return b""
+        return error.event(self._exchange.events if self._numbered else None)
+
+
+class StreamInspector(EventInspector):
+    """An event stream in `dialect`; of an event, at most so many bytes as `max_event` and the dialect allow."""
+
+    __slots__ = ("_alike_since", "_read", "_text", "_tries", "alike", "awaits_token")
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
-        self._exchange = exchange
-        self._parser = EventParser(dialect.max_event(max_event))
+        parser = EventParser(dialect.max_event(max_event), dialect.members)
+        super().__init__(exchange, parser, numbered=dialect.numbered)
         self._read = dialect.read
-        self._numbered = dialect.numbered
         self._text = dialect.text
         self.awaits_token = dialect.generates
         # For how many events more it is worth to make an `alike`, and how many there had been at the last one.
@@ -93,36 +115,29 @@ class StreamInspector(Inspector):
             return not self.awaits_token
         return bool(events)
 
-    def heartbeat(self) -> bytes:
-        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.
-        return b": heartbeat\n" if self._parser.at_boundary and not self._exchange.marker_seen else b""
-
-    def farewell(self, error: ExchangeError) -> bytes:
-        if not self._parser.at_boundary or self._exchange.marker_seen:
-            return b""
-        return error.event(self._exchange.events if self._numbered else None)
+    def failed(self) -> Inspector:
+        # The parser has had all that came: where the stream stands is known.
+        self._exchange.unread = "failed"
+        return EventInspector(self._exchange, self._parser, numbered=self._numbered)
 
 
 class JsonInspector(Inspector):
-    """A JSON body in `dialect`, looked at as a whole if it is no larger than an event may be."""
+    """A JSON body in `dialect`."""
 
-    __slots__ = ("_exchange", "_limit", "_parts", "_read", "_size")
+    __slots__ = ("_gist", "_read")
 
-    def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
-        self._exchange = exchange
+    def __init__(self, exchange: Exchange, dialect: Dialect) -> None:
+        super().__init__(exchange)
         self._read = dialect.read
-        self._limit = dialect.max_event(max_event)
-        self._parts: list[bytes] = []
-        self._size = 0
+        self._gist = Gist(dialect.members)
 
     def look(self, payload: bytes, read_at: float) -> bool:
-        self._size += len(payload)
-        if self._size <= self._limit:
-            self._parts.append(payload)
-        elif self._parts:
-            self._parts.clear()
-            self._exchange.unread = "oversize"
+        self._gist.feed(payload)
         return True
 
     def end(self) -> None:
-        self._exchange.usage = self._read(b"", b"".join(self._parts)).usage
+        text = self._gist.text()
+        if text is None:
+            self._exchange.unread = "oversize"
+        else:
+            self._exchange.usage = self._read(b"", text).usage

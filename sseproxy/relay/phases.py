@@ -22,8 +22,6 @@ from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from ..errors import (
     ExchangeError,
     InternalError,
@@ -36,7 +34,8 @@ from ..errors import (
 from ..wire import headers
 from ..wire.dialects import Dialect, dialect_of, model_in
 from ..wire.framing import Framing, framing_fields
-from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper, with_usage
+from ..wire.request import RequestReader, Splice
+from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
 from . import routes
 from .admission import Ticket
 from .answers import Answer, status_line
@@ -66,21 +65,6 @@ _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class _Request(msgspec.Struct):
-    model: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_decode_request = msgspec.json.Decoder(_Request).decode
-
-
-def _model_of(body: bytes) -> str | None:
-    try:
-        model = msgspec.json.decode(_decode_request(body).model)
-    except msgspec.MsgspecError:
-        return None
-    return model if isinstance(model, str) else None
-
-
 class Relay:
     """One exchange under way. `run` it once."""
 
@@ -95,6 +79,8 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._received_at = max(downstream.read_at, downstream.free_at)
         self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
+        # What is read of the request's body, once all of it has come.
+        self._read: RequestReader | None = None
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -249,7 +235,7 @@ class Relay:
         """Phases 1 to 5, and the beginning of 6."""
         self._admit()
         route, path, query = await self._route()
-        proxy, request, body = self._proxy, self._request, self._request.body
+        proxy, request = self._proxy, self._request
         upstream = proxy.upstreams[route.upstream]
         exchange = self._recorded(route.name, upstream.name)
         assert self._ticket is not None
@@ -261,31 +247,32 @@ class Relay:
 
         is_json = headers.is_json(request.fields) and not headers.is_encoded(request.fields)
         wants_usage = route.usage.request and dialect.asks_usage and is_json
-        collected = True
         if wants_usage or (proxy.models and is_json):
-            collected = await self._collect(clock, route.timeouts.body)
-        whole = body.whole if is_json and collected else None
-        model = (None if whole is None else _model_of(whole)) or model_in(known_as)
+            await self._collect(clock, route.timeouts.body)
+        elif is_json and proxy.names_models and self._read is None:
+            self._read_what_came()
+        read, self._read = self._read, None
+        model = (None if read is None else read.model) or model_in(known_as)
         exchange.model, exchange.api = model, dialect.name
         exchange.observer = proxy.observer(route.name, upstream.name, routes.model_label(proxy.models, model))
-        asking: bytes | None = None
-        if wants_usage and whole is not None and upstream.takes_stream_options(model) is not False:
-            asking = with_usage(whole)
-        del whole
+        asking: Splice | None = None
+        if wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
+            asking = read.with_usage()
 
         # Anything else is fetched, not generated, and may come as compressed as the client wants it.
-        read = dialect.generates or request.method == "POST"
+        inspect = dialect.generates or request.method == "POST"
         target += query if upstream.credential is None else routes.without_key(query)
-        head = await self._ask(upstream, target, asking, model, clock, read=read)
+        head = await self._ask(upstream, target, asking, model, clock, inspect=inspect)
         if asking is not None and await self._refuses_stream_options(head, clock):
             asking = None
-            head = await self._ask(upstream, target, None, model, clock, read=read)
+            head = await self._ask(upstream, target, None, model, clock, inspect=inspect)
             # A refusal may only quote what the client wrote; that it is taken without proves what was refused.
             if head.status < 300:
                 upstream.remember_stream_options(model, taken=False)
         elif asking is not None and head.status < 300:
             upstream.remember_stream_options(model, taken=True)
         # What only the way upstream has needed is forgotten: a stream may be long.
+        del read
         request.answered()
         self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
 
@@ -318,9 +305,10 @@ class Relay:
             totals = [route.timeouts.total for route in candidates]
             total = None if None in totals else max(total for total in totals if total is not None)
             clock = self._start_clock(candidates[0].timeouts.model_copy(update={"body": silence, "total": total}))
-            if not await self._collect(clock, silence):
+            await self._collect(clock, silence)
+            if self._read is None:
                 raise RequestError("body_too_large")
-            model = _model_of(self._request.body.whole or b"")
+            model = self._read.model
         return routes.choose(candidates, model), path, query
 
     def _start_clock(self, timeouts: Timeouts) -> Clock:
@@ -329,23 +317,36 @@ class Relay:
         self._clock = Clock(self._loop, timeouts, self._received_at, self._missed)
         return self._clock
 
-    async def _collect(self, clock: Clock, patience: float) -> bool:
-        """Waits for the whole body; returns whether it is no larger than what is collected of one."""
+    async def _collect(self, clock: Clock, patience: float) -> None:
+        """Waits for the body, and reads it, unless it is larger than what is collected of one."""
         body, most, size = self._request.body, self._proxy.max_body, 0
-        whole = body.whole
-        if whole is not None:
-            return len(whole) <= most
+        if self._read is not None or self._read_what_came():
+            return
         clock.enter("body", perf_counter())
         self._continue()
+        read = RequestReader()
         assert self._ticket is not None
         self._ticket.collects = True
         try:
-            while size <= most and (came := await body.collect(patience)):
+            while size <= most and (part := await body.collect(patience)):
                 clock.touched = perf_counter()
-                size += came
+                read.feed(part)
+                size += len(part)
         finally:
             self._ticket.collects = False
-        return size <= most
+        if size <= most:
+            self._read = read
+
+    def _read_what_came(self) -> bool:
+        """Reads the body if all of it has come; returns whether it has."""
+        whole = self._request.body.whole
+        if whole is None:
+            return False
+        if sum(map(len, whole)) <= self._proxy.max_body:
+            self._read = RequestReader()
+            for part in whole:
+                self._read.feed(part)
+        return True
 
     def _continue(self) -> None:
         """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
@@ -359,11 +360,11 @@ class Relay:
             transport.write(_CONTINUE)
 
     async def _ask(
-        self, upstream: Upstream, target: str, asking: bytes | None, model: str | None, clock: Clock, *, read: bool
+        self, upstream: Upstream, target: str, asking: Splice | None, model: str | None, clock: Clock, *, inspect: bool
     ) -> ResponseHead:
         """Phases 3 to 5: one attempt, or two if the first met a connection that was already dead.
 
-        The client's body is sent, or `asking` for it if there is such a one.
+        The client's body is sent, with `asking` put into it if there is such a change.
         """
         request, body, ticket = self._request, self._request.body, self._ticket
         exchange = self._recorded()
@@ -379,11 +380,10 @@ class Relay:
                 body.keeps = _MAX_REPEATED if reused else 0
                 parts = []
             else:
-                body.keeps = len(whole) if reused or not ticket.spare else 0
-                body.take()
-                parts = [whole if asking is None else asking]
-                framing = None if framing is None else len(parts[0])
-            head = self._head_out(upstream, target, framing, read=read)
+                body.keeps = sum(map(len, whole)) if reused or not ticket.spare else 0
+                parts = body.take() if asking is None else list(asking.into(body.take()))
+                framing = None if framing is None else sum(map(len, parts))
+            head = self._head_out(upstream, target, framing, inspect=inspect)
             rest = body if whole is None else None
             if rest is not None:
                 self._continue()
@@ -400,7 +400,7 @@ class Relay:
                     raise
                 again = True
 
-    def _head_out(self, upstream: Upstream, target: str, framing: Framing | None, *, read: bool) -> bytes:
+    def _head_out(self, upstream: Upstream, target: str, framing: Framing | None, *, inspect: bool) -> bytes:
         """The head of the request as it goes upstream."""
         request, peer = self._request, self._downstream.address
         return headers.serialize(
@@ -414,7 +414,7 @@ class Relay:
                 scheme=b"https" if self._downstream.is_tls else b"http",
                 request_id=self._request_id,
                 credential=upstream.credential,
-                read=read,
+                inspect=inspect,
             ),
         )
 
@@ -513,5 +513,5 @@ class Relay:
             return StreamInspector(exchange, dialect, self._proxy.limits.event)
         elif self._request.method == "POST" and headers.is_json(head.fields):
             # What a GET fetches was counted when it was generated.
-            return JsonInspector(exchange, dialect, self._proxy.limits.event)
-        return Inspector()
+            return JsonInspector(exchange, dialect)
+        return Inspector(exchange)

@@ -222,9 +222,9 @@ class Pump:
             progress = self._inspector.look(payload, read_at)
         except Exception:
             # Looking must never stop the bytes.
-            log.exception("the inspector failed; this stream goes on without it")
-            self._inspector = Inspector()
-            return
+            log.exception("a body could not be read in passing; it is forwarded all the same")
+            self._inspector = self._inspector.failed()
+            progress = True
         if progress and self._awaits_token:
             self._awaits_token = False
             self._clock.enter("idle", read_at)
@@ -272,7 +272,8 @@ class Pump:
                 self._inspector.end()
             except Exception:
                 # The body is complete, whatever it meant.
-                log.exception("the inspector failed at the end of a body")
+                log.exception("a body could not be read at its end; all of it was forwarded")
+                self._inspector.failed()
             self.done.set_result(None)
 
     def fail(self, error: ExchangeError) -> None:

@@ -141,13 +141,13 @@ def to_upstream(
     scheme: bytes,
     request_id: bytes,
     credential: Field | None,
-    read: bool,
+    inspect: bool,
 ) -> list[Field]:
     """The fields of the request that goes upstream.
 
     `framing` announces the request's body, `peer` is the client's address, or `unknown`; if it is `trusted`, what it
     says of where the request comes from is kept. With a `credential` none of the client's goes along. Where the
-    response is to be `read`, no content coding is asked for.
+    response is to be `inspect`ed, no content coding is asked for.
 
     A field is dropped in its spellings with `_` as well. What only a proxy says is in such a spelling from nobody: a
     proxy in front that removes what its clients claim may not know of it.
@@ -166,7 +166,7 @@ def to_upstream(
     drop |= {name for name, values in said.items() if not values}
     if credential is not None:
         drop |= {*_CREDENTIALS, credential[0].translate(_FOLDED)}
-    if read:
+    if inspect:
         drop.add(b"accept-encoding")
     out = [(b"Host", host)]
     for field in fields.all:
@@ -179,7 +179,7 @@ def to_upstream(
         out.append(field)
     if credential is not None:
         out.append(credential)
-    if read:
+    if inspect:
         out.append((b"Accept-Encoding", b"identity"))
     out += framing
     if said[b"forwarded"]:

@@ -6,6 +6,9 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
+"""What a decoder raises for bytes that are not JSON, no Unicode, nested too deep, or not of its types."""
+
 NULL: Final = msgspec.Raw(b"null")
 _EMPTY: Final = frozenset({b"null", b'""', b"[]", b"{}"})
 # No count of tokens has more digits; what has is garbage, and must not reach a counter.
@@ -93,16 +96,11 @@ def filled(value: msgspec.Raw) -> bool:
     return value is not NULL and bytes(value) not in _EMPTY
 
 
-def filled_blob(value: msgspec.Raw) -> bool:
-    """`filled` for base64 of any size, which is not copied."""
-    return value is not NULL and memoryview(value).nbytes > len(b"null")
-
-
 def text_of(value: msgspec.Raw) -> str | None:
     """The string that `value` is; None if it is none."""
     try:
         return _decode_text(value)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
 
 
@@ -121,7 +119,7 @@ def _seconds(value: msgspec.Raw) -> float | None:
         return None
     try:
         seconds = _decode_seconds(value)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return None
     return seconds if 0 <= seconds < 10**_MAX_DIGITS else None
 
@@ -131,7 +129,7 @@ def _details(value: msgspec.Raw) -> _Details:
         return _NO_DETAILS
     try:
         return _decode_details(value)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return _NO_DETAILS
 
 
@@ -144,7 +142,7 @@ def read_usage(value: msgspec.Raw) -> Usage | None:
         return None
     try:
         usage = _decode_usage(value)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return None
     into, out = _details(usage.prompt_tokens_details), _details(usage.completion_tokens_details)
     into_too, out_too = _details(usage.input_tokens_details), _details(usage.output_tokens_details)
@@ -164,18 +162,24 @@ def read_usage(value: msgspec.Raw) -> Usage | None:
     return None if counts.input is None and counts.output is None and counts.seconds is None else counts
 
 
-class _Rest(msgspec.Struct, gc=False):
+class Rest(msgspec.Struct, gc=False):
+    """What is read of an event that is not what its API says."""
+
     usage: msgspec.Raw = NULL
     error: msgspec.Raw = NULL
 
 
-_decode_rest: Final = msgspec.json.Decoder(_Rest).decode
+_decode_rest: Final = msgspec.json.Decoder(Rest).decode
 
 
 def read_rest(kind: bytes, data: bytes) -> Meaning:
     """What can be told of an event that is not what its API says."""
+    garbled = Meaning(error=kind == b"error", understood=False)
+    # Garbage may come by the thousand in one read, and an exception takes longer than a look.
+    if not data.lstrip(b" \t\r\n").startswith(b"{"):
+        return garbled
     try:
         rest = _decode_rest(data)
-    except (msgspec.MsgspecError, RecursionError):
-        return Meaning(error=kind == b"error", understood=False)
+    except UNREADABLE:
+        return garbled
     return Meaning(usage=read_usage(rest.usage), error=kind == b"error" or filled(rest.error), understood=False)

@@ -3,7 +3,7 @@
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
 The parser reads along with a stream that is forwarded elsewhere: it never holds the stream back, keeps at most one
-event, and gives up on the content of an event above its limit but not on the stream.
+event, of a large one only an extract, and gives up on the content of an event above its limit but not on the stream.
 """
 
 from __future__ import annotations
@@ -11,31 +11,43 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from .extract import WHOLE, Extract, Members
+
 LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 BOM: Final = b"\xef\xbb\xbf"
+
+# The end of a line, and the blank lines that follow it: the first of them ends an event, the others mean nothing.
+_LINE_ENDS: Final = re.compile(rb"(?:\r\n|\n|\r)([\r\n]*+)")
 
 # Of a line above the limit so much is kept as tells data, another field and a comment apart.
 _LINE_STUB: Final = 16
 
 Event = tuple[bytes, bytes | None]
-"""(type, data): the type is `b""` where the stream names none, the data is None where the event was above the limit."""
+"""(type, data): the type is `b""` where the stream names none, the data is None where there was more than is looked at.
+Where extracts are made, the data of a large event is one, and empty if it was no JSON object."""
 
 
 class EventParser:
     """Turns the bytes of an event stream into events; `feed` takes them in any split.
 
-    `limit` bounds the bytes that are kept. `comments` counts comment lines, `oversize` the events whose content was
-    let go. A last event without its blank line is not one (the specification drops it, and so do the SDKs).
+    `limit` bounds the bytes of an event that are looked at, and kept. With `members`, less is kept: large data is
+    extracted as it comes. `comments` counts comment lines, `oversize` the events whose content was let go. A
+    last event without its blank line is not one (the specification drops it, and so do the SDKs).
     """
 
     __slots__ = (
         "_after_cr",
         "_data",
         "_data_lines",
+        "_extract",
+        "_extracted",
+        "_extracting",
         "_has_field",
         "_line",
         "_line_cut",
+        "_members",
         "_over",
+        "_room",
         "_start",
         "_type",
         "comments",
@@ -43,7 +55,7 @@ class EventParser:
         "oversize",
     )
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, members: Members | None = None) -> None:
         self.limit = limit
         self.comments = 0
         self.oversize = 0
@@ -56,6 +68,13 @@ class EventParser:
         self._type = b""
         self._over = False
         self._has_field = False
+        self._members = members
+        # So much of a line, and of data, is kept.
+        self._room = limit if members is None else min(limit, WHOLE)
+        self._extract: Extract | None = None
+        # How much went into it, and whether the line that is being read does.
+        self._extracted = 0
+        self._extracting = False
 
     @property
     def at_boundary(self) -> bool:
@@ -77,7 +96,7 @@ class EventParser:
             and not self._has_field
             and payload.find(b"\n") == len(payload) - 2
             and b"\r" not in payload
-            and len(payload) <= self.limit
+            and len(payload) <= self._room
         ):
             self._after_cr = self._start = False
             return [(b"", payload[6 if payload[5] == 0x20 else 5 : -2])]
@@ -91,11 +110,14 @@ class EventParser:
             payload = payload[1:]
         events: list[Event] = []
         pos = 0
-        for end in LINE_END.finditer(payload):
-            event = self._end_line(payload[pos : end.start()])
+        for end in _LINE_ENDS.finditer(payload):
+            start, after = end.span()
+            event = self._end_line(payload[pos:start])
+            if event is None and end[1]:
+                event = self._end_line(b"")
             if event is not None:
                 events.append(event)
-            pos = end.end()
+            pos = after
         self._after_cr = payload.endswith(b"\r")
         if pos < len(payload):
             self._keep(payload[pos:])
@@ -103,15 +125,24 @@ class EventParser:
 
     def _keep(self, part: bytes) -> None:
         """Adds to the line that is being read, as long as there is room."""
-        if len(self._line) + len(part) + len(self._type) + len(self._data) <= self.limit:
+        line = len(self._line) + len(part)
+        event = line + len(self._type) + len(self._data) + self._extracted
+        if self._extracting:
+            self._add_to_extract(part, len(part))
+        elif event <= self._room or (line <= self._room and event <= self.limit):
             self._line += part
+        elif event <= self.limit and self._is_data(part):
+            self._extract_line(part)
         else:
             self._line_cut = True
             self._line = (self._line + part[:_LINE_STUB])[:_LINE_STUB]
 
     def _end_line(self, rest: bytes) -> Event | None:
-        if self._line or len(rest) + len(self._type) + len(self._data) > self.limit:
+        if self._line or self._extracting or len(rest) + len(self._type) + len(self._data) > self._room:
             self._keep(rest)
+            if self._extracting:
+                self._extracting = False
+                return None
             line = bytes(self._line)
             self._line.clear()
         else:
@@ -140,16 +171,60 @@ class EventParser:
         if self._data_lines:
             self._data += b"\n"
         self._data_lines += 1
-        if cut or self._over or len(self._type) + len(self._data) + len(value) > self.limit:
-            self._over = True
-            self._data.clear()
+        if cut or self._over or len(self._type) + len(self._data) + len(value) + self._extracted > self.limit:
+            self._let_go()
+        elif len(self._data) + len(value) > self._room:
+            self._add_to_extract(value, len(value))
         else:
             self._data += value
+
+    def _let_go(self) -> None:
+        """There is more in the event than is looked at."""
+        self._over = True
+        self._data.clear()
+        self._extract = None
+
+    def _is_data(self, part: bytes) -> bool:
+        """Whether the line that goes on with `part`, which is long, is one of data."""
+        line = bytes(self._line[:_LINE_STUB]) + part[:_LINE_STUB]
+        return (line.removeprefix(BOM) if self._start else line).startswith(b"data:")
+
+    def _extract_line(self, part: bytes) -> None:
+        """The line of data that goes on with `part` is not kept."""
+        line = bytes(self._line) + part
+        self._line.clear()
+        if self._start:
+            self._start = False
+            line = line.removeprefix(BOM)
+        if self._data_lines:
+            self._data += b"\n"
+        self._data_lines += 1
+        self._extracting = self._has_field = True
+        self._add_to_extract(line[5:].removeprefix(b" "), len(line))
+
+    def _add_to_extract(self, value: bytes, size: int) -> None:
+        """`value` is data of a large event, and takes `size` bytes."""
+        self._extracted += len(self._data) + size
+        if self._over or len(self._type) + self._extracted > self.limit:
+            self._let_go()
+            return
+        if self._extract is None:
+            assert self._members is not None
+            self._extract = Extract(self._members)
+        self._extract.feed(bytes(self._data))
+        self._extract.feed(value)
+        self._data.clear()
 
     def _dispatch(self) -> Event | None:
         kind, data, lines, over = self._type, bytes(self._data), self._data_lines, self._over
         self._type, self._data_lines, self._over, self._has_field = b"", 0, False, False
         self._data.clear()
+        if self._extracted:
+            extract, self._extract, self._extracted = self._extract, None, 0
+            if extract is not None:
+                extract.feed(data)
+            over = extract is None or extract.too_much
+            data = (extract.text() if extract is not None else None) or b""
         if not lines:
             return None
         if over:

@@ -1,4 +1,4 @@
-"""Asking a backend for usage that the client did not ask for, and keeping from the client what came only of that.
+"""Where a backend was asked for usage that the client did not ask for: keeping from the client what came only of that.
 
 Chat completions and completions tell the usage of a stream only where `stream_options.include_usage` wants it, in an
 event of its own before the end marker. The client sees what it would have seen: every other byte passes unchanged.
@@ -11,13 +11,13 @@ from typing import Final, Literal
 
 import msgspec
 
+from .meaning import UNREADABLE
 from .sse import BOM, LINE_END, EventParser
 
 # How a backend answers that takes no `stream_options`: with one of these, naming it in the body.
 REFUSAL_STATUSES: Final = frozenset({400, 422})
 REFUSED: Final = b"stream_options"
 
-_TRUE: Final = msgspec.Raw(b"true")
 _NULL: Final = b"null"
 _EMPTY_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # All that an event which only tells usage may have; one with anything else was not sent for the sake of usage alone.
@@ -26,27 +26,8 @@ _KEYS: Final = frozenset(
 )
 # An event that only tells usage is below 1 KiB; one above this is something else.
 _MAX_HELD: Final = 64 * 1024
-_FAILURES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _decode_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-def with_usage(body: bytes) -> bytes | None:
-    """The request `body` with usage asked for; None where it does not stream, or says itself what it wants.
-
-    The values of all other members stay as they were spelled.
-    """
-    try:
-        members = _decode_object(body)
-        spelled = bytes(members.get("stream_options", b""))
-        options = {} if spelled in (b"", _NULL) else _decode_object(spelled)
-    except _FAILURES:
-        return None
-    if bytes(members.get("stream", b"")) != b"true" or bytes(options.get("include_usage", _NULL)) != _NULL:
-        return None
-    options["include_usage"] = _TRUE
-    members["stream_options"] = msgspec.Raw(msgspec.json.encode(options))
-    return msgspec.json.encode(members)
 
 
 def _tells_only_usage(data: bytes) -> bool:
@@ -54,7 +35,7 @@ def _tells_only_usage(data: bytes) -> bool:
         return False
     try:
         event = _decode_object(data)
-    except _FAILURES:
+    except UNREADABLE:
         return False
     choices = bytes(event.get("choices", _NULL)).translate(None, b" \t\r\n")
     return choices == b"[]" and bytes(event.get("usage", _NULL)) != _NULL and event.keys() <= _KEYS

@@ -8,7 +8,21 @@ from typing import Final
 import msgspec
 
 from ..alike import text_under
-from ..meaning import DELTA, END, FAILED, NOTHING, NULL, Meaning, filled, read_rest, read_usage, text_of
+from ..extract import wanted
+from ..meaning import (
+    DELTA,
+    END,
+    FAILED,
+    NOTHING,
+    NULL,
+    UNREADABLE,
+    Meaning,
+    Rest,
+    filled,
+    read_rest,
+    read_usage,
+    text_of,
+)
 from .dialect import Dialect
 
 
@@ -34,6 +48,7 @@ class _ThreadEvent(msgspec.Struct, gc=False):
 
 
 _decode_thread_event: Final = msgspec.json.Decoder(_ThreadEvent).decode
+_MEMBERS: Final = wanted(_ThreadEvent, Rest)
 _RUN_ENDS: Final = frozenset({"completed", "incomplete", "failed", "cancelled", "expired", "requires_action"})
 
 
@@ -45,7 +60,7 @@ def read_run(kind: bytes, data: bytes) -> Meaning:
         return FAILED
     try:
         event = _decode_thread_event(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return read_rest(kind, data)
     if event.object == "thread.run":
         status = text_of(event.status)
@@ -63,5 +78,6 @@ ASSISTANTS: Final = Dialect(
     "assistants",
     re.compile(r"/threads/(runs|[^/]+/runs(/[^/]+(/submit_tool_outputs)?)?)$"),
     read_run,
+    _MEMBERS,
     text_under("value", "arguments"),
 )

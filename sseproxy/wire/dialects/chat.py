@@ -8,7 +8,8 @@ from typing import Final
 import msgspec
 
 from ..alike import text_under
-from ..meaning import DELTA, END, NOTHING, NULL, Meaning, filled, filled_blob, read_rest, read_usage, text_of
+from ..extract import wanted
+from ..meaning import DELTA, END, NOTHING, NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage, text_of
 from .dialect import Dialect
 
 
@@ -47,6 +48,7 @@ class _Kind(msgspec.Struct, gc=False):
 
 _decode_kind: Final = msgspec.json.Decoder(_Kind).decode
 _decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
+_MEMBERS: Final = wanted(_Chunk, _Kind, Rest)
 
 
 def _generated(choice: _Choice) -> bool:
@@ -62,9 +64,17 @@ def _generated(choice: _Choice) -> bool:
             or filled(delta.refusal)
             or filled(delta.function_call)
             or filled(delta.audio)
-            or filled_blob(delta.images)
+            or filled(delta.images)
         )
     )
+
+
+def _is_error(data: bytes) -> bool:
+    """Whether it is the object of its own that vLLM and FastChat have sent."""
+    try:
+        return text_of(_decode_kind(data).object) == "error"
+    except UNREADABLE:
+        return False
 
 
 def read_completion(kind: bytes, data: bytes) -> Meaning:
@@ -73,7 +83,7 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
         return END
     try:
         chunk = _decode_chunk(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return read_rest(kind, data)
     delta, finish = False, None
     for choice in chunk.choices or ():
@@ -83,17 +93,19 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
     usage = read_usage(chunk.usage)
     if usage is None and chunk.x_groq is not None:
         usage = read_usage(chunk.x_groq.usage)
-    # OpenRouter ends with a reason, vLLM and FastChat have sent an object of its own.
+    # OpenRouter ends with a reason.
     error = kind == b"error" or filled(chunk.error) or finish == "error"
     error |= chunk.x_groq is not None and filled(chunk.x_groq.error)
     if chunk.choices is None and not error:
-        error = text_of(_decode_kind(data).object) == "error"
+        error = _is_error(data)
     if usage is None and finish is None and not error:
         return DELTA if delta else NOTHING
     return Meaning(delta, usage, finish, error=error)
 
 
 _TEXT: Final = text_under("content", "reasoning_content", "reasoning", "text", "arguments")
-CHAT: Final = Dialect("chat", re.compile(r"/chat/completions$"), read_completion, _TEXT, asks_usage=True)
-COMPLETIONS: Final = Dialect("completions", re.compile(r"/completions$"), read_completion, _TEXT, asks_usage=True)
-GENERIC: Final = Dialect("generic", re.compile(r""), read_completion, _TEXT, generates=False)
+CHAT: Final = Dialect("chat", re.compile(r"/chat/completions$"), read_completion, _MEMBERS, _TEXT, asks_usage=True)
+COMPLETIONS: Final = Dialect(
+    "completions", re.compile(r"/completions$"), read_completion, _MEMBERS, _TEXT, asks_usage=True
+)
+GENERIC: Final = Dialect("generic", re.compile(r""), read_completion, _MEMBERS, _TEXT, generates=False)

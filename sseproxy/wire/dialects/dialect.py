@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..extract import Members
 from ..meaning import Meaning
 
 
 class Dialect(NamedTuple):
     """`read(type, data)` is the meaning of an event; `path` matches the path on the upstream's side; `text`
     finds generated text in an event.
+    `members` are what `read` reads, and what it is shown of a large event.
 
     `generates`: its streams have a first token to wait for. `large`: its events may have megabytes. `numbered`: its
     events carry their number in the stream. `asks_usage`: its streams tell usage only where the request asks for it.
@@ -20,6 +22,7 @@ class Dialect(NamedTuple):
     name: str
     path: re.Pattern[str]
     read: Callable[[bytes, bytes], Meaning]
+    members: Members
     text: re.Pattern[bytes]
     generates: bool = True
     large: bool = False

@@ -8,7 +8,8 @@ from typing import Final
 import msgspec
 
 from ..alike import text_under
-from ..meaning import NULL, Meaning, filled, read_rest, read_usage, text_of
+from ..extract import wanted
+from ..meaning import NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage, text_of
 from .dialect import Dialect
 
 
@@ -36,6 +37,7 @@ class _Generation(msgspec.Struct, gc=False):
 
 
 _decode_generation: Final = msgspec.json.Decoder(_Generation).decode
+_MEMBERS: Final = wanted(_Generation, Rest)
 
 
 def _generated_part(part: _Part) -> bool:
@@ -48,7 +50,7 @@ def read_gemini(kind: bytes, data: bytes) -> Meaning:
     """https://ai.google.dev/api/generate-content: no end marker; the finish reason comes with the last event."""
     try:
         event = _decode_generation(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return read_rest(kind, data)
     candidates = event.candidates or []
     contents = [candidate.content for candidate in candidates if candidate.content is not None]
@@ -65,5 +67,5 @@ def read_gemini(kind: bytes, data: bytes) -> Meaning:
 
 
 GEMINI: Final = Dialect(
-    "gemini", re.compile(r":(streamG|g)enerateContent$"), read_gemini, text_under("text"), large=True
+    "gemini", re.compile(r":(streamG|g)enerateContent$"), read_gemini, _MEMBERS, text_under("text"), large=True
 )

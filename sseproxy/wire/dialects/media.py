@@ -8,7 +8,8 @@ from typing import Final
 import msgspec
 
 from ..alike import text_under
-from ..meaning import END, FAILED, NOTHING, NULL, Meaning, filled, filled_blob, read_rest, read_usage
+from ..extract import wanted
+from ..meaning import END, FAILED, NOTHING, NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage
 from .dialect import Dialect
 
 
@@ -25,6 +26,7 @@ class _MediaEvent(msgspec.Struct, gc=False):
 # Of a stream that has an end for each of its parts.
 _DELTA_OF_A_PART: Final = Meaning(delta=True, more=True)
 _decode_media_event: Final = msgspec.json.Decoder(_MediaEvent).decode
+_MEMBERS: Final = wanted(_MediaEvent, Rest)
 
 
 def read_media(kind: bytes, data: bytes) -> Meaning:
@@ -33,23 +35,23 @@ def read_media(kind: bytes, data: bytes) -> Meaning:
         return END
     try:
         event = _decode_media_event(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return read_rest(kind, data)
     if event.type == "error" or kind == b"error" or filled(event.error):
         return FAILED
     if event.type.endswith((".done", ".completed")):
         finish = "completed" if event.type.endswith(".completed") else event.type
-        return Meaning(delta=filled_blob(event.b64_json), usage=read_usage(event.usage), finish=finish, end=True)
+        return Meaning(delta=filled(event.b64_json), usage=read_usage(event.usage), finish=finish, end=True)
     if event.type:
-        blob = filled_blob(event.audio) or filled_blob(event.b64_json)
+        blob = filled(event.audio) or filled(event.b64_json)
         return _DELTA_OF_A_PART if blob or filled(event.delta) or filled(event.text) else NOTHING
     return Meaning(usage=read_usage(event.usage))
 
 
-SPEECH: Final = Dialect("speech", re.compile(r"/audio/speech$"), read_media, text_under("delta"))
+SPEECH: Final = Dialect("speech", re.compile(r"/audio/speech$"), read_media, _MEMBERS, text_under("delta"))
 TRANSCRIPTIONS: Final = Dialect(
-    "transcriptions", re.compile(r"/audio/(transcriptions|translations)$"), read_media, text_under("delta")
+    "transcriptions", re.compile(r"/audio/(transcriptions|translations)$"), read_media, _MEMBERS, text_under("delta")
 )
 IMAGES: Final = Dialect(
-    "images", re.compile(r"/images/(generations|edits)$"), read_media, text_under("delta"), large=True
+    "images", re.compile(r"/images/(generations|edits)$"), read_media, _MEMBERS, text_under("delta"), large=True
 )

@@ -8,7 +8,21 @@ from typing import Final
 import msgspec
 
 from ..alike import text_under
-from ..meaning import DELTA, END, FAILED, NOTHING, NULL, Meaning, filled, read_rest, read_usage, text_of
+from ..extract import wanted
+from ..meaning import (
+    DELTA,
+    END,
+    FAILED,
+    NOTHING,
+    NULL,
+    UNREADABLE,
+    Meaning,
+    Rest,
+    filled,
+    read_rest,
+    read_usage,
+    text_of,
+)
 from .dialect import Dialect
 
 
@@ -33,13 +47,14 @@ class _MessageEvent(msgspec.Struct, gc=False):
 
 
 _decode_message_event: Final = msgspec.json.Decoder(_MessageEvent).decode
+_MEMBERS: Final = wanted(_MessageEvent, Rest)
 
 
 def read_message(kind: bytes, data: bytes) -> Meaning:
     """https://docs.anthropic.com/en/docs/build-with-claude/streaming: counts are cumulative, and come in two places."""
     try:
         event = _decode_message_event(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return read_rest(kind, data)
     delta = event.delta or _Block()
     match event.type:
@@ -63,5 +78,6 @@ MESSAGES: Final = Dialect(
     "messages",
     re.compile(r"(?<!/threads)/messages$|:streamRawPredict$"),
     read_message,
+    _MEMBERS,
     text_under("text", "thinking", "partial_json"),
 )

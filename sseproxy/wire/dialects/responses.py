@@ -8,7 +8,21 @@ from typing import Final
 import msgspec
 
 from ..alike import text_under
-from ..meaning import DELTA, END, FAILED, NOTHING, NULL, Meaning, filled, filled_blob, read_rest, read_usage, text_of
+from ..extract import wanted
+from ..meaning import (
+    DELTA,
+    END,
+    FAILED,
+    NOTHING,
+    NULL,
+    UNREADABLE,
+    Meaning,
+    Rest,
+    filled,
+    read_rest,
+    read_usage,
+    text_of,
+)
 from .dialect import Dialect
 
 
@@ -28,6 +42,7 @@ class _ResponseEvent(msgspec.Struct, gc=False):
 
 
 _decode_response_event: Final = msgspec.json.Decoder(_ResponseEvent).decode
+_MEMBERS: Final = wanted(_ResponseEvent, Rest)
 _RESPONSE_ENDS: Final = frozenset(
     {"response.completed", "response.incomplete", "response.failed", "response.cancelled"}
 )
@@ -39,7 +54,7 @@ def read_response(kind: bytes, data: bytes) -> Meaning:
         return END
     try:
         event = _decode_response_event(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return read_rest(kind, data)
     if event.type in _RESPONSE_ENDS:
         response = event.response or _Response()
@@ -53,11 +68,17 @@ def read_response(kind: bytes, data: bytes) -> Meaning:
         return FAILED
     if event.type.endswith(".delta"):
         return DELTA if filled(event.delta) else NOTHING
-    if filled_blob(event.partial_image_b64):
+    if filled(event.partial_image_b64):
         return DELTA
     return NOTHING if event.type else Meaning(usage=read_usage(event.usage), finish=text_of(event.status))
 
 
 RESPONSES: Final = Dialect(
-    "responses", re.compile(r"/responses(/[^/]+)?$"), read_response, text_under("delta"), large=True, numbered=True
+    "responses",
+    re.compile(r"/responses(/[^/]+)?$"),
+    read_response,
+    _MEMBERS,
+    text_under("delta"),
+    large=True,
+    numbered=True,
 )

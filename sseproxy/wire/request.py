@@ -1,0 +1,143 @@
+"""What a request in JSON asks for: its model, and whether usage could be asked for beside."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+import msgspec
+
+from .extract import Extract, Gist, wanted
+from .meaning import NULL, UNREADABLE, text_of
+
+# A `model` is short text, or none. The longest in use, paths of cloud resources, have some hundred characters.
+_MAX_MODEL: Final = 128
+# Of JSON, a character has at most two escapes.
+_MAX_SPELLED: Final = 2 * len(r"\uXXXX") * _MAX_MODEL + 2
+_TRUE: Final = msgspec.Raw(b"true")
+
+
+class _Request(msgspec.Struct, gc=False):
+    model: msgspec.Raw = NULL
+    stream: msgspec.Raw = NULL
+    stream_options: msgspec.Raw = NULL
+
+
+_decode_request: Final = msgspec.json.Decoder(_Request).decode
+_decode_options: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_MEMBERS: Final = wanted(_Request)
+
+
+class Splice(NamedTuple):
+    """A change of a body: `put` instead of what is from `start` to `stop`, which may be nothing."""
+
+    start: int
+    stop: int
+    put: bytes
+
+    @property
+    def growth(self) -> int:
+        """How many bytes more the body has with it."""
+        return len(self.put) - (self.stop - self.start)
+
+    def into(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        """The changed body, from its `parts` in any split; those that are not changed are passed on as they are."""
+        at, put = 0, self.put
+        for part in parts:
+            start, stop = self.start - at, self.stop - at
+            at += len(part)
+            if start >= len(part) or stop < 0 or (stop == 0 and not put):
+                yield part
+                continue
+            changed = part[: max(start, 0)] + put + part[max(stop, 0) :]
+            put = b""
+            if changed:
+                yield changed
+
+
+class RequestReader:
+    """Reads a request's body: `feed` takes its parts as they come, and keeps no more of them than some 64 KiB.
+
+    What it tells is of the body so far. A body that is no JSON object has no model, and asks for nothing.
+    """
+
+    __slots__ = ("_decoder", "_gist", "_read", "_request", "_unicode")
+
+    def __init__(self) -> None:
+        self._gist = Gist(_MEMBERS)
+        # From the first part on that is not ASCII: whether all is Unicode.
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._unicode = True
+        self._read = False
+        self._request = _NO_REQUEST
+
+    def feed(self, part: bytes) -> None:
+        if self._decoder is not None or not part.isascii():
+            self._check(part)
+        self._gist.feed(part)
+        self._read = False
+
+    @property
+    def model(self) -> str | None:
+        """The model's name, if it has at most 128 characters."""
+        spelled = self._decoded().model
+        if spelled is NULL or memoryview(spelled).nbytes > _MAX_SPELLED:
+            return None
+        name = text_of(spelled)
+        return name if name is None or len(name) <= _MAX_MODEL else None
+
+    def with_usage(self) -> Splice | None:
+        """What asks for usage; None where the request does not stream, or says itself what it wants."""
+        request = self._decoded()
+        if bytes(request.stream) != b"true":
+            return None
+        if request.stream_options is NULL:
+            return self._added(b',"stream_options":{"include_usage":true}')
+        options = _with_usage(bytes(request.stream_options))
+        return None if options is None else self._replaced(b"stream_options", options)
+
+    def _check(self, part: bytes) -> None:
+        if self._decoder is None:
+            self._decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            self._decoder.decode(part)
+        except UnicodeDecodeError:
+            self._unicode = False
+
+    def _decoded(self) -> _Request:
+        if not self._read:
+            self._read = True
+            try:
+                self._request = _decode_request((self._gist.text() if self._unicode else None) or b"")
+            except UNREADABLE:
+                self._request = _NO_REQUEST
+        return self._request
+
+    def _added(self, put: bytes) -> Splice:
+        """`put` after the last member."""
+        extract = self._gist.extract
+        at = (self._gist.text() or b"").rindex(b"}") if extract is None else extract.closed_at
+        return Splice(at, at, put)
+
+    def _replaced(self, name: bytes, put: bytes) -> Splice | None:
+        """`put` instead of the value of the member `name`; None if its place was not looked for so far."""
+        extract = self._gist.extract
+        if extract is None:
+            extract = Extract(_MEMBERS)
+            extract.feed(self._gist.text() or b"")
+        return None if extract.text() is None else Splice(*extract.spans[name], put)
+
+
+_NO_REQUEST: Final = _Request()
+
+
+def _with_usage(spelled: bytes) -> bytes | None:
+    """The options that are `spelled` so, and usage; None where they say themselves whether usage is wanted."""
+    try:
+        options = {} if spelled == b"null" else _decode_options(spelled)
+        if bytes(options.get("include_usage", NULL)) != b"null":
+            return None
+        return msgspec.json.encode(options | {"include_usage": _TRUE})
+    except UNREADABLE:
+        return None
