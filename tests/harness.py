@@ -332,7 +332,8 @@ async def start_proxy(settings: config.Config) -> RunningProxy:
 def settings(upstream_url: str, **more: Any) -> config.Config:
     """One route, `/v1`, to one upstream's `/v1`.
 
-    `timeouts`, `api_key`, `tls`, `route` (what else a `Route` has) and what a `Config` has can be given.
+    `timeouts`, `api_key`, `tls` (the upstream's), `listener_tls`, `route` (what else a `Route` has) and what a `Config`
+    has can be given.
     """
     timeouts = config.Timeouts(**more.pop("timeouts", {}))
     tls = config.UpstreamTLS(**more.pop("tls", {}))
@@ -342,6 +343,7 @@ def settings(upstream_url: str, **more: Any) -> config.Config:
     defaults: dict[str, Any] = {
         "listen": config.Address("127.0.0.1", 0),
         "drain_timeout": 5.0,
+        "tls": more.pop("listener_tls", None),
         "upstreams": (upstream,),
         "routes": (route,),
     }
