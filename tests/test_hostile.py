@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import trustme
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sseproxy import config
+from sseproxy.relay.admission import connections_within, told
 from sseproxy.relay.hangups import HangupWatch
 
 from .conftest import PlayScript, StartProxy
@@ -259,6 +262,13 @@ async def test_connections_of_a_unix_socket_are_nobodys(start: StartProxy, play:
         proxy.peers.append(client)
         client.send(post())
         assert (await client.message()).body == b"ok"
+
+
+@given(st.integers(min_value=3, max_value=10_000_000))
+def test_what_is_served_and_told_fits_the_descriptors(descriptors: int) -> None:
+    connections = connections_within(descriptors)
+    assert 2 * connections + told(connections) <= descriptors
+    assert 2 * (connections + 2) + told(connections + 2) > descriptors - 2
 
 
 # --- bodies that are collected ---

@@ -356,11 +356,11 @@ async def test_too_few_descriptors_are_fewer_connections(
         async with asyncio.timeout(DEADLINE):
             if limits:
                 line = (await process.stderr.readline()).decode()
-                assert "a worker takes 5 connections instead of 1000: it may have 60 descriptors (ulimit -n)" in line
+                assert "a worker takes 4 connections instead of 1000: it may have 60 descriptors (ulimit -n)" in line
             port = int((await process.stdout.readline()).rpartition(b":")[2])
-            peers += [Peer(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(6)]
-            peers[5].send(post())
-            assert (await peers[5].message()).status == 503
+            peers += [Peer(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(5)]
+            peers[4].send(post())
+            assert (await peers[4].message()).status == 503
             peers[0].send(post())
             await (await upstream.accept()).message()
     finally:

@@ -25,6 +25,7 @@ from ..observe import metrics
 from ..observe.metrics import Recorder, Report
 from ..observe.registry import Registry
 from ..observe.telemetry import Reports
+from ..relay.admission import connections_within
 from .worker import encode_config
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ _ASKED_EVERY = 1.0
 _UNREADY_AFTER, _KILLED_AFTER = 5, 20
 # In the same count, until it accepts: it takes half a second of CPU, and on a small machine many start at once.
 _STARTED_AFTER = 60
-# Of a connection that is served: the client's side and the upstream's.
-_DESCRIPTORS, _DESCRIPTORS_OF_ITS_OWN = 2, 50
+# What a worker has besides connections.
+_DESCRIPTORS_OF_ITS_OWN = 50
 # What the interpreter and its libraries go by themselves; a file may have used it for a path.
 _NEEDED = frozenset(
     {"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ"}
@@ -68,7 +69,7 @@ def within_descriptors(config: Config) -> Config:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     wanted = config.limits.connections
-    possible = max(1, (most - _DESCRIPTORS_OF_ITS_OWN) // _DESCRIPTORS)
+    possible = max(1, connections_within(most - _DESCRIPTORS_OF_ITS_OWN))
     if most == resource.RLIM_INFINITY or wanted <= possible:
         return config
     if "connections" in config.limits.model_fields_set:

@@ -25,6 +25,11 @@ def told(connections: int) -> int:
     return min(_MOST_TOLD, -(-connections // 8))
 
 
+def connections_within(descriptors: int) -> int:
+    """How many connections may be served with so many descriptors: two for each, and one for each that is only told."""
+    return max((descriptors - 1) * 8 // 17, (descriptors - _MOST_TOLD) // 2)
+
+
 class Connections:
     """How many connections clients have, in all and by their addresses."""
 

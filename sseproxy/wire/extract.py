@@ -160,13 +160,10 @@ class Extract:
             if plain.endswith(b"\\"):
                 plain = plain[:-1]
         at = self._walk(text, plain)
-        if self._broken:
-            # Nothing that follows is looked at.
-            self._rest = b""
-            return
         self._rest = text[at:]
         self._offset += at
-        self.too_much |= len(self._rest) > _MAX_TOKEN
+        # What is broken leaves the rest as it is.
+        self.too_much |= len(self._rest) > _MAX_TOKEN and not self._broken
 
     def text(self) -> bytes | None:
         """The extract; None if what came is not one whole object, or too much."""
