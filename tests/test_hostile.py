@@ -470,16 +470,15 @@ async def test_what_came_on_an_idle_connection_meets_no_request(
     assert (await client.message()).body == b"ok"
     await until(lambda: proxy.sample("upstream_connections", state="idle") == 1)
     up = proxy.worker.proxy.upstreams["up"]
-    connection = await up.connect()
-    assert connection.protocol is not None
-    connection.release()
+    connection = await up.connect(lambda: None)
+    connection.release(reusable=True)
     # Written and looked for in the same turn of the loop.
     raw = socket.socket(fileno=api.writer.get_extra_info("socket").fileno())
     raw.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
     raw.detach()
-    fresh = await up.connect()
+    fresh = await up.connect(lambda: None)
     assert fresh.protocol is not connection.protocol
-    fresh.close()
+    fresh.abort()
 
 
 # --- what gives a secret away, or takes accounting away ---

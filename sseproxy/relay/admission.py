@@ -84,9 +84,10 @@ class Admission:
 
     def ticket(self, body: RequestBody, refuse: Callable[[ExchangeError], None]) -> Ticket:
         """For a request with `body`, which `refuse` ends. It counts as under way until its ticket is given back."""
-        self._under_way += 1
         ticket = Ticket(self, body, refuse)
         body.held_in(ticket)
+        # Nothing can be raised any more between this and whoever gives it back.
+        self._under_way += 1
         return ticket
 
     @property

@@ -7,17 +7,20 @@ pump, or the pool, took it over before.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
-from ..errors import ExchangeError
+from ..errors import ExchangeError, InternalError
 from ..wire.framing import LAST_CHUNK, frame
 from .body import RequestBody
 from .clock import Clock
 from .exchange import Exchange
 from .heads import ResponseHead
 from .upstream import Upstream, UpstreamConnection
+
+log = logging.getLogger(__name__)
 
 # What is written together with the head, and of a large body at once: the pace of the upstream is waited for.
 _MOST_AT_ONCE: Final = 64 * 1024
@@ -134,8 +137,7 @@ class Attempt:
     async def _connect(self, fresh: bool) -> None:
         """Phase 3: Connect."""
         self._clock.enter("connect", perf_counter())
-        connection = await self._upstream.connect(fresh=fresh)
-        self.connection = UpstreamConnection(connection, self._released)
+        self.connection = await self._upstream.connect(self._released, fresh=fresh)
 
     async def _send(self, make: Callable[[bool], Outgoing]) -> ResponseHead:
         """Phases 4, Send, and 5, Head."""
@@ -185,6 +187,10 @@ class Attempt:
             return
         except ExchangeError as error:
             self._failed(error)
+        except Exception:
+            # The exchange ends here, also from a mistake of ours: nobody else waits for this task.
+            log.exception("a request's body could not be sent on")
+            self._failed(InternalError())
 
     async def _send_part(self, connection: UpstreamConnection, part: bytes, *, chunked: bool) -> None:
         self._exchange.request_bytes += len(part)

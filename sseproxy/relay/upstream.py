@@ -329,8 +329,8 @@ class Upstream:
             del self._stream_options[next(iter(self._stream_options))]
         self._stream_options[model] = taken
 
-    async def connect(self, *, fresh: bool = False) -> Connection:
-        """A connection of its own, from the pool or, always if `fresh`, a new one, until it is released or closed.
+    async def connect(self, on_abort: Callable[[], None], *, fresh: bool = False) -> UpstreamConnection:
+        """A connection of its own, from the pool or, always if `fresh`, a new one; `on_abort` is told if it is aborted.
 
         Raises `UpstreamError`, or `RequestError` if too many connections are being made.
         """
@@ -340,11 +340,14 @@ class Upstream:
         try:
             while True:
                 connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
-                protocol = connection.protocol
-                assert isinstance(protocol, RelayProtocol)
-                if not protocol.requests or (not fresh and protocol.is_quiet()):
-                    return connection
-                # What has come on it, or an end, would meet the next request.
+                try:
+                    owned = UpstreamConnection(connection, on_abort)
+                    # What has come on a reused one, or its end, would meet the next request.
+                    if not owned.protocol.requests or (not fresh and owned.protocol.is_quiet()):
+                        return owned
+                except BaseException:
+                    connection.close()
+                    raise
                 connection.close()
         except ClientConnectorDNSError:
             raise UpstreamError("dns") from None
@@ -373,7 +376,6 @@ class UpstreamConnection:
         protocol, transport = connection.protocol, connection.transport
         assert isinstance(protocol, RelayProtocol)
         if transport is None:
-            connection.close()
             raise UpstreamError("reset")
         self._connection: Connection | None = connection
         self._on_abort = on_abort
@@ -389,17 +391,23 @@ class UpstreamConnection:
         """The response is complete: back into the pool if the connection is `reusable`."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            self.protocol.finish(reusable=reusable)
-            if self.protocol.should_close:
-                # Its close would wait to flush an upload that nobody takes any more.
-                self.protocol.abort()
+            try:
+                self.protocol.finish(reusable=reusable)
+                if self.protocol.should_close:
+                    # Its close would wait to flush an upload that nobody takes any more.
+                    self.protocol.abort()
+            except BaseException:
+                connection.close()
+                raise
             connection.release()
 
     def abort(self) -> None:
         """Closes the connection now, whatever it is doing."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            self.protocol.finish(reusable=False)
-            self.protocol.abort()
-            connection.close()
+            try:
+                self.protocol.finish(reusable=False)
+                self.protocol.abort()
+            finally:
+                connection.close()
             self._on_abort()

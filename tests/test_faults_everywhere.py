@@ -1,0 +1,104 @@
+"""A fault wherever an exchange waits, one after the other: nothing is left of it, and it has one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from sseproxy import config
+
+from .conftest import PlayScript, StartProxy
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, chunk, delta, post, until, usage
+
+
+class Fault(Exception):
+    """What nobody expects."""
+
+
+async def answers(api: Peer) -> None:
+    while True:
+        head = await api.message()
+        if head.start_line.startswith("GET"):
+            api.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+        elif "files" in head.start_line:
+            api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        else:
+            api.send(STREAM_HEAD, chunk(delta("a")), chunk(usage(1, 1)), chunk(DONE), LAST_CHUNK)
+
+
+UPLOAD = b"POST /v1/files HTTP/1.1\r\nHost: p\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 9)
+REQUESTS = {
+    "get": [b"GET /v1/models HTTP/1.1\r\nHost: p\r\n\r\n"],
+    "chat": [post()],
+    "chat in parts": [post()[:-10], post()[-10:]],
+    "upload": [UPLOAD, chunk(b"y" * 9) + LAST_CHUNK],
+}
+
+
+async def settled(proxy: RunningProxy, tasks: int) -> None:
+    await until(lambda: not proxy.worker.proxy.active and proxy.worker.proxy.server.empty.is_set())
+    await until(lambda: len(asyncio.all_tasks()) <= tasks)
+    assert proxy.worker.proxy.admission.empty
+    assert proxy.sample("requests_active") == 0
+    assert proxy.sample("streams_active") == 0
+    assert proxy.sample("upstream_connections", state="active") == 0
+
+
+async def ask(proxy: RunningProxy, parts: list[bytes]) -> None:
+    client = await proxy.connect()
+    try:
+        for part in parts:
+            client.send(part)
+            await client.drain()
+            for _ in range(20):
+                await asyncio.sleep(0)
+        await client.message()
+    except (ConnectionError, asyncio.IncompleteReadError):
+        pass
+    finally:
+        client.writer.transport.abort()
+        proxy.peers.remove(client)
+
+
+@pytest.fixture
+async def proxy(start: StartProxy, play: PlayScript, caplog: pytest.LogCaptureFixture) -> RunningProxy:
+    caplog.set_level(logging.CRITICAL)
+    upstream = await play(answers)
+    match = config.Match(path="/v1")
+    route = config.Route(name="api", match=match, upstream="up", usage=config.UsageOptions(request=True))
+    limits = config.Limits(active_requests=3)
+    return await start(upstream.url, routes=(route,), limits=limits, metrics=config.Metrics(models=("m",)))
+
+
+async def fail_the_wait(proxy: RunningProxy, nth: int) -> bool:
+    """What the exchange waits for when it waits for the `nth` time fails; returns False if it never does."""
+    await proxy.busy()
+    waits: list[object] = []
+    while proxy.worker.proxy.active:
+        (relay,) = proxy.worker.proxy.active
+        waiter = getattr(getattr(relay, "_task", None), "_fut_waiter", None)
+        if waiter is not None and not waiter.done() and waiter not in waits:
+            waits.append(waiter)
+            if len(waits) == nth:
+                waiter.set_exception(Fault(f"wait {nth}"))
+                return True
+        await asyncio.sleep(0)
+    return False
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_a_fault_wherever_an_exchange_waits_leaves_nothing(proxy: RunningProxy, name: str) -> None:
+    await ask(proxy, REQUESTS[name])
+    await until(proxy.worker.proxy.server.empty.is_set)
+    tasks, nth, failed = len(asyncio.all_tasks()), 0, True
+    while failed:
+        nth += 1
+        before = sum(proxy.outcomes().values())
+        asking = asyncio.get_running_loop().create_task(ask(proxy, REQUESTS[name]))
+        failed = await fail_the_wait(proxy, nth)
+        await asking
+        await settled(proxy, tasks)
+        assert sum(proxy.outcomes().values()) - before == 1, nth
+    assert nth > 1
