@@ -429,6 +429,24 @@ async def test_trailers_are_never_fields_of_the_next_request(
         assert (await client.message()).body == b"ok"
 
 
+@pytest.mark.parametrize("coding", [b"chunked\t", b"chunked \t", b"chunked\t ", b"chunked ", b"\tChunked"])
+async def test_a_coding_with_white_space_around_it_is_the_coding(
+    proxy: RunningProxy, upstream: ScriptedUpstream, coding: bytes
+) -> None:
+    head = b"POST /v1/files HTTP/1.1\r\nHost: p\r\nTransfer-Encoding: " + coding + b"\r\n"
+    client = await proxy.connect()
+    client.send(head + b"\r\nGET /v1/smuggled HTTP/1.1\r\nHost: p\r\n\r\n")
+    assert (await client.message()).status == 400
+    assert await client.rest() == (b"", "fin")
+    client = await proxy.connect()
+    client.send(head + b"Content-Length: 3\r\n\r\n" + chunk(b"abc") + LAST_CHUNK)
+    assert (await client.message()).status == 400
+    assert not upstream.connections
+    client = await proxy.connect()
+    client.send(head + b"\r\n" + chunk(b"abc") + LAST_CHUNK)
+    assert (await (await upstream.accept()).message()).body == b"abc"
+
+
 @pytest.mark.parametrize(
     ("request_head", "answer"),
     [

@@ -59,9 +59,12 @@ class RequestHead:
             self.problem = RequestError("bad_request")
         if self.version not in ((1, 0), (1, 1)):
             self.problem = RequestError("bad_request")
+        # Not what the parser makes of the coding: to it, one with white space behind it is none.
+        coded, length = self.fields.named(b"transfer-encoding"), message.headers.get("Content-Length")
+        if coded and length is not None:
+            self.problem = RequestError("bad_request")
         if self.problem is None:
-            length = message.headers.get("Content-Length")
-            self.framing = "chunked" if message.chunked else None if length is None else int(length)
+            self.framing = "chunked" if coded else None if length is None else int(length)
 
 
 class RequestHeads:
