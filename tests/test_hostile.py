@@ -180,6 +180,23 @@ async def test_a_silent_handshake_has_a_place_as_any_connection(
     assert (await client.message()).body == b"ok"
 
 
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_a_connection_that_ends_before_its_handshake_leaves_no_place(
+    start: StartProxy, upstream: ScriptedUpstream, tls: config.TLS, how: str
+) -> None:
+    proxy = await start(upstream.url, listener_tls=tls, limits=config.Limits(request_head_time=SHORT))
+    server = proxy.worker.proxy.server
+    for sent in (b"", b"x", b"\x16\x03\x01\x02\x00\x01"):
+        for _ in range(20):
+            client = socket.create_connection(("127.0.0.1", proxy.port))
+            if how == "rst":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.sendall(sent)
+            client.close()
+        await until(lambda: server.places.open > 0)
+        await until(lambda: not server.places.open and not server._handshakes)
+
+
 async def test_a_handshake_that_comes_in_pieces_or_is_none(
     start: StartProxy, upstream: ScriptedUpstream, tls: config.TLS, authority: trustme.CA
 ) -> None:
@@ -531,6 +548,28 @@ async def test_a_refusal_that_only_quotes_takes_no_accounting_away(
     assert (await client.message()).body == b"no"
     client.send(post())
     assert (await api.message()).json()["stream_options"] == {"include_usage": True}
+
+
+async def test_a_refusal_that_comes_while_the_body_is_sent_leaves_its_connection(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, route=ASKING)
+    body = b'{"model":"m","stream":true,"messages":["%b"]}' % (b"x" * 8 * MIB)
+    client = await proxy.connect()
+    client.send(post(body))
+    api = await upstream.accept()
+    await api.head()
+    api.reader._transport.pause_reading()  # type: ignore[attr-defined]
+    refusal = b'{"error":"no stream_options"}'
+    api.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(refusal), refusal))
+    again = await upstream.accept()
+    assert (await again.message()).body == body
+    api.reader._transport.resume_reading()  # type: ignore[attr-defined]
+    received, _ = await api.rest()
+    assert b"HTTP/1.1" not in received
+    assert len(received) < len(body)
+    again.send(OK)
+    assert (await client.message()).body == b"ok"
 
 
 # --- a connection that was already dead ---

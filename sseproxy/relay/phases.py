@@ -435,10 +435,10 @@ class Relay:
         if REFUSED not in await peek.look():
             peek.put_back()
             return False
-        if peek.whole:
+        if peek.whole and not self._attempt.uploads:
             connection.release(reusable=head.reusable)
-        else:
-            connection.abort()
+        # What still uploads, writes on the connection.
+        self._attempt.end()
         return True
 
     def _respond(

@@ -28,6 +28,8 @@ class _Accepted(asyncio.Protocol):
         self._loop = loop
         self._tls = tls
         self._early = b""
+        self._lost = False
+        self._agreed: asyncio.Future[asyncio.Transport | None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         accepted = cast(asyncio.Transport, transport)
@@ -40,26 +42,38 @@ class _Accepted(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._early += data
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        # It ended before TLS was asked for, of which nobody else would hear.
+        self._lost = True
+        if self._agreed is not None:
+            self._agreed.cancel()
+
     async def _handshake(self, transport: asyncio.Transport) -> None:
         protocol = DownstreamProtocol(self._server, self._loop)
         patience = self._server.limits.request_head_time
-        agreed: asyncio.Future[asyncio.Transport | None] = asyncio.ensure_future(
-            self._loop.start_tls(transport, protocol, self._tls, server_side=True, ssl_handshake_timeout=patience)
-        )
         encrypted: asyncio.Transport | None = None
         try:
+            if self._lost or transport.is_closing():
+                return
+            agreed = self._agreed = asyncio.ensure_future(
+                self._loop.start_tls(transport, protocol, self._tls, server_side=True, ssl_handshake_timeout=patience)
+            )
             # The next turn of the loop begins to agree. What was read before it is handed over in the one after.
             await asyncio.sleep(0)
             if self._early:
                 self._loop.call_soon(self._hand_over, transport)
-            encrypted = await agreed
-        except OSError:
-            # It speaks no TLS, or none that is accepted here.
-            pass
+            # uvloop's own time does not run where the connection ended in between.
+            done, _ = await asyncio.wait([agreed], timeout=patience)
+            if done and not agreed.cancelled() and agreed.exception() is None:
+                # What failed speaks no TLS, or none that is accepted here.
+                encrypted = agreed.result()
         finally:
-            agreed.cancel()
+            if self._agreed is not None:
+                self._agreed.cancel()
             # From here on it has a place as any other, or none.
             self._server.places.gone("")
+            if encrypted is None:
+                transport.abort()
         if encrypted is not None and not encrypted.is_closing():
             protocol.connection_made(encrypted)
 
