@@ -11,7 +11,7 @@ EXCHANGES ?= 10000
 SEED ?= 1
 SECONDS ?= 3600
 
-.PHONY: image demo test faults check bench memory soak fuzz clean dashboard-picture
+.PHONY: image demo test faults check bench memory hostile soak fuzz clean dashboard-picture
 
 $(RUNS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +62,9 @@ bench: $(STAMP) $(BENCH)
 
 memory: $(STAMP)
 	$(BIN)/python -m bench.memory
+
+hostile: $(STAMP)
+	$(BIN)/python -m bench.hostile
 
 soak: $(STAMP)
 	$(BIN)/python -m bench.soak $(SECONDS) --seed $(SEED) $(ARGS)

@@ -1,9 +1,7 @@
 """What a running `sseproxy serve` holds in the worst situations that clients and upstreams can bring it into.
 
 Each situation has a fresh proxy with one worker, over loopback. What is told is the most that its supervisor and its
-worker held together above what they held after a first exchange. It is their anonymous memory, `Anonymous` of
-/proc/PID/smaps_rollup (proc(5)): what they allocated. Their RSS and PSS have the pages of libraries as well, which come
-and go with other processes. TCP buffers belong to the kernel, which bounds them itself (tcp_rmem, tcp_wmem).
+worker held together above what they held after a first exchange (see `bench.watch`).
 
 `make memory` prints the table of the README; tests/test_memory.py holds the same bounds at a smaller scale.
 """
@@ -11,14 +9,11 @@ and go with other processes. TCP buffers belong to the kernel, which bounds them
 from __future__ import annotations
 
 import asyncio
-import re
 import resource
-import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -27,19 +22,27 @@ import uvloop
 from tests.harness import LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post
 from tests.served import Served, serve
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+from .watch import (
+    GET,
+    GIB,
+    KIB,
+    LOOK,
+    MIB,
+    NO_DEBUG,
+    Watch,
+    human,
+    say,
+    small_buffers,
+    standstill,
+    stop_reading,
+    watching,
+)
+
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", "1")
-# Looks at the processes, and seconds between two of them.
-LOOK = 0.02
-# So many looks without progress are a standstill: half a second in which loopback moves nothing.
-STANDSTILL = 25
 # Seconds; every situation is over long before.
 PATIENCE = 120.0
-# What the tool's own sockets buffer, so that the bytes sent are not the kernel's.
-SOCKET_BUFFER = 64 * KIB
 PIECE = chunk(delta("x" * 8_000))
 EVENT = delta(" token")
-GET = b"GET /v1/models HTTP/1.1\r\nHost: proxy\r\n\r\n"
 
 
 @dataclass(frozen=True)
@@ -77,33 +80,6 @@ class Figures:
         return self.growth / self.count if self.bound.each else self.growth
 
 
-def held(pid: int) -> int:
-    """What a process has allocated and touched, in bytes."""
-    (kib,) = re.findall(r"^Anonymous:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
-    return int(kib) * KIB
-
-
-class Watch:
-    """Looks at the memory of some processes for as long as it is open."""
-
-    def __init__(self, pids: list[int]) -> None:
-        self._pids = pids
-        self.before = self.most = self.now()
-
-    def now(self) -> int:
-        return sum(map(held, self._pids))
-
-    @property
-    def growth(self) -> int:
-        self.most = max(self.most, self.now())
-        return self.most - self.before
-
-    async def look(self) -> None:
-        while True:
-            self.most = max(self.most, self.now())
-            await asyncio.sleep(LOOK)
-
-
 @asynccontextmanager
 async def watched(script: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[tuple[Served, Watch]]:
     """A proxy, and its memory from after its first exchange on.
@@ -120,40 +96,14 @@ async def watched(script: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[tu
     async with (
         asyncio.timeout(PATIENCE),
         ScriptedUpstream(answer) as upstream,
-        # In asyncio's debug mode, for which any value will do, futures and handles remember where they were made.
-        serve("--upstream", upstream.url, *ANYWHERE, PYTHONASYNCIODEBUG="") as served,
+        serve("--upstream", upstream.url, *ANYWHERE, **NO_DEBUG) as served,
     ):
         client = await served.connect()
         client.send(GET)
         await client.message()
         client.close()
-        await served.get("/metrics")
-        watch = Watch([served.pid, *served.workers])
-        looking = asyncio.get_running_loop().create_task(watch.look())
-        try:
+        async with watching(served) as watch:
             yield served, watch
-        finally:
-            looking.cancel()
-
-
-def small_buffers(peer: Peer) -> None:
-    sock = peer.writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-
-
-async def standstill(progress: Callable[[], int]) -> int:
-    """Waits until `progress` has begun and does not go on, and tells how far it got."""
-    last, since = 0, 0
-    while since < STANDSTILL or not last:
-        await asyncio.sleep(LOOK)
-        now = progress()
-        last, since = now, since + 1 if now == last else 0
-    return last
-
-
-def stop_reading(peer: Peer) -> None:
-    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
 
 
 async def stalled_clients(count: int = 200, offered: int = 64 * MIB) -> Figures:
@@ -384,10 +334,6 @@ SITUATIONS: tuple[Callable[[], Coroutine[Any, Any, Figures]], ...] = (
 )
 
 
-def human(size: float) -> str:
-    return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size / KIB:.1f} KiB"
-
-
 def row(figures: Figures) -> str:
     bound = figures.bound
     limit = f"{bound.size // KIB} KiB each" if bound.each else f"{bound.size // MIB} MiB"
@@ -397,20 +343,15 @@ def row(figures: Figures) -> str:
 
 def main() -> int:
     begun = perf_counter()
-    print_line("| situation | sent | growth | each | bound |\n|---|---|---|---|---|")
+    say("| situation | sent | growth | each | bound |\n|---|---|---|---|---|")
     broken = []
     for situation in SITUATIONS:
         figures = uvloop.run(situation())
-        print_line(row(figures))
+        say(row(figures))
         if figures.cost > figures.bound.size:
             broken.append(figures.bound.situation)
     sys.stderr.write(f"{perf_counter() - begun:.0f} s; more than the bound: {', '.join(broken) or 'none'}\n")
     return 1 if broken else 0
-
-
-def print_line(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

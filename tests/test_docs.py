@@ -36,7 +36,7 @@ def test_every_make_target_that_is_named_exists() -> None:
     named = set(re.findall(r"`make ([\w-]+)", README + CONTRIBUTING)) | set(
         re.findall(r"^    make (\w+)", README, re.M)
     )
-    assert named == {"dashboard-picture", "image", "demo", "test", "faults", "check", "bench", "memory", "soak", "fuzz"}
+    assert named == set("dashboard-picture image demo test faults check bench memory hostile soak fuzz".split())
     assert named <= targets
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import memory
-from bench.memory import KIB, MIB, Figures
+from bench import hostile, memory
+from bench.memory import Figures
+from bench.watch import KIB, MIB
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 pytestmark = pytest.mark.timeout(60)
@@ -55,9 +56,15 @@ async def test_requests_leave_nothing() -> None:
 
 
 def test_the_readme_promises_these_bounds() -> None:
-    table = README[README.index("## Memory") :]
+    table = README[README.index("## What it holds at worst") :]
     promised = re.findall(r"^\| ([^|]+) \|.*\| (\d+) ([KM]iB)( each)? \|$", table, re.M)
     bounds = [value for value in vars(memory).values() if isinstance(value, memory.Bound)]
     assert {
         (situation, int(size) * (KIB if unit == "KiB" else MIB), bool(each)) for situation, size, unit, each in promised
     } == {(bound.situation, bound.size, bound.each) for bound in bounds}
+
+
+def test_the_readme_shows_what_the_hostile_may_send() -> None:
+    table = README[README.index("largest gap of a stream beside it") :]
+    bounds = [value.situation for value in vars(hostile).values() if isinstance(value, hostile.Bound)]
+    assert re.findall(r"^\| ([A-Z][^|]+) \|", table, re.M) == bounds

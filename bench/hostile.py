@@ -1,0 +1,454 @@
+"""The worst inputs of each kind against a running `sseproxy serve`: how long everybody else waits, and what it holds.
+
+Each situation has a fresh proxy with one worker, over loopback, and a paced stream through the same worker. What is
+told is the largest gap of that stream while an input is under way (see `bench.pace`), next to the largest one while
+nothing else is, and the most that supervisor and worker held above what they held before (see `bench.watch`). Each
+input comes twice, and the smaller gap counts, because a busy machine makes gaps of its own.
+
+`make hostile` prints the table of the README. Each input by itself goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import trustme
+import uvloop
+
+from tests.harness import LAST_CHUNK, STREAM_HEAD, Message, Peer, ScriptedUpstream, chunk, post
+from tests.served import ConfigFile, Served
+
+from . import pace
+from .watch import GET, KIB, MIB, NO_DEBUG, Watch, human, say, small_buffers, standstill, stop_reading, watching
+
+# Seconds; every situation is over long before.
+PATIENCE = 60.0
+# Seconds of each look at the stream while nothing else is under way.
+QUIET = 0.5
+# What is longer is refused (max_body), or passes without being looked at (limits.event).
+BODY, LARGE_EVENT, EVENT = 31 * MIB, 24 * MIB - KIB, 4 * MIB - KIB
+ANSWER = 64 * MIB
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+CHOSEN, ASKED = "/chosen/chat/completions", "/asked/chat/completions"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a situation may cost others in seconds, beyond a quiet stream's gap, and in bytes."""
+
+    situation: str
+    gap: float
+    size: int
+
+
+BODIES_CHOSEN = Bound("A request body that is read for its model", 0.05, 3 * BODY)
+BODIES_ASKED = Bound("A request body that is read to ask for usage", 0.05, 3 * BODY)
+UNFINISHED = Bound("Request bodies that never end", 0.05, 96 * MIB)
+EVENTS = Bound("An event of a stream", 0.01, 3 * 24 * MIB)
+ANSWERS = Bound("A JSON answer", 0.01, 16 * MIB)
+TINY_CHUNKS = Bound("Bodies in chunks of one byte", 0.05, 16 * MIB)
+SILENT = Bound("Connections without a TLS handshake", 0.05, 32 * MIB)
+HOPS = Bound("Trusted hops in X-Forwarded-For", 0.05, 8 * MIB)
+PIPELINED = Bound("Requests that do not wait for answers", 0.05, 8 * MIB)
+RESETS = Bound("Resets of TLS clients that do not read", 0.05, 96 * MIB)
+
+
+@dataclass(frozen=True)
+class Figures:
+    bound: Bound
+    sent: str
+    quiet: float
+    gap: float
+    """Seconds of the stream, alone and beside the worst input."""
+    growth: int
+    """Bytes that the proxy held at most, above what it held before."""
+
+    @property
+    def within(self) -> bool:
+        return self.gap <= self.quiet + self.bound.gap and self.growth <= self.bound.size
+
+
+@dataclass
+class Attacked:
+    """A proxy, its memory and the stream through it."""
+
+    served: Served
+    tls: ssl.SSLContext | None
+    watch: Watch
+    pace: pace.Pace
+    quiet: float
+    worst: float = 0.0
+    """The largest gap so far, in seconds."""
+
+    async def connect(self) -> Peer:
+        peer = Peer(*await asyncio.open_connection("127.0.0.1", self.served.port, ssl=self.tls))
+        self.served.peers.append(peer)
+        return peer
+
+    async def suffer(self, what: str, attack: Callable[[], Awaitable[None]]) -> None:
+        gaps = []
+        for _ in range(2):
+            await self.pace.gap()
+            await attack()
+            gaps.append(await self.pace.gap())
+        self.worst = max(self.worst, min(gaps))
+        text = f"  {what}: {' and '.join(map(milliseconds, gaps))} ms; {human(self.watch.growth)} so far\n"
+        sys.stderr.write(text)
+
+    async def ask(self, request: bytes) -> None:
+        """A request that the upstream answers, and its answer up to its end."""
+        client = await self.connect()
+        client.send(request)
+        head = await client.head()
+        assert head.status == 200, head
+        await to_the_end(client, head)
+        client.close()
+
+    def figures(self, bound: Bound, sent: str) -> Figures:
+        return Figures(bound, sent, self.quiet, self.worst, self.watch.growth)
+
+
+async def to_the_end(client: Peer, head: Message) -> None:
+    length = head.get("content-length")
+    if length is not None:
+        left = int(length)
+        while left:
+            left -= len(await read_some(client))
+        return
+    tail = b""
+    while not tail.endswith(LAST_CHUNK):
+        tail = (tail + await read_some(client))[-len(LAST_CHUNK) :]
+
+
+async def read_some(client: Peer) -> bytes:
+    part = await client.reader.read(MIB)
+    if not part:
+        raise ConnectionResetError
+    return part
+
+
+async def answer_ok(api: Peer, _: Message) -> None:
+    api.send(OK % (2, b"ok"))
+
+
+@asynccontextmanager
+async def attacked(
+    answer: Callable[[Peer, Message], Awaitable[None]] = answer_ok, *, tls: bool = False
+) -> AsyncIterator[Attacked]:
+    """A proxy whose upstream reads requests whole and answers each with `answer`."""
+
+    async def play(api: Peer) -> None:
+        while True:
+            await answer(api, await api.message())
+
+    async with (
+        asyncio.timeout(PATIENCE),
+        ScriptedUpstream(play) as upstream,
+        pace.pace() as stream,
+    ):
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            options, context = encrypted(directory) if tls else ({}, None)
+            file = ConfigFile(directory, upstream, **routes(upstream, stream), **options)
+            async with file.serve(**NO_DEBUG) as served:
+                await stream.begin(served.port, tls=tls)
+                quiet = []
+                for _ in range(2):
+                    await stream.gap()
+                    await asyncio.sleep(QUIET)
+                    quiet.append(await stream.gap())
+                async with watching(served) as watch:
+                    yield Attacked(served, context, watch, stream, min(quiet))
+
+
+def routes(upstream: ScriptedUpstream, stream: pace.Pace) -> dict[str, str]:
+    here = f"{{name: up, url: '{upstream.url}/v1'}}"
+    beside = f"{{name: paced, url: 'http://127.0.0.1:{stream.port}'}}"
+    return {
+        "upstreams": f"[{here}, {beside}]",
+        "routes": "["
+        f"{{name: paced, match: {{path: {pace.PATH}}}, upstream: paced}},"
+        "{name: chosen, match: {path: /chosen, model: 'm*'}, upstream: up},"
+        "{name: others, match: {path: /chosen}, upstream: up},"
+        "{name: asked, match: {path: /asked}, upstream: up, usage: {request: true}},"
+        "{name: all, match: {path: /v1}, upstream: up},"
+        "{name: gemini, match: {path: /v1beta}, upstream: up, dialect: gemini}"
+        "]",
+        "trusted_proxies": "[127.0.0.0/8, 10.0.0.0/8]",
+        "access_log": "{exchanges: off}",
+    }
+
+
+def encrypted(directory: Path) -> tuple[dict[str, str], ssl.SSLContext]:
+    ca = trustme.CA()
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(directory / "tls.pem")
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+    return {"tls": f"{{cert_file: '{directory}/tls.pem'}}"}, context
+
+
+def filled(begin: bytes, item: bytes, end: bytes, size: int) -> bytes:
+    """`begin`, as many of `item` as go into `size` bytes, without the comma before the first, and `end`."""
+    times = (size - len(begin) - len(end)) // len(item)
+    return begin + (item * times).removeprefix(b",") + end
+
+
+def bodies() -> Iterator[tuple[str, bytes]]:
+    depth = BODY // 7
+    yield "lists", filled(b'{"stream":true,"model":[', b",[]", b"]}", BODY)
+    yield "nested", b'{"stream":true,"a":' + b'{"a":' * depth + b"1" + b"}" * (depth + 1)
+    yield "a long name", filled(b'{"stream":true,"model":"', b"m", '\N{GRINNING FACE}"}'.encode(), BODY)
+    yield "a name of escapes", filled(b'{"stream":true,"model":"', b"\\u00e9", b'"}', BODY)
+    yield "no Unicode", filled(b'{"stream":true,"model":"', b"\xff", b'"}', BODY)
+    yield "members", filled(b'{"stream":true,', b',"a":1', b"}", BODY)
+    yield "brackets", b"[" * BODY
+
+
+async def request_bodies(bound: Bound, path: str) -> Figures:
+    async with attacked() as proxy:
+        for what, body in bodies():
+            await proxy.suffer(what, partial(proxy.ask, post(body, path)))
+        return proxy.figures(bound, "31 MiB of lists, nesting, one name, escapes, no Unicode, members or brackets")
+
+
+async def unfinished_bodies(count: int = 24, seconds: float = 4.0) -> Figures:
+    """Clients that send all but the end of a body, and then a byte now and then; another one asks meanwhile."""
+    others: Counter[int] = Counter()
+    async with attacked() as proxy:
+        begun = post(b"x" * BODY, CHOSEN)[:-64]
+
+        async def crawl(client: Peer) -> None:
+            with suppress(ConnectionError):
+                client.send(begun)
+                await client.writer.drain()
+                while True:
+                    client.send(b"x")
+                    await asyncio.sleep(1)
+
+        async def attack() -> None:
+            clients = [await proxy.connect() for _ in range(count)]
+            crawling = [asyncio.ensure_future(crawl(client)) for client in clients]
+            end = perf_counter() + seconds
+            while perf_counter() < end:
+                other = await proxy.connect()
+                other.send(post(b'{"model":"m"}', CHOSEN))
+                others[(await other.message()).status] += 1
+                other.close()
+                await asyncio.sleep(0.05)
+            for client, task in zip(clients, crawling, strict=True):
+                task.cancel()
+                client.reset()
+            await proxy.served.until(r"requests_active\{.*\"(chosen|others)\".*", 0)
+
+        await proxy.suffer("unfinished", attack)
+        said = ", ".join(f"{number} x {status}" for status, number in sorted(others.items()))
+        return proxy.figures(UNFINISHED, f"{count} of 31 MiB, then a byte a second; another client there: {said}")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What an upstream sends for a request of `path`."""
+
+    what: str
+    path: str
+    body: bytes
+
+
+def events() -> list[Sent]:
+    """Streams of one event."""
+    chat, gemini = "/v1/chat/completions", "/v1beta/models/m:streamGenerateContent"
+    parts = b'data: {"candidates":[{"content":{"parts":['
+    completed = b'data: {"type":"response.completed","response":{"output":['
+    output = b',{"type":"message","role":"assistant","content":[{"type":"output_text","text":"' + b"x" * 900 + b'"}]}'
+    counts = b'],"usage":{"input_tokens":1,"output_tokens":2}}}\n\n'
+    picture = b'data: {"type":"image_generation.partial_image","b64_json":"'
+    return [
+        Sent("Gemini's parts", gemini, filled(parts, b",{}", b"]}}]}\n\n", LARGE_EVENT)),
+        Sent("an image", "/v1/images/generations", filled(picture, b"AAAA", b'"}\n\n', LARGE_EVENT)),
+        Sent("outputs", "/v1/responses", filled(completed, output, counts, LARGE_EVENT)),
+        Sent("choices", chat, filled(b'data: {"choices":[', b",{}", b"]}\n\n", EVENT)),
+        Sent("nested", chat, filled(b'data: {"choices":', b"[", b"\n\n", EVENT)),
+        Sent("one line", chat, filled(b"data: ", b"x", b"\n\n", LARGE_EVENT)),
+        Sent("empty lines of data", chat, filled(b"", b"data:\n", b"\n", LARGE_EVENT)),
+        Sent("comments", chat, filled(b"", b":\n", b"\n", LARGE_EVENT)),
+    ]
+
+
+def answers() -> list[Sent]:
+    path = "/v1/embeddings"
+    numbers = b',{"object":"embedding","embedding":[' + b"0.0123," * 1535 + b"0.5]}"
+    counts = b'],"usage":{"prompt_tokens":1,"total_tokens":1}}'
+    return [
+        Sent("embeddings", path, filled(b'{"object":"list","data":[', numbers, counts, ANSWER)),
+        Sent("lists", path, filled(b"[", b",[]", b"]", ANSWER)),
+        Sent("lists as usage", path, filled(b'{"usage":[', b",[]", b"]}", ANSWER)),
+        Sent("members", path, filled(b"{", b',"a":1', b"}", ANSWER)),
+    ]
+
+
+async def what_upstreams_send(
+    bound: Bound, sent: str, all_sent: list[Sent], frame: Callable[[bytes], bytes]
+) -> Figures:
+    """Each is asked for by its number, in the query."""
+
+    async def answer(api: Peer, request: Message) -> None:
+        number = request.start_line.split()[1].partition("?")[2]
+        api.send(frame(all_sent[int(number)].body))
+        await api.writer.drain()
+
+    async with attacked(answer) as proxy:
+        for number, one in enumerate(all_sent):
+            await proxy.suffer(one.what, partial(proxy.ask, post(path=f"{one.path}?{number}")))
+        return proxy.figures(bound, sent)
+
+
+def streamed(body: bytes) -> bytes:
+    return STREAM_HEAD + chunk(body) + LAST_CHUNK
+
+
+def answered(body: bytes) -> bytes:
+    return OK % (len(body), body)
+
+
+async def tiny_chunks(count: int = 500_000) -> Figures:
+    """A body in chunks of one byte, as a request that is relayed, as one that is read, and as a stream."""
+    tiny = chunk(b"x") * count + LAST_CHUNK
+    stream = STREAM_HEAD + tiny
+
+    async def script(api: Peer, request: Message) -> None:
+        api.send(stream if "stream" in request.start_line else answered(b"ok"))
+
+    async with attacked(script) as proxy:
+        await proxy.suffer("a stream", partial(proxy.ask, post(path="/v1/chat/completions?stream")))
+        for what, path in (("an upload", "/v1/files"), ("a body that is read", CHOSEN)):
+            head = f"POST {path} HTTP/1.1\r\nHost: proxy\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+            await proxy.suffer(what, partial(proxy.ask, head + tiny))
+        return proxy.figures(TINY_CHUNKS, f"{count:,} chunks, as a stream, an upload, and a body that is read")
+
+
+async def silent_connections(count: int = 400) -> Figures:
+    """TCP connections to a TLS listener on which nothing is sent; another client asks meanwhile."""
+    async with attacked(tls=True) as proxy:
+
+        async def attack() -> None:
+            silent = [await proxy.served.connect() for _ in range(count)]
+            for _ in range(10):
+                await proxy.ask(GET)
+                await asyncio.sleep(0.1)
+            for client in silent:
+                client.reset()
+
+        await proxy.suffer("silent", attack)
+        return proxy.figures(SILENT, f"{count} that send nothing; another client is served")
+
+
+async def trusted_hops(hops: int = 3_400, times: int = 100) -> Figures:
+    addresses = b",".join([b"10.0.0.1"] * hops)
+    request = GET.replace(b"\r\n\r\n", b"\r\nX-Forwarded-For: " + addresses + b"\r\n\r\n")
+    async with attacked() as proxy:
+
+        async def attack() -> None:
+            for _ in range(times):
+                await proxy.ask(request)
+
+        await proxy.suffer("hops", attack)
+        return proxy.figures(HOPS, f"{hops:,} of them, in each of {times} requests")
+
+
+async def pipelined(count: int = 3_000) -> Figures:
+    """Requests that are sent all at once on one connection."""
+    async with attacked() as proxy:
+
+        async def attack() -> None:
+            client = await proxy.connect()
+            client.send(GET * count)
+            for _ in range(count):
+                assert (await client.message()).status == 200
+
+        await proxy.suffer("pipelined", attack)
+        return proxy.figures(PIPELINED, f"{count:,} at once, all answered")
+
+
+async def resets(count: int = 84, requests: int = 12) -> Figures:
+    """TLS clients with large answers to several requests under way, which reset without having read anything."""
+    large = answered(b"x" * MIB)
+    taken = 0
+
+    async def answer(api: Peer, _: Message) -> None:
+        nonlocal taken
+        for at in range(0, len(large), 64 * KIB):
+            api.send(large[at : at + 64 * KIB])
+            await api.writer.drain()
+            taken += 1
+
+    async with attacked(answer, tls=True) as proxy:
+
+        async def attack() -> None:
+            clients = []
+            for _ in range(count):
+                client = await proxy.connect()
+                small_buffers(client)
+                stop_reading(client)
+                client.send(GET * requests)
+                clients.append(client)
+            await standstill(lambda: taken)
+            for client in clients:
+                client.reset()
+            # Raises TimeoutError if an exchange is left.
+            await proxy.served.until(r"requests_active\{.*\"all\".*", 0)
+
+        await proxy.suffer("resets", attack)
+        return proxy.figures(RESETS, f"{count} with {requests} requests each; no exchange is left")
+
+
+SITUATIONS: tuple[Callable[[], Coroutine[Any, Any, Figures]], ...] = (
+    partial(request_bodies, BODIES_CHOSEN, CHOSEN),
+    partial(request_bodies, BODIES_ASKED, ASKED),
+    unfinished_bodies,
+    lambda: what_upstreams_send(
+        EVENTS, "24 MiB of parts, outputs, an image, one line or many; 4 MiB of choices or nesting", events(), streamed
+    ),
+    lambda: what_upstreams_send(ANSWERS, "64 MiB of embeddings, lists or members", answers(), answered),
+    tiny_chunks,
+    silent_connections,
+    trusted_hops,
+    pipelined,
+    resets,
+)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}"
+
+
+def row(figures: Figures) -> str:
+    gap = f"{milliseconds(figures.gap)} ms, {milliseconds(figures.quiet)} ms alone"
+    return f"| {figures.bound.situation} | {figures.sent} | {gap} | {human(figures.growth)} |"
+
+
+def main() -> int:
+    begun = perf_counter()
+    say("| situation | sent | largest gap of a stream beside it | memory at most |\n|---|---|---|---|")
+    broken = []
+    for situation in SITUATIONS:
+        figures = uvloop.run(situation())
+        say(row(figures))
+        if not figures.within:
+            broken.append(figures.bound.situation)
+    sys.stderr.write(f"{perf_counter() - begun:.0f} s; more than the bound: {', '.join(broken) or 'none'}\n")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
