@@ -180,6 +180,48 @@ async def test_a_silent_handshake_has_a_place_as_any_connection(
     assert (await client.message()).body == b"ok"
 
 
+async def test_silent_handshakes_of_one_address_leave_room_for_others(
+    start: StartProxy, upstream: ScriptedUpstream, tls: config.TLS, authority: trustme.CA
+) -> None:
+    limits = config.Limits(connections=8, connections_per_client=2)
+    proxy = await start(upstream.url, listener_tls=tls, limits=limits)
+    silent = [await proxy.connect() for _ in range(12)]
+    for peer in silent[2:]:
+        assert await peer.rest() == (b"", "fin")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    other = Peer(*await asyncio.open_connection("127.0.0.1", proxy.port, ssl=context, local_addr=("127.0.0.2", 0)))
+    proxy.peers.append(other)
+    other.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(OK)
+    assert (await other.message()).body == b"ok"
+
+
+async def test_a_handshake_that_is_under_way_is_not_cut_by_a_reload(
+    start: StartProxy, play: PlayScript, tls: config.TLS, authority: trustme.CA
+) -> None:
+    async def answer(api: Peer) -> None:
+        while True:
+            await api.message()
+            api.send(OK)
+
+    upstream = await play(answer)
+    proxy = await start(upstream.url, listener_tls=tls)
+    client = await proxy.connect()
+    await until(lambda: proxy.worker.proxy.server.places.open == 1)
+    retiring = asyncio.get_running_loop().create_task(proxy.worker.retire(asyncio.Event()))
+    await until(lambda: proxy.worker.proxy.retiring)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    await client.writer.start_tls(context, server_hostname="127.0.0.1")
+    client.send(post())
+    assert (await client.message()).body == b"ok"
+    async with asyncio.timeout(DEADLINE):
+        await retiring
+
+
 @pytest.mark.parametrize("how", ["fin", "rst"])
 async def test_a_connection_that_ends_before_its_handshake_leaves_no_place(
     start: StartProxy, upstream: ScriptedUpstream, tls: config.TLS, how: str

@@ -45,6 +45,12 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _NO_FIELDS = headers.Fields(())
 
 
+def address_of(transport: asyncio.BaseTransport) -> str:
+    """The address of the peer of `transport`, without its port; empty if it has none."""
+    peer = transport.get_extra_info("peername")
+    return headers.plain_address(str(peer[0])) if isinstance(peer, tuple) else ""
+
+
 class FlowControlled(Protocol):
     """Writes into a downstream and is told when to stop."""
 
@@ -169,9 +175,7 @@ class DownstreamProtocol(asyncio.Protocol):
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        peer = transport.get_extra_info("peername")
-        if isinstance(peer, tuple):
-            self.address = headers.plain_address(str(peer[0]))
+        self.address = address_of(transport)
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
         transport.set_protocol(BoundedReads(self))
         self.free_at = perf_counter()

@@ -13,7 +13,7 @@ from aiohttp.base_protocol import BaseProtocol
 from ..errors import RequestError
 from .admission import Connections
 from .answers import Answer
-from .downstream import DownstreamProtocol, Request
+from .downstream import DownstreamProtocol, Request, address_of
 from .hangups import HangupWatch
 
 if TYPE_CHECKING:
@@ -28,15 +28,21 @@ class _Accepted(asyncio.Protocol):
         self._loop = loop
         self._tls = tls
         self._early = b""
+        self._address = ""
         self._lost = False
         self._agreed: asyncio.Future[asyncio.Transport | None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         accepted = cast(asyncio.Transport, transport)
-        if self._server.places.come():
+        places = self._server.places
+        self._address = address_of(accepted)
+        worth_an_answer = places.come()
+        refused = places.known(self._address)
+        if worth_an_answer and (refused is None or refused.reason == "connections"):
             self._server.agree(self._handshake(accepted))
         else:
-            self._server.places.gone("")
+            # To tell a client that it has too many would take a handshake for each of them.
+            places.gone(self._address)
             accepted.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -71,7 +77,7 @@ class _Accepted(asyncio.Protocol):
             if self._agreed is not None:
                 self._agreed.cancel()
             # From here on it has a place as any other, or none.
-            self._server.places.gone("")
+            self._server.places.gone(self._address)
             if encrypted is None:
                 transport.abort()
         if encrypted is not None and not encrypted.is_closing():
@@ -111,7 +117,7 @@ class DownstreamServer:
         """Those that have not ended; of one whose client is gone, its task may still end."""
         self._handshakes: set[asyncio.Task[None]] = set()
         self.empty = asyncio.Event()
-        """Set while there is no connection, nor an exchange that has still to end after one."""
+        """Set while there is no connection, no handshake, nor an exchange that has still to end after one."""
         self.empty.set()
 
     def __call__(self, tls: ssl.SSLContext | None = None) -> asyncio.Protocol:
@@ -122,7 +128,12 @@ class DownstreamServer:
         """A connection is about to be encrypted."""
         task = asyncio.ensure_future(handshake)
         self._handshakes.add(task)
-        task.add_done_callback(self._handshakes.discard)
+        self.empty.clear()
+        task.add_done_callback(self._agreed)
+
+    def _agreed(self, task: asyncio.Task[None]) -> None:
+        self._handshakes.discard(task)
+        self._check_empty()
 
     def made(self, connection: DownstreamProtocol) -> RequestError | None:
         """There is a new `connection`. Why no request of it may be taken, or None.
@@ -145,7 +156,10 @@ class DownstreamServer:
 
     def _forget(self, connection: DownstreamProtocol) -> None:
         self.connections.discard(connection)
-        if not self.connections:
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        if not (self.connections or self._handshakes):
             self.empty.set()
 
     def close_idle_for(self, seconds: float) -> None:
