@@ -84,7 +84,8 @@ class Limits(_Model):
     connections: Count = 10_000
     """Clients' connections; requests on more are answered 503."""
     connections_per_client: CountOrOff = None
-    """Connections from one client, an IPv4 address or a /64 of IPv6; requests on more are answered 429."""
+    """Connections from one client, an IPv4 address or a /64 of IPv6; requests on more are answered 429.
+    With TLS, more are closed before the handshake."""
     active_requests: CountOrOff = None
     """Exchanges under way; more are answered 503."""
     lag: DurationOrOff = 1.0

@@ -424,7 +424,8 @@ class DownstreamProtocol(asyncio.Protocol):
         """Seconds for which there was no request, nor a part of a head; None if there is one."""
         if self._busy or self._requests or self._heads.begun or self._discards:
             return None
-        return perf_counter() - max(self.free_at, self.read_at)
+        # Empty lines are no part of a head, and keep nothing open.
+        return perf_counter() - self.free_at
 
     def close_if_idle(self, seconds: float) -> None:
         """Closes the connection if no request is on it, nor a part of a head, and none has been for so long."""
