@@ -49,6 +49,15 @@ def by_model(**limits: Any) -> dict[str, Any]:
     return {"routes": (route,), "limits": config.Limits(**limits)}
 
 
+async def served(client: Peer, upstream: ScriptedUpstream) -> None:
+    """A request of `client` is answered, on a connection of its own."""
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    api.send(OK)
+    assert (await client.message()).body == b"ok"
+
+
 # --- a client that is reset while nothing is read from it ---
 
 
@@ -173,11 +182,7 @@ async def test_a_silent_handshake_has_a_place_as_any_connection(
     for peer in silent:
         await peer.rest()
     client = await encrypted(proxy, authority)
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
-    api.send(OK)
-    assert (await client.message()).body == b"ok"
+    await served(client, upstream)
 
 
 async def test_silent_handshakes_of_one_address_leave_room_for_others(
@@ -192,11 +197,7 @@ async def test_silent_handshakes_of_one_address_leave_room_for_others(
     authority.configure_trust(context)
     other = Peer(*await asyncio.open_connection("127.0.0.1", proxy.port, ssl=context, local_addr=("127.0.0.2", 0)))
     proxy.peers.append(other)
-    other.send(post())
-    api = await upstream.accept()
-    await api.message()
-    api.send(OK)
-    assert (await other.message()).body == b"ok"
+    await served(other, upstream)
 
 
 async def test_a_handshake_that_is_under_way_is_not_cut_by_a_reload(
@@ -250,11 +251,7 @@ async def test_a_handshake_that_comes_in_pieces_or_is_none(
         await peer.rest()
     await until(lambda: not proxy.worker.proxy.server.places.open)
     client = await encrypted(proxy, authority)
-    client.send(post())
-    api = await upstream.accept()
-    await api.message()
-    api.send(OK)
-    assert (await client.message()).body == b"ok"
+    await served(client, upstream)
 
 
 async def test_a_request_that_comes_with_the_end_of_the_handshake(
@@ -612,6 +609,24 @@ async def test_a_refusal_that_comes_while_the_body_is_sent_leaves_its_connection
     assert len(received) < len(body)
     again.send(OK)
     assert (await client.message()).body == b"ok"
+
+
+@pytest.mark.parametrize(("length", "known"), [(128, True), (129, False), (20_000, False)])
+async def test_a_model_is_short_wherever_it_is_named(
+    start: StartProxy, upstream: ScriptedUpstream, length: int, known: bool
+) -> None:
+    proxy = await start(upstream.url, route=ASKING)
+    name = "m" * length
+    client = await proxy.connect()
+    client.send(post(b'{"stream":true}', f"/v1/deployments/{name}/chat/completions"))
+    api = await upstream.accept()
+    assert f"/{name}/" in (await api.message()).start_line
+    (relay,) = proxy.worker.proxy.active
+    assert relay._exchange is not None
+    assert relay._exchange.model == (name if known else None)
+    api.send(OK)
+    assert (await client.message()).body == b"ok"
+    assert set(proxy.worker.proxy.upstreams["up"]._stream_options) == {name if known else None}
 
 
 # --- a connection that was already dead ---

@@ -9,6 +9,8 @@ import msgspec
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
 """What a decoder raises for bytes that are not JSON, no Unicode, nested too deep, or not of its types."""
 
+# A `model` is short text, or none. The longest in use, paths of cloud resources, have some hundred characters.
+MAX_MODEL: Final = 128
 NULL: Final = msgspec.Raw(b"null")
 _EMPTY: Final = frozenset({b"null", b'""', b"[]", b"{}"})
 # No count of tokens has more digits; what has is garbage, and must not reach a counter.

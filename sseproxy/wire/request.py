@@ -9,12 +9,10 @@ from typing import Final, NamedTuple
 import msgspec
 
 from .extract import Extract, Gist, wanted
-from .meaning import NULL, UNREADABLE, text_of
+from .meaning import MAX_MODEL, NULL, UNREADABLE, text_of
 
-# A `model` is short text, or none. The longest in use, paths of cloud resources, have some hundred characters.
-_MAX_MODEL: Final = 128
 # Of JSON, a character has at most two escapes.
-_MAX_SPELLED: Final = 2 * len(r"\uXXXX") * _MAX_MODEL + 2
+_MAX_SPELLED: Final = 2 * len(r"\uXXXX") * MAX_MODEL + 2
 _TRUE: Final = msgspec.Raw(b"true")
 
 
@@ -85,7 +83,7 @@ class RequestReader:
         if spelled is NULL or memoryview(spelled).nbytes > _MAX_SPELLED:
             return None
         name = text_of(spelled)
-        return name if name is None or len(name) <= _MAX_MODEL else None
+        return name if name is None or len(name) <= MAX_MODEL else None
 
     def with_usage(self) -> Splice | None:
         """What asks for usage; None where the request does not stream, or says itself what it wants."""

@@ -10,6 +10,7 @@ import functools
 import re
 from typing import Final
 
+from ..meaning import MAX_MODEL
 from .assistants import ASSISTANTS
 from .chat import CHAT, COMPLETIONS, GENERIC
 from .dialect import Dialect
@@ -35,13 +36,13 @@ DIALECTS: Final = (
 """Tried in this order; the last one takes every path, and finds usage that looks like OpenAI's."""
 
 
-_MODEL_IN_PATH: Final = re.compile(r"/(?:models|deployments)/([^/:]+)[/:]")
+_MODEL_IN_PATH: Final = re.compile(rf"/(?:models|deployments)/([^/:]{{1,{MAX_MODEL}}})[/:]")
 
 DIALECT_NAMES: Final = tuple(dialect.name for dialect in DIALECTS)
 
 
 def model_in(path: str) -> str | None:
-    """The model that `path` names, as Gemini's, Vertex AI's and Azure's do."""
+    """The model that `path` names, as Gemini's, Vertex AI's and Azure's do; as short as in a body, or none."""
     match = _MODEL_IN_PATH.search(path)
     return match[1] if match else None
 
