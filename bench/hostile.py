@@ -266,7 +266,7 @@ class Sent:
 
 
 def events() -> list[Sent]:
-    """Streams of one event."""
+    """Streams of one event, or of many."""
     chat, gemini = "/v1/chat/completions", "/v1beta/models/m:streamGenerateContent"
     parts = b'data: {"candidates":[{"content":{"parts":['
     completed = b'data: {"type":"response.completed","response":{"output":['
@@ -282,6 +282,8 @@ def events() -> list[Sent]:
         Sent("one line", chat, filled(b"data: ", b"x", b"\n\n", LARGE_EVENT)),
         Sent("empty lines of data", chat, filled(b"", b"data:\n", b"\n", LARGE_EVENT)),
         Sent("comments", chat, filled(b"", b":\n", b"\n", LARGE_EVENT)),
+        Sent("events without data", chat, filled(b"", b"x\r\r", b"\n\n", LARGE_EVENT)),
+        Sent("usage in all events", ASKED, filled(b"", b'data:{"usage":1,"choices":[]}\n\n', b"\n\n", EVENT)),
     ]
 
 
@@ -417,7 +419,10 @@ SITUATIONS: tuple[Callable[[], Coroutine[Any, Any, Figures]], ...] = (
     partial(request_bodies, BODIES_ASKED, ASKED),
     unfinished_bodies,
     lambda: what_upstreams_send(
-        EVENTS, "24 MiB of parts, outputs, an image, one line or many; 4 MiB of choices or nesting", events(), streamed
+        EVENTS,
+        "24 MiB of parts, outputs, an image, one line, many, or many events; 4 MiB of choices, nesting or usages",
+        events(),
+        streamed,
     ),
     lambda: what_upstreams_send(ANSWERS, "64 MiB of embeddings, lists or members", answers(), answered),
     tiny_chunks,

@@ -39,8 +39,6 @@ def test_the_parsers_are_the_c_ones() -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "expected"),
     [
-        (BaseProtocol, "_pause_transport_reading", ["self"]),
-        (BaseProtocol, "_resume_transport_reading", ["self"]),
         (BaseProtocol, "_drain_helper", ["self"]),
         (BaseProtocol, "pause_writing", ["self"]),
         (BaseProtocol, "resume_writing", ["self"]),

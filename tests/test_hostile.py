@@ -7,6 +7,7 @@ import random
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy import config
-from sseproxy.relay.admission import connections_within, told
+from sseproxy.errors import ExchangeError, RequestError
+from sseproxy.relay.admission import Ticket, connections_within, told
+from sseproxy.relay.body import RequestBody
 from sseproxy.relay.hangups import HangupWatch
 
 from .conftest import PlayScript, StartProxy
@@ -365,6 +368,41 @@ async def test_bodies_that_are_collected_have_a_bound_and_who_dawdles_makes_room
     await proxy.idle()
     assert admission.empty
     assert proxy.sample("requests_rejected_total", reason="held") == 1
+
+
+async def test_room_is_not_looked_for_again_for_each_who_asks(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    count, looked = 1_000, 0
+
+    class Body(RequestBody):
+        @property
+        def waited(self) -> float:
+            nonlocal looked
+            looked += 1
+            return 1.0
+
+    limits = config.Limits(held=MIB)
+    proxy = await start(upstream.url, limits=limits, max_body=MIB)
+    admission = proxy.worker.proxy.admission
+    refused: list[ExchangeError] = []
+
+    async def collect() -> Ticket:
+        body = Body(MIB, limits, lambda: None)
+        ticket = admission.ticket(body, refused.append)
+        ticket.collects = True
+        body.feed(b"x" * (MIB // count))
+        with suppress(RequestError):
+            await body.collect(DEADLINE)
+        return ticket
+
+    tickets = [await collect() for _ in range(count)]
+    assert looked == 0
+    tickets += [await collect() for _ in range(count // 2)]
+    for ticket in tickets:
+        ticket.give_back()
+    assert admission.empty
+    # It is looked for once for each sixteenth of all the room.
+    assert 0 < looked <= count * (16 // 2 + 1)
+    assert 0 < len(refused) <= count // 2 + count // 16
 
 
 async def test_one_body_alone_may_be_as_large_as_is_promised(start: StartProxy, upstream: ScriptedUpstream) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Connections above their limit that are still told so; more are closed without a word. Each needs a descriptor.
 _MOST_TOLD = 500
+# Where there is no room for bodies, this part of all of it is made free.
+_FREED_AT_ONCE = 16
 
 
 def told(connections: int) -> int:
@@ -100,18 +102,24 @@ class Admission:
         most = self._limits.held
         if self._held + size <= most:
             return True
+        # More than is asked for, so that this is not to be done again for each who asks.
+        enough = most - most // _FREED_AT_ONCE - size
         for ticket in [ticket for ticket in self._holders if ticket.spare and ticket is not asker]:
+            if self._held <= enough:
+                break
             ticket.body.forget()
-            if self._held + size <= most:
-                return True
-        # Clients that take their time hold nobody up who does not.
-        waiting = sorted((ticket for ticket in self._holders if ticket.collects), key=lambda one: one.body.waited)
-        while asker.collects and waiting and (slowest := waiting.pop()) is not asker:
-            slowest.body.close()
-            slowest.refuse(RequestError("held"))
-            if self._held + size <= most:
-                return True
-        return False
+        stays = True
+        if asker.collects and self._held + size > most:
+            # Clients that take their time hold nobody up who does not.
+            waiting = sorted((ticket for ticket in self._holders if ticket.collects), key=lambda one: one.body.waited)
+            while waiting and self._held > enough:
+                slowest = waiting.pop()
+                if slowest is asker:
+                    stays = False
+                else:
+                    slowest.body.close()
+                    slowest.refuse(RequestError("held"))
+        return stays and self._held + size <= most
 
 
 class Ticket:

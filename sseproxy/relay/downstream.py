@@ -106,7 +106,7 @@ class DownstreamProtocol(asyncio.Protocol):
         "_heads",
         "_idle_timer",
         "_loop",
-        "_paused",
+        "_reads",
         "_requests",
         "_server",
         "_surplus",
@@ -145,7 +145,7 @@ class DownstreamProtocol(asyncio.Protocol):
         self._surplus = False
         # What was read and waits for a place among the requests.
         self._unread = b""
-        self._paused = False
+        self._reads: BoundedReads | None = None
         self._watch: Watch | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -177,7 +177,8 @@ class DownstreamProtocol(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.address = address_of(transport)
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        transport.set_protocol(BoundedReads(self))
+        self._reads = BoundedReads(self)
+        transport.set_protocol(self._reads)
         self.free_at = perf_counter()
         self.refused = self._server.made(self)
         self._task = self._loop.create_task(self._serve())
@@ -190,7 +191,7 @@ class DownstreamProtocol(asyncio.Protocol):
         if self.transport is None:
             # It was lost before it was made.
             return
-        self.transport = None
+        self.transport = self._reads = None
         # A task that was cancelled refers to its frames, and they to this object.
         task, self._task = self._task, None
         # Each of these happens, the last one first, whatever the others raise.
@@ -392,23 +393,20 @@ class DownstreamProtocol(asyncio.Protocol):
 
     def _more(self) -> None:
         """There is room again in the body that is being received."""
-        if self._paused and not self._unread:
+        if not self._unread:
             self._resume_reading()
 
     def _pause_reading(self) -> None:
-        if not self._paused and self.transport is not None and not self.transport.is_closing():
-            self._paused = True
-            self.transport.pause_reading()
+        if self._reads is not None and not self._reads.paused:
+            self._reads.pause()
             self._watch = self._server.hangups.add(self._fd, self._gone)
 
     def _resume_reading(self) -> None:
-        if self._paused:
-            self._paused = False
+        if self._reads is not None and self._reads.paused:
+            self._reads.resume()
             if self._watch is not None:
                 self._server.hangups.remove(self._watch)
                 self._watch = None
-            if self.transport is not None and not self.transport.is_closing():
-                self.transport.resume_reading()
 
     # --- connections without a request ---
 

@@ -1,21 +1,42 @@
-"""Reads of bounded size, and for chunks that are alike plain ones.
+"""What is read from a connection, how much of it at once, and when.
 
-uvloop reads up to 256,000 bytes at once, unless a protocol brings the buffer; to bring one is a call more for each
-read, and to go by the usual way is one more again. So chunks that are alike, which are small, are read plainly.
+One connection must not keep the bytes of all others waiting. So a read is bounded, and what was read is handed over in
+pieces; where that takes long, the rest waits for another turn of the loop, and pieces become smaller. That holds for
+whatever the bytes mean: nobody who takes them need be fast.
+
+uvloop reads up to 256,000 bytes at once, unless a protocol brings the buffer, and reads again in the same turn as long
+as the buffer was filled. To bring a buffer is a call more for each read, and to go by the usual way is one more again.
+So chunks that are alike, which are small, are read plainly.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
+from time import perf_counter
+from typing import Final, Protocol
 
-# What is read at once: with a full write buffer it is what is held for a client that does not read, and it bounds for
-# how long the bytes of one connection keep those of others waiting.
+# What is read at once: with a full write buffer it is what is held for a client that does not read.
 MAX_READ: Final = 32 * 1024
 # More is read at once where events are large, where a body comes as fast as the network takes it, or where the worker
-# is late.
+# is late. No less than this is handed over at once.
 _SMALL: Final = 4 * 1024
+# Seconds that one connection may take in a turn of the loop. A piece that takes half of it, of what is seldom to be
+# looked at so closely, is larger than it should be.
+_TURN: Final = 0.002
+
+
+class Connection(Protocol):
+    """A protocol whose reads are bounded: it has a transport until that is lost."""
+
+    @property
+    def transport(self) -> asyncio.Transport | None: ...
+
+    def data_received(self, data: bytes) -> None: ...
+    def eof_received(self) -> bool | None: ...
+    def connection_lost(self, exc: Exception | None) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
 
 
 class _Reads:
@@ -23,7 +44,7 @@ class _Reads:
 
     __slots__ = ("_protocol",)
 
-    def __init__(self, protocol: asyncio.Protocol) -> None:
+    def __init__(self, protocol: Connection) -> None:
         self._protocol = protocol
 
     def eof_received(self) -> bool | None:
@@ -40,31 +61,120 @@ class _Reads:
 
 
 class BoundedReads(_Reads, asyncio.BufferedProtocol):
-    """At most `MAX_READ` bytes at once."""
+    """At most `MAX_READ` bytes at once, and little work in a turn. Who wants no more for now says `pause`."""
 
-    __slots__ = ("deliver", "small")
+    __slots__ = ("_ahead", "_paused", "_reading", "_room", "_turn", "_worked", "deliver", "small")
 
-    # One for all: a read is handed over before there is another.
+    # One for all: a read is taken over before there is another.
     _buffer = memoryview(bytearray(MAX_READ))
 
-    def __init__(self, protocol: asyncio.Protocol) -> None:
+    def __init__(self, protocol: Connection) -> None:
         super().__init__(protocol)
         self.deliver: Callable[[bytes], None] = protocol.data_received
         """Takes what was read; who takes it may change."""
         self.small = True
         """Whether all reads have been. What the kernel buffers grows with what a connection has carried."""
+        # What was read and waits to be handed over, and how much of it is at once.
+        self._ahead = b""
+        self._room = MAX_READ // 2
+        # Seconds that handing over has taken since the last time that others came first, and the turn to go on in.
+        self._worked = 0.0
+        self._turn: asyncio.Handle | None = None
+        self._paused = False
+        self._reading = True
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing may be handed over."""
+        return self._paused
+
+    @property
+    def ahead(self) -> bool:
+        """Whether something was read that waits."""
+        return bool(self._ahead)
+
+    def pause(self) -> None:
+        """Nothing is handed over, nor read, until `resume`."""
+        self._paused = True
+        self._settle()
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._ahead and self._turn is None:
+            self._wait_for_turn()
+        self._settle()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
+        return self._buffer[: self._room]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.take(bytes(self._buffer[:nbytes]))
 
     def take(self, data: bytes) -> None:
         """`data` was read."""
-        if len(data) > _SMALL:
+        # A read that filled the buffer, be it at its smallest, may have another behind it in this turn.
+        if len(data) >= _SMALL:
             self.small = False
-        self.deliver(data)
+        elif not self._ahead:
+            self.deliver(data)
+            return
+        self._ahead += data
+        if not self._paused and self._turn is None:
+            self._hand_over()
+        self._settle()
+
+    def put_back(self, data: bytes) -> None:
+        """`data` was handed over, and is for somebody else, who gets it first."""
+        ahead, self._ahead = self._ahead, b""
+        self.take(data)
+        self._ahead += ahead
+
+    def _hand_over(self) -> None:
+        """What was read goes on, in pieces, as far as this turn allows."""
+        began = perf_counter()
+        while self._ahead and not self._paused:
+            piece, self._ahead = self._ahead[: self._room], self._ahead[self._room :]
+            self.deliver(piece)
+            now = perf_counter()
+            took, began = now - began, now
+            if took > _TURN / 2:
+                self._room = max(self._room // 2, _SMALL)
+            elif took < _TURN / 8:
+                self._room = min(self._room * 2, MAX_READ)
+            self._worked += took
+            if self._worked > _TURN:
+                self._wait_for_turn()
+                return
+
+    def _wait_for_turn(self) -> None:
+        self._worked = 0.0
+        self._turn = asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._turn = None
+        self._hand_over()
+        self._settle()
+
+    def _settle(self) -> None:
+        """The transport reads, or does not."""
+        reads = not (self._paused or self._ahead or self._turn)
+        transport = self._protocol.transport
+        if reads is not self._reading and transport is not None and not transport.is_closing():
+            self._reading = reads
+            if reads:
+                transport.resume_reading()
+            else:
+                transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+        ahead, self._ahead = self._ahead, b""
+        try:
+            if ahead:
+                self.deliver(ahead)
+        finally:
+            super().connection_lost(exc)
 
 
 class PlainReads(_Reads, asyncio.Protocol):

@@ -111,11 +111,11 @@ class RelayProtocol(ResponseHandler):
         self._sink = sink
         self._reads.deliver = sink.data_received
         held, self._held = self._held, b""
+        if held:
+            self._reads.put_back(held)
         if self._held_paused:
             self._held_paused = False
             self.resume()
-        if held:
-            sink.data_received(held)
         if self._connection_lost_called and self._sink is not None:
             sink.connection_lost(self._closed_cleanly)
 
@@ -132,7 +132,7 @@ class RelayProtocol(ResponseHandler):
 
     def read_plainly(self, reads: PlainReads) -> None:
         """`reads` gets what comes, until `read_bounded`, where it may be trusted to be small."""
-        if self._reads.small and self.transport is not None and not self._reading_paused:
+        if self._reads.small and self.transport is not None and not self._reads.paused:
             self.transport.set_protocol(reads)
             self._plain = True
 
@@ -147,7 +147,7 @@ class RelayProtocol(ResponseHandler):
         """The exchange is over. Unless `reusable`, the connection will not be pooled."""
         self._head, self._answered = None, False
         self._take_back()
-        if not reusable or self._held:
+        if not reusable or self._held or self._reads.ahead:
             self._should_close = True
         self._held = b""
         if not self._should_close:
@@ -156,14 +156,13 @@ class RelayProtocol(ResponseHandler):
             self.resume()
 
     def pause(self) -> None:
-        """Reads no more until `resume`; does nothing once the connection is gone."""
+        """Reads no more until `resume`."""
         # The kernel goes on to buffer, and a plain read takes all of that.
         self._reads.small = False
-        self.read_bounded()
-        self._pause_transport_reading()
+        self.read_bounded().pause()
 
     def resume(self) -> None:
-        self._resume_transport_reading()
+        self._reads.resume()
 
     def eof_received(self) -> None:
         """The upstream has ended its side in order: by a FIN, or in TLS by close_notify."""

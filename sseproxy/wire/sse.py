@@ -16,11 +16,25 @@ from .extract import WHOLE, Extract, Members
 LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 BOM: Final = b"\xef\xbb\xbf"
 
-# The end of a line, and the blank lines that follow it: the first of them ends an event, the others mean nothing.
-_LINE_ENDS: Final = re.compile(rb"(?:\r\n|\n|\r)([\r\n]*+)")
+# Whole lines that are neither data nor a type.
+_OTHERS: Final = rb"(?:(?!data|event)[^\r\n]++(?>\r\n|\n|\r))*+"
+# The end of a line, and what follows it and need not be looked at line by line: others of the same event, and then the
+# blank line that ends it, with all that is before the next data or type.
+_LINE_ENDS: Final = re.compile(rb"(?>\r\n|\n|\r)(%b)((?:[\r\n]++%b)*+)" % (_OTHERS, _OTHERS))
+_FIELD: Final = re.compile(rb"(?<![^\r\n])[^:\r\n]")
 
 # Of a line above the limit so much is kept as tells data, another field and a comment apart.
 _LINE_STUB: Final = 16
+
+
+def last_event_end(payload: bytes, start: int, limit: int) -> int:
+    """Where after `start`, and before `limit`, the last event ends that does; 0 if none does."""
+    last = max(payload.rfind(ends, start, limit) for ends in (b"\n\n", b"\r\r", b"\n\r"))
+    if last < 0:
+        return 0
+    end = last + 2
+    return end + 1 if payload[end - 1 : end + 1] == b"\r\n" else end
+
 
 Event = tuple[bytes, bytes | None]
 """(type, data): the type is `b""` where the stream names none, the data is None where there was more than is looked at.
@@ -113,15 +127,30 @@ class EventParser:
         for end in _LINE_ENDS.finditer(payload):
             start, after = end.span()
             event = self._end_line(payload[pos:start])
-            if event is None and end[1]:
-                event = self._end_line(b"")
             if event is not None:
                 events.append(event)
+            others, blank = end[1], end[2]
+            if others:
+                self._skip(others)
+            if blank:
+                event = self._end_line(b"")
+                if event is not None:
+                    events.append(event)
+                if len(blank) > 2:
+                    self._skip(blank)
             pos = after
         self._after_cr = payload.endswith(b"\r")
         if pos < len(payload):
             self._keep(payload[pos:])
         return events
+
+    def _skip(self, lines: bytes) -> None:
+        """`lines` mean nothing here: comments, other fields, blank lines after the end of an event."""
+        if b":" in lines:
+            self.comments += lines.startswith(b":") + lines.count(b"\n:") + lines.count(b"\r:")
+        if not self._has_field:
+            begun = lines[last_event_end(lines, 0, len(lines)) :].lstrip(b"\r\n")
+            self._has_field = _FIELD.search(begun) is not None
 
     def _keep(self, part: bytes) -> None:
         """Adds to the line that is being read, as long as there is room."""

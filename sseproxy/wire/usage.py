@@ -12,13 +12,16 @@ from typing import Final, Literal
 import msgspec
 
 from .meaning import UNREADABLE
-from .sse import BOM, LINE_END, EventParser
+from .sse import BOM, LINE_END, EventParser, last_event_end
 
 # How a backend answers that takes no `stream_options`: with one of these, naming it in the body.
 REFUSAL_STATUSES: Final = frozenset({400, 422})
 REFUSED: Final = b"stream_options"
 
 _NULL: Final = b"null"
+# That an event may tell usage; many have a null there in every event.
+_USAGE: Final = re.compile(rb'"usage"(?!\s*:\s*null)')
+_CHOICES: Final = b'"choices"'
 _EMPTY_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # All that an event which only tells usage may have; one with anything else was not sent for the sake of usage alone.
 _KEYS: Final = frozenset(
@@ -26,6 +29,13 @@ _KEYS: Final = frozenset(
 )
 # An event that only tells usage is below 1 KiB; one above this is something else.
 _MAX_HELD: Final = 64 * 1024
+
+# The blank line that ends an event, with the end of the line before it.
+_EVENT_END: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+# What is before an event and no part of it.
+_BETWEEN: Final = re.compile(rb"(?:(?::[^\r\n]*+)?+(?>\r\n|\n|\r))++")
+# The first byte of an event's data that tells what it is.
+_FIRST_DATA: Final = re.compile(rb"(?<![^\r\n])data:[ \t]*+([^ \t\r\n])")
 
 _decode_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -47,16 +57,17 @@ class UsageStripper:
     Of an event that may be one of those, what has come of it is held until it is whole, or has shown to be another.
     """
 
-    __slots__ = ("_after_cr", "_comment", "_first", "_held", "_in_line", "_line_at", "_passing")
+    __slots__ = ("_after_cr", "_first", "_held", "_in_comment", "_in_line", "_passing")
 
     def __init__(self) -> None:
         # The first bytes of the stream, until they show whether they are a byte order mark.
         self._first: bytes | None = b""
+        # What has come of an event, or that it is forwarded as it comes.
         self._held = bytearray()
-        self._line_at = 0
-        self._in_line = False
-        self._comment = False
         self._passing = False
+        # Whether its last line, or a comment before it, has no end yet.
+        self._in_line = False
+        self._in_comment = False
         # What became of the line whose CR was the last byte so far: an LF that comes next is a part of it.
         self._after_cr: Literal["", "held", "forwarded", "dropped"] = ""
 
@@ -67,9 +78,7 @@ class UsageStripper:
             payload[:5] == b"data:"
             and payload[-2:] == b"\n\n"
             and not self._first
-            and not self._held
-            and not self._in_line
-            and not self._passing
+            and self._between
             and payload.find(b"\n") == len(payload) - 2
             and b"\r" not in payload
             and not _EMPTY_CHOICES.search(payload)
@@ -79,6 +88,11 @@ class UsageStripper:
             return payload
         out = self._walk(payload) if self._first is None else self._begin(self._first + payload)
         return payload if out == payload else bytes(out)
+
+    @property
+    def _between(self) -> bool:
+        """Whether the next byte begins an event, or a line before one."""
+        return not (self._held or self._passing or self._in_comment)
 
     def end(self) -> bytes:
         """What is held of an event that will not become whole."""
@@ -96,69 +110,77 @@ class UsageStripper:
 
     def _walk(self, payload: bytes) -> bytearray:
         out = bytearray()
-        start = 0
+        at, size = 0, len(payload)
         if self._after_cr and payload[:1] == b"\n":
-            start = 1
+            at = 1
             if self._after_cr != "dropped":
                 to = out if self._after_cr == "forwarded" else self._held
                 to += b"\n"
         if payload:
             self._after_cr = ""
-        for end in LINE_END.finditer(payload, start):
-            self._add(payload[start : end.start()], out)
-            fate = self._end_line(end[0], out)
-            start = end.end()
-            if start == len(payload) and end[0] == b"\r":
-                self._after_cr = fate
-        self._add(payload[start:], out)
+        while at < size:
+            begun = at
+            if self._in_comment:
+                line = LINE_END.search(payload, at)
+                at = line.end() if line else size
+                self._in_comment = line is None
+            elif self._between:
+                at = self._pass_others(payload, at)
+            if at > begun:
+                out += payload[begun:at]
+                became: Literal["held", "forwarded", "dropped"] = "forwarded"
+            else:
+                at, became = self._event(payload, at, out)
+            if at == size and payload.endswith(b"\r"):
+                self._after_cr = became
         return out
 
-    def _add(self, part: bytes, out: bytearray) -> None:
-        """`part` belongs to the line that has begun, or begins one."""
-        if not part:
-            return
-        if not self._in_line:
-            self._in_line = True
-            self._line_at = len(self._held)
-            self._comment = part[0] == 0x3A and not self._held
-        if self._passing or self._comment:
-            out += part
-            return
-        self._held += part
-        if len(self._held) > _MAX_HELD or self._shows_no_object():
-            self._passing = True
-            out += self._held
+    def _pass_others(self, payload: bytes, at: int) -> int:
+        """Where what is certainly no part of an event that only tells usage ends; `at` itself if there is nothing."""
+        usage = _USAGE.search(payload, at)
+        end = last_event_end(payload, at, usage.start() if usage else len(payload))
+        if end:
+            return end
+        others = _BETWEEN.match(payload, at)
+        if others is not None:
+            return others.end()
+        if payload[at] == 0x3A:
+            self._in_comment = True
+            return len(payload)
+        return at
+
+    def _event(self, payload: bytes, at: int, out: bytearray) -> tuple[int, Literal["held", "forwarded", "dropped"]]:
+        """Takes what `payload` has of an event; returns where that ends, and what became of it."""
+        begun = bool(self._held) or self._passing
+        end = LINE_END.match(payload, at) if begun and not self._in_line else None
+        end = end or _EVENT_END.search(payload, at)
+        to = out if self._passing else self._held
+        to += payload[at : end.end() if end else len(payload)]
+        if end is not None:
+            event = bytes(self._held)
             self._held.clear()
+            self._in_line = self._passing = False
+            return end.end(), _end_event(event, out)
+        self._in_line = payload[-1] not in b"\r\n"
+        if not self._passing:
+            data = _FIRST_DATA.search(self._held)
+            if len(self._held) > _MAX_HELD or (data is not None and data[1] != b"{"):
+                self._passing = True
+                out += self._held
+                self._held.clear()
+        return len(payload), "forwarded" if self._passing else "held"
 
-    def _shows_no_object(self) -> bool:
-        """Whether the first data of the event does not begin as an object does."""
-        line = self._held[self._line_at : self._line_at + 64]
-        data = line[5:].lstrip(b" \t") if line.startswith(b"data:") else b""
-        return bool(data) and data[0] != 0x7B and b"data:" not in self._held[: self._line_at]
 
-    def _end_line(self, end: bytes, out: bytearray) -> Literal["held", "forwarded", "dropped"]:
-        blank, self._in_line = not self._in_line, False
-        if blank and self._held:
-            return self._end_event(end, out)
-        forwarded = self._passing or self._comment or blank
-        to = out if forwarded else self._held
-        to += end
-        self._comment = False
-        if blank:
-            self._passing = False
-        return "forwarded" if forwarded else "held"
-
-    def _end_event(self, end: bytes, out: bytearray) -> Literal["forwarded", "dropped"]:
-        """The event that is held is whole."""
-        event = bytes(self._held) + end
-        self._held.clear()
-        # The empty line tells the parser that this is not where a byte order mark could be.
-        events = EventParser(_MAX_HELD).feed(b"\n" + event)
-        if any(data is not None and _tells_only_usage(data) for _, data in events):
-            # Comments are of nobody's event.
-            for line in event.splitlines(keepends=True):
-                if line.startswith(b":"):
-                    out += line
-            return "dropped"
+def _end_event(event: bytes, out: bytearray) -> Literal["forwarded", "dropped"]:
+    """What was held of an event, which is whole, goes to `out` unless it only tells usage."""
+    # The empty line tells the parser that this is not where a byte order mark could be.
+    possible = _CHOICES in event and _USAGE.search(event)
+    events = EventParser(_MAX_HELD).feed(b"\n" + event) if possible else []
+    if not any(data is not None and _tells_only_usage(data) for _, data in events):
         out += event
         return "forwarded"
+    # Comments are of nobody's event.
+    for line in event.splitlines(keepends=True):
+        if line.startswith(b":"):
+            out += line
+    return "dropped"
