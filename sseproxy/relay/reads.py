@@ -63,7 +63,7 @@ class _Reads:
 class BoundedReads(_Reads, asyncio.BufferedProtocol):
     """At most `MAX_READ` bytes at once, and little work in a turn. Who wants no more for now says `pause`."""
 
-    __slots__ = ("_ahead", "_paused", "_reading", "_room", "_turn", "_worked", "deliver", "small")
+    __slots__ = ("_ahead", "_reading", "_room", "_turn", "_worked", "deliver", "paused", "small")
 
     # One for all: a read is taken over before there is another.
     _buffer = memoryview(bytearray(MAX_READ))
@@ -74,19 +74,15 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         """Takes what was read; who takes it may change."""
         self.small = True
         """Whether all reads have been. What the kernel buffers grows with what a connection has carried."""
+        self.paused = False
+        """Whether nothing may be handed over: `pause` and `resume` say so."""
         # What was read and waits to be handed over, and how much of it is at once.
         self._ahead = b""
         self._room = MAX_READ // 2
         # Seconds that handing over has taken since the last time that others came first, and the turn to go on in.
         self._worked = 0.0
         self._turn: asyncio.Handle | None = None
-        self._paused = False
         self._reading = True
-
-    @property
-    def paused(self) -> bool:
-        """Whether nothing may be handed over."""
-        return self._paused
 
     @property
     def ahead(self) -> bool:
@@ -95,11 +91,11 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
 
     def pause(self) -> None:
         """Nothing is handed over, nor read, until `resume`."""
-        self._paused = True
+        self.paused = True
         self._settle()
 
     def resume(self) -> None:
-        self._paused = False
+        self.paused = False
         if self._ahead and self._turn is None:
             self._wait_for_turn()
         self._settle()
@@ -119,7 +115,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
             self.deliver(data)
             return
         self._ahead += data
-        if not self._paused and self._turn is None:
+        if not self.paused and self._turn is None:
             self._hand_over()
         self._settle()
 
@@ -132,7 +128,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
     def _hand_over(self) -> None:
         """What was read goes on, in pieces, as far as this turn allows."""
         began = perf_counter()
-        while self._ahead and not self._paused:
+        while self._ahead and not self.paused:
             piece, self._ahead = self._ahead[: self._room], self._ahead[self._room :]
             self.deliver(piece)
             now = perf_counter()
@@ -157,7 +153,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
 
     def _settle(self) -> None:
         """The transport reads, or does not."""
-        reads = not (self._paused or self._ahead or self._turn)
+        reads = not (self.paused or self._ahead or self._turn)
         transport = self._protocol.transport
         if reads is not self._reading and transport is not None and not transport.is_closing():
             self._reading = reads
