@@ -303,6 +303,16 @@ async def test_a_connection_on_which_nothing_comes_does_not_stay(
         client.send(sent)
         assert await client.rest() == (b"", "fin")
     await until(proxy.worker.proxy.server.empty.is_set)
+    client = await proxy.connect()
+    await until(lambda: not proxy.worker.proxy.server.empty.is_set())
+
+    def gone() -> bool:
+        """Whether the connection has ended, though an empty line comes again and again."""
+        if not client.writer.is_closing():
+            client.writer.write(b"\r\n")
+        return proxy.worker.proxy.server.empty.is_set()
+
+    await until(gone)
 
 
 async def test_connections_of_a_unix_socket_are_nobodys(start: StartProxy, play: PlayScript, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+import ssl
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
+import trustme
 
 from sseproxy import config
 from sseproxy.errors import RequestError
@@ -31,7 +33,7 @@ from .harness import (
     post,
     until,
 )
-from .served import end, serve
+from .served import ConfigFile, end, serve
 
 # Long enough for a loaded machine to do what it has to before, short enough to wait for.
 SHORT = 0.3
@@ -344,11 +346,7 @@ async def test_too_few_descriptors_are_fewer_connections(
         f'upstreams: [{{name: up, url: "{upstream.url}"}}]\n'
         "routes: [{name: all, match: {path: /}, upstream: up}]\n"
     )
-    process = await asyncio.create_subprocess_exec(
-        *("bash", "-c", f"ulimit -n 60; exec {sys.executable} -m sseproxy serve -c {file}"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    process = await with_descriptors(60, file)
     assert process.stdout is not None
     assert process.stderr is not None
     peers: list[Peer] = []
@@ -369,3 +367,47 @@ async def test_too_few_descriptors_are_fewer_connections(
         await end(process)
         # The pipes are open as long as a worker holds its end of them.
         await process.communicate()
+
+
+async def test_silent_connections_take_no_more_descriptors_than_there_are(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "tls.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    file = ConfigFile(
+        tmp_path,
+        upstream,
+        tls=f"{{cert_file: '{tmp_path}/tls.pem'}}",
+        limits="{connections_per_client: 20}",
+    )
+    process = await with_descriptors(256, file.path)
+    assert process.stdout is not None
+    peers: list[Peer] = []
+    try:
+        async with asyncio.timeout(DEADLINE):
+            port = int((await process.stdout.readline()).rpartition(b":")[2])
+            peers += [Peer(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(400)]
+            other = Peer(*await asyncio.open_connection("127.0.0.1", port, ssl=context, local_addr=("127.0.0.2", 0)))
+            peers.append(other)
+            other.send(post())
+            api = await upstream.accept()
+            await api.message()
+            api.send(OK)
+            assert (await other.message()).body == b"ok"
+    finally:
+        for peer in peers:
+            peer.writer.transport.abort()
+        await end(process)
+        _, errors = await process.communicate()
+    assert b"Too many open files" not in errors
+
+
+async def with_descriptors(count: int, file: Path) -> asyncio.subprocess.Process:
+    """`sseproxy serve -c FILE` that may have so many descriptors."""
+    return await asyncio.create_subprocess_exec(
+        *("bash", "-c", f"ulimit -n {count}; exec {sys.executable} -m sseproxy serve -c {file}"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )

@@ -361,6 +361,26 @@ async def test_earlier_configurations_that_finish_are_bounded(upstream: Scripted
         assert await served.sample(r"streams_active\{.*\}") == 2
 
 
+@pytest.mark.timeout(60)
+async def test_an_upload_in_each_of_twenty_configurations_leaves_few_workers(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream, reload="{generations: 3}")
+    async with file.serve() as served:
+        uploads: list[Peer] = []
+        for number in range(20):
+            client = await served.connect()
+            uploads.append(client)
+            client.send(b"POST /v1/files HTTP/1.1\r\nHost: p\r\nContent-Length: 100\r\n\r\nx")
+            await (await upstream.accept()).head()
+            assert (await reload(served))[0] == 200
+            assert len(served.workers) == min(number + 1, 3) + 1
+        for client in uploads[:-3]:
+            ended = await client.message()
+            assert (ended.status, ended.json()["error"]["code"]) == (503, "draining")
+        assert await served.sample("workers_finishing") == 3
+
+
 async def test_the_end_ends_those_that_finish_as_well(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     file = ConfigFile(tmp_path, upstream, drain_timeout="300ms")
     async with file.serve() as served:
