@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -367,17 +368,19 @@ async def test_an_upload_in_each_of_twenty_configurations_leaves_few_workers(
 ) -> None:
     file = ConfigFile(tmp_path, upstream, reload="{generations: 3}")
     async with file.serve() as served:
-        uploads: list[Peer] = []
+        uploads: deque[Peer] = deque()
         for number in range(20):
-            client = await served.connect()
-            uploads.append(client)
-            client.send(b"POST /v1/files HTTP/1.1\r\nHost: p\r\nContent-Length: 100\r\n\r\nx")
+            uploads.append(await served.connect())
+            uploads[-1].send(b"POST /v1/files HTTP/1.1\r\nHost: p\r\nContent-Length: 100\r\n\r\nx")
             await (await upstream.accept()).head()
-            assert (await reload(served))[0] == 200
+            reloading = asyncio.get_running_loop().create_task(reload(served))
+            if len(uploads) > 3:
+                oldest = uploads.popleft()
+                ended = await oldest.message()
+                assert (ended.status, ended.json()["error"]["code"]) == (503, "draining")
+                oldest.close()
+            assert (await reloading)[0] == 200
             assert len(served.workers) == min(number + 1, 3) + 1
-        for client in uploads[:-3]:
-            ended = await client.message()
-            assert (ended.status, ended.json()["error"]["code"]) == (503, "draining")
         assert await served.sample("workers_finishing") == 3
 
 
