@@ -52,16 +52,16 @@ class Bound:
     size: int
 
 
-BODIES_CHOSEN = Bound("A request body that is read for its model", 0.05, 3 * BODY)
-BODIES_ASKED = Bound("A request body that is read to ask for usage", 0.05, 3 * BODY)
+BODIES_CHOSEN = Bound("Request bodies, read for their model", 0.05, 3 * BODY)
+BODIES_ASKED = Bound("Request bodies, read to ask for usage", 0.05, 3 * BODY)
 UNFINISHED = Bound("Request bodies that never end", 0.05, 96 * MIB)
-EVENTS = Bound("An event of a stream", 0.01, 3 * 24 * MIB)
-ANSWERS = Bound("A JSON answer", 0.01, 16 * MIB)
+EVENTS = Bound("Events of a stream", 0.01, 3 * 24 * MIB)
+ANSWERS = Bound("JSON answers", 0.01, 16 * MIB)
 TINY_CHUNKS = Bound("Bodies in chunks of one byte", 0.05, 16 * MIB)
-SILENT = Bound("Connections without a TLS handshake", 0.05, 32 * MIB)
+SILENT = Bound("TLS connections without a handshake", 0.05, 32 * MIB)
 HOPS = Bound("Trusted hops in X-Forwarded-For", 0.05, 8 * MIB)
-PIPELINED = Bound("Requests that do not wait for answers", 0.05, 8 * MIB)
-RESETS = Bound("Resets of TLS clients that do not read", 0.05, 96 * MIB)
+PIPELINED = Bound("Pipelined requests", 0.05, 8 * MIB)
+RESETS = Bound("TLS clients that do not read, then reset", 0.05, 96 * MIB)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,9 @@ async def request_bodies(bound: Bound, path: str) -> Figures:
     async with attacked() as proxy:
         for what, body in bodies():
             await proxy.suffer(what, partial(proxy.ask, post(body, path)))
-        return proxy.figures(bound, "31 MiB of lists, nesting, one name, escapes, no Unicode, members or brackets")
+        return proxy.figures(
+            bound, "31 MiB: lists, nesting, a long name, escapes, bytes that are no Unicode, members, brackets"
+        )
 
 
 async def unfinished_bodies(count: int = 24, seconds: float = 4.0) -> Figures:
@@ -253,7 +255,9 @@ async def unfinished_bodies(count: int = 24, seconds: float = 4.0) -> Figures:
 
         await proxy.suffer("unfinished", attack)
         said = ", ".join(f"{number} x {status}" for status, number in sorted(others.items()))
-        return proxy.figures(UNFINISHED, f"{count} of 31 MiB, then a byte a second; another client there: {said}")
+        return proxy.figures(
+            UNFINISHED, f"{count} of 31 MiB, then a byte a second; the answers of another client: {said}"
+        )
 
 
 @dataclass(frozen=True)
@@ -336,7 +340,7 @@ async def tiny_chunks(count: int = 500_000) -> Figures:
         for what, path in (("an upload", "/v1/files"), ("a body that is read", CHOSEN)):
             head = f"POST {path} HTTP/1.1\r\nHost: proxy\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
             await proxy.suffer(what, partial(proxy.ask, head + tiny))
-        return proxy.figures(TINY_CHUNKS, f"{count:,} chunks, as a stream, an upload, and a body that is read")
+        return proxy.figures(TINY_CHUNKS, f"{count:,} chunks: a stream, an upload, a body that is read for its model")
 
 
 async def silent_connections(count: int = 400) -> Figures:
@@ -352,7 +356,7 @@ async def silent_connections(count: int = 400) -> Figures:
                 client.reset()
 
         await proxy.suffer("silent", attack)
-        return proxy.figures(SILENT, f"{count} that send nothing; another client is served")
+        return proxy.figures(SILENT, f"{count} that send nothing; another client is served meanwhile")
 
 
 async def trusted_hops(hops: int = 3_400, times: int = 100) -> Figures:
@@ -365,7 +369,7 @@ async def trusted_hops(hops: int = 3_400, times: int = 100) -> Figures:
                 await proxy.ask(request)
 
         await proxy.suffer("hops", attack)
-        return proxy.figures(HOPS, f"{hops:,} of them, in each of {times} requests")
+        return proxy.figures(HOPS, f"{hops:,} hops in each of {times} requests")
 
 
 async def pipelined(count: int = 3_000) -> Figures:
@@ -411,7 +415,7 @@ async def resets(count: int = 84, requests: int = 12) -> Figures:
             await proxy.served.until(r"requests_active\{.*\"all\".*", 0)
 
         await proxy.suffer("resets", attack)
-        return proxy.figures(RESETS, f"{count} with {requests} requests each; no exchange is left")
+        return proxy.figures(RESETS, f"{count} with {requests} requests each; no exchange is left afterwards")
 
 
 SITUATIONS: tuple[Callable[[], Coroutine[Any, Any, Figures]], ...] = (
@@ -420,11 +424,11 @@ SITUATIONS: tuple[Callable[[], Coroutine[Any, Any, Figures]], ...] = (
     unfinished_bodies,
     lambda: what_upstreams_send(
         EVENTS,
-        "24 MiB of parts, outputs, an image, one line, many, or many events; 4 MiB of choices, nesting or usages",
+        "24 MiB: parts, outputs, an image, one line, many lines, many events; 4 MiB: choices, nesting, usages",
         events(),
         streamed,
     ),
-    lambda: what_upstreams_send(ANSWERS, "64 MiB of embeddings, lists or members", answers(), answered),
+    lambda: what_upstreams_send(ANSWERS, "64 MiB: embeddings, lists, members", answers(), answered),
     tiny_chunks,
     silent_connections,
     trusted_hops,
@@ -444,7 +448,7 @@ def row(figures: Figures) -> str:
 
 def main() -> int:
     begun = perf_counter()
-    say("| situation | sent | largest gap of a stream beside it | memory at most |\n|---|---|---|---|")
+    say("| situation | what is sent | largest gap of the stream | memory at most |\n|---|---|---|---|")
     broken = []
     for situation in SITUATIONS:
         figures = uvloop.run(situation())
