@@ -168,7 +168,16 @@ class DownstreamProtocol(asyncio.Protocol):
     # --- the connection's life ---
 
     def connection_made(self, made: asyncio.BaseTransport) -> None:
-        transport = self.transport = cast(asyncio.Transport, made)
+        transport = cast(asyncio.Transport, made)
+        try:
+            self._begin(transport)
+        except BaseException:
+            # It would stay, and nobody read from it.
+            transport.abort()
+            raise
+
+    def _begin(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         sock = transport.get_extra_info("socket")
         self._fd = sock.fileno()

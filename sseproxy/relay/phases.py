@@ -192,7 +192,7 @@ class Relay:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
-        self._recorded().finish(outcome)
+        (self._exchange or self._recorded()).finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The exchange's record, begun here if it has not got so far as to have one."""

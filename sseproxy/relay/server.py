@@ -140,14 +140,18 @@ class DownstreamServer:
 
         Far above the limit it is closed at once.
         """
+        worth_an_answer = self.places.come()
         self.connections.add(connection)
         self.empty.clear()
-        if not self.places.come() and connection.transport is not None:
+        if not worth_an_answer and connection.transport is not None:
             connection.transport.abort()
         return self.places.known(connection.address)
 
     def lost(self, connection: DownstreamProtocol, task: asyncio.Task[None] | None) -> None:
         """The `connection` is gone; `task` may still have to end what was on it."""
+        if connection not in self.connections:
+            # It failed before it was one.
+            return
         self.places.gone(connection.address)
         if task is None or task.done():
             self._forget(connection)

@@ -71,6 +71,7 @@ class RelayProtocol(ResponseHandler):
         # The base class's queue, which nobody reads from: one for all.
         self._buffer = _NO_QUEUE
         self._heads = heads
+        self._reads = BoundedReads(self)
         self._method = ""
         self.requests = 0
         """How many were sent on it."""
@@ -91,7 +92,6 @@ class RelayProtocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._reads = BoundedReads(self)
         transport.set_protocol(self._reads)
 
     def expect_head(self, method: str) -> None:
