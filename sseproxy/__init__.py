@@ -100,7 +100,8 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
 `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
-YAML parser, because half of what it takes to start are imports. A test holds that.
+YAML parser, because half of what it takes to start are imports. Each command of `cli` imports what it needs when it
+runs, because a health check runs every few seconds. A test holds both.
 
 One owner for each thing
 ------------------------

@@ -97,6 +97,35 @@ def test_a_worker_starts_without_what_only_its_supervisor_needs() -> None:
     assert not {"yaml", "pydantic", "prometheus_client"} & set(found.stdout.split())
 
 
+def modules_of(*arguments: str) -> set[str]:
+    """What is imported by a command, from its start to its end."""
+    script = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import sseproxy.__main__"
+    found = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    return set(found.stdout.splitlines()[-1].split())
+
+
+SERVING = {"aiohttp", "asyncio", "uvloop", "msgspec", "prometheus_client", "sseproxy.demo", "sseproxy.process"}
+MODEL = {"pydantic", "yaml", "yarl", "sseproxy.config.model"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "without", "most"),
+    [
+        (["--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
+        (["demo", "--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
+        (["healthcheck", "--admin", "127.0.0.1:1"], SERVING | MODEL, 160),
+        (["check-config", str(ROOT.parent / "configs" / "minimal.yaml")], SERVING | {"ssl"}, 330),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_imports_only_what_it_needs(arguments: list[str], without: set[str], most: int) -> None:
+    """Imports are nearly all that a short command costs. Counted, because a time would be the machine's."""
+    found = modules_of(*arguments)
+    assert "sseproxy.cli" in found
+    assert not found & without
+    assert len(found) <= most
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("wire")], ids=dotted)
 def test_wire_does_no_io(path: Path) -> None:
     tree = ast.parse(path.read_text())
