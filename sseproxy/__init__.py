@@ -38,7 +38,8 @@ shown to the inspector in `relay.inspect`, which reads it with `wire.sse` and `w
 whatever reason, the exchange has exactly one outcome, and it is reported once.*
 
     cli             serve, check-config, demo
-    demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
+    demo            a paced OpenAI-compatible backend
+    demonstration   `sseproxy demo`: what is special about the proxy, shown in front of that backend
     config          a frozen, typed configuration, with file:line:col in every error
       addresses       where to listen
       files           how files are read, and certificates loaded

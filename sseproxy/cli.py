@@ -233,4 +233,6 @@ def _demo(options: argparse.Namespace) -> int:
 
     given = {name: value for name in ("ttft", "rate", "tokens") if (value := getattr(options, name)) is not None}
     set_up_logging()
-    return uvloop.run(demonstration.run(Pace(**given), listen=options.listen, admin=options.admin, once=options.once))
+    return uvloop.run(
+        demonstration.run(Pace(**given), listen=options.listen, admin=options.admin, once=options.once, write=_print)
+    )

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
     "process": {"relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
-    "demonstration": {"process", "demo"} | EVERYWHERE,
+    "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
     "cli": {"process", "demo", "demonstration", "observe.logs"} | EVERYWHERE,
     "__main__": {"cli"},
 }
