@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +126,22 @@ def test_a_command_imports_only_what_it_needs(arguments: list[str], without: set
     assert "sseproxy.cli" in found
     assert not found & without
     assert len(found) <= most
+
+
+def test_nothing_is_imported_that_an_installation_does_not_have() -> None:
+    """Tests run where everything is installed; a user has the dependencies alone, without their dependencies' names."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[]", requirement)[0].lower() for requirement in project["dependencies"]}
+    modules = {"prometheus-client": "prometheus_client", "pyyaml": "yaml"}
+    # It is pydantic's other half, of the same version.
+    installed = {modules.get(name, name) for name in declared} | {"pydantic_core"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+            found = {name.partition(".")[0] for name in names}
+            assert found <= installed | sys.stdlib_module_names, path
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("wire")], ids=dotted)
