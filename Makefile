@@ -51,11 +51,12 @@ $(RUNS): $(MADE) pyproject.toml requirements/run.txt
 	@echo 'Installing sseproxy and what it needs into $(VENV): 70 MB, once.'
 	@$(PIP) install --quiet --require-hashes --requirement requirements/run.txt
 	@$(PIP) install --quiet --no-deps --editable .
+	@echo
 	@touch $@
 
 # Beside the program, what tests and checks need, of which there is much more.
 $(STAMP): $(RUNS) requirements/dev.txt
-	@echo 'Installing what tests and checks need into $(VENV): 1 GB, once.'
+	@echo 'Installing what tests and checks need into $(VENV): 1 GB, a few minutes, once.'
 	@$(PIP) install --quiet --require-hashes --requirement requirements/dev.txt
 	@touch $@
 

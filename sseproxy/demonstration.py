@@ -139,6 +139,9 @@ class _Screen:
     def lines(self, *lines: str, style: str = "plain") -> None:
         self.raw("".join(f"{_INDENT}{self._styled(line, style)}\n" for line in lines) + "\n")
 
+    def figure(self, what: str, value: str, note: str) -> None:
+        self.raw(f"{_INDENT}{what:<20}{self._styled(f'{value:>10}', 'bold')}   {note}\n")
+
     def event(self, kind: str, data: str) -> None:
         """An event of a stream, as it was received; only its line of data is wrapped."""
         width = self._width - len(_INDENT)
@@ -278,7 +281,8 @@ class _Show:
     async def run(self) -> None:
         self._screen.heading("sseproxy: what it does with streams")
         self._screen.lines(
-            f"client  ->  sseproxy, {self._url}  ->  built-in backend, {self._pace.rate:g} tokens a second"
+            f"client -> sseproxy on {URL(self._url).authority} -> backend, {self._pace.rate:g} tokens a second",
+            "All of it runs on this machine. There is no API and no key.",
         )
         await self._whole_answer()
         await self._client_leaves()
@@ -354,7 +358,9 @@ class _Show:
     async def _figures(self) -> None:
         self._screen.heading(f"4. What the proxy measured, from {self._admin}/metrics")
         figures = await self._measured()
-        self._screen.lines(*figures.rows())
+        for what, value, note in figures.rows():
+            self._screen.figure(what, value, note)
+        self._screen.raw("\n")
         self._screen.lines(f"requests: {figures.requests()}")
 
     async def _measured(self) -> _Figures:
@@ -385,7 +391,7 @@ class _Figures:
         count = self._sums[f"{name}_count"]
         return (spell(self._sums[f"{name}_sum"] / count), f"mean of {count:g} {of}") if count else None
 
-    def rows(self) -> Iterator[str]:
+    def rows(self) -> Iterator[tuple[str, str, str]]:
         for what, figure in (
             ("first token after", self._mean("time_to_first_token_seconds", "answers", lambda mean: f"{mean:.2f} s")),
             ("gap between tokens", self._mean("inter_token_latency_seconds", "gaps", _milliseconds)),
@@ -394,8 +400,7 @@ class _Figures:
         ):
             # With one token there is no gap.
             if figure is not None:
-                value, note = figure
-                yield f"{what:<20}{value:>10}   {note}"
+                yield what, *figure
 
     def requests(self) -> str:
         ended = sorted(self.outcomes.items(), key=lambda item: item[0] != "completed")

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from sseproxy.demo import TEXT, Pace
+from sseproxy.demonstration import _Client
+from sseproxy.errors import SseproxyError
 
 from .harness import DEADLINE
 from .served import alive, children, end, run, until_true
@@ -205,6 +207,20 @@ async def test_an_address_that_is_not_of_this_machine_is_one_line() -> None:
     status, out, errors = await run("demo", "--once", "--listen", "192.0.2.1:0", "--admin", "127.0.0.1:0")
     assert (status, out) == (1, "")
     assert errors == "sseproxy: listen: cannot listen on 192.0.2.1:0: cannot assign requested address\n"
+
+
+async def test_an_answer_other_than_a_stream_is_told() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/chat/completions"
+    async with server, asyncio.timeout(DEADLINE):
+        async with _Client.asking(url, {}) as client:
+            with pytest.raises(SseproxyError, match=r"was answered HTTP.1.1 503"):
+                await anext(client.events())
 
 
 async def test_what_it_says_to_try_works_as_it_stands(demo: Start) -> None:
