@@ -124,7 +124,7 @@ class _Screen:
         coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._styles = {
             name: f"\x1b[{number}m" if coloured else ""
-            for name, number in (("plain", 0), ("bold", 1), ("faint", 2), ("red", 31), ("green", 32), ("blue", 36))
+            for name, number in (("plain", 0), ("bold", 1), ("red", 31), ("green", 32), ("blue", 36))
         }
 
     def _styled(self, text: str, style: str) -> str:
@@ -202,8 +202,8 @@ class _Client(asyncio.Protocol):
         self._parser = EventParser(_EVENT_LIMIT)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._transport: asyncio.Transport | None = None
-        self.refused: str | None = None
-        """The status line, if it is not that of a success."""
+        # The status line, if it is not that of a success.
+        self._refused: str | None = None
 
     @classmethod
     @asynccontextmanager
@@ -214,7 +214,7 @@ class _Client(asyncio.Protocol):
         body = msgspec.json.encode(request)
         transport, client = await asyncio.get_running_loop().create_connection(cls, target.host, target.port)
         transport.write(
-            f"POST {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nContent-Type: application/json\r\n"
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.raw_authority}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
@@ -232,9 +232,9 @@ class _Client(asyncio.Protocol):
             self._head = head + end
             status_line = self._head.partition(b"\r\n")[0].decode("latin-1")
             if end and status_line.split()[1:2] != ["200"]:
-                self.refused = status_line
+                self._refused = status_line
                 self.leave()
-        if self.refused is None and data:
+        if self._refused is None and data:
             for event in self._parser.feed(self._body.feed(data)):
                 self._events.put_nowait(event)
             if self._body.done:
@@ -257,8 +257,8 @@ class _Client(asyncio.Protocol):
         while (event := await self._events.get()) is not None:
             kind, data = event
             yield kind.decode(), (data or b"").decode()
-        if self.refused is not None:
-            raise SseproxyError(f"the demonstration was answered {self.refused}")
+        if self._refused is not None:
+            raise SseproxyError(f"the demonstration was answered {self._refused}")
 
 
 def _text(kind: str, data: str) -> str:
@@ -281,7 +281,7 @@ class _Show:
     async def run(self) -> None:
         self._screen.heading("sseproxy: what it does with streams")
         self._screen.lines(
-            f"client -> sseproxy on {URL(self._url).authority} -> backend, {self._pace.rate:g} tokens a second",
+            f"client -> sseproxy on {URL(self._url).raw_authority} -> backend, {self._pace.rate:g} tokens a second",
             "All of it runs on this machine. There is no API and no key.",
         )
         await self._whole_answer()

@@ -203,6 +203,14 @@ async def test_the_demonstration_needs_a_port() -> None:
     assert (status, errors) == (1, "sseproxy: --listen: the demonstration needs HOST:PORT\n")
 
 
+async def test_an_ipv6_address_does_as_well(demo: Start) -> None:
+    running = await demo("--once", *FAST, "--listen", "[::1]:0", "--admin", "[::1]:0")
+    output = await running.rest()
+    assert running.process.returncode == 0
+    assert "client -> sseproxy on [::1]:" in output
+    assert "requests: 1 completed, 1 client_gone_mid_stream, 1 truncated" in output
+
+
 async def test_an_address_that_is_not_of_this_machine_is_one_line() -> None:
     status, out, errors = await run("demo", "--once", "--listen", "192.0.2.1:0", "--admin", "127.0.0.1:0")
     assert (status, out) == (1, "")
