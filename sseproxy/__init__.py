@@ -38,7 +38,8 @@ shown to the inspector in `relay.inspect`, which reads it with `wire.sse` and `w
 whatever reason, the exchange has exactly one outcome, and it is reported once.*
 
     cli             serve, check-config, demo
-    demo            a paced OpenAI-compatible backend, and the demonstration that runs the proxy in front of it
+    demo            a paced OpenAI-compatible backend
+    demonstration   `sseproxy demo`: what is special about the proxy, shown in front of that backend
     config          a frozen, typed configuration, with file:line:col in every error
       addresses       where to listen
       files           how files are read, and certificates loaded
@@ -100,7 +101,8 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
 `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
-YAML parser, because half of what it takes to start are imports. A test holds that.
+YAML parser, because half of what it takes to start are imports. Each command of `cli` imports what it needs when it
+runs, because a health check runs every few seconds. A test holds both.
 
 One owner for each thing
 ------------------------

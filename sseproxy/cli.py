@@ -1,23 +1,24 @@
-"""The command line. Errors are one line on stderr and exit status 1; usage errors exit with 2, as argparse has it."""
+"""The command line. Errors are one line on stderr and exit status 1; usage errors exit with 2, as argparse has it.
+
+Each command imports what it needs when it runs. A health check runs every few seconds and must cost little; it needs
+neither the proxy nor the configuration's model. `tests/test_imports.py` holds what each command imports.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException
+from typing import TYPE_CHECKING
 
-import uvloop
-
-from . import __version__, config, demonstration
-from .config import Address, Config
-from .demo import Pace
+from . import __version__, config
 from .errors import SseproxyError
-from .observe.logs import STANDARD_OUTPUT, Lines, set_up_logging
-from .process.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .process.supervisor import Supervisor
 
 # Below what those who ask, Docker among them, give it.
 _HEALTH_TIMEOUT = 3.0
@@ -78,16 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     schema.set_defaults(run=_schema)
 
-    pace = Pace()
     demo = commands.add_parser(
         "demo",
         help="see it work, without an API",
-        description="Run the proxy in front of an embedded backend, and stream an answer through it.",
+        description="Run the proxy in front of a built-in backend, and show what it does with streams.",
     )
-    demo.add_argument("--once", action="store_true", help="end after the first answer")
-    demo.add_argument("--ttft", type=_not_negative, default=pace.ttft, metavar="S", help="seconds to the first token")
-    demo.add_argument("--rate", type=_positive, default=pace.rate, metavar="N", help="tokens per second")
-    demo.add_argument("--tokens", type=_count, default=pace.tokens, metavar="N", help="tokens per answer")
+    demo.add_argument("--once", action="store_true", help="exit after the show")
+    # What is not given has the default of `Pace`, which lives beside the backend; importing that takes half a second.
+    demo.add_argument("--ttft", type=_not_negative, metavar="S", help="seconds to the first token (0.5)")
+    demo.add_argument("--rate", type=_positive, metavar="N", help="tokens per second (30)")
+    demo.add_argument("--tokens", type=_count, metavar="N", help="tokens per answer (60)")
     _add_listeners(demo)
     demo.set_defaults(run=_demo)
     return parser
@@ -118,6 +119,10 @@ def _count(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    import uvloop
+
+    from .observe.logs import set_up_logging
+
     flags = {"listen": options.listen, "admin": options.admin, "workers": options.workers}
 
     def read() -> Config:
@@ -131,6 +136,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 async def _run(settings: Config, reread: Callable[[], Config], path: str | None) -> int:
+    from .observe.logs import STANDARD_OUTPUT, Lines
+    from .process.supervisor import Supervisor
+
     supervisor = Supervisor(settings, reread, path)
     supervisor.bind()
     await supervisor.start()
@@ -185,6 +193,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _healthcheck(options: argparse.Namespace) -> int:
+    from http.client import HTTPConnection, HTTPException
+
+    from .config import Address
+
     try:
         address = Address.parse(options.admin)
     except ValueError:
@@ -206,11 +218,21 @@ def _healthcheck(options: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
+    import json
+
     _print(json.dumps(config.schema(), indent=2) + "\n")
     return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
-    pace = Pace(ttft=options.ttft, rate=options.rate, tokens=options.tokens)
+    import uvloop
+
+    from . import demonstration
+    from .demo import Pace
+    from .observe.logs import set_up_logging
+
+    given = {name: value for name in ("ttft", "rate", "tokens") if (value := getattr(options, name)) is not None}
     set_up_logging()
-    return uvloop.run(demonstration.run(pace, listen=options.listen, admin=options.admin, once=options.once))
+    return uvloop.run(
+        demonstration.run(Pace(**given), listen=options.listen, admin=options.admin, once=options.once, write=_print)
+    )

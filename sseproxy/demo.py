@@ -20,11 +20,12 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 MODEL = "demo"
+# 60 words, which is one answer of the usual length: it ends where a sentence does.
 TEXT = (
-    "A language model writes one token at a time, and streaming shows each of them at the moment it is written. "
-    "The first token tells you how long you waited, and the gaps between the others tell you how fast the model is. "
-    "A good proxy changes neither: what comes in goes out, unaltered and at once. "
-    "When the reader leaves, the writer hears of it and stops."
+    "A language model writes one token at a time, and streaming shows each token when it is written. "
+    "The first token tells you how long you waited. The gaps after it tell you how fast the model is. "
+    "A good proxy changes nothing: what comes in goes out at once. "
+    "When the reader leaves, the model is told to stop."
 )
 _MAX_BODY = 64 * 1024 * 1024
 

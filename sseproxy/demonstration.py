@@ -1,82 +1,106 @@
-"""`sseproxy demo`: the proxy in front of the embedded backend, one answer streamed through it, and what it measured."""
+"""`sseproxy demo`: the proxy in front of the built-in backend, and what is special about it, in three streams.
+
+One answer streams to its end. Then a client leaves in mid-stream, and the backend's request is cancelled. Then the
+backend dies in mid-stream, and the client is told. The figures at the end are those of the proxy's own `/metrics`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import sys
-from collections.abc import Iterable
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, cast
 
 import msgspec
 from aiohttp import ClientSession, web
+from aiohttp.typedefs import Handler
+from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
 
 from . import config
-from .config import Config
+from .config import AccessLog, Config
 from .demo import MODEL, Pace, backend
 from .errors import ListenError, SseproxyError
 from .process.supervisor import Supervisor
+from .wire.framing import ChunkedDecoder
+from .wire.sse import Event, EventParser
 
-_SHOWN = (
-    "sseproxy_requests_total",
-    "sseproxy_time_to_response_head_seconds_sum",
-    "sseproxy_time_to_first_token_seconds_sum",
-    "sseproxy_inter_token_latency_seconds_count",
-    "sseproxy_inter_token_latency_seconds_sum",
-    "sseproxy_tokens_total",
-)
-_MESSAGES = [{"role": "user", "content": "What does a streaming proxy do?"}]
+_QUESTION = "What does a streaming proxy do?"
+# The second and the third answer end after so many tokens, or half of them: enough to see that it is a stream.
+_TOKENS_BEFORE_AN_END = 12
+_EVENT_LIMIT = 1 << 20
+# A line of text that is easily read; narrower on a narrow terminal.
+_MAX_WIDTH = 88
+_MIN_WIDTH = 40
+_INDENT = "   "
 
-_NEXT = """
-The proxy stays up until Ctrl-C. Try it:
+_NEXT = """\
+The proxy runs until you press Ctrl-C. Try it from another terminal, with curl:
 
-  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+{blue}curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'{plain}
 
-  pip install openai && python3 - <<'EOF'
-  from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="unused")
-  stream = client.chat.completions.create(
-      model="{model}", stream=True, messages=[{{"role": "user", "content": "Hello"}}])
-  for chunk in stream:
-      if chunk.choices:
-          print(chunk.choices[0].delta.content or "", end="", flush=True)
-  print()
-  EOF
+with OpenAI's SDK, in a virtual environment of its own:
 
-  curl -s {admin}/metrics | grep ^sseproxy_
+{blue}python3 -m venv /tmp/sseproxy-demo && /tmp/sseproxy-demo/bin/pip install --quiet openai
+/tmp/sseproxy-demo/bin/python - <<'EOF'
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="unused")
+stream = client.chat.completions.create(
+    model="{model}", stream=True, messages=[{{"role": "user", "content": "Hello"}}])
+for chunk in stream:
+    if chunk.choices:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+print()
+EOF{plain}
+
+and see what it measured:
+
+{blue}curl -s {admin}/metrics | grep ^sseproxy_{plain}
 """
 
 
-def _say(text: str, end: str = "\n") -> None:
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
-
-
-async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool) -> int:
-    """Runs the demonstration; returns the exit status."""
-    runner = web.AppRunner(backend(pace), handler_cancellation=True, access_log=None)
+async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, write: Callable[[str], None]) -> int:
+    """Runs the demonstration, whose text goes to `write`; returns the exit status. With `once` it ends by itself."""
+    for flag, address in (("--listen", listen), ("--admin", admin)):
+        if address is not None and address.startswith(("unix:", "systemd")):
+            raise SseproxyError(f"{flag}: the demonstration needs HOST:PORT")
+    screen = _Screen(write)
+    watched = _Backend()
+    app = backend(pace)
+    app.middlewares.append(watched.watch)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        supervisor = _bound(config.single(f"http://127.0.0.1:{site.port}/v1", listen=listen, admin=admin, workers=1))
+        settings = config.single(f"http://127.0.0.1:{site.port}/v1", listen=listen, admin=admin, workers=1)
+        # A line for each exchange would stand in the middle of what is shown.
+        settings = settings.model_copy(update={"access_log": AccessLog(exchanges="off")})
+        supervisor = _bound(settings, screen)
         await supervisor.start()
-        _say(f"A backend on port {site.port} makes {pace.rate:g} tokens a second; the proxy is {supervisor.urls[0]}.\n")
         loop = asyncio.get_running_loop()
-        answer = loop.create_task(_stream_one(supervisor))
+        show = loop.create_task(_Show(supervisor, screen, watched, pace).run())
         stopped = loop.create_task(supervisor.stopping.wait())
-        await asyncio.wait((answer, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.cancel():
-            answer.result()
+        await asyncio.wait((show, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not show.cancel():
+            show.result()
             if once:
                 await supervisor.close()
                 return 0
-            _say(_NEXT.format(url=supervisor.urls[0], admin=supervisor.admin_url, model=MODEL))
+            screen.commands(_NEXT, url=supervisor.urls[0], admin=supervisor.admin_url, model=MODEL)
         return await supervisor.run()
     finally:
         await runner.cleanup()
 
 
-def _bound(settings: Config) -> Supervisor:
+def _bound(settings: Config, screen: _Screen) -> Supervisor:
     """A supervisor that listens; on other ports than asked for if those are taken."""
     try:
         supervisor = Supervisor(settings)
@@ -84,38 +108,305 @@ def _bound(settings: Config) -> Supervisor:
     except ListenError as error:
         if not error.in_use:
             raise
-        _say(f"{error}; using another port.")
+        screen.raw(f"{error}; using another port.\n")
         settings = config.override(settings, **{error.option.partition(".")[0]: "127.0.0.1:0"})
-        return _bound(settings)
+        return _bound(settings, screen)
     return supervisor
 
 
-async def _stream_one(supervisor: Supervisor) -> None:
-    _say(f"POST {supervisor.urls[0]}/v1/chat/completions\n")
-    request = {
-        "model": MODEL,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "messages": _MESSAGES,
-    }
-    async with ClientSession() as session:
-        async with session.post(f"{supervisor.urls[0]}/v1/chat/completions", json=request) as response:
-            if response.status != 200:
-                raise SseproxyError(f"the demonstration got status {response.status}")
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    for choice in msgspec.json.decode(line[6:])["choices"]:
-                        _say(choice["delta"].get("content", ""), end="")
-        _say("\n\nWhat /metrics says of it:\n")
-        _say("\n".join(f"  {line}" for line in await _measured(session, supervisor.admin_url)))
+class _Screen:
+    """Text in paragraphs; in colour on a terminal, unless NO_COLOR is set (no-color.org)."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.raw = write
+        self._column = 0
+        self._width = max(_MIN_WIDTH, min(shutil.get_terminal_size().columns, _MAX_WIDTH))
+        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._styles = {
+            name: f"\x1b[{number}m" if coloured else ""
+            for name, number in (("plain", 0), ("bold", 1), ("red", 31), ("green", 32), ("blue", 36))
+        }
+
+    def _styled(self, text: str, style: str) -> str:
+        return f"{self._styles[style]}{text}{self._styles['plain']}" if style != "plain" else text
+
+    def heading(self, text: str) -> None:
+        self.raw(f"{self._styled(text, 'bold')}\n\n")
+
+    def paragraph(self, text: str, style: str = "plain") -> None:
+        self.lines(*textwrap.wrap(text, self._width - len(_INDENT), break_on_hyphens=False), style=style)
+
+    def lines(self, *lines: str, style: str = "plain") -> None:
+        self.raw("".join(f"{_INDENT}{self._styled(line, style)}\n" for line in lines) + "\n")
+
+    def figure(self, what: str, value: str, note: str) -> None:
+        self.raw(f"{_INDENT}{what:<20}{self._styled(f'{value:>10}', 'bold')}   {note}\n")
+
+    def event(self, kind: str, data: str) -> None:
+        """An event of a stream, as it was received; only its line of data is wrapped."""
+        width = self._width - len(_INDENT)
+        self.lines(f"event: {kind}", *textwrap.wrap(f"data: {data}", width, subsequent_indent="      "), style="red")
+
+    def token(self, text: str) -> None:
+        """A token of an answer, at once. It begins another line where it does not fit into this one."""
+        if not self._column or self._column + len(text) > self._width:
+            self.raw(("\n" if self._column else "") + _INDENT)
+            self._column = len(_INDENT)
+            text = text.lstrip()
+        self._column += len(text)
+        self.raw(text)
+
+    def end_of_answer(self, mark: str = "") -> None:
+        """The end of what `token` has begun; `mark` says why it is not the answer's end."""
+        self._column = 0
+        self.raw(f"\n{_INDENT}{self._styled(f'[{mark}]', 'red')}\n\n" if mark else "\n\n")
+
+    def commands(self, template: str, **values: str) -> None:
+        """Commands to copy: without an indent, which shells and Python would take for a part of them."""
+        self.raw(template.format(**values, **self._styles))
 
 
-async def _measured(session: ClientSession, admin: str) -> Iterable[str]:
-    """The interesting lines of `/metrics`, once the exchange is in them."""
-    while True:
-        async with session.get(f"{admin}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        shown = [line for line in lines if line.startswith(_SHOWN) and not line.endswith(" 0.0")]
-        if any(line.startswith("sseproxy_requests_total{") for line in shown):
-            return shown
-        await asyncio.sleep(0.05)
+class _Backend:
+    """The backend's own view of its latest request."""
+
+    def __init__(self) -> None:
+        self._request: web.Request | None = None
+        self.ended: asyncio.Future[float | None]
+        """When the request was cancelled, by `time.perf_counter`; `None` if it was answered to its end."""
+
+    @web.middleware
+    async def watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self._request = request
+        self.ended = ended = asyncio.get_running_loop().create_future()
+        try:
+            response = await handler(request)
+        except asyncio.CancelledError:
+            ended.set_result(time.perf_counter())
+            raise
+        ended.set_result(None)
+        return response
+
+    def die(self) -> None:
+        """Breaks the connection of the request, as a backend does whose process is killed."""
+        assert self._request is not None
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+
+class _Client(asyncio.Protocol):
+    """A client of one event stream. It keeps what came before a connection broke, which HTTP libraries throw away."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._body = ChunkedDecoder()
+        self._parser = EventParser(_EVENT_LIMIT)
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._transport: asyncio.Transport | None = None
+        # The status line, if it is not that of a success.
+        self._refused: str | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def asking(cls, url: str, request: dict[str, Any]) -> AsyncIterator[_Client]:
+        """A client that has sent `request`. It leaves at the end, if it has not yet."""
+        target = URL(url)
+        assert target.host is not None and target.port is not None
+        body = msgspec.json.encode(request)
+        transport, client = await asyncio.get_running_loop().create_connection(cls, target.host, target.port)
+        transport.write(
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.raw_authority}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        try:
+            yield client
+        finally:
+            client.leave()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._head.endswith(b"\r\n\r\n"):
+            head, end, data = (self._head + data).partition(b"\r\n\r\n")
+            self._head = head + end
+            status_line = self._head.partition(b"\r\n")[0].decode("latin-1")
+            if end and status_line.split()[1:2] != ["200"]:
+                self._refused = status_line
+                self.leave()
+        if self._refused is None and data:
+            for event in self._parser.feed(self._body.feed(data)):
+                self._events.put_nowait(event)
+            if self._body.done:
+                self._events.put_nowait(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._events.put_nowait(None)
+
+    @property
+    def complete(self) -> bool:
+        """The body has come to its end, which is its last chunk."""
+        return self._body.done
+
+    def leave(self) -> None:
+        assert self._transport is not None
+        self._transport.close()
+
+    async def events(self) -> AsyncIterator[tuple[str, str]]:
+        """Types and data of all events, until the body ends or breaks off. Raises `SseproxyError` if there is none."""
+        while (event := await self._events.get()) is not None:
+            kind, data = event
+            yield kind.decode(), (data or b"").decode()
+        if self._refused is not None:
+            raise SseproxyError(f"the demonstration was answered {self._refused}")
+
+
+def _text(kind: str, data: str) -> str:
+    """The text that an event adds to the answer."""
+    if kind or data == "[DONE]":
+        return ""
+    return "".join(choice["delta"].get("content") or "" for choice in msgspec.json.decode(data)["choices"])
+
+
+class _Show:
+    """What is shown, part by part."""
+
+    def __init__(self, supervisor: Supervisor, screen: _Screen, watched: _Backend, pace: Pace) -> None:
+        self._url = supervisor.urls[0]
+        self._admin = supervisor.admin_url
+        self._screen = screen
+        self._watched = watched
+        self._pace = pace
+
+    async def run(self) -> None:
+        self._screen.heading("sseproxy: what it does with streams")
+        self._screen.lines(
+            f"client -> sseproxy on {URL(self._url).raw_authority} -> backend, {self._pace.rate:g} tokens a second",
+            "All of it runs on this machine. There is no API and no key.",
+        )
+        await self._whole_answer()
+        await self._client_leaves()
+        await self._backend_dies()
+        await self._figures()
+
+    def _asking(self) -> AbstractAsyncContextManager[_Client]:
+        messages = [{"role": "user", "content": _QUESTION}]
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        return _Client.asking(f"{self._url}/v1/chat/completions", {"model": MODEL, **options, "messages": messages})
+
+    async def _whole_answer(self) -> None:
+        self._screen.heading("1. An answer streams through the proxy, token by token")
+        async with self._asking() as client:
+            async for event in client.events():
+                if text := _text(*event):
+                    self._screen.token(text)
+        self._screen.end_of_answer()
+
+    async def _first_tokens(self, events: AsyncIterator[tuple[str, str]]) -> str:
+        """Shows the first tokens of an answer; says how many they are, and of how many."""
+        wanted = max(1, min(_TOKENS_BEFORE_AN_END, self._pace.tokens // 2))
+        shown = 0
+        async for event in events:
+            if text := _text(*event):
+                self._screen.token(text)
+                shown += 1
+                if shown == wanted:
+                    break
+        return f"{shown} of {self._pace.tokens} tokens"
+
+    async def _client_leaves(self) -> None:
+        self._screen.heading("2. A client leaves in the middle of an answer")
+        async with self._asking() as client:
+            so_far = await self._first_tokens(client.events())
+            left = time.perf_counter()
+        self._screen.end_of_answer("the client closes its connection")
+        cancelled = await self._watched.ended
+        if cancelled is None:
+            self._screen.paragraph("The answer ended before the client left. Try it with a lower --rate.")
+            return
+        self._screen.paragraph(
+            f"The client left after {so_far}. {_milliseconds(cancelled - left)} later the request to the backend was "
+            "cancelled: no more tokens are generated that nobody reads.",
+            "green",
+        )
+
+    async def _backend_dies(self) -> None:
+        self._screen.heading("3. The backend dies in the middle of an answer")
+        told = ""
+        async with self._asking() as client:
+            events = client.events()
+            so_far = await self._first_tokens(events)
+            self._watched.die()
+            async for kind, data in events:
+                if kind == "error":
+                    told = data
+                elif text := _text(kind, data):
+                    self._screen.token(text)
+        if client.complete:
+            self._screen.end_of_answer()
+            self._screen.paragraph("The answer ended before the backend died. Try it with a lower --rate.")
+            return
+        self._screen.end_of_answer("the backend's connection breaks")
+        self._screen.paragraph(f"The backend died after {so_far}. The proxy told the client:")
+        self._screen.event("error", told)
+        self._screen.paragraph(
+            "Then it closed the connection without the last chunk of the body. Client libraries raise an error: "
+            "nobody takes half an answer for a whole one.",
+            "green",
+        )
+
+    async def _figures(self) -> None:
+        self._screen.heading(f"4. What the proxy measured, from {self._admin}/metrics")
+        figures = await self._measured()
+        for what, value, note in figures.rows():
+            self._screen.figure(what, value, note)
+        self._screen.raw("\n")
+        self._screen.lines(f"requests: {figures.requests()}")
+
+    async def _measured(self) -> _Figures:
+        """The figures, once all three exchanges are in them."""
+        async with ClientSession() as session:
+            while True:
+                async with session.get(f"{self._admin}/metrics") as response:
+                    figures = _Figures(await response.text())
+                if sum(figures.outcomes.values()) >= 3:
+                    return figures
+                await asyncio.sleep(0.05)
+
+
+class _Figures:
+    """What an exposition says, in words."""
+
+    def __init__(self, exposition: str) -> None:
+        self.outcomes: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(exposition):
+            for sample in family.samples:
+                if sample.name == "sseproxy_requests_total":
+                    self.outcomes[sample.labels["outcome"]] += sample.value
+                if sample.name != "sseproxy_tokens_total" or sample.labels["type"] == "output":
+                    self._sums[sample.name.removeprefix("sseproxy_")] += sample.value
+
+    def _mean(self, name: str, of: str, spell: Callable[[float], str]) -> tuple[str, str] | None:
+        count = self._sums[f"{name}_count"]
+        return (spell(self._sums[f"{name}_sum"] / count), f"mean of {count:g} {of}") if count else None
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        for what, figure in (
+            ("first token after", self._mean("time_to_first_token_seconds", "answers", lambda mean: f"{mean:.2f} s")),
+            ("gap between tokens", self._mean("inter_token_latency_seconds", "gaps", _milliseconds)),
+            ("output tokens", (f"{self._sums['tokens_total']:g}   ", "as the backend counted them")),
+            ("delay in the proxy", self._mean("chunk_forward_seconds", "chunks", _milliseconds)),
+        ):
+            # With one token there is no gap.
+            if figure is not None:
+                yield what, *figure
+
+    def requests(self) -> str:
+        ended = sorted(self.outcomes.items(), key=lambda item: item[0] != "completed")
+        return ", ".join(f"{count:g} {outcome}" for outcome, count in ended if count)
+
+
+def _milliseconds(seconds: float) -> str:
+    milliseconds = seconds * 1000
+    return f"{milliseconds:.{2 if milliseconds < 1 else 1 if milliseconds < 10 else 0}f} ms"

@@ -119,6 +119,15 @@ def test_help_names_every_option(arguments: list[str], named: list[str], capsys:
     assert [option for option in named if option not in out] == []
 
 
+def test_help_tells_the_demonstrations_pace(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"seconds to the first token ({Pace().ttft:g})" in out
+    assert f"tokens per second ({Pace().rate:g})" in out
+    assert f"tokens per answer ({Pace().tokens})" in out
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ MAY_IMPORT = {
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
     "process": {"relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
-    "demonstration": {"process", "demo"} | EVERYWHERE,
+    "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
     "cli": {"process", "demo", "demonstration", "observe.logs"} | EVERYWHERE,
     "__main__": {"cli"},
 }
@@ -95,6 +97,51 @@ def test_a_worker_starts_without_what_only_its_supervisor_needs() -> None:
     check = "import sys, sseproxy.process.worker; print(*{name.partition('.')[0] for name in sys.modules})"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert not {"yaml", "pydantic", "prometheus_client"} & set(found.stdout.split())
+
+
+def modules_of(*arguments: str) -> set[str]:
+    """What is imported by a command, from its start to its end."""
+    script = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import sseproxy.__main__"
+    found = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    return set(found.stdout.splitlines()[-1].split())
+
+
+SERVING = {"aiohttp", "asyncio", "uvloop", "msgspec", "prometheus_client", "sseproxy.demo", "sseproxy.process"}
+MODEL = {"pydantic", "yaml", "yarl", "sseproxy.config.model"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "without", "most"),
+    [
+        (["--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
+        (["demo", "--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
+        (["healthcheck", "--admin", "127.0.0.1:1"], SERVING | MODEL, 160),
+        (["check-config", str(ROOT.parent / "configs" / "minimal.yaml")], SERVING | {"ssl"}, 330),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_imports_only_what_it_needs(arguments: list[str], without: set[str], most: int) -> None:
+    """Imports are nearly all that a short command costs. Counted, because a time would be the machine's."""
+    found = modules_of(*arguments)
+    assert "sseproxy.cli" in found
+    assert not found & without
+    assert len(found) <= most
+
+
+def test_nothing_is_imported_that_an_installation_does_not_have() -> None:
+    """Tests run where everything is installed; a user has the dependencies alone, without their dependencies' names."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[]", requirement)[0].lower() for requirement in project["dependencies"]}
+    modules = {"prometheus-client": "prometheus_client", "pyyaml": "yaml"}
+    # It is pydantic's other half, of the same version.
+    installed = {modules.get(name, name) for name in declared} | {"pydantic_core"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+            found = {name.partition(".")[0] for name in names}
+            assert found <= installed | sys.stdlib_module_names, path
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("wire")], ids=dotted)

@@ -4,7 +4,8 @@ A supervisor that reads them again has other things to do meanwhile, so no file 
 into, no device without an end. Keys and certificates are in regular files, or symbolic links to them, as Kubernetes
 mounts them. The configuration itself may come out of a pipe, as with `-c <(...)`, which is waited for a while.
 
-A worker reads certificates too, and checks no options: nothing here needs what does.
+A worker reads certificates too, and checks no options: nothing here needs what does. `ssl` is imported where it is
+used, because most configurations name no certificate.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import select
-import ssl
 import stat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ssl
 
 # The certificates of all public authorities are 220 KiB.
 _MAX_CERTIFICATES = 4 << 20
@@ -75,6 +79,8 @@ def read_configuration(path: str) -> bytes:
 
 def trusting(ca_file: str | None) -> ssl.SSLContext:
     """For connections to whom the authorities in `ca_file`, or else the system's, vouch for. Raises `OSError`."""
+    import ssl
+
     if ca_file is not None:
         # OpenSSL opens it by its name, and would wait for a pipe.
         read_file(ca_file, _MAX_CERTIFICATES)
@@ -92,6 +98,8 @@ def for_upstream(ca_file: str | None, cert_file: str | None, key_file: str | Non
 
 def for_clients(cert_file: str, key_file: str | None, min_version: str) -> ssl.SSLContext:
     """For listeners. Raises `OSError`, or `ValueError` for a key with a password."""
+    import ssl
+
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_3 if min_version == "1.3" else ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])

@@ -5,9 +5,8 @@ It reads no YAML, so that a worker, which is handed its configuration, does not 
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
@@ -50,6 +49,9 @@ from .values import (
     quoted,
     spell_size,
 )
+
+if TYPE_CHECKING:
+    import ssl
 
 
 class _Model(BaseModel):

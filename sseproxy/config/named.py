@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import SecretStr
 
 from .files import read_file, trusting
 from .values import API_KEY, NONE, TEXT, Option, expected
+
+if TYPE_CHECKING:
+    import ssl
 
 # No key is longer; a file that is was named by mistake.
 _MAX_KEY_FILE = 16 << 10
@@ -54,6 +56,8 @@ def _ca_file(value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, str) and value:
+        import ssl
+
         try:
             trusting(value)
             return value
@@ -66,6 +70,8 @@ def _ca_file(value: object) -> str | None:
 
 def check_certificate(load: Callable[[], ssl.SSLContext]) -> None:
     """Raises what is wrong with a certificate that `load` loads, as pydantic wants it."""
+    import ssl
+
     try:
         load()
     except ValueError:

@@ -6,10 +6,12 @@ itself here has its names and values, so that whoever uses a configuration need 
 
 from __future__ import annotations
 
-import ssl
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from .files import for_clients, for_upstream
+
+if TYPE_CHECKING:
+    import ssl
 
 
 class Secret:

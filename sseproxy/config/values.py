@@ -27,7 +27,6 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import plain_serializer_function_ser_schema
 from yarl import URL
 
-from ..wire.dialects import DIALECT_NAMES
 from .addresses import Address, Listen, PassedSocket, UnixAddress
 
 DOCUMENT: Final = object()
@@ -155,9 +154,19 @@ def _size_or_off(value: object, info: ValidationInfo) -> int | None:
 
 
 def _dialect(value: object) -> str:
-    if value == "auto" or value in DIALECT_NAMES:
+    if value == "auto":
+        return "auto"
+    names = _dialect_names()
+    if value in names:
         return str(value)
-    raise expected(f"auto or the name of a dialect ({', '.join(DIALECT_NAMES)})")
+    raise expected(f"auto or the name of a dialect ({', '.join(names)})")
+
+
+def _dialect_names() -> tuple[str, ...]:
+    # Imported only where a configuration names one: the readers of all APIs are as much as a fifth of a check.
+    from ..wire.dialects import DIALECT_NAMES
+
+    return DIALECT_NAMES
 
 
 def _glob(value: object) -> str:
@@ -293,10 +302,16 @@ def _one_or_more(item: JsonSchemaValue) -> JsonSchemaValue:
 
 
 class Option:
-    """How an option is `read`, what it may look like to an editor, and how it is written again (`spell`)."""
+    """How an option is `read`, what it may look like to an editor, and how it is written again (`spell`).
+
+    A schema that takes something to know is a function, which is called when somebody asks for the schema.
+    """
 
     def __init__(
-        self, read: Callable[..., object], *schemas: JsonSchemaValue, spell: Callable[..., object] | None = None
+        self,
+        read: Callable[..., object],
+        *schemas: JsonSchemaValue | Callable[[], JsonSchemaValue],
+        spell: Callable[..., object] | None = None,
     ) -> None:
         self._reader = BeforeValidator(read)
         # Text from the environment may stand in the place of any value.
@@ -310,7 +325,8 @@ class Option:
         return cast(CoreSchema, {**schema, "serialization": plain_serializer_function_ser_schema(self._spell)})
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return self._schemas[0] if len(self._schemas) == 1 else {"anyOf": self._schemas}
+        schemas = [known() if callable(known) else known for known in self._schemas]
+        return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
 Duration = Annotated[float, Option(_duration, _IN_TIME, spell=_spell_duration)]
@@ -365,7 +381,7 @@ HostNames = Annotated[tuple[Annotated[str, BeforeValidator(_host_name)], ...], O
 
 Methods = Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], Option(_listed, _one_or_more(TEXT))]
 
-DialectName = Annotated[str, Option(_dialect, _enum("auto", *DIALECT_NAMES))]
+DialectName = Annotated[str, Option(_dialect, lambda: _enum("auto", *_dialect_names()))]
 
 TLSVersion = Annotated[Literal["1.2", "1.3"], Option(_tls_version, _enum("1.2", "1.3"))]
 
