@@ -93,6 +93,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
     process
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration
+      start           what a worker begins with: its imports
       worker          one event loop, and how it ends
       listeners       listening sockets: TCP, Unix, passed by systemd
       admin           metrics, health, reload
@@ -100,7 +101,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
 `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
-YAML parser, because half of what it takes to start are imports. A test holds that.
+YAML parser, because nearly all that it takes to start are imports. A test holds that.
 
 One owner for each thing
 ------------------------

@@ -1,6 +1,6 @@
 """A configuration as a worker is handed it: the same options, without what it takes to read and check them.
 
-A worker checks nothing, and pydantic would be a quarter of the CPU that it takes to start. What the model makes of
+A worker checks nothing, and pydantic would add half to the CPU that it takes to start. What the model makes of
 itself here has its names and values, so that whoever uses a configuration need not know which of the two it has.
 """
 
