@@ -32,7 +32,7 @@ $(NODE_MODULES): $(STAMP) tests/node/package-lock.json
 	touch $@
 
 test: $(STAMP) $(NODE_MODULES)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 faults: $(STAMP)
 	EXCHANGES=$(EXCHANGES) SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults_at_random.py
