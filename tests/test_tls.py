@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import trustme
 
+from sseproxy import config
+
 from .conftest import StartProxy
 from .harness import (
     DONE,
@@ -95,6 +97,15 @@ async def test_the_authorities_of_the_system_are_trusted_where_none_are_named(
         await api.message()
         api.send(STREAM_HEAD, chunk(DONE), LAST_CHUNK)
         assert (await client.message()).body == DONE
+
+
+def test_a_worker_reads_authorities_once_and_a_reload_reads_them_again(ca_file: str) -> None:
+    trusts = (config.UpstreamTLS(), config.UpstreamTLS(), config.UpstreamTLS(ca_file=ca_file))
+    one, other, named = (tls.plain().context() for tls in trusts)
+    assert one is other
+    assert one is not named
+    one, other, named = (tls.context() for tls in trusts)
+    assert len({one, other, named}) == 3
 
 
 async def test_a_certificate_for_another_name_is_a_502(start: StartProxy, authority: trustme.CA, ca_file: str) -> None:
