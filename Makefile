@@ -72,7 +72,7 @@ $(NODE_MODULES): $(STAMP) tests/node/package-lock.json
 
 ## test: everything, over real sockets; ARGS="-k letting_go" for a part
 test: $(STAMP) $(NODE_MODULES)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 ## faults: both sides at their worst, at random; EXCHANGES=10000 SEED=1
 faults: $(STAMP)

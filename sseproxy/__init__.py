@@ -94,6 +94,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
     process
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration
+      start           what a worker begins with: its imports
       worker          one event loop, and how it ends
       listeners       listening sockets: TCP, Unix, passed by systemd
       admin           metrics, health, reload
@@ -101,7 +102,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
 
 Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
 `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
-YAML parser, because half of what it takes to start are imports. Each command of `cli` imports what it needs when it
+YAML parser, because nearly all that it takes to start are imports. Each command of `cli` imports what it needs when it
 runs, because a health check runs every few seconds. A test holds both.
 
 One owner for each thing

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 import uvloop
 
 from .harness import RunningProxy, Script, ScriptedUpstream, settings, start_proxy
+
+# The hundreds of processes that tests start need not compile every module again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_asyncio_loop_factories(

@@ -10,7 +10,8 @@ import re
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,19 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE):
         while not condition():  # noqa: ASYNC110 - the conditions are other objects' states
             await asyncio.sleep(0)
+
+
+@contextmanager
+def kept_port() -> Iterator[int]:
+    """A port that refuses connections until a server is started on it, and that nobody else is given meanwhile.
+
+    It is kept by a socket that is bound to it and does not listen. Linux lets a server listen beside that one if both
+    have SO_REUSEADDR, as servers do, and gives the port to nobody who asks for any.
+    """
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        yield keeper.getsockname()[1]
 
 
 def chunk(payload: bytes) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from .harness import (
     ScriptedUpstream,
     chunk,
     delta,
+    kept_port,
     post,
 )
 from .served import Served, end, program, serve, until_true
@@ -123,12 +123,6 @@ class RunningFront:
         return peer
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 async def _forwards(port: int) -> bool:
     """True if it is sseproxy that answers. Traefik accepts connections before it knows where to send requests."""
     try:
@@ -146,13 +140,13 @@ async def _forwards(port: int) -> bool:
 
 @asynccontextmanager
 async def running(
-    front: Front, directory: Path, upstream: int, *variants: tuple[str, str]
+    front: Front, directory: Path, port: int, upstream: int, *variants: tuple[str, str]
 ) -> AsyncIterator[RunningFront]:
-    """Runs `front` with its files, in front of the port `upstream`, once sseproxy answers through it.
+    """Runs `front` with its files on `port`, in front of the port `upstream`, once sseproxy answers through it.
 
     Besides the ports, and where Traefik's files lie, only `variants` are replaced.
     """
-    path, port = program(front.program), free_port()
+    path = program(front.program)
     texts = {name: (CONFIGS / name).read_text() for name in front.files}
     for old, new in variants:
         replaced(texts, old, new)
@@ -214,7 +208,8 @@ async def put(served: Served, tmp_path: Path) -> AsyncIterator[Put]:
             count += 1
             directory = tmp_path / f"front{count}"
             directory.mkdir()
-            return await stack.enter_async_context(running(front, directory, upstream or served.port, *variants))
+            port = stack.enter_context(kept_port())
+            return await stack.enter_async_context(running(front, directory, port, upstream or served.port, *variants))
 
         yield place
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +18,7 @@ from aiohttp import ClientError, ClientSession
 
 from sseproxy.observe.metrics import METRICS
 
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, kept_port, post
 from .served import ConfigFile, Served, program
 
 GRAFANA = Path(__file__).parent.parent / "grafana"
@@ -192,8 +191,6 @@ class Prometheus:
 
 @asynccontextmanager
 async def prometheus(directory: Path, served: Served) -> AsyncIterator[Prometheus]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     # As the rules are, but quick.
     for path in RULES:
         text = re.sub(r"\[\d+m\]", f"[{WINDOW}]", path.read_text()).replace(
@@ -208,29 +205,30 @@ async def prometheus(directory: Path, served: Served) -> AsyncIterator[Prometheu
         ],
     }
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-    process = await asyncio.create_subprocess_exec(
-        program("prometheus"),
-        f"--config.file={directory / 'prometheus.yml'}",
-        f"--storage.tsdb.path={directory / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--enable-feature=exemplar-storage",
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        running = Prometheus(port)
-        async with asyncio.timeout(20):
-            while True:
-                try:
-                    if await running.ask("up == 1"):
-                        break
-                except (ClientError, OSError, AssertionError, ValueError):
-                    pass
-                await asyncio.sleep(0.2)
-        yield running
-    finally:
-        process.kill()
-        await process.wait()
+    with kept_port() as port:
+        process = await asyncio.create_subprocess_exec(
+            program("prometheus"),
+            f"--config.file={directory / 'prometheus.yml'}",
+            f"--storage.tsdb.path={directory / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--enable-feature=exemplar-storage",
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            running = Prometheus(port)
+            async with asyncio.timeout(20):
+                while True:
+                    try:
+                        if await running.ask("up == 1"):
+                            break
+                    except (ClientError, OSError, AssertionError, ValueError):
+                        pass
+                    await asyncio.sleep(0.2)
+            yield running
+        finally:
+            process.kill()
+            await process.wait()
 
 
 def concrete(expr: str) -> str:

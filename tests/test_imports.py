@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 import sseproxy
 
@@ -93,10 +95,32 @@ def test_what_is_above_imports_what_is_below(plan: list[str]) -> None:
         assert others <= set(plan[:level]), name
 
 
+def printed(code: str, **environment: str) -> list[str]:
+    """The words that a fresh interpreter prints which runs `code`."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return run.stdout.split()
+
+
 def test_a_worker_starts_without_what_only_its_supervisor_needs() -> None:
-    check = "import sys, sseproxy.process.worker; print(*{name.partition('.')[0] for name in sys.modules})"
-    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert not {"yaml", "pydantic", "prometheus_client"} & set(found.stdout.split())
+    loaded = "from sseproxy.process import start; start.load(); import sys"
+    names = printed(f"{loaded}; print(*{{name.partition('.')[0] for name in sys.modules}})")
+    assert "aiohttp" in names
+    assert not {"yaml", "pydantic", "prometheus_client"} & set(names)
+
+
+def test_a_worker_starts_without_the_systems_authorities_and_may_read_them(tmp_path: Path) -> None:
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+    code = """
+from sseproxy.process import start
+start.load()
+from aiohttp import connector
+from sseproxy.config.files import trusting
+contexts = (connector._SSL_CONTEXT_VERIFIED, connector._SSL_CONTEXT_UNVERIFIED, trusting(None))
+print(*(context.cert_store_stats()["x509_ca"] for context in contexts))
+"""
+    assert printed(code, SSL_CERT_FILE=str(tmp_path / "ca.pem"), SSL_CERT_DIR=str(tmp_path)) == ["0", "0", "1"]
 
 
 def modules_of(*arguments: str) -> set[str]:

@@ -85,10 +85,10 @@ def test_no_bytes_make_a_reader_raise(dialect: Dialect, data: st.DataObject, eve
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd[:12]))
-def test_no_member_makes_a_reader_raise(dialect: Dialect, name: str, odd: bytes) -> None:
+def test_no_member_makes_a_reader_raise(dialect: Dialect, name: str) -> None:
     for event in (b'{"%b":%b}', b'{"usage":{"%b":%b}}', b'{"delta":{"%b":%b}}', b'{"choices":[{"%b":%b}]}'):
-        assert isinstance(dialect.read(b"", event % (name.encode(), odd)), Meaning)
+        for odd in ODD:
+            assert isinstance(dialect.read(b"", event % (name.encode(), odd)), Meaning)
 
 
 PATHS = ["/v1/responses", "/v1/messages", "/v1/audio/speech", "/v1/images/edits", "/v1/threads/runs"]

@@ -30,6 +30,7 @@ from .harness import (
     begin_head,
     chunk,
     delta,
+    kept_port,
     post,
     until,
 )
@@ -300,10 +301,8 @@ async def test_events_that_are_read(start: StartProxy, upstream: ScriptedUpstrea
 
 
 async def test_a_request_that_goes_in_circles_ends(start: StartProxy, play: PlayScript) -> None:
-    sock = socket.create_server(("127.0.0.1", 0))
-    port = sock.getsockname()[1]
-    sock.close()
-    proxy = await start(f"http://127.0.0.1:{port}", listen=config.Address("127.0.0.1", port))
+    with kept_port() as port:
+        proxy = await start(f"http://127.0.0.1:{port}", listen=config.Address("127.0.0.1", port))
     client = await proxy.connect()
     client.send(post())
     response = await client.message()

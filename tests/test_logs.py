@@ -167,7 +167,7 @@ def test_a_write_has_whole_lines_and_is_never_split(lines: list[bytes]) -> None:
 # Runs `sseproxy` with standard output and standard error that nobody reads, and with a worker that can be made to log.
 NOISY = """
 import logging, os, signal, sys
-if "sseproxy.process.worker" in sys.orig_argv:
+if "sseproxy.process.start" in sys.orig_argv:
     def noise(*_):
         for n in range(3000):
             logging.getLogger("noise").error("%s", "x" * 200)

@@ -471,6 +471,8 @@ async def test_no_client_can_make_a_series(start: StartProxy, play: PlayScript) 
 
     upstream = await play(answer_all)
     proxy = await start(upstream.url)
+    # What a worker tells of itself once a second, it has told.
+    proxy.worker.telemetry.lagged(0.0)
     client = await proxy.connect()
 
     async def request(path: str, method: str, model: str) -> None:

@@ -189,7 +189,7 @@ async def test_workers_that_die_again_and_again_are_started_later_and_later(upst
 # What Python runs first: a worker, if it is the first, says something else than workers of this version.
 OTHER_VERSION = """
 import os, signal, sys
-if "sseproxy.process.worker" in sys.orig_argv:
+if "sseproxy.process.start" in sys.orig_argv:
     try:
         os.rmdir(os.path.join(os.path.dirname(__file__), "once"))
     except OSError:
@@ -235,7 +235,7 @@ import signal, sys
 if "serve" in sys.orig_argv:
     from sseproxy.process import generation
     generation._ASKED_EVERY = 0.05
-if "sseproxy.process.worker" in sys.orig_argv:
+if "sseproxy.process.start" in sys.orig_argv:
     def hang(*_):
         while True:
             pass
@@ -538,7 +538,7 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
         fds = [theirs.fileno(), listener.fileno()]
         port = listener.getsockname()[1]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds)), pass_fds=fds
+            *(sys.executable, "-P", "-m", "sseproxy.process.start", *map(str, fds)), pass_fds=fds
         )
     ours.sendall(encode_config(configured))
     try:
@@ -652,6 +652,27 @@ async def test_an_exchange_that_the_end_does_not_wait_for_was_not_left_by_its_cl
     await api.gone()
     assert await proxy.ended() == {"drained": 1}
     assert proxy.sample("upstream_release_seconds_count") == 0
+
+
+# A worker that says, when it is told to, whether it collects garbage, and whether it spares what it began with.
+TALKATIVE = """
+import gc, os, signal, sys
+if "sseproxy.process.start" in sys.orig_argv:
+    def tell(*_):
+        os.write(2, f"collects: {gc.isenabled()}, spares: {gc.get_freeze_count() > 10_000}".encode())
+    signal.signal(signal.SIGUSR1, tell)
+"""
+
+
+async def test_a_worker_collects_garbage_but_not_among_what_it_began_with(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    arguments = ("--upstream", upstream.url, *ANYWHERE, "--workers", "1")
+    async with serve(*arguments, **python_runs_first(TALKATIVE, tmp_path)) as served:
+        await served.until("workers", 1)
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGUSR1)
+        await until_true(lambda: "collects: True, spares: True" in served.stderr)
 
 
 @pytest.mark.parametrize("option", ["listen", "admin"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sseproxy.wire import sse
+from sseproxy.wire.extract import Members
 from sseproxy.wire.sse import Event, EventParser
 
 from .reference import Reference
@@ -230,3 +233,60 @@ def test_lines_of_data_without_end_are_not_kept() -> None:
         tracemalloc.stop()
     assert kept < 1.25 * limit
     assert parser.feed(b"\n") == [(b"yyyyyyyyyy", None)]
+
+
+# Large events, in lines of any length, among others.
+SPELLED = st.sampled_from(
+    [
+        ['{"a":1,"x":[', "[]," * 90, '"}"],', '"a":"b"}'],
+        ['{"a":"' + "y" * 300 + '","x":"' + '\\"' * 100 + '"}'],
+        ['{"x":"' + "z" * 90 + '"}', "no more"],
+        ["", "", '{"a":{"b":', *[" "] * 90, "1}}"],
+        ['{"a":7}'],
+        ["[DONE]"],
+        ["x" * 200],
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), events=st.lists(st.tuples(SPELLED, st.sampled_from([b"\n", b"\r\n", b"\r"])), max_size=4))
+def test_of_large_events_an_extract_is_read_at_any_split(
+    data: st.DataObject, events: list[tuple[list[str], bytes]]
+) -> None:
+    members = Members({b"a": None})
+    stream = data.draw(st.sampled_from([b"", BOM]))
+    for lines, end in events:
+        kind = data.draw(st.sampled_from(["event: e\n", ": comment\n", "id: 7\n", ""]))
+        text = kind + "".join(f"data: {line}\n" for line in lines) + "\n" * data.draw(st.integers(1, 3))
+        stream += text.replace("\n", end.decode()).encode()
+    _, whole = parse([stream])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sse, "WHOLE", 64)
+        for pieces in ([stream], steps(stream), data.draw(splits(stream))):
+            parser = EventParser(1 << 20, members)
+            found = [event for piece in pieces for event in parser.feed(piece)]
+            assert [kind for kind, _ in found] == [kind for kind, _ in whole]
+            for (_, extract), (_, full) in zip(found, whole, strict=True):
+                assert full is not None
+                if len(full) <= 64:
+                    assert extract == full
+                else:
+                    assert compact(extract or b"") == wanted_of(full)
+            # A byte order mark may still be the beginning of a line.
+            assert parser.at_boundary or not events
+            assert parser.oversize == 0
+
+
+def compact(extract: bytes) -> bytes:
+    """The same JSON as `wanted_of` spells it."""
+    return json.dumps(json.loads(extract)).encode() if extract else b""
+
+
+def wanted_of(text: bytes) -> bytes:
+    """What is wanted of an object, compactly, the last one of each name; nothing of what is no object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return b""
+    return json.dumps({"a": value["a"]} if "a" in value else {}).encode()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import trustme
 
+from sseproxy import config
+
 from .conftest import StartProxy
 from .harness import (
     DONE,
@@ -24,6 +26,7 @@ from .harness import (
     until,
     usage,
 )
+from .served import ConfigFile
 
 CLOSE_DELIMITED = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
@@ -82,6 +85,27 @@ async def test_a_certificate_that_nobody_trusts_is_a_502(start: StartProxy, upst
     assert await proxy.ended() == {"upstream_error": 1}
     assert proxy.sample("upstream_errors_total", type="tls") == 1
     assert upstream.connections == 0
+
+
+async def test_the_authorities_of_the_system_are_trusted_where_none_are_named(
+    upstream: ScriptedUpstream, ca_file: str, tmp_path: Path
+) -> None:
+    async with ConfigFile(tmp_path, upstream).serve(SSL_CERT_FILE=ca_file) as served:
+        client = await served.connect()
+        client.send(post())
+        api = await upstream.accept()
+        await api.message()
+        api.send(STREAM_HEAD, chunk(DONE), LAST_CHUNK)
+        assert (await client.message()).body == DONE
+
+
+def test_a_worker_reads_authorities_once_and_a_reload_reads_them_again(ca_file: str) -> None:
+    trusts = (config.UpstreamTLS(), config.UpstreamTLS(), config.UpstreamTLS(ca_file=ca_file))
+    one, other, named = (tls.plain().context() for tls in trusts)
+    assert one is other
+    assert one is not named
+    one, other, named = (tls.context() for tls in trusts)
+    assert len({one, other, named}) == 3
 
 
 async def test_a_certificate_for_another_name_is_a_502(start: StartProxy, authority: trustme.CA, ca_file: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +17,7 @@ from .harness import (
     begin,
     chunk,
     delta,
+    kept_port,
     post,
     usage,
 )
@@ -109,15 +109,14 @@ async def test_gone_before_its_head_is_a_502(proxy: RunningProxy, upstream: Scri
 
 
 async def test_nobody_listening_is_a_502_and_the_client_may_go_on(start: StartProxy) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    proxy = await start(f"http://127.0.0.1:{port}")
-    client = await proxy.connect()
-    for _ in range(2):
-        client.send(post())
-        response = await client.message()
-        assert response.status == 502
-        assert response.json()["error"]["code"] == "upstream_unreachable"
+    with kept_port() as port:
+        proxy = await start(f"http://127.0.0.1:{port}")
+        client = await proxy.connect()
+        for _ in range(2):
+            client.send(post())
+            response = await client.message()
+            assert response.status == 502
+            assert response.json()["error"]["code"] == "upstream_unreachable"
     assert await proxy.ended() == {"upstream_error": 2}
     assert proxy.sample("upstream_errors_total", type="connect") == 2
 

@@ -39,7 +39,7 @@ _ASKED_EVERY = 1.0
 # or less; more is given where that is more. A turn of a worker's loop takes milliseconds, and in one that is overloaded
 # as long as `limits.lag` allows. A kill cuts streams, and is for what will not get better: gunicorn waits 30 seconds.
 _UNREADY_AFTER, _KILLED_AFTER = 5, 20
-# In the same count, until it accepts: it takes half a second of CPU, and on a small machine many start at once.
+# In the same count, until it accepts: it takes a sixth of a second of CPU, and on a small machine many start at once.
 _STARTED_AFTER = 60
 # What a worker has besides connections.
 _DESCRIPTORS_OF_ITS_OWN = 50
@@ -205,7 +205,7 @@ class Generation:
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "sseproxy.process.worker", *map(str, fds)),
+                    *(sys.executable, "-P", "-m", "sseproxy.process.start", *map(str, fds)),
                     env=environment(self.config),
                     pass_fds=fds,
                     # The terminal's Ctrl-C goes to a whole process group; what it means is decided here.

@@ -1,6 +1,6 @@
 """A worker: one event loop, one immutable configuration, the relay.
 
-Started by the supervisor as `python -m sseproxy.process.worker CHANNEL LISTENER...`, which are inherited file
+Started by the supervisor by way of `start`, with CHANNEL LISTENER... as arguments, which are inherited file
 descriptors. The configuration comes as the first frame of the channel; reports go back over it. The end of the
 channel is the end of the supervisor, and then the worker drains and goes, as it does on SIGTERM. On SIGHUP it does so
 as well, but as a worker whose successor has already taken over: in its own time. On SIGINT it ends what it still has.
@@ -150,9 +150,9 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     sockets = [socket.socket(fileno=fd) for fd in listener_fds]
     worker = Worker(config, sockets, send, to_standard_output(config.access_log))
     await worker.start()
-    # What was imported and built so far lives as long as the process; collections need not look at it again.
-    gc.collect()
+    # What was imported and built so far lives as long as the process; collections need not look at it, not even once.
     gc.freeze()
+    gc.enable()
 
     async def heed_supervisor() -> None:
         try:
@@ -178,7 +178,3 @@ def main() -> None:
     set_up_logging()
     channel, *listeners = map(int, sys.argv[1:])
     uvloop.run(_serve(channel, listeners))
-
-
-if __name__ == "__main__":
-    main()

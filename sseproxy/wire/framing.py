@@ -32,16 +32,18 @@ _CRLF = b"\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-def _usual_start(length: int) -> bytes:
-    """What a whole chunk of `length` bytes, with its framing, begins with; empty if there is none of that length."""
-    for digits in range(1, 5):
-        start = b"%x\r\n" % max(0, length - digits - 4)
-        if len(start) == digits + 2 and length > digits + 4:
-            return start
-    return b""
+def _usual_starts(most: int) -> tuple[bytes, ...]:
+    """What whole chunks of fewer than `most` bytes, with their framing, begin with, by that length."""
+    starts = [b""] * most
+    for size in range(1, most):
+        start = b"%x\r\n" % size
+        length = len(start) + size + 2
+        if length < most:
+            starts[length] = start
+    return tuple(starts)
 
 
-USUAL_STARTS = tuple(map(_usual_start, range(4096)))
+USUAL_STARTS = _usual_starts(4096)
 """What a chunk begins with, as usually written, by its length with its framing; empty where none has that length."""
 
 
