@@ -16,20 +16,59 @@ import pytest
 from sseproxy import config
 
 from .conftest import PlayScript, StartProxy
-from .harness import DONE, LAST_CHUNK, Peer, RunningProxy, chunk, delta, until, usage
+from .harness import DONE, Message, Peer, RunningProxy, chunk, delta, until, usage
 
 EXCHANGES = int(os.environ.get("EXCHANGES", "1000"))
 SEED = int(os.environ.get("SEED", "1"))
 AT_ONCE = 20
-WAYS = ["well"] * 6 + ["early", "cut", "cut", "garbage", "silent", "204", "length", "short", "close"]
+WAYS = (
+    *(["well"] * 6 + ["early"] * 2 + ["cut", "cut", "garbage", "silent", "204", "length", "short", "close"]),
+    *("dies", "dies", "noise", "quits"),
+)
 GARBAGE = [b"junk\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", b"\x00" * 40_000]
-UPLOAD = b'{"stream":true,"model":"m","messages":["' + b"x" * 3000 + b'"]}'
+CHAT = b'{"stream":true,"model":"m","messages":["' + b"x" * 3000 + b'"]}'
+ASKING = CHAT[:-1] + b',"stream_options":{"include_usage":true}}'
+# More than a chunk extension may have.
+TOO_LONG = b"x" * 300
 
 
-def answer(dice: random.Random) -> bytes:
+def way_of(number: int) -> tuple[random.Random, str]:
+    """The upstream's dice for a request, and what it does."""
+    dice = random.Random(number)
+    return dice, dice.choice(WAYS)
+
+
+def answer(dice: random.Random, way: str) -> bytes:
     """The payload of a stream."""
+    if way == "noise":
+        # No JSON, no Unicode, no events.
+        return b"".join(
+            dice.choice([b"data: \xff\xfe\n\n", b"data: {\n\n", b"\x00\r\r", b"data:[]\n\n", dice.randbytes(700)])
+            for _ in range(20)
+        )
     texts = [dice.choice(["", "Hi", "x" * 5000]) for _ in range(dice.randrange(10))]
     return b"".join(delta(text) for text in texts) + usage(1, len(texts)) + DONE
+
+
+def answer_of(number: int) -> bytes:
+    """What the client is to get of the answer: that it only tells usage was asked for here, of chats alone."""
+    dice, way = way_of(number)
+    payload = answer(dice, way)
+    if way == "noise" or body_of(number)[0] != "chat":
+        return payload
+    start = payload.index(b'data: {"id":"c","choices":[],')
+    return payload[:start] + DONE
+
+
+def body_of(number: int) -> tuple[str, bytes]:
+    """What the client sends: a chat, a file, or what it calls JSON."""
+    dice = random.Random(-number)
+    kind = dice.choice(["chat", "chat", "chat", "file", "no JSON"])
+    if kind == "chat":
+        return kind, CHAT
+    if kind == "file":
+        return kind, dice.randbytes(dice.choice([10, 3000, 200_000]))
+    return kind, dice.choice([b"{" * 2000, b"\xff" * 500, b'{"model":' + b"[" * 1500, dice.randbytes(900)])
 
 
 async def send_in_pieces(peer: Peer, dice: random.Random, data: bytes) -> None:
@@ -42,57 +81,93 @@ async def send_in_pieces(peer: Peer, dice: random.Random, data: bytes) -> None:
             await asyncio.sleep(0)
 
 
+def chunked(dice: random.Random, payload: bytes, sizes: list[int], *, ends: bool = True) -> bytes:
+    """`payload` in chunks, some of them with extensions, and with or without trailers."""
+    sent, position = b"", 0
+    while position < len(payload):
+        part = payload[position : position + dice.choice(sizes)]
+        position += len(part)
+        size, rest = chunk(part).split(b"\r\n", 1)
+        sent += size + dice.choice([b"", b"", b";a=b", b' ; c="d"']) + b"\r\n" + rest
+    trailers = dice.choice([b"", b"", b"X-Trailer: 1\r\n", b"Authorization: Bearer t\r\nX-Other: 2\r\n"])
+    return sent + (b"0\r\n" + trailers + b"\r\n" if ends else b"")
+
+
 class Upstream:
-    """Answers a request according to its number; `whole` are the numbers of the answers that were sent to their end."""
+    """Answers a request according to its number.
+
+    `whole` are the numbers of the answers that were sent to their end, `repeated` those of requests that came again after
+    a connection had died; `wrong` is what should not have come.
+    """
 
     def __init__(self) -> None:
         self.whole: set[int] = set()
+        self.died: set[int] = set()
+        self.repeated: set[int] = set()
+        self.wrong: list[str] = []
+
+    def _check(self, number: int, head: Message, body: bytes, *, complete: bool) -> None:
+        """What came of a request is what the client sent, and whole if it ended."""
+        kind, sent = body_of(number)
+        wanted = [sent, ASKING] if kind == "chat" else [sent]
+        if not any(body == whole if complete else whole.startswith(body) for whole in wanted):
+            self.wrong.append(f"{number}: {len(body)} bytes of a body of {len(sent)}, complete: {complete}")
+        if head.get("authorization") or head.get("x-other"):
+            self.wrong.append(f"{number}: a trailer became a field")
 
     async def __call__(self, api: Peer) -> None:
+        requests = 0
         while True:
             head = await api.head()
+            requests += 1
             number = int(head.start_line.split()[1].partition("?")[2])
-            dice = random.Random(number)
-            way = dice.choice(
-                ["well"] * 6 + ["early", "cut", "cut", "garbage", "silent", "204", "length", "short", "close"]
-            )
+            dice, way = way_of(number)
+            payload = answer(dice, way)
+            if way == "dies" and requests > 1:
+                # As if it had gone while it was idle; the request goes to another connection, where it is kept.
+                self.died.add(number)
+                (api.reset if dice.random() < 0.5 else api.close)()
+                return
+            if number in self.died:
+                self.repeated.add(number)
             if way == "early":
-                api.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+                status = dice.choice([b"413 Too Large", b"200 OK"])
+                api.send(b"HTTP/1.1 " + status + b"\r\nContent-Length: 2\r\n\r\nno")
+                if dice.random() < 0.5:
+                    return
+                # It goes on to read what it is sent, slowly.
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                body, complete = await api._body(head)
+                self._check(number, head, body, complete=complete)
                 return
             if way == "silent":
                 await api.rest()
                 return
-            await api._body(head)
-            payload = answer(dice)
+            body, complete = await api._body(head)
+            self._check(number, head, body, complete=complete)
+            if not complete:
+                return
             if way == "garbage":
-                api.send(
-                    dice.choice([b"junk\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", b"\x00" * 40_000])
-                )
+                api.send(dice.choice(GARBAGE))
                 return
             if way == "204":
                 api.send(b"HTTP/1.1 204 No Content\r\n\r\n")
                 continue
+            framing = b"Transfer-Encoding: chunked\r\n"
             if way in ("length", "short"):
                 framing = b"Content-Length: %d\r\n" % (len(payload) + (way == "short"))
-            else:
-                framing = b"" if way == "close" else b"Transfer-Encoding: chunked\r\n"
+            elif way == "close":
+                framing = b""
             sent = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + framing + b"\r\n"
-            if framing.startswith(b"T"):
-                position = 0
-                while position < len(payload):
-                    size = dice.choice([7, 300, 9000])
-                    sent += chunk(payload[position : position + size])
-                    position += size
-                sent += LAST_CHUNK
-            else:
-                sent += payload
+            sent += chunked(dice, payload, [7, 300, 9000]) if framing.startswith(b"T") else payload
             if way == "cut":
                 sent = sent[: dice.randrange(len(sent))]
             else:
                 self.whole.add(number)
             await send_in_pieces(api, dice, sent)
-            if way in ("cut", "short", "close"):
-                (api.reset if way != "close" and dice.random() < 0.5 else api.close)()
+            if way in ("cut", "short", "close", "quits"):
+                (api.reset if way in ("cut", "short") and dice.random() < 0.5 else api.close)()
                 return
 
 
@@ -100,19 +175,26 @@ async def exchange(proxy: RunningProxy, upstream: Upstream, number: int) -> bool
     """One request of a client of any kind. Whether it got what it asked for, whole."""
     dice = random.Random(~number)
     client = await proxy.connect()
-    line = b"POST /v1/chat/completions?%d HTTP/1.%d\r\n" % (number, dice.random() < 0.9)
-    head = line + b"Host: p\r\nContent-Type: application/json\r\n"
+    kind, body = body_of(number)
+    path, type_ = (
+        (b"/v1/files", b"application/octet-stream")
+        if kind == "file"
+        else (b"/v1/chat/completions", b"application/json")
+    )
+    line = b"POST %b?%d HTTP/1.%d\r\n" % (path, number, dice.random() < 0.9)
+    head = line + b"Host: p\r\nContent-Type: %b\r\n" % type_
     if dice.random() < 0.3 and b"1.1" in line:
-        request = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(UPLOAD[:999]) + chunk(UPLOAD[999:]) + LAST_CHUNK
+        request = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(dice, body, [999, 70_000])
     else:
-        request = head + b"Content-Length: %d\r\n\r\n" % len(UPLOAD) + UPLOAD
-    leaves = dice.choice(["never"] * 5 + ["in its request", "at once", "in the response", "broken"])
+        request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    leaves = dice.choice(["never"] * 5 + ["in its request", "at once", "in the response", "broken", "too long"])
     try:
         if leaves == "in its request":
             await send_in_pieces(client, dice, request[: dice.randrange(len(request))])
             return False
-        if leaves == "broken":
-            await send_in_pieces(client, dice, head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello!!")
+        if leaves in ("broken", "too long"):
+            bad = b"5\r\nhello!!" if leaves == "broken" else b"5;" + TOO_LONG + b"\r\nhello\r\n0\r\nX-Other: 1\r\n\r\n"
+            await send_in_pieces(client, dice, head + b"Transfer-Encoding: chunked\r\n\r\n" + bad)
             await client.rest()
             return False
         await send_in_pieces(client, dice, request)
@@ -127,22 +209,13 @@ async def exchange(proxy: RunningProxy, upstream: Upstream, number: int) -> bool
     finally:
         dice.choice([client.close, client.reset, client.writer.transport.abort])()
         proxy.peers.remove(client)
-    if response.status != 200:
+    if response.status != 200 or response.body == b"no":
         return False
     wanted = answer_of(number)
     got = response.body.replace(b": heartbeat\n", b"").partition(b"event: error\ndata: ")[0]
     assert wanted.startswith(got), number
     assert not response.complete or (got == wanted and number in upstream.whole), number
     return response.complete
-
-
-def answer_of(number: int) -> bytes:
-    """What the client is to get of the answer: that it only tells usage was asked for here."""
-    dice = random.Random(number)
-    dice.choice(WAYS)
-    payload = answer(dice)
-    start = payload.index(b'data: {"id":"c","choices":[],')
-    return payload[:start] + DONE
 
 
 @pytest.mark.timeout(60 + EXCHANGES // 10)
@@ -174,6 +247,8 @@ async def test_nothing_false_is_told_and_nothing_is_left(
         for number in range(SEED, SEED + EXCHANGES):
             group.create_task(limited(number))
     outcomes = await proxy.ended()
+    assert not upstream.wrong
+    assert upstream.repeated
     # A request that never became whole, or a connection that came to nothing, is none.
     assert EXCHANGES * 0.8 < sum(outcomes.values()) - begun <= EXCHANGES
     assert whole <= outcomes["completed"]
