@@ -118,6 +118,8 @@ class ExchangeError(SseproxyError):
     code: str = "upstream_error"
     type: str = "upstream_error"
     outcome: Outcome = Outcome.UPSTREAM_ERROR
+    cause: str | None = None
+    """What exactly failed, for the log: addresses and certificates are nothing that a client is told."""
 
     @property
     def message(self) -> str:
@@ -169,12 +171,13 @@ class RequestError(ExchangeError):
         "pending_connects": (503, "Too many requests wait for a connection to the upstream."),
     }
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, message: str | None = None, cause: str | None = None) -> None:
         self.reason = self.code = reason
-        self.status, message = self._TABLE[reason]
+        self.status, usual = self._TABLE[reason]
         if self.status in (429, 503):
             self.type = "overloaded_error"
-        super().__init__(message)
+        self.cause = cause
+        super().__init__(message or usual)
 
 
 class UpstreamError(ExchangeError):
@@ -189,8 +192,9 @@ class UpstreamError(ExchangeError):
         "protocol": (502, "upstream_protocol", "The upstream's response is not valid HTTP/1.1."),
     }
 
-    def __init__(self, kind: UpstreamErrorType, message: str | None = None) -> None:
+    def __init__(self, kind: UpstreamErrorType, message: str | None = None, cause: str | None = None) -> None:
         self.kind = kind
+        self.cause = cause
         self.status, self.code, default = self._TABLE[kind]
         super().__init__(message or default)
 
@@ -221,8 +225,8 @@ class Truncated(UpstreamError):
 
     outcome = Outcome.TRUNCATED
 
-    def __init__(self) -> None:
-        super().__init__("reset", "The upstream closed the connection before the response was complete.")
+    def __init__(self, cause: str | None = None) -> None:
+        super().__init__("reset", "The upstream closed the connection before the response was complete.", cause)
 
 
 class StalledClient(ExchangeError):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
+import socket
+import ssl
 import statistics
 import threading
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from select import PIPE_BUF
 from typing import Any
 
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,6 +81,7 @@ async def test_a_line_says_what_happened_and_when(upstream: ScriptedUpstream, tm
         "api": "chat",
         "model": "gpt?[1m",
         "method": "POST",
+        "path": "/v1/chat/completions",
         "status": 200,
         "outcome": "completed",
         "stream": True,
@@ -101,10 +108,141 @@ async def test_a_line_says_why_nothing_happened(upstream: ScriptedUpstream, tmp_
     assert refused["request_id"] == response.get("x-request-id")
     assert (refused["status"], refused["outcome"], refused["reason"]) == (404, "rejected", "no_route")
     assert refused["client"] == "127.0.0.1"
+    assert refused["path"] == "/*"
     assert "route" not in refused
     assert left["outcome"] == "client_gone_before_head"
     assert "status" not in left
     assert "secret" not in served.logged.decode()
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/files/file-abc123/content", "/v1/files/*/content"),
+        ("/v1/threads/t_1/runs/r_2/submit_tool_outputs", "/v1/threads/*/runs/*/submit_tool_outputs"),
+        ("/v1beta/models/gemini-2.5-pro:streamGenerateContent", "/v1beta/models/*:streamGenerateContent"),
+        ("/v1beta/models/gemini:SECRET", "/v1beta/models/*:*"),
+        ("/SECRET/v1/models", "/*/v1/models"),
+        ("//v1//", "//v1//"),
+        ("/v1/\x1b[1m", "/v1/*"),
+    ],
+)
+def test_of_a_path_the_words_of_known_apis_are_told(path: str, known: str) -> None:
+    exchange = Exchange("r", "up", Recording(), "id", 0.0)
+    exchange.path, exchange.ended_at = path, 0.0
+    assert describe(exchange)["path"] == known
+
+
+@pytest.mark.parametrize(("option", "told"), [("all", "/v1/files/a%20b"), ("off", None)])
+async def test_a_path_is_told_as_it_is_configured(
+    upstream: ScriptedUpstream, tmp_path: Path, option: str, told: str | None
+) -> None:
+    async with ConfigFile(tmp_path, upstream, access_log=f"{{path: {option}}}").serve() as served:
+        client = await served.connect()
+        client.send(b"GET /v1/files/a%20b?secret=1 HTTP/1.1\r\nHost: p\r\n\r\n")
+        api = await upstream.accept()
+        await api.message()
+        api.send(b"HTTP/1.1 204 No Content\r\nX-Request-Id: req_7\r\n\r\n")
+        await client.message()
+        (line,) = await logged(served, 1)
+    assert line.get("path") == told
+    assert line["upstream_request_id"] == "req_7"
+
+
+async def test_the_model_is_told_of_a_body_that_comes_apart_and_of_what_failed(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        request = post(b'{"model":"m-1","messages":["' + b"x" * 50_000 + b'"]}')
+        client = await served.connect()
+        client.send(request[:200])
+        api = await upstream.accept()
+        client.send(request[200:])
+        await api.message()
+        api.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await client.message()
+        cut = await served.connect()
+        cut.send(request[:300])
+        api = await upstream.accept()
+        await api.read_until(b"m-1")
+        cut.reset()
+        await api.gone()
+        whole, gone = await logged(served, 2)
+    assert (whole["outcome"], whole["model"]) == ("completed", "m-1")
+    assert (gone["outcome"], gone["model"]) == ("client_gone_before_head", "m-1")
+
+
+async def no_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 400 no")
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "cause"),
+    [
+        ("refused", "upstream_unreachable", r"127\.0\.0\.1:\d+: .*(refused|connect call failed).*"),
+        ("no name", "upstream_unresolvable", r"nowhere\.invalid: .+"),
+        ("unknown authority", "upstream_tls", r"127\.0\.0\.1: (unable to get local issuer|self-signed) certificate.*"),
+        (
+            "another's certificate",
+            "upstream_tls",
+            r"127\.0\.0\.1: IP address mismatch, .*",
+        ),
+        ("expired", "upstream_tls", r"127\.0\.0\.1: certificate has expired"),
+        ("no TLS", "upstream_tls", r"127\.0\.0\.1:\d+: .*(wrong version number|record layer failure).*"),
+        ("no HTTP", "upstream_protocol", r"Bad status line: Expected HTTP/, RTSP/ or ICE/, at the byte S"),
+        ("no chunk", "upstream_protocol", r"a chunk size is not hexadecimal"),
+        ("closes", "upstream_disconnected", r"it ended in order"),
+    ],
+)
+async def test_a_line_says_what_exactly_failed(
+    upstream: ScriptedUpstream, tmp_path: Path, fault: str, code: str, cause: str
+) -> None:
+    authority, url, tls = trustme.CA(), upstream.url, ""
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    async with AsyncExitStack() as stack:
+        if fault in ("unknown authority", "another's certificate", "expired"):
+            issued = authority.issue_cert(
+                "other.test" if fault == "another's certificate" else "127.0.0.1",
+                not_after=datetime(2020, 1, 1, tzinfo=UTC) if fault == "expired" else None,
+                not_before=datetime(2019, 1, 1, tzinfo=UTC),
+            )
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            issued.configure_cert(context)
+            server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+            await stack.enter_async_context(server)
+            url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            tls = "" if fault == "unknown authority" else f", tls: {{ca_file: '{tmp_path}/ca.pem'}}"
+        elif fault == "refused":
+            with socket.socket() as taken:
+                taken.bind(("127.0.0.1", 0))
+                url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        elif fault == "no name":
+            url = "http://nowhere.invalid"
+        elif fault == "no TLS":
+            plain = await asyncio.start_server(no_tls, "127.0.0.1", 0)
+            await stack.enter_async_context(plain)
+            url = f"https://127.0.0.1:{plain.sockets[0].getsockname()[1]}"
+        upstreams = f"[{{name: up, url: '{url}/v1'{tls}}}]"
+        served = await stack.enter_async_context(ConfigFile(tmp_path, upstream, upstreams=upstreams).serve())
+        client = await served.connect()
+        client.send(post())
+        if fault in ("no HTTP", "no chunk", "closes"):
+            api = await upstream.accept()
+            await api.message()
+            answer = {"no HTTP": b"SECRET-1\r\n\r\n", "no chunk": STREAM_HEAD + b"SECRET-1\r\n", "closes": b""}[fault]
+            api.send(answer)
+            if fault == "closes":
+                api.close()
+        received, _ = await client.rest() if fault == "no chunk" else ((await client.message()).body, "")
+        (line,) = await logged(served, 1)
+        assert line["reason"] == code
+        assert re.fullmatch(cause, line["cause"]), line["cause"]
+        # It is nothing that clients are told.
+        assert line["cause"].encode() not in received
+        assert "SECRET" not in served.logged.decode()
 
 
 async def test_only_what_went_wrong_is_written_if_that_is_wanted(upstream: ScriptedUpstream, tmp_path: Path) -> None:

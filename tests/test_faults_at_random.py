@@ -96,8 +96,8 @@ def chunked(dice: random.Random, payload: bytes, sizes: list[int], *, ends: bool
 class Upstream:
     """Answers a request according to its number.
 
-    `whole` are the numbers of the answers that were sent to their end, `repeated` those of requests that came again after
-    a connection had died; `wrong` is what should not have come.
+    `whole` are the numbers of the answers that were sent to their end, `repeated` those of requests that came again
+    after a connection had died; `wrong` is what should not have come.
     """
 
     def __init__(self) -> None:

@@ -106,11 +106,10 @@ def taken(routes: list[Route], path: str, method: str = "POST", model: str | Non
     """The name of the route that is taken, the same in whatever order the routes are given."""
     found: set[str | None] = set()
     for order in (routes, routes[::-1]):
-        try:
-            found.add(choose(Router(order).candidates(method, path), model).name)
-        except RequestError as error:
-            assert error.reason == "no_route"
-            found.add(None)
+        router = Router(order)
+        chosen = choose(router.candidates(method, path), model)
+        found.add(None if chosen is None else chosen.name)
+        assert router.no_route(method, path, model).reason == "no_route"
     (name,) = found
     return name
 
@@ -210,6 +209,40 @@ def test_a_model_that_no_long_prefix_takes_falls_to_a_shorter_one() -> None:
     assert taken(routes, "/v1/chat/completions", model="llama") == "models"
     assert taken(routes, "/v1/chat/completions", model=None) == "all"
     assert taken(routes[:1], "/v1/chat/completions", model="llama") is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "model", "said"),
+    [
+        (
+            "POST",
+            "/chat/completions",
+            None,
+            "No route for POST /chat/completions; there are routes for /v1, /v1/files.",
+        ),
+        ("GET", "/v1/x", None, "No route for a request without a model; there are routes for gpt-*, llama-*."),
+        ("POST", "/v1/x", "mistral", "No route for model 'mistral'; there are routes for gpt-*, llama-*."),
+        (
+            "POST",
+            "/v1/x",
+            "a\n" + "b" * 500,
+            f"No route for model 'a?{'b' * 98}'; there are routes for gpt-*, llama-*.",
+        ),
+        ("PUT", "/v1/files/x", None, "No route for PUT /v1/files/x; there are routes for GET, POST."),
+        (
+            "POST",
+            "/\x1b[1m" + "x" * 500,
+            None,
+            f"No route for POST /?[1m{'x' * 95}; there are routes for /v1, /v1/files.",
+        ),
+    ],
+)
+def test_who_finds_no_route_is_told_what_there_is(method: str, path: str, model: str | None, said: str) -> None:
+    files = route("/v1/files", methods=("GET", "POST"))
+    router = Router([route("/v1", "gpt-*"), route("/v1", "llama-*", "gpt-*"), files])
+    assert router.no_route(method, path, model).message == said
+    many = Router([route(f"/{number}") for number in range(20)]).no_route("GET", "/", None).message
+    assert many.endswith(" and 12 more.")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from .values import (
     ListenAddresses,
     Loc,
     LogFormat,
+    LoggedPaths,
     Methods,
     Name,
     Networks,
@@ -234,6 +235,8 @@ class AccessLog(_Model):
     """The share of those without an error that is written."""
     format: LogFormat = "auto"
     """`auto` is `text` on a terminal, and `json` elsewhere."""
+    path: LoggedPaths = "known"
+    """`known`: words of known APIs are written, any other segment is `*`; `all`: the path as it came; or `off`."""
 
 
 class Metrics(_Model):

@@ -226,6 +226,15 @@ def _exchanges(value: object) -> str:
     raise expected("all, errors or off")
 
 
+def _logged_paths(value: object) -> str:
+    if value is False:
+        # YAML 1.1 reads `off` so.
+        return "off"
+    if value in ("known", "all", "off"):
+        return str(value)
+    raise expected("known, all or off")
+
+
 def _log_format(value: object) -> str:
     if value in ("auto", "json", "text"):
         return str(value)
@@ -386,6 +395,8 @@ DialectName = Annotated[str, Option(_dialect, lambda: _enum("auto", *_dialect_na
 TLSVersion = Annotated[Literal["1.2", "1.3"], Option(_tls_version, _enum("1.2", "1.3"))]
 
 Exchanges = Annotated[Literal["all", "errors", "off"], Option(_exchanges, _enum("all", "errors", "off", False))]
+
+LoggedPaths = Annotated[Literal["known", "all", "off"], Option(_logged_paths, _enum("known", "all", "off", False))]
 
 LogFormat = Annotated[Literal["auto", "json", "text"], Option(_log_format, _enum("auto", "json", "text"))]
 

@@ -1,4 +1,4 @@
-"""The access log: one line for each exchange that has ended. Never content, keys, paths or queries.
+"""The access log: one line for each exchange that has ended. Never content, keys or queries.
 
 Lines are collected, and handed to a thread every so often, so that writing them holds up no exchange.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,17 +23,56 @@ if TYPE_CHECKING:
 
 # Of what a client or an upstream calls something. All of a line has room in a write that nobody splits (`logs`).
 _MAX_NAME: Final = 128
+_MAX_CAUSE: Final = 300
+_MAX_PATH: Final = 512
+# The segments of the known APIs' paths, which never are anybody's.
+_WORDS: Final = frozenset(
+    (
+        "v1 v1beta v1alpha v2 api openai anthropic chat completions responses embeddings models files uploads batches "
+        "images generations edits variations audio speech transcriptions translations moderations fine_tuning jobs "
+        "vector_stores file_batches assistants threads messages runs steps submit_tool_outputs cancel content search "
+        "count_tokens conversations items input_items input_tokens compact realtime sessions client_secrets containers "
+        "evals organization projects locations publishers google deployments cachedContents operations rerank score "
+        "tokenize detokenize generate generateContent streamGenerateContent countTokens embedContent "
+        "batchEmbedContents predict rawPredict streamRawPredict parts complete events checkpoints videos health"
+    ).split()
+)
 
 
-def _shown(said_by_others: str | None) -> str | None:
+def _shown(said_by_others: str | None, most: int = _MAX_NAME) -> str | None:
     """What a client or an upstream calls something, so that it is harmless in a line."""
     if said_by_others is None:
         return None
-    return "".join(c if c.isprintable() else "?" for c in said_by_others[:_MAX_NAME])
+    return "".join(c if c.isprintable() else "?" for c in said_by_others[:most])
 
 
-def describe(exchange: Exchange) -> dict[str, Any]:
-    """What a line says of `exchange`, in its order; what is not known is not in it. Durations are in seconds."""
+def _whole_path(path: str) -> str | None:
+    return _shown(path, _MAX_PATH)
+
+
+def _known_path(path: str) -> str:
+    """`path`, with a `*` for each segment that is no word of a known API: it may be an id, a name, or a secret."""
+    return "/".join(map(_known_segment, path[:_MAX_PATH].split("/")))
+
+
+def _known_segment(segment: str) -> str:
+    # Gemini's are a model and what it is to do.
+    name, colon, verb = segment.partition(":")
+    return (name if name in _WORDS or not name else "*") + (colon + (verb if verb in _WORDS else "*") if colon else "")
+
+
+_PATHS: Final[Mapping[str, Callable[[str], str | None]]] = {
+    "known": _known_path,
+    "all": _whole_path,
+    "off": lambda path: None,
+}
+
+
+def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_path) -> dict[str, Any]:
+    """What a line says of `exchange`, in its order; what is not known is not in it. Durations are in seconds.
+
+    `paths` says how much of a path is told.
+    """
     received_at = exchange.received_at
 
     def since(instant: float | None) -> float | None:
@@ -43,15 +82,18 @@ def describe(exchange: Exchange) -> dict[str, Any]:
     usage = {} if exchange.usage is None else {k: v for k, v in exchange.usage._asdict().items() if v is not None}
     said = {
         "request_id": exchange.request_id,
+        "upstream_request_id": None if exchange.upstream_request_id is None else exchange.upstream_request_id.decode(),
         "client": exchange.client,
         "route": exchange.route,
         "upstream": exchange.upstream,
         "api": exchange.api,
         "model": _shown(exchange.model),
         "method": _shown(exchange.method),
+        "path": paths(exchange.path),
         "status": exchange.status,
         "outcome": exchange.outcome,
         "reason": exchange.reason,
+        "cause": _shown(exchange.cause, _MAX_CAUSE),
         "stream": exchange.is_stream,
         "head_seconds": since(exchange.head_at),
         "first_token_seconds": since(exchange.first_token_at),
@@ -88,6 +130,7 @@ def _text(at: datetime, said: Mapping[str, Any]) -> bytes:
         f"{said['events']} events" if "events" in said else "",
         f"tokens {usage.get('input', '?')}+{usage.get('output', '?')}" if usage else "",
         said.get("reason", ""),
+        said.get("cause", ""),
         said["request_id"],
     ]
     return "  ".join(filter(None, parts)).encode()
@@ -99,6 +142,7 @@ class AccessLog:
     def __init__(self, options: Options, descriptor: int = STANDARD_OUTPUT) -> None:
         self._all = options.exchanges == "all"
         self._sample = options.sample
+        self._paths = _PATHS[options.path]
         text = options.format == "text" or (options.format == "auto" and os.isatty(descriptor))
         self._spell = _text if text else _json
         self._lines = Lines(descriptor, lambda number: self._line({"dropped": number}).decode())
@@ -108,7 +152,7 @@ class AccessLog:
         if exchange.outcome is Outcome.COMPLETED and (exchange.status or 0) < 400:
             if not self._all or (self._sample < 1 and random.random() >= self._sample):
                 return
-        self._lines.write(self._line(describe(exchange)) + b"\n")
+        self._lines.write(self._line(describe(exchange, self._paths)) + b"\n")
 
     def _line(self, said: Mapping[str, object]) -> bytes:
         return self._spell(datetime.now(UTC), said)

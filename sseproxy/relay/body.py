@@ -46,6 +46,7 @@ class RequestBody:
         "_kept",
         "_kept_size",
         "_limits",
+        "_look",
         "_more",
         "_parts",
         "_place",
@@ -73,6 +74,7 @@ class RequestBody:
         self._kept_size = 0
         self._begun = False
         self._place: Place | None = None
+        self._look: Callable[[bytes], None] | None = None
         self._problem: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
@@ -105,6 +107,8 @@ class RequestBody:
         most = self._limits.request_body
         if most is not None and self.received > most:
             self._problem = self._problem or RequestError("body_too_large")
+        if payload and self._look is not None:
+            self._look(payload)
         if payload and not self._closed:
             self._parts.append(payload)
             self._size += len(payload)
@@ -132,6 +136,12 @@ class RequestBody:
     def waited(self) -> float:
         """Seconds for which the client was waited for."""
         return self._waited + (perf_counter() - self._waiting_since if self._waiter is not None else 0.0)
+
+    def watched_by(self, look: Callable[[bytes], None]) -> None:
+        """`look` is shown what has come and was not read, and whatever comes, as it comes."""
+        for part in (*self._ahead, *self._parts):
+            look(part)
+        self._look = look
 
     def held_in(self, place: Place) -> None:
         """What is collected and kept is held in `place`. Before this there is no room for it."""
@@ -204,6 +214,7 @@ class RequestBody:
     def close(self) -> None:
         """Nobody reads it any more; what still comes is dropped."""
         self._closed = True
+        self._look = None
         self.forget()
         if self._place is not None:
             self._place.release(sum(map(len, self._ahead)))

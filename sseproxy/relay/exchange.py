@@ -38,6 +38,7 @@ class Exchange:
     __slots__ = (
         "_passed_over",
         "api",
+        "cause",
         "client",
         "ended_at",
         "events",
@@ -56,6 +57,7 @@ class Exchange:
         "model",
         "observer",
         "outcome",
+        "path",
         "reason",
         "received_at",
         "request_bytes",
@@ -67,6 +69,7 @@ class Exchange:
         "traceparent",
         "unread",
         "upstream",
+        "upstream_request_id",
         "usage",
     )
 
@@ -82,6 +85,12 @@ class Exchange:
         self.traceparent: str | None = None
         self.reason: str | None = None
         """The code of the error that ended it."""
+        self.cause: str | None = None
+        """What exactly failed then, where more is known."""
+        self.path = ""
+        """That of the request, as it came, without its query."""
+        self.upstream_request_id: bytes | None = None
+        """What the upstream calls the request."""
         self.head_at: float | None = None
         self.first_event_at: float | None = None
         self.first_token_at: float | None = None

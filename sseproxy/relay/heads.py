@@ -7,7 +7,8 @@ no two parsers can disagree about it.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 MAX_RESPONSE_FIELDS = 200
 
 _BLANK_LINE = b"\r\n\r\n"
+# As Python spells it.
+_BYTE: Final = re.compile(r"\\x..|\\?.")
 # How much of a body aiohttp would buffer, had it one to parse.
 _UNUSED_LIMIT = 2**16
 
@@ -65,6 +68,19 @@ class RequestHead:
             self.problem = RequestError("bad_request")
         if self.problem is None:
             self.framing = "chunked" if coded else None if length is None else int(length)
+
+
+def rule_of(error: Exception) -> str:
+    """What is wrong with bytes that are no HTTP: the rule, and the byte that breaks it.
+
+    The parser's own text quotes the line, which may have a key in it.
+    """
+    text = str(getattr(error, "message", None) or error)
+    rule, _, quoted = text.partition("\n\n")
+    rule = " ".join(line.strip() for line in rule.splitlines()).rstrip(":")
+    line, _, mark = quoted.partition("\n")
+    byte = _BYTE.match(line, mark.find("^")) if mark.strip() == "^" else None
+    return f"{rule}, at the byte {byte[0]}" if byte else rule
 
 
 class RequestHeads:
@@ -110,8 +126,8 @@ class RequestHeads:
             messages, _, _ = self._parser.feed_data(part)
         except LineTooLong:
             raise RequestError("head_too_large") from None
-        except (HttpProcessingError, ValueError):
-            raise RequestError("bad_request") from None
+        except (HttpProcessingError, ValueError) as error:
+            raise RequestError("bad_request", cause=rule_of(error)) from None
         if not messages:
             self._tail = (self._tail + part)[1 - len(_BLANK_LINE) :]
             return None, end

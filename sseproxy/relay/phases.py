@@ -81,6 +81,8 @@ class Relay:
         self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
         # What is read of the request's body, once all of it has come.
         self._read: RequestReader | None = None
+        # What is read of it while it is relayed.
+        self._passing: RequestReader | None = None
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -163,7 +165,7 @@ class Relay:
         outcome = exchange.failed(error)
         if outcome is not error.outcome:
             return outcome
-        exchange.reason = error.code
+        exchange.reason, exchange.cause = error.code, error.cause
         if isinstance(error, UpstreamError):
             exchange.observer.upstream_failed(error.kind, answered=exchange.head_at is not None)
         elif isinstance(error, RequestError):
@@ -192,7 +194,10 @@ class Relay:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
-        (self._exchange or self._recorded()).finish(outcome)
+        exchange = self._exchange or self._recorded()
+        if self._passing is not None:
+            exchange.model = exchange.model or self._passing.model_so_far
+        exchange.finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The exchange's record, begun here if it has not got so far as to have one."""
@@ -202,6 +207,7 @@ class Relay:
             self._exchange = exchange
             exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
             exchange.method = self._request.method
+            exchange.path = self._request.target.partition("?")[0]
             exchange.traceparent = headers.traceparent(self._request.fields)
         return self._exchange
 
@@ -249,8 +255,10 @@ class Relay:
         wants_usage = route.usage.request and dialect.asks_usage and is_json
         if wants_usage or (proxy.models and is_json):
             await self._collect(clock, route.timeouts.body)
-        elif is_json and proxy.names_models and self._read is None:
-            self._read_what_came()
+        elif is_json and proxy.names_models and self._read is None and not self._read_what_came():
+            # It is relayed as it comes, and read in passing.
+            self._passing = RequestReader()
+            request.body.watched_by(self._passing.feed)
         read, self._read = self._read, None
         model = (None if read is None else read.model) or model_in(known_as)
         exchange.model, exchange.api = model, dialect.name
@@ -309,7 +317,10 @@ class Relay:
             if self._read is None:
                 raise RequestError("body_too_large")
             model = self._read.model
-        return routes.choose(candidates, model), path, query
+        route = routes.choose(candidates, model)
+        if route is None:
+            raise self._proxy.router.no_route(self._request.method, routes.normal_path(path), model)
+        return route, path, query
 
     def _start_clock(self, timeouts: Timeouts) -> Clock:
         if self._clock is not None:
@@ -473,6 +484,7 @@ class Relay:
         )
         self._head_sent = True
         exchange.head_received(head.status, event_stream)
+        exchange.upstream_request_id = headers.upstream_request_id(head.fields)
         if attempt.uploads:
             request.body.forget()
         else:

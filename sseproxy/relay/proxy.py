@@ -116,6 +116,6 @@ class Proxy:
     def _malformed(self, error: RequestError) -> None:
         observer = self.observer("", "", routes.OTHER)
         exchange = Exchange("", "", observer, "", perf_counter())
-        exchange.status = error.status
+        exchange.status, exchange.reason, exchange.cause = error.status, error.code, error.cause
         observer.rejected(error.reason)
         exchange.finish(error.outcome)

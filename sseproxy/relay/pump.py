@@ -184,11 +184,11 @@ class Pump:
         upstream.read_plainly(self._run)
 
     def _walk(self, data: bytes, read_at: float) -> None:
-        body, broken = self._body, False
+        body, broken = self._body, ""
         try:
             payload = body.feed(data)
         except BrokenBodyError as error:
-            payload, broken = error.payload, True
+            payload, broken = error.payload, str(error)
         kept = payload
         if self._stripper is not None:
             kept = self._stripper.feed(payload)
@@ -202,7 +202,7 @@ class Pump:
         if payload:
             self._look(payload, read_at)
         if broken:
-            self.fail(UpstreamError("protocol"))
+            self.fail(UpstreamError("protocol", cause=broken))
         elif body.done:
             self._complete(reusable=self._reusable and not body.excess)
         else:
@@ -251,7 +251,7 @@ class Pump:
                 self._forward(out, len(held), perf_counter())
             self._complete(reusable=False)
         else:
-            self.fail(Truncated())
+            self.fail(Truncated("the connection ended in order" if clean else "the connection was reset"))
 
     def pause_writing(self) -> None:
         """The client takes less than the upstream sends."""

@@ -26,6 +26,9 @@ OTHER: Final = "other"
 _REFUSED_METHODS: Final = frozenset({"CONNECT", "TRACE", "TRACK"})
 # How APIs take a key, or a token, in the query: Google's, and RFC 6750, section 2.3.
 _KEYS: Final = frozenset({"key", "$key", "access_token"})
+# Of a client's words, and of the routes, so much is in an error.
+_MAX_SAID: Final = 100
+_MAX_NAMED: Final = 8
 _SEPARATOR: Final = re.compile("([&;])")
 _ENCODED: Final = re.compile("%[0-9A-Fa-f]{2}")
 # RFC 3986, section 2.3.
@@ -108,12 +111,40 @@ def _prefix(route: Route) -> str:
     return normal_path(route.match.path).rstrip("/")
 
 
+def _said(name: str) -> str:
+    """What a client calls something, harmless and short."""
+    return "".join(character if character.isprintable() else "?" for character in name[:_MAX_SAID])
+
+
+def _some(names: Iterable[str]) -> str:
+    """`names`, each once, and not very many of them."""
+    found = list(dict.fromkeys(names))
+    return ", ".join(found[:_MAX_NAMED]) + (f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else "")
+
+
 class Router:
     """The routes, in the order in which they are tried: longest prefix first, with a model before without."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
         ordered = sorted(routes, key=lambda route: (-len(_prefix(route)), not route.match.model))
         self._routes = [(_prefix(route), _prefix(route) + "/", route) for route in ordered]
+
+    def no_route(self, method: str, path: str, model: str | None) -> RequestError:
+        """What a client is told whose request no route takes: what it asked for, and what there is."""
+        on_path = [route for prefix, above, route in self._routes if path == prefix or path.startswith(above)]
+        models = _some(glob for route in on_path for glob in route.match.model)
+        if any(route.match.methods and method not in route.match.methods for route in on_path):
+            methods = _some(name for route in on_path for name in route.match.methods)
+            return RequestError(
+                "no_route", f"No route for {_said(method)} {_said(path)}; there are routes for {methods}."
+            )
+        if models:
+            named = (
+                "No route for a request without a model" if model is None else f"No route for model '{_said(model)}'"
+            )
+            return RequestError("no_route", f"{named}; there are routes for {models}.")
+        paths = _some(route.match.path for _, _, route in reversed(self._routes))
+        return RequestError("no_route", f"No route for {_said(method)} {_said(path)}; there are routes for {paths}.")
 
     def candidates(self, method: str, path: str) -> Sequence[Route]:
         """The routes that a request for `path` may take, best first, as far as the first that takes any model.
@@ -131,13 +162,13 @@ class Router:
         return found
 
 
-def choose(candidates: Sequence[Route], model: str | None) -> Route:
-    """The first of `candidates` that takes `model`. Raises `RequestError` if none does."""
+def choose(candidates: Sequence[Route], model: str | None) -> Route | None:
+    """The first of `candidates` that takes `model`; None if none does."""
     for route in candidates:
         globs = route.match.model
         if not globs or (model is not None and any(fnmatchcase(model, glob) for glob in globs)):
             return route
-    raise RequestError("no_route")
+    return None
 
 
 def model_label(globs: Sequence[str], model: str | None) -> str:

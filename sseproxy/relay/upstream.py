@@ -32,7 +32,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from ..errors import ProtocolError, RequestError, UpstreamError
-from .heads import ResponseHead, ResponseHeads
+from .heads import ResponseHead, ResponseHeads, rule_of
 from .reads import BoundedReads, PlainReads
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ class RelayProtocol(ResponseHandler):
             self._held += data
             try:
                 self._read_head()
-            except (ProtocolError, HttpProcessingError, ValueError):
-                self._fail_head(UpstreamError("protocol"))
+            except (ProtocolError, HttpProcessingError, ValueError) as error:
+                self._fail_head(UpstreamError("protocol", cause=rule_of(error)))
                 self.abort()
 
     def _read_head(self) -> None:
@@ -246,7 +246,7 @@ class RelayProtocol(ResponseHandler):
     def _tell_of_the_end(self) -> None:
         # Nobody reads from the queue that the base class puts its exception into.
         self._exception = None
-        self._fail_head(UpstreamError("reset"))
+        self._fail_head(UpstreamError("reset", cause="it ended in order" if self._ended_in_order else "it was reset"))
         if self._sink is not None:
             self._sink.connection_lost(self._closed_cleanly)
 
@@ -286,6 +286,16 @@ class _Target:
 
     def is_ssl(self) -> bool:
         return self.url.scheme == "https"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in the system's or OpenSSL's words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "handshake failed").lower().replace("_", " ")
+    # Where there were several addresses, it has those of all.
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
 def _credential(config: UpstreamConfig) -> tuple[bytes, bytes] | None:
@@ -348,12 +358,15 @@ class Upstream:
                     connection.close()
                     raise
                 connection.close()
-        except ClientConnectorDNSError:
-            raise UpstreamError("dns") from None
-        except (ClientConnectorCertificateError, ClientConnectorSSLError):
-            raise UpstreamError("tls") from None
-        except (ClientConnectorError, ClientError, OSError):
-            raise UpstreamError("connect") from None
+        except ClientConnectorDNSError as error:
+            raise UpstreamError("dns", cause=f"{error.host}: {_reason(error.os_error)}") from None
+        except ClientConnectorCertificateError as error:
+            raise UpstreamError("tls", cause=f"{error.host}: {_reason(error.certificate_error)}") from None
+        except ClientConnectorError as error:
+            kind: Literal["tls", "connect"] = "tls" if isinstance(error, ClientConnectorSSLError) else "connect"
+            raise UpstreamError(kind, cause=f"{error.host}:{error.port}: {_reason(error.os_error)}") from None
+        except (ClientError, OSError) as error:
+            raise UpstreamError("connect", cause=_reason(error)) from None
         finally:
             self._pending -= 1
 

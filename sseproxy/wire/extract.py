@@ -118,6 +118,7 @@ class Extract:
         "_passed",
         "_quoted",
         "_rest",
+        "_sound",
         "_start",
         "_state",
         "_wanted",
@@ -133,6 +134,8 @@ class Extract:
         """There was more than is looked at."""
         self._broken = False
         self._out = bytearray()
+        # So much of it ends with a value.
+        self._sound = 0
         self._state = _VALUE
         # The last bytes that came, if they are no token yet, and how many came before them.
         self._rest = b""
@@ -168,6 +171,10 @@ class Extract:
     def text(self) -> bytes | None:
         """The extract; None if what came is not one whole object, or too much."""
         return bytes(self._out) if self._state is _END and not (self._broken or self.too_much) else None
+
+    def so_far(self) -> bytes:
+        """The extract of the members that have come, of an object that has no wanted containers in it."""
+        return bytes(self._out[: self._sound] or b"{") + b"}"
 
     def _walk(self, text: bytes, plain: bytes) -> int:
         """How far `text` can be read by now; `plain` is the same without escapes."""
@@ -298,6 +305,7 @@ class Extract:
         self._after_value()
 
     def _after_value(self) -> None:
+        self._sound = len(self._out)
         self._state = _NEXT if self._open else _END
         self.too_much |= len(self._out) > _MAX_EXTRACT
 
@@ -383,6 +391,15 @@ class Gist:
             for early in self._parts:
                 self.extract.feed(early)
             self._parts.clear()
+
+    def so_far(self) -> bytes:
+        """The extract of what has come, be it broken behind that."""
+        extract = self.extract
+        if extract is None:
+            extract = Extract(self._members)
+            for part in self._parts:
+                extract.feed(part)
+        return extract.so_far()
 
     def text(self) -> bytes | None:
         """The small text, or the extract of the large one. None if there is too much in it; empty if it is no JSON."""

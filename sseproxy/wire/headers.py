@@ -367,3 +367,12 @@ def request_id(fields: Fields) -> bytes | None:
     """The client's own id for the request, if it is harmless enough to be logged and sent on."""
     ids = fields.named(b"x-request-id")
     return ids[0] if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) else None
+
+
+def upstream_request_id(fields: Fields) -> bytes | None:
+    """What the upstream calls the request: OpenAI's name for it, Anthropic's, Azure's, Amazon's."""
+    for name in (b"x-request-id", b"request-id", b"apim-request-id", b"x-amzn-requestid"):
+        ids = fields.named(name)
+        if ids and _REQUEST_ID.fullmatch(ids[0]):
+            return ids[0]
+    return None

@@ -79,11 +79,15 @@ class RequestReader:
     @property
     def model(self) -> str | None:
         """The model's name, if it has at most 128 characters."""
-        spelled = self._decoded().model
-        if spelled is NULL or memoryview(spelled).nbytes > _MAX_SPELLED:
+        return _model(self._decoded())
+
+    @property
+    def model_so_far(self) -> str | None:
+        """The model's name where it has come already, also of a body that is cut short: for people to read."""
+        try:
+            return _model(self._decoded()) or _model(_decode_request(self._gist.so_far()))
+        except UNREADABLE:
             return None
-        name = text_of(spelled)
-        return name if name is None or len(name) <= MAX_MODEL else None
 
     def with_usage(self) -> Splice | None:
         """What asks for usage; None where the request does not stream, or says itself what it wants."""
@@ -128,6 +132,14 @@ class RequestReader:
 
 
 _NO_REQUEST: Final = _Request()
+
+
+def _model(request: _Request) -> str | None:
+    spelled = request.model
+    if spelled is NULL or memoryview(spelled).nbytes > _MAX_SPELLED:
+        return None
+    name = text_of(spelled)
+    return name if name is None or len(name) <= MAX_MODEL else None
 
 
 def _with_usage(spelled: bytes) -> bytes | None:
