@@ -7,6 +7,7 @@ neither the proxy nor the configuration's model. `tests/test_imports.py` holds w
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from .errors import SseproxyError
 if TYPE_CHECKING:
     from .config import Config
     from .process.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
 
 # Below what those who ask, Docker among them, give it.
 _HEALTH_TIMEOUT = 3.0
@@ -121,7 +124,7 @@ def _count(text: str) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
-    from .observe.logs import set_up_logging
+    from .observe.logs import log_as, set_up_logging
 
     flags = {"listen": options.listen, "admin": options.admin, "workers": options.workers}
 
@@ -132,6 +135,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = read()
     set_up_logging()
+    log_as(settings)
     return uvloop.run(_run(settings, read, options.config))
 
 
@@ -142,9 +146,15 @@ async def _run(settings: Config, reread: Callable[[], Config], path: str | None)
     supervisor = Supervisor(settings, reread, path)
     supervisor.bind()
     await supervisor.start()
-    out = Lines(STANDARD_OUTPUT)
-    out.write(summary(supervisor).encode())
-    out.flush()
+    said = summary(supervisor)
+    if sys.stdout.isatty():
+        out = Lines(STANDARD_OUTPUT)
+        out.write(said.encode())
+        out.flush()
+    else:
+        # Standard output has the access log alone.
+        for line in said.splitlines():
+            log.info("%s", line.strip())
     return await supervisor.run()
 
 

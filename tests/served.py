@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -142,6 +143,14 @@ def python_runs_first(code: str, directory: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
 
 
+def message_of(line: bytes) -> str:
+    """What a line on standard error says: that of JSON where it is JSON, all of it otherwise."""
+    if not line.startswith(b"{"):
+        return line.decode().rstrip()
+    message: str = json.loads(line)["message"]
+    return message
+
+
 @asynccontextmanager
 async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
     """Runs `sseproxy serve ARGUMENTS` until it listens, and ends it and its workers if the test has not."""
@@ -155,16 +164,21 @@ async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
     assert process.stderr is not None
     errors, logged = bytearray(), bytearray()
     log: asyncio.Task[None] | None = None
-    reader = asyncio.get_running_loop().create_task(_collect(process.stderr, errors))
+    reader: asyncio.Task[None] | None = None
     workers: list[int] = []
     served: Served | None = None
     try:
         lines: list[str] = []
         async with asyncio.timeout(DEADLINE):
-            while not lines or not lines[-1].startswith("  workers:"):
-                line = await process.stdout.readline()
+            while not lines or not lines[-1].startswith("workers:"):
+                line = await process.stderr.readline()
                 assert line, errors.decode()
-                lines.append(line.decode().rstrip())
+                said = message_of(line)
+                if lines or " listens on " in said:
+                    lines.append(said)
+                else:
+                    errors += line
+        reader = asyncio.get_running_loop().create_task(_collect(process.stderr, errors))
         text = "\n".join(lines)
         port, *_ = [*re.findall(r"listens on .*?https?://\S+?:(\d+)", text), "0"]
         (admin,) = re.findall(r"metrics and health: http://\S+:(\d+)/metrics", text)
@@ -184,7 +198,7 @@ async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
                 os.kill(worker, signal.SIGKILL)
         # The pipes are open as long as a worker holds its end of them.
         await (log if log is not None else process.stdout.read())
-        await reader
+        await (reader if reader is not None else process.stderr.read())
 
 
 async def end(process: asyncio.subprocess.Process) -> None:

@@ -34,7 +34,7 @@ from .harness import (
     post,
     until,
 )
-from .served import ConfigFile, end, serve
+from .served import ConfigFile, end, message_of, serve
 
 # Long enough for a loaded machine to do what it has to before, short enough to wait for.
 SHORT = 0.3
@@ -354,7 +354,7 @@ async def test_too_few_descriptors_are_fewer_connections(
             if limits:
                 line = (await process.stderr.readline()).decode()
                 assert "a worker takes 4 connections instead of 1000: it may have 60 descriptors (ulimit -n)" in line
-            port = int((await process.stdout.readline()).rpartition(b":")[2])
+            port = await port_of(process)
             peers += [Peer(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(5)]
             peers[4].send(post())
             assert (await peers[4].message()).status == 503
@@ -382,11 +382,10 @@ async def test_silent_connections_take_no_more_descriptors_than_there_are(
         limits="{connections_per_client: 20}",
     )
     process = await with_descriptors(256, file.path)
-    assert process.stdout is not None
     peers: list[Peer] = []
     try:
         async with asyncio.timeout(DEADLINE):
-            port = int((await process.stdout.readline()).rpartition(b":")[2])
+            port = await port_of(process)
             peers += [Peer(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(400)]
             other = Peer(*await asyncio.open_connection("127.0.0.1", port, ssl=context, local_addr=("127.0.0.2", 0)))
             peers.append(other)
@@ -401,6 +400,15 @@ async def test_silent_connections_take_no_more_descriptors_than_there_are(
         await end(process)
         _, errors = await process.communicate()
     assert b"Too many open files" not in errors
+
+
+async def port_of(process: asyncio.subprocess.Process) -> int:
+    """Where it says that it listens."""
+    assert process.stderr is not None
+    while found := await process.stderr.readline():
+        if " listens on " in (said := message_of(found)):
+            return int(said.rpartition(":")[2])
+    raise AssertionError("it has ended")
 
 
 async def with_descriptors(count: int, file: Path) -> asyncio.subprocess.Process:

@@ -34,6 +34,7 @@ from .values import (
     Loc,
     LogFormat,
     LoggedPaths,
+    LogLevel,
     Methods,
     Name,
     Networks,
@@ -226,6 +227,13 @@ class Reload(_Model):
     """Earlier configurations that may still be finishing; where there are more, the exchanges of the oldest end."""
 
 
+class Log(_Model):
+    """What the processes say of themselves, on standard error: as JSON where the access log is JSON."""
+
+    level: LogLevel = "info"
+    """The least that is written."""
+
+
 class AccessLog(_Model):
     """A line for each exchange, on standard output."""
 
@@ -318,6 +326,7 @@ class Config(_Model):
     trusted_proxies: Networks = ()
     """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to. From others they are replaced, and no
     other field passes that only a proxy says."""
+    log: Log = Log()
     access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
     limits: Limits = Limits()

@@ -226,6 +226,12 @@ def _exchanges(value: object) -> str:
     raise expected("all, errors or off")
 
 
+def _log_level(value: object) -> str:
+    if value in ("debug", "info", "warning", "error"):
+        return str(value)
+    raise expected("debug, info, warning or error")
+
+
 def _logged_paths(value: object) -> str:
     if value is False:
         # YAML 1.1 reads `off` so.
@@ -397,6 +403,10 @@ TLSVersion = Annotated[Literal["1.2", "1.3"], Option(_tls_version, _enum("1.2", 
 Exchanges = Annotated[Literal["all", "errors", "off"], Option(_exchanges, _enum("all", "errors", "off", False))]
 
 LoggedPaths = Annotated[Literal["known", "all", "off"], Option(_logged_paths, _enum("known", "all", "off", False))]
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"], Option(_log_level, _enum("debug", "info", "warning", "error"))
+]
 
 LogFormat = Annotated[Literal["auto", "json", "text"], Option(_log_format, _enum("auto", "json", "text"))]
 

@@ -5,7 +5,6 @@ Lines are collected, and handed to a thread every so often, so that writing them
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import msgspec
 
 from ..errors import Outcome
 from ..relay.exchange import Exchange
-from .logs import STANDARD_OUTPUT, Lines
+from .logs import STANDARD_OUTPUT, Lines, wants_text
 
 if TYPE_CHECKING:
     from ..config import AccessLog as Options
@@ -143,8 +142,7 @@ class AccessLog:
         self._all = options.exchanges == "all"
         self._sample = options.sample
         self._paths = _PATHS[options.path]
-        text = options.format == "text" or (options.format == "auto" and os.isatty(descriptor))
-        self._spell = _text if text else _json
+        self._spell = _text if wants_text(options.format) else _json
         self._lines = Lines(descriptor, lambda number: self._line({"dropped": number}).decode())
 
     def ended(self, exchange: Exchange) -> None:

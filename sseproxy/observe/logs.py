@@ -16,8 +16,14 @@ import select
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from select import PIPE_BUF
-from typing import Final
+from typing import TYPE_CHECKING, Final, TextIO
+
+import msgspec
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +32,10 @@ _MAX_WAITING: Final = 1 << 20
 # How long the end of the process waits for the last lines to be taken.
 _LAST_LINES: Final = 1.0
 _CUT: Final = b" [...]"
+_DROPPED: Final = "{} lines were dropped: nobody took them"
 
 STANDARD_OUTPUT: Final = 1
 _STANDARD_ERROR: Final = 2
-
-
-def _dropped(number: int) -> str:
-    return f"WARNING {__name__}: {number} lines were dropped: nobody took them"
 
 
 class Lines(io.RawIOBase):
@@ -41,7 +44,7 @@ class Lines(io.RawIOBase):
     `say_dropped` makes a line of how many were dropped before it, because the reader was too slow or there was none.
     """
 
-    def __init__(self, descriptor: int, say_dropped: Callable[[int], str] = _dropped) -> None:
+    def __init__(self, descriptor: int, say_dropped: Callable[[int], str] = _DROPPED.format) -> None:
         self._descriptor = descriptor
         self._say_dropped = say_dropped
         # Guards what follows. A finalizer or a signal that logs while it is held may do so: the lock is reentrant.
@@ -149,6 +152,57 @@ def _batches(lines: Sequence[bytes]) -> Iterator[bytes]:
     yield batch
 
 
+class _Text(logging.Formatter):
+    """A line for people: when, how grave, who says it, what. A traceback follows in lines of its own."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return moment(record.created)
+
+
+class _Json(logging.Formatter):
+    """One JSON object, short enough to be a line that nobody cuts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {
+            "time": moment(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["exception"] = self.formatException(record.exc_info)
+        line = msgspec.json.encode(said)
+        # Every character may take six bytes. Of a traceback, the end says most.
+        if len(line) >= PIPE_BUF:
+            said["message"] = said["message"][: PIPE_BUF // 24]
+            if "exception" in said:
+                said["exception"] = said["exception"][-PIPE_BUF // 12 :]
+            line = msgspec.json.encode(said)
+        return line.decode()
+
+
+def moment(created: float) -> str:
+    """The point in time `created`, in seconds since 1970, as RFC 3339 has it."""
+    return datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+_TEXT: Final = _Text("%(asctime)s %(levelname)s %(name)s: %(message)s")
+_JSON: Final = _Json()
+
+
+def wants_text(form: str) -> bool:
+    """Whether lines in the format `form` (`access_log.format`) are for people: by default, on a terminal."""
+    return form == "text" or (form == "auto" and os.isatty(STANDARD_OUTPUT))
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes what is logged to standard error, by way of `Lines`."""
+
+    def say_dropped(self, number: int) -> str:
+        said = {"name": __name__, "levelname": "WARNING", "msg": _DROPPED.format(number)}
+        return self.format(logging.makeLogRecord(said))
+
+
 def set_up_logging() -> None:
     """From now on nothing that this process logs, or writes to `sys.stderr`, waits for whoever reads it."""
     for descriptor in range(_STANDARD_ERROR + 1):
@@ -157,9 +211,20 @@ def set_up_logging() -> None:
         except OSError:
             # It was started without: a socket must not get its number.
             os.open(os.devnull, os.O_RDWR)
-    lines = Lines(_STANDARD_ERROR)
+    handler = _Handler()
+    lines = Lines(_STANDARD_ERROR, handler.say_dropped)
     atexit.register(lines.finish)
-    sys.stderr = io.TextIOWrapper(
+    sys.stderr = handler.stream = io.TextIOWrapper(
         lines, encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=True
     )
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler.setFormatter(_TEXT if wants_text("auto") else _JSON)
+    logging.root.handlers = [handler]
+    logging.root.setLevel(logging.INFO)
+
+
+def log_as(config: Config) -> None:
+    """What is logged from now on, and how, is as `config` has it."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, _Handler):
+            handler.setFormatter(_TEXT if wants_text(config.access_log.format) else _JSON)
+            logging.root.setLevel(config.log.level.upper())

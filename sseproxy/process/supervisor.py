@@ -26,6 +26,7 @@ from ..config import Config, Listen
 from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
+from ..observe.logs import log_as
 from ..observe.metrics import Recorder
 from ..observe.registry import Registry
 from ..relay.heads import check_parser
@@ -250,6 +251,7 @@ class Supervisor:
         await self._administer(_without(admin, self._admin_sockets))
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
         self._generation, self.config = new, config
+        log_as(config)
         unused, unused_admin = _without(self._sockets, clients), _without(self._admin_sockets, admin)
         self._sockets, self._admin_sockets = clients, admin
         old.retire()

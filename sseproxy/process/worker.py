@@ -25,7 +25,7 @@ import uvloop
 
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
-from ..observe.logs import set_up_logging
+from ..observe.logs import log_as, set_up_logging
 from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
@@ -137,6 +137,7 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     loop.add_signal_handler(signal.SIGHUP, retiring.set)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
     config = await _read_config(reader)
+    log_as(config)
 
     def send(report: Report) -> bool:
         if writer.transport.is_closing():
