@@ -95,7 +95,8 @@ class Served:
 
     async def samples(self) -> dict[str, float]:
         """`/metrics`, by its lines without their values."""
-        _, _, text = await self.get("/metrics")
+        status, _, text = await self.get("/metrics")
+        assert status == 200, self.stderr
         found = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
         return {name.removeprefix("sseproxy_"): float(value) for name, _, value in found}
 
