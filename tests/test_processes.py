@@ -280,6 +280,23 @@ async def test_a_worker_that_finishes_and_hangs_is_killed(upstream: ScriptedUpst
         assert await served.sample("worker_restarts_total") == 0
 
 
+# A worker that closes its channel, with a question in it, and hangs.
+SILENCED = IMPATIENT.replace("import signal, sys", "import os, signal, sys, time").replace(
+    "    def hang(*_):", "    def hang(*_):\n        time.sleep(0.3)\n        os.close(int(sys.orig_argv[4]))"
+)
+
+
+async def test_a_worker_that_hangs_without_its_channel_is_killed(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve(**python_runs_first(SILENCED, tmp_path)) as served:
+        await served.until("workers", 1)
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGUSR1)
+        await served.until("worker_restarts_total", 1)
+        assert not alive(worker)
+        await served.until("workers", 1)
+
+
 async def test_nobody_is_killed_because_all_stood_still(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     arguments = ("--upstream", upstream.url, *ANYWHERE, "--workers", "2")
     async with serve(*arguments, **python_runs_first(IMPATIENT, tmp_path)) as served:

@@ -220,7 +220,13 @@ class Generation:
                 process.send_signal(self._told)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_config(self._of_a_worker))
-        reports = Reports(reader, writer.write)
+
+        def ask(question: bytes) -> None:
+            # One that has reset its end has no answer, and may hang all the same.
+            if not writer.transport.is_closing():
+                writer.write(question)
+
+        reports = Reports(reader, ask)
         watch = asyncio.get_running_loop().create_task(self._watch(number, process, reports))
         try:
             await self._follow(number, reports)
