@@ -7,7 +7,6 @@ neither the proxy nor the configuration's model. `tests/test_imports.py` holds w
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +19,6 @@ from .errors import SseproxyError
 if TYPE_CHECKING:
     from .config import Config
     from .process.supervisor import Supervisor
-
-log = logging.getLogger(__name__)
 
 # Below what those who ask, Docker among them, give it.
 _HEALTH_TIMEOUT = 3.0
@@ -140,6 +137,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 async def _run(settings: Config, reread: Callable[[], Config], path: str | None) -> int:
+    import logging
+
     from .observe.logs import STANDARD_OUTPUT, Lines
     from .process.supervisor import Supervisor
 
@@ -154,7 +153,7 @@ async def _run(settings: Config, reread: Callable[[], Config], path: str | None)
     else:
         # Standard output has the access log alone.
         for line in said.splitlines():
-            log.info("%s", line.strip())
+            logging.getLogger(__name__).info("%s", line.strip())
     return await supervisor.run()
 
 

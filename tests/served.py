@@ -78,6 +78,11 @@ class Served:
         return children(self.pid)
 
     @property
+    def messages(self) -> list[str]:
+        """What it has said on standard error, line by line."""
+        return [message_of(line) for line in bytes(self.errors).splitlines(keepends=True) if line.endswith(b"\n")]
+
+    @property
     def stderr(self) -> str:
         return self.errors.decode()
 
@@ -144,9 +149,9 @@ def python_runs_first(code: str, directory: Path) -> dict[str, str]:
 
 
 def message_of(line: bytes) -> str:
-    """What a line on standard error says: that of JSON where it is JSON, all of it otherwise."""
+    """What a line on standard error says, as JSON or as text."""
     if not line.startswith(b"{"):
-        return line.decode().rstrip()
+        return re.sub(r"^\S+ [A-Z]+ [\w.]+: ", "", line.decode().rstrip())
     message: str = json.loads(line)["message"]
     return message
 

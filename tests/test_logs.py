@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -13,18 +14,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from select import PIPE_BUF
 
 import pytest
+from aiohttp import ClientSession
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy.observe import logs
-from sseproxy.observe.logs import Lines
+from sseproxy.observe.logs import Lines, _Json
 
 from .harness import DEADLINE, ScriptedUpstream
-from .served import ConfigFile, children, end, python_runs_first, until_true
+from .served import ConfigFile, Served, children, end, python_runs_first, until_true
 
 # Writes as a worker does, from several processes at once: numbered lines of many lengths, and long ones.
 WRITER = """
@@ -83,7 +86,7 @@ def test_a_reader_that_does_not_read_costs_lines_but_neither_time_nor_memory() -
     *found, last = bytes(taken).splitlines()
     assert last == b"last"
     (told,) = [line for line in found if b"dropped" in line]
-    (dropped,) = re.findall(rb": (\d+) lines were dropped", told)
+    (dropped,) = re.findall(rb"(\d+) lines were dropped", told)
     assert len(found) - 1 + int(dropped) == number
     assert 1 << 19 < len(taken) < 1 << 22
     kept = [int(line) for line in found if line != told]
@@ -111,7 +114,7 @@ def test_a_reader_that_has_gone_is_noticed_once_and_what_it_missed_is_told_to_th
             os.close(writer)
             assert drain(again).splitlines() == [
                 b"one",
-                b"WARNING sseproxy.observe.logs: 3 lines were dropped: nobody took them",
+                b"3 lines were dropped: nobody took them",
                 b"two",
             ]
 
@@ -237,12 +240,18 @@ async def test_a_full_disk_keeps_nobody_from_serving(upstream: ScriptedUpstream,
     os.close(device)
     try:
         await until_true(lambda: len(children(process.pid)) == 1 and admin_path.exists())
+        # The access log is on standard output, all else on standard error.
+        await until_true((tmp_path / "s").exists)
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
+        writer.write(b"GET /nowhere HTTP/1.1\r\nHost: p\r\nConnection: close\r\n\r\n")
+        assert b"404" in await reader.readline()
+        writer.close()
         if full == "stdout":
             await until_true(
                 lambda: "nothing can be written to descriptor 1: No space left" in (tmp_path / "other").read_text()
             )
         elif full == "stderr":
-            await until_true(lambda: "workers: 1" in (tmp_path / "other").read_text())
+            await until_true(lambda: '"outcome":"rejected"' in (tmp_path / "other").read_text())
         process.terminate()
         async with asyncio.timeout(DEADLINE):
             assert await process.wait() == 0
@@ -265,3 +274,48 @@ print(json.dumps([os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)]), file=op
         )
         os.close(writer)
         assert json.loads(drain(reader)) == ["/dev/null", "/dev/null"]
+
+
+# --- what is written, and how ---
+
+
+async def test_what_a_process_says_is_json_where_the_access_log_is(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve() as served:
+        assert await reloaded(served) == 200
+        await until_true(lambda: b"reloaded" in served.errors)
+        for line in bytes(served.errors).splitlines():
+            said = json.loads(line)
+            assert datetime.fromisoformat(said["time"]).tzinfo is not None
+            assert (said["level"], said["logger"]) == ("info", "sseproxy.process.supervisor")
+        # Format and level come with a reload, and so does what is said of it.
+        file.write(upstream, access_log="{format: text}")
+        assert await reloaded(served) == 200
+        await until_true(lambda: b" INFO sseproxy.process.supervisor: reloaded: " in served.errors)
+        file.write(upstream, log="{level: warning}")
+        before = served.stderr
+        assert await reloaded(served) == 200
+        file.write(upstream, workers="none")
+        assert await reloaded(served) == 400
+        await until_true(lambda: '"level":"error"' in served.stderr)
+        assert '"info"' not in served.stderr.removeprefix(before)
+
+
+async def reloaded(served: Served) -> int:
+    async with ClientSession() as session, session.post(f"http://127.0.0.1:{served.admin}/-/reload") as response:
+        return response.status
+
+
+@given(st.text(max_size=9000), st.booleans())
+def test_a_record_is_one_short_line_of_json(text: str, failed: bool) -> None:
+    try:
+        raise ValueError(text)
+    except ValueError:
+        info = sys.exc_info() if failed else None
+    record = logging.makeLogRecord({"name": "n", "levelname": "ERROR", "msg": "%s", "args": (text,), "exc_info": info})
+    line = _Json().format(record)
+    assert "\n" not in line
+    assert len(line.encode()) < PIPE_BUF
+    said = json.loads(line)
+    assert text.startswith(said["message"])
+    assert ("exception" in said) == failed

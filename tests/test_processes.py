@@ -78,7 +78,7 @@ async def finish_stream(client: Peer, api: Peer) -> None:
 async def test_it_says_where_it_listens_and_measures_what_passes(upstream: ScriptedUpstream) -> None:
     async with serve("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1") as served:
         assert served.lines[0].startswith("sseproxy ")
-        assert f"  /v1  ->  {upstream.url}/v1" in served.lines
+        assert f"/v1  ->  {upstream.url}/v1" in served.lines
         await finish_stream(*await begin_stream(served, upstream))
         await served.until(r'requests_total\{code="200",outcome="completed",.*\}', 1)
         assert await served.sample(r"time_to_first_token_seconds_count\{.*\}") == 1
@@ -707,7 +707,7 @@ async def test_a_port_that_is_taken_is_one_line(upstream: ScriptedUpstream, opti
 async def test_without_a_number_there_is_a_worker_for_every_core_it_may_use(upstream: ScriptedUpstream) -> None:
     assert 1 <= cores() <= len(os.sched_getaffinity(0))
     async with serve("--upstream", upstream.url, *ANYWHERE) as served:
-        assert served.lines[-1] == f"  workers: {cores()}"
+        assert served.lines[-1] == f"workers: {cores()}"
         assert len(served.workers) == cores()
         assert await served.sample("workers") == cores()
 

@@ -129,7 +129,7 @@ async def test_a_configuration_with_mistakes_changes_nothing_and_says_the_same_e
             "3 workers",
             "6 lsten",
         ]
-        await until_true(lambda: all(f"not reloaded: {line}\n" in served.stderr for line in lines))
+        await until_true(lambda: all(f"not reloaded: {line}" in served.messages for line in lines))
         assert await served.sample("config_last_reload_successful") == 0
         assert await served.sample(r'config_reloads_total\{result="failure"\}') == 1
         await asked(served, upstream)

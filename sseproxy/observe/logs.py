@@ -167,10 +167,10 @@ class _Json(logging.Formatter):
             "time": moment(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _unicode(record.getMessage()),
         }
         if record.exc_info:
-            said["exception"] = self.formatException(record.exc_info)
+            said["exception"] = _unicode(self.formatException(record.exc_info))
         line = msgspec.json.encode(said)
         # Every character may take six bytes. Of a traceback, the end says most.
         if len(line) >= PIPE_BUF:
@@ -179,6 +179,11 @@ class _Json(logging.Formatter):
                 said["exception"] = said["exception"][-PIPE_BUF // 12 :]
             line = msgspec.json.encode(said)
         return line.decode()
+
+
+def _unicode(text: str) -> str:
+    """`text`, whatever bytes somebody has made it of."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def moment(created: float) -> str:
@@ -214,9 +219,10 @@ def set_up_logging() -> None:
     handler = _Handler()
     lines = Lines(_STANDARD_ERROR, handler.say_dropped)
     atexit.register(lines.finish)
-    sys.stderr = handler.stream = io.TextIOWrapper(
+    sys.stderr = io.TextIOWrapper(
         lines, encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=True
     )
+    handler.setStream(sys.stderr)
     handler.setFormatter(_TEXT if wants_text("auto") else _JSON)
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.INFO)
