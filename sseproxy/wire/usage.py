@@ -173,9 +173,10 @@ class UsageStripper:
 
 def _end_event(event: bytes, out: bytearray) -> Literal["forwarded", "dropped"]:
     """What was held of an event, which is whole, goes to `out` unless it only tells usage."""
-    # The empty line tells the parser that this is not where a byte order mark could be.
     possible = _CHOICES in event and _USAGE.search(event)
-    events = EventParser(_MAX_HELD).feed(b"\n" + event) if possible else []
+    # An empty line tells the parser that this is not where a byte order mark could be.
+    whole = event if event.startswith(b"data:") else b"\n" + event
+    events = EventParser(_MAX_HELD).feed(whole) if possible else []
     if not any(data is not None and _tells_only_usage(data) for _, data in events):
         out += event
         return "forwarded"
