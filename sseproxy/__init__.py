@@ -29,6 +29,10 @@ A reload starts a new generation on the same sockets. When all of it accepts, th
 has, so that nothing is refused or cut, and no code in a worker ever changes a configuration. One that does not load, or
 whose workers do not come up, changes nothing. Of those that still finish only so many may be left.
 
+An upgrade is a reload with new code. The supervisor has the new code tried by a child. Then it executes the new code in
+its own place, and leaves it the sockets and the old workers, which accept until the new ones do. No reload mixes two
+versions: it is refused where the package on disk is not the code that runs.
+
 The life of a request
 ---------------------
 *A request comes on a connection of `relay.downstream`, and `relay.phases` tells its life in numbers. `relay.admission`
@@ -94,6 +98,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
     process
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration
+      upgrade         new code takes the place of this one
       start           what a worker begins with: its imports
       worker          one event loop, and how it ends
       listeners       listening sockets: TCP, Unix, passed by systemd

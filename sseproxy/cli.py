@@ -19,6 +19,7 @@ from .errors import SseproxyError
 if TYPE_CHECKING:
     from .config import Config
     from .process.supervisor import Supervisor
+    from .process.upgrade import Handover
 
 # Below what those who ask, Docker among them, give it.
 _HEALTH_TIMEOUT = 3.0
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--upstream", metavar="URL", help="no configuration: everything goes to this API")
     serve.add_argument("--workers", metavar="N", help="worker processes, or auto: one per core")
     _add_listeners(serve)
+    # With it, an upgrade tries the new code before it takes over.
+    serve.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser(
@@ -122,7 +125,9 @@ def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
     from .observe.logs import log_as, set_up_logging
+    from .process import upgrade
 
+    handover = upgrade.receive()
     flags = {"listen": options.listen, "admin": options.admin, "workers": options.workers}
 
     def read() -> Config:
@@ -131,18 +136,31 @@ def _serve(options: argparse.Namespace) -> int:
         return config.override(config.load(options.config), **flags)
 
     settings = read()
+    if options.trial:
+        # What goes wrong is said in plain lines, for the log of the code that tries this one.
+        return uvloop.run(_try(settings, handover))
     set_up_logging()
     log_as(settings)
-    return uvloop.run(_run(settings, read, options.config))
+    return uvloop.run(_run(settings, read, options.config, handover))
 
 
-async def _run(settings: Config, reread: Callable[[], Config], path: str | None) -> int:
+async def _try(settings: Config, handover: Handover | None) -> int:
+    from .process.supervisor import Supervisor
+
+    supervisor = Supervisor(settings, handover=handover)
+    supervisor.bind()
+    await supervisor.trial()
+    return 0
+
+
+async def _run(settings: Config, reread: Callable[[], Config], path: str | None, handover: Handover | None) -> int:
     import logging
 
     from .observe.logs import STANDARD_OUTPUT, Lines
+    from .process import upgrade
     from .process.supervisor import Supervisor
 
-    supervisor = Supervisor(settings, reread, path)
+    supervisor = Supervisor(settings, reread, path, upgrade.command(), handover)
     supervisor.bind()
     await supervisor.start()
     said = summary(supervisor)

@@ -4,7 +4,7 @@
      +-- ConfigError                    the operator's configuration cannot be used
      +-- ListenError                    an address cannot be listened on
      +-- ParserError                    aiohttp was installed without its C parser
-     +-- ReloadError                    another configuration cannot take over now
+     +-- ReloadError                    another configuration, or other code, cannot take over now
      +-- ProtocolError                  bytes that break a wire format (raised by `sseproxy.wire`)
      |    +-- BrokenBodyError           in a body, after some that do not
      +-- ExchangeError                  an exchange cannot go on; carries status, code and outcome
@@ -92,7 +92,7 @@ class ParserError(SseproxyError):
 
 
 class ReloadError(SseproxyError):
-    """A configuration that is right in itself cannot take over; the one before goes on."""
+    """A configuration that is right in itself, or new code, cannot take over; what was there before goes on."""
 
 
 class ProtocolError(SseproxyError):

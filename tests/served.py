@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,10 +157,12 @@ def message_of(line: bytes) -> str:
 
 
 @asynccontextmanager
-async def serve(*arguments: str, **environment: str) -> AsyncIterator[Served]:
+async def serve(
+    *arguments: str, program: Sequence[str] = (sys.executable, "-m", "sseproxy"), **environment: str
+) -> AsyncIterator[Served]:
     """Runs `sseproxy serve ARGUMENTS` until it listens, and ends it and its workers if the test has not."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sseproxy", "serve", *arguments),
+        *(*program, "serve", *arguments),
         env=os.environ | environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

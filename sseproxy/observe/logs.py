@@ -228,6 +228,13 @@ def set_up_logging() -> None:
     logging.root.setLevel(logging.INFO)
 
 
+def finish() -> None:
+    """Waits until what was logged was written, if somebody takes it in time."""
+    lines = getattr(sys.stderr, "buffer", None)
+    if isinstance(lines, Lines):
+        lines.finish()
+
+
 def log_as(config: Config) -> None:
     """What is logged from now on, and how, is as `config` has it."""
     for handler in logging.root.handlers:

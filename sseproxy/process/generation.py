@@ -3,6 +3,8 @@
 A worker that ends unasked is replaced, at once the first time, later and later if its successors end early as well.
 What it had under way counts as lost. One that says nothing, although it was asked, is ended so that it is replaced: it
 stands still, and so do the clients that it has accepted.
+
+After an upgrade there are workers of the earlier code as well: `Predecessors`. Only their signals are known.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from math import ceil
 from time import perf_counter
 
 from ..config import Config
-from ..errors import Outcome
+from ..errors import Outcome, ReloadError
 from ..observe import metrics
 from ..observe.metrics import Recorder, Report
 from ..observe.registry import Registry
@@ -87,11 +89,42 @@ def environment(config: Config) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in config.variables - _NEEDED}
 
 
-class Generation:
+def _patience(config: Config) -> int:
+    """By how much a worker is given more time than where little lag is allowed."""
+    return ceil(max(1.0, config.limits.lag or 0.0))
+
+
+class _Workers:
+    """What workers are told by signals. All of it returns at once."""
+
+    finishing = False
+    """Others have taken over."""
+
+    def _tell(self, number: signal.Signals) -> None:
+        raise NotImplementedError
+
+    def retire(self) -> None:
+        """No more accepting; exchanges go on as `reload.drain_timeout` has it."""
+        self.finishing = True
+        self._tell(signal.SIGHUP)
+
+    def expire(self) -> None:
+        """No more accepting; exchanges are ended."""
+        self._tell(signal.SIGINT)
+
+    def drain(self) -> None:
+        """No more accepting; exchanges go on as `drain_timeout` has it."""
+        self._tell(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._tell(signal.SIGKILL)
+
+
+class Generation(_Workers):
     """The workers of `config`, which accept on `sockets` until they are told otherwise.
 
     `numbers` tells the workers of all generations apart in the registry; `changed` is called when one is ready, or
-    has ended.
+    has ended. Before one is replaced, `same_code` raises `ReloadError` if the code on disk is not the one that runs.
     """
 
     def __init__(
@@ -102,6 +135,7 @@ class Generation:
         registry: Registry,
         recorder: Recorder,
         changed: Callable[[], None],
+        same_code: Callable[[], Awaitable[None]],
     ) -> None:
         self.config = config
         self.size = cores() if config.workers == "auto" else config.workers
@@ -109,15 +143,16 @@ class Generation:
         """The workers that accept, by their numbers."""
         self.fate = ""
         """How the latest worker ended that did so unasked."""
-        self.finishing = False
-        """Another configuration has taken over."""
         self._of_a_worker = config.share(self.size)
         self._sockets = sockets
         self._numbers = numbers
         self._registry = registry
         self._recorder = recorder
         self._changed = changed
+        self._same_code = same_code
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._channels: dict[int, socket.socket] = {}
+        self._spawning = 0
         # Of the workers that report, which they do once they accept.
         self._reports: dict[int, Reports] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -140,22 +175,6 @@ class Generation:
         why = f": one {self.fate}" if self.fate else ""
         return f"{self.size - len(self.ready)} of {self.size} new workers did not come to accept connections{why}"
 
-    def retire(self) -> None:
-        """No more accepting; exchanges go on as `reload.drain_timeout` has it. Returns at once."""
-        self.finishing = True
-        self._tell(signal.SIGHUP)
-
-    def expire(self) -> None:
-        """No more accepting; exchanges are ended. Returns at once."""
-        self._tell(signal.SIGINT)
-
-    def drain(self) -> None:
-        """No more accepting; exchanges go on as `drain_timeout` has it. Returns at once."""
-        self._tell(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._tell(signal.SIGKILL)
-
     def _tell(self, number: signal.Signals) -> None:
         self._told = number
         self._closing.set()
@@ -163,6 +182,14 @@ class Generation:
             # One that has just ended is still among them.
             with suppress(ProcessLookupError):
                 process.send_signal(number)
+
+    def settled(self) -> bool:
+        """Whether no worker is being started, nor has ended without its supervisor having heard so."""
+        return not self._spawning and self._processes.keys() == self._reports.keys()
+
+    def handed_over(self) -> list[tuple[int, int]]:
+        """The process id of each worker, and the descriptor of its channel, or -1 if that is closed."""
+        return [(process.pid, self._channels[number].fileno()) for number, process in self._processes.items()]
 
     async def report(self) -> None:
         """Waits until the registry has what each worker knows now."""
@@ -175,14 +202,18 @@ class Generation:
     async def _keep_worker(self) -> None:
         """Keeps one worker running."""
         backoff = 0.0
+        replaces = False
         while not self._closing.is_set():
             started = perf_counter()
             try:
+                if replaces:
+                    await self._same_code()
                 fate = f"ended with status {await self._run_worker()}"
                 ended = True
-            except OSError as error:
-                # Out of descriptors, processes or memory; there may be some again.
+            except (OSError, ReloadError) as error:
+                # Out of descriptors, processes or memory; there may be some again. Or the code on disk is another.
                 fate, ended = f"could not be started ({error})", False
+            replaces = True
             if self._closing.is_set():
                 return
             if ended:
@@ -202,6 +233,7 @@ class Generation:
         ours, theirs = socket.socketpair()
         number = next(self._numbers)
         fds = [theirs.fileno(), *(sock.fileno() for sock in self._sockets)]
+        self._spawning += 1
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -214,7 +246,10 @@ class Generation:
             except OSError:
                 ours.close()
                 raise
+            finally:
+                self._spawning -= 1
         self._processes[number] = process
+        self._channels[number] = ours
         if self._told is not None:
             with suppress(ProcessLookupError):
                 process.send_signal(self._told)
@@ -231,15 +266,16 @@ class Generation:
         try:
             await self._follow(number, reports)
         except Exception:
-            # As it is where the package on disk has become another one since the supervisor was started.
-            log.exception("a worker says what this version does not understand: it is killed; restart to upgrade")
+            # As it is where the package on disk has become another one while the worker was started.
+            log.exception("a worker says what this version does not understand: it is killed")
             process.kill()
         self.ready.discard(number)
         self._reports.pop(number, None)
         status = await process.wait()
         watch.cancel()
         writer.close()
-        del self._processes[number]
+        del self._processes[number], self._channels[number]
+        self._changed()
         for labels, lost in self._registry.drop(number).items():
             self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
         return status
@@ -267,7 +303,7 @@ class Generation:
         or this process stands still, nobody is at fault.
         """
         silent = 0
-        patience = ceil(max(1.0, self.config.limits.lag or 0.0))
+        patience = _patience(self.config)
         killed_after = _KILLED_AFTER * patience
         while True:
             heard = reports.number
@@ -285,3 +321,89 @@ class Generation:
                 log.error("the worker %d has said nothing for %d s: it is killed", process.pid, silent)
                 with suppress(ProcessLookupError):
                     process.kill()
+
+
+class Predecessors(_Workers):
+    """Workers of one configuration that the code before an upgrade has started. They are not replaced when they end.
+
+    `workers` are their process ids, and the descriptors of their channels, or -1. What they report is thrown away,
+    because it is of another version; but one that reports nothing, although it was asked, is killed.
+    """
+
+    def __init__(
+        self, workers: Sequence[tuple[int, int]], config: Config, recorder: Recorder, changed: Callable[[], None]
+    ) -> None:
+        self.ready = {pid for pid, _ in workers}
+        """Those that may still accept."""
+        self._channels = dict(workers)
+        self._killed_after = _KILLED_AFTER * _patience(config)
+        self._recorder = recorder
+        self._changed = changed
+        self._keepers: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Listens to them."""
+        self._recorder.move(metrics.WORKERS, (), len(self._channels))
+        self._keepers = [
+            asyncio.get_running_loop().create_task(self._follow(pid, fd)) for pid, fd in self._channels.items()
+        ]
+
+    def settled(self) -> bool:
+        return True
+
+    def handed_over(self) -> list[tuple[int, int]]:
+        return [*self._channels.items()]
+
+    def retire(self) -> None:
+        self._recorder.move(metrics.WORKERS, (), -len(self._channels))
+        self._recorder.move(metrics.WORKERS_FINISHING, (), len(self._channels))
+        super().retire()
+
+    def _tell(self, number: signal.Signals) -> None:
+        # None has been waited for, so its id is still its own.
+        for pid in self._channels:
+            os.kill(pid, number)
+
+    async def report(self) -> None:
+        """They count no more."""
+
+    async def ended(self) -> None:
+        await asyncio.wait(self._keepers)
+
+    async def _follow(self, pid: int, fd: int) -> None:
+        if fd >= 0:
+            await self._until_silent(pid, fd)
+        _, status = await asyncio.to_thread(os.waitpid, pid, 0)
+        del self._channels[pid]
+        self.ready.discard(pid)
+        self._recorder.move(metrics.WORKERS_FINISHING if self.finishing else metrics.WORKERS, (), -1)
+        self._changed()
+        if status:
+            log.error("a worker of the earlier code ended with status %d", os.waitstatus_to_exitcode(status))
+
+    async def _until_silent(self, pid: int, fd: int) -> None:
+        """Waits until a worker closes its channel. As in `Generation`, turns are counted in which it says nothing."""
+        reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=fd))
+        silent = 0
+        with suppress(ConnectionError):
+            while True:
+                try:
+                    async with asyncio.timeout(_ASKED_EVERY):
+                        if not await reader.read(65536):
+                            break
+                except TimeoutError:
+                    silent += 1
+                    if not writer.transport.is_closing():
+                        writer.write(b"?")
+                    if silent == self._killed_after:
+                        log.error("the worker %d has said nothing for %d s: it is killed", pid, silent)
+                        os.kill(pid, signal.SIGKILL)
+                    continue
+                silent = 0
+                if self.finishing:
+                    # It has had its turn since it was told to stop accepting.
+                    self.ready.discard(pid)
+                    self._changed()
+        # Should it be handed over once more.
+        self._channels[pid] = -1
+        writer.close()

@@ -2,6 +2,7 @@
 
 It never touches client traffic. A reload starts the workers of the new configuration beside those of the old one, on
 the same sockets, and only when all of them accept are the old ones told to finish: nothing is refused, nothing is cut.
+An upgrade is the same with new code: it is tried, and then this process becomes it (`upgrade`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import get_args
 
@@ -22,7 +23,7 @@ import aiohttp
 from aiohttp import web
 
 from .. import __version__
-from ..config import Config, Listen
+from ..config import Address, Config, Listen
 from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
@@ -30,10 +31,11 @@ from ..observe.logs import log_as
 from ..observe.metrics import Recorder
 from ..observe.registry import Registry
 from ..relay.heads import check_parser
-from . import notify
+from . import notify, upgrade
 from .admin import application
-from .generation import Generation
+from .generation import Generation, Predecessors
 from .listeners import clean_up, listen, refuse, url
+from .upgrade import Handover, RunningCode
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ _Sockets = dict[Listen, list[socket.socket]]
 # What a draining worker may take beyond the drain timeout before it is killed.
 _DRAIN_GRACE = 5.0
 _ENDING = "the proxy is shutting down"
+_UPGRADING = "the proxy is being upgraded; what is configured by then is read"
 # Of a file that is watched; larger ones are not read as what they are either.
 _MAX_FILE = 4 << 20
 _SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
@@ -57,27 +60,41 @@ _ANSWER = 1.0
 class Supervisor:
     """The parent of the workers. `bind` and `start` it, then `run` it until its end.
 
-    `reread` gives the configuration as it is now; `path` is the file that it comes from, if it is one.
+    `reread` gives the configuration as it is now; `path` is the file that it comes from, if it is one. `command` runs
+    the code that is installed; without it there are no upgrades. `handover` is what the code before an upgrade left.
     """
 
-    def __init__(self, config: Config, reread: Callable[[], Config] | None = None, path: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        reread: Callable[[], Config] | None = None,
+        path: str | None = None,
+        command: Sequence[str] = (),
+        handover: Handover | None = None,
+    ) -> None:
         self.config = config
         self._reread = reread or (lambda: config)
         self._path = path
+        self._command = command
+        self._code = RunningCode()
+        self._handover = handover
         self._sockets: _Sockets = {}
         self._admin_sockets: _Sockets = {}
         served = application(self.registry, self._unready, self.reload, lambda: self.config.admin.hosts)
-        self._admin = web.AppRunner(served, access_log=None)
+        self._admin = web.AppRunner(served, access_log=None, shutdown_timeout=_ANSWER)
         self._admin_sites: dict[socket.socket, web.SockSite] = {}
+        # What the code before an upgrade listened on and this configuration does not.
+        self._unused: tuple[_Sockets, _Sockets] = {}, {}
         self._recorder = Recorder()
         self._registry = Registry()
         self._numbers = itertools.count(1)
         self._generation: Generation | None = None
         # The oldest first. Those before the present one are among them until their last worker has ended.
-        self._generations: list[Generation] = []
+        self._generations: list[Generation | Predecessors] = []
         self._reloading = asyncio.Lock()
         # The reload that whoever wants one now waits for, until it begins.
         self._next_reload: asyncio.Task[None] | None = None
+        self._upgrading: asyncio.Task[None] | None = None
         # What was in the files when they were last read.
         self._seen: list[bytes] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -107,7 +124,12 @@ class Supervisor:
     def bind(self) -> None:
         """Binds all listeners. Raises `ListenError`, and what was bound is closed then, or `ParserError`."""
         check_parser()
-        self._sockets, self._admin_sockets = self._bound(self.config)
+        if self._handover is not None:
+            self._sockets = upgrade.opened(self._handover.clients)
+            self._admin_sockets = upgrade.opened(self._handover.admin)
+        clients, admin = self._bound(self.config)
+        self._unused = _without(self._sockets, clients), _without(self._admin_sockets, admin)
+        self._sockets, self._admin_sockets = clients, admin
 
     def _bound(self, config: Config) -> tuple[_Sockets, _Sockets]:
         """The sockets that `config` listens on, for clients and for administration: open ones, and new ones."""
@@ -120,7 +142,7 @@ class Supervisor:
                 for address in addresses:
                     wanted[address] = known[address] if address in known else listen(option, address)
         except ListenError:
-            _close(_without(clients, self._sockets))
+            _give_up(_without(clients, self._sockets))
             raise
         return clients, admin
 
@@ -130,24 +152,42 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload_unattended()))
+        if self._command:
+            loop.add_signal_handler(signal.SIGUSR2, self.upgrade)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, upgrade.HELD_BACK)
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
         # What has not happened yet is 0, so that the first time is an increase.
         self._recorder.count(metrics.RESTARTS, (), 0)
         for result in ("success", "failure"):
             self._recorder.count(metrics.RELOADS, (result,), 0)
+        for workers in self._handover.workers if self._handover is not None else ():
+            predecessors = Predecessors(workers, self.config, self._recorder, self._changed.set)
+            self._generations.append(predecessors)
+            predecessors.start()
         await self._admin.setup()
         await self._administer(self._admin_sockets)
         async with self._reloading:
             self._seen = await asyncio.to_thread(self._content)
             generation = self._generation = self._generate(self.config, self._sockets)
             if not await self._come_up(generation, lambda: False):
-                if not generation.ready:
+                if self._unready() is not None:
                     self._kill()
                     await self.close()
                     raise SseproxyError(f"nothing is served: {generation.missing()}")
                 log.error("%s; those that do are all there is", generation.missing())
             self._loaded()
+        if self._handover is not None:
+            succeeding = self._begin(self._succeed(self._handover.version))
+            if generation.ready:
+                await asyncio.wait((succeeding,))
         notify.ready(f"{self.workers} workers")
+
+    async def _succeed(self, version: str) -> None:
+        """The workers of the code before an upgrade finish, as soon as one of this code accepts."""
+        await self._until(lambda: self._generation is not None and bool(self._generation.ready))
+        await self._take_over(*self._unused)
+        log.info("upgraded from version %s to %s: %d workers", version, __version__, self.workers)
+        await self._end_oldest()
 
     async def run(self) -> int:
         """Runs until a signal ends it; returns the exit status."""
@@ -168,7 +208,7 @@ class Supervisor:
         # Whoever asked may leave, and does not end it for the others.
         await asyncio.wait((reloading,))
         if reloading.cancelled():
-            raise ReloadError(_ENDING)
+            raise ReloadError(_ENDING if self.stopping.is_set() else _UPGRADING)
         await reloading
 
     async def _reload_once(self) -> None:
@@ -178,16 +218,97 @@ class Supervisor:
             try:
                 await self._replace()
             except SseproxyError as error:
-                self._recorder.count(metrics.RELOADS, ("failure",))
-                self._recorder.set(metrics.RELOADED, (), 0)
-                for line in str(error).splitlines():
-                    log.error("not reloaded: %s", line)
+                self._refused("reloaded", error)
                 raise
             finally:
                 notify.ready(f"{self.workers} workers")
             self._recorder.count(metrics.RELOADS, ("success",))
             log.info("reloaded: %d workers, %d generations finish", self.workers, len(self._generations) - 1)
             await self._end_oldest()
+
+    def _refused(self, what: str, error: SseproxyError) -> None:
+        self._recorder.count(metrics.RELOADS, ("failure",))
+        self._recorder.set(metrics.RELOADED, (), 0)
+        for line in str(error).splitlines():
+            log.error("not %s: %s", what, line)
+
+    def upgrade(self) -> None:
+        """Begins to try the code that is installed, and to become it. If it cannot be done, everything stays as it was.
+
+        It is a reload with other code, and counted as one if it fails. If it does not, all counting begins anew.
+        """
+        if self._upgrading is None or self._upgrading.done():
+            self._upgrading = self._begin(self._upgrade())
+        else:
+            log.warning("an upgrade is under way already")
+
+    async def _upgrade(self) -> None:
+        async with self._reloading:
+            notify.reloading()
+            try:
+                if self.stopping.is_set():
+                    raise ReloadError(_ENDING)
+                log.info("upgrading: the code that is installed is tried")
+                await upgrade.try_out(self._command, self._left())
+                await self._hand_over()
+            except SseproxyError as error:
+                self._refused("upgraded", error)
+            finally:
+                notify.ready(f"{self.workers} workers")
+
+    async def _hand_over(self) -> None:
+        """Becomes the code that is installed. Raises `ReloadError` if it cannot be done."""
+        if self._next_reload is not None:
+            # It would wait for this upgrade, which reads the configuration anew itself.
+            self._next_reload.cancel()
+            self._next_reload = None
+        # Requests that the admin listener has begun to answer end; who connects from now on waits for the new code.
+        # Sites close their sockets.
+        self._admin_sockets = {
+            address: [sock.dup() for sock in bound] for address, bound in self._admin_sockets.items()
+        }
+        self._admin_sites.clear()
+        try:
+            await self._admin.cleanup()
+            async with asyncio.timeout(_TO_COME_UP):
+                await self._until(lambda: self.stopping.is_set() or all(each.settled() for each in self._generations))
+            if self.stopping.is_set():
+                raise ReloadError(_ENDING)
+            log.info("upgrading: this process becomes the code that is installed")
+            upgrade.execute(self._command, self._left([each.handed_over() for each in self._generations]))
+        except TimeoutError:
+            raise ReloadError("workers are being started all the time") from None
+        except OSError as error:
+            raise ReloadError(f"{self._command[0]} cannot be executed: {error.strerror}") from None
+        finally:
+            await self._admin.setup()
+            await self._administer(self._admin_sockets)
+
+    def _left(self, workers: Sequence[list[tuple[int, int]]] = ()) -> Handover:
+        clients, admin = upgrade.described(self._sockets), upgrade.described(self._admin_sockets)
+        return Handover(__version__, clients, admin, [each for each in workers if each])
+
+    async def trial(self) -> None:
+        """Starts a worker as `start` would, of which no client knows, and ends it. Raises `SseproxyError`.
+
+        What was handed over stays as it is; what was bound beside that is closed again.
+        """
+        handed_over = self._handover or Handover(__version__)
+        await self._admin.setup()
+        anywhere = Address("127.0.0.1", 0)
+        try:
+            sockets: _Sockets = {anywhere: listen("listen", anywhere)}
+            worker = self._generate(self.config.model_copy(update={"workers": 1}), sockets)
+            if not await self._come_up(worker, lambda: bool(worker.fate)):
+                raise ReloadError(worker.missing())
+        finally:
+            self._kill()
+            for generation in self._generations:
+                await generation.ended()
+            await self._admin.cleanup()
+            for bound, known in ((self._sockets, handed_over.clients), (self._admin_sockets, handed_over.admin)):
+                new = {address: sockets for address, sockets in bound.items() if str(address) not in known}
+                _give_up(new)
 
     async def close(self) -> None:
         """Drains: not ready, no accepting, workers told; returns when all have ended."""
@@ -217,7 +338,7 @@ class Supervisor:
     def _unready(self) -> str | None:
         if self.stopping.is_set():
             return "draining"
-        return None if self._generation is not None and self._generation.ready else "no worker accepts connections"
+        return None if any(generation.ready for generation in self._generations) else "no worker accepts connections"
 
     async def _administer(self, sockets: _Sockets) -> None:
         for sock in _flat(sockets):
@@ -226,7 +347,13 @@ class Supervisor:
 
     def _generate(self, config: Config, sockets: _Sockets) -> Generation:
         generation = Generation(
-            config, _flat(sockets), self._numbers, self._registry, self._recorder, self._changed.set
+            config,
+            _flat(sockets),
+            self._numbers,
+            self._registry,
+            self._recorder,
+            self._changed.set,
+            self._same_code_or_upgrade,
         )
         self._generations.append(generation)
         generation.start()
@@ -235,37 +362,63 @@ class Supervisor:
     async def _replace(self) -> None:
         if self.stopping.is_set():
             raise ReloadError(_ENDING)
+        await self._same_code()
         self._seen = await asyncio.to_thread(self._content)
         # It may take a while to read, and this process has others to answer.
         config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
-        assert self._generation is not None
-        new, old = self._generate(config, clients), self._generation
+        new = self._generate(config, clients)
         # If not even one accepts, the others will not either.
-        if not await self._come_up(new, lambda: bool(new.fate) and not new.ready):
-            why = new.missing()
+        came_up = await self._come_up(new, lambda: bool(new.fate) and not new.ready)
+        try:
+            if not came_up:
+                raise ReloadError(new.missing())
+            # It may have been replaced while they started.
+            await self._same_code()
+        except ReloadError:
             new.kill()
             await self._end(new)
-            _close(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
-            raise ReloadError(why)
+            _give_up(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
+            raise
         await self._administer(_without(admin, self._admin_sockets))
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
         self._generation, self.config = new, config
         log_as(config)
         unused, unused_admin = _without(self._sockets, clients), _without(self._admin_sockets, admin)
         self._sockets, self._admin_sockets = clients, admin
-        old.retire()
-        self._begin(self._end(old))
+        await self._take_over(unused, unused_admin)
+        self._loaded()
+
+    async def _take_over(self, unused: _Sockets, unused_admin: _Sockets) -> None:
+        """The present generation accepts: those before it finish, and nobody listens on what is unused any more."""
+        earlier = [each for each in self._generations if each is not self._generation and not each.finishing]
+        for generation in earlier:
+            generation.retire()
+            self._begin(self._end(generation))
         with suppress(TimeoutError):
             async with asyncio.timeout(_TAKE_OVER):
-                await self._until(lambda: not old.ready or self.stopping.is_set())
+                await self._until(lambda: not any(each.ready for each in earlier) or self.stopping.is_set())
         for address, sockets in unused.items():
             refuse(address, sockets)
         for sock in _flat(unused_admin):
-            await self._admin_sites.pop(sock).stop()
-        _close(unused | unused_admin)
-        clean_up([*unused, *unused_admin])
-        self._loaded()
+            if sock in self._admin_sites:
+                await self._admin_sites.pop(sock).stop()
+        _give_up(unused | unused_admin)
+
+    async def _same_code(self) -> None:
+        """Raises `ReloadError` if the code on disk is not the one that runs: workers would not be of one version."""
+        if (replaced := await asyncio.to_thread(self._code.replaced)) is not None:
+            raise ReloadError(f"{replaced}: {'send SIGUSR2' if self._command else 'restart'} to upgrade")
+
+    async def _same_code_or_upgrade(self) -> None:
+        """For a worker that is to be replaced, which can only be done with the code on disk."""
+        try:
+            await self._same_code()
+        except ReloadError:
+            if self._command and (self._upgrading is None or self._upgrading.done()):
+                log.warning("a worker has ended, and the code that it ran is no longer installed: upgrading")
+                self.upgrade()
+            raise
 
     async def _come_up(self, generation: Generation, failed: Callable[[], bool]) -> bool:
         """Waits until all of `generation` accept, and no longer if it `failed`, or when everything is to end.
@@ -277,7 +430,7 @@ class Supervisor:
                 await self._until(lambda: generation.complete() or failed() or self.stopping.is_set())
         return generation.complete() or self.stopping.is_set()
 
-    async def _end(self, generation: Generation) -> None:
+    async def _end(self, generation: Generation | Predecessors) -> None:
         await generation.ended()
         self._generations.remove(generation)
 
@@ -376,3 +529,9 @@ def _flat(sockets: _Sockets) -> list[socket.socket]:
 def _close(sockets: _Sockets) -> None:
     for sock in _flat(sockets):
         sock.close()
+
+
+def _give_up(sockets: _Sockets) -> None:
+    """Nothing of them is left, nor in the file system."""
+    _close(sockets)
+    clean_up(sockets)
