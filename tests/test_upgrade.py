@@ -32,7 +32,7 @@ from .harness import (
     delta,
     post,
 )
-from .served import ConfigFile, Served, alive, end, serve, until_refused, until_true
+from .served import ConfigFile, Served, alive, end, run, serve, until_refused, until_true
 from .test_listeners import Systemd
 from .test_processes import ANYWHERE
 from .test_reload import answer, asked, reload, streaming
@@ -526,6 +526,69 @@ async def test_without_a_file_and_as_a_script_it_is_upgraded_as_well_and_keeps_i
         await finish(client, api)
 
 
+async def test_a_worker_is_not_ended_by_a_signal_that_was_meant_for_its_supervisor(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    async with ConfigFile(tmp_path, upstream).serve(**installed.environment) as served:
+        client, api = await streaming(served, upstream)
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGUSR2)
+        await finish(client, api)
+        await serves(served, __version__)
+        assert served.workers == [worker]
+
+
+async def test_a_command_that_cannot_be_executed_any_more_changes_nothing(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    script = tmp_path / "sseproxy"
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom sseproxy.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    file = ConfigFile(tmp_path, upstream)
+    async with serve("-c", str(file.path), program=[str(script)], **installed.environment) as served:
+        client, api = await streaming(served, upstream)
+        workers = served.workers
+        # The trial is the last that it is good for.
+        installed.change("cli.py", "    import uvloop\n", "    import uvloop\n    os.unlink(sys.argv[0])\n")
+        await refused(served, f"{script} cannot be executed: No such file or directory")
+        assert served.workers == workers
+        await finish(client, api)
+        await serves(served, __version__)
+        await refused_again(served, f"{script} cannot be executed: No such file or directory")
+
+
+async def refused_again(served: Served, reason: str) -> None:
+    served.process.send_signal(signal.SIGUSR2)
+    await served.until(r'config_reloads_total\{result="failure"\}', 2)
+    assert served.messages.count(f"not upgraded: {reason}") == 2
+
+
+async def test_where_no_new_worker_comes_up_after_all_the_old_ones_go_on_until_one_does(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    well = tmp_path / "well"
+    async with ConfigFile(tmp_path, upstream, workers="2").serve(**installed.environment) as served:
+        client, api = await streaming(served, upstream)
+        old = served.workers
+        installed.install("0.9.1")
+        # One, as in the trial, comes up.
+        start = f"sys.executable if self.size == 1 or os.path.exists({str(well)!r}) else '/bin/false'"
+        installed.change("process/generation.py", "*(sys.executable,", f"*({start},")
+        installed.change("process/supervisor.py", "_TO_COME_UP = 30.0", "_TO_COME_UP = 1.0")
+        served.process.send_signal(signal.SIGUSR2)
+        await until_true(lambda: any("those of the code before go on" in message for message in served.messages))
+        assert (await served.get("/readyz"))[0] == 200
+        assert await served.sample(r'build_info\{.*version="0.9.1"\}') == 1
+        await answers_as(await served.connect(), __version__)
+        assert set(old) <= set(served.workers)
+        assert not any("upgraded from" in message for message in served.messages)
+        well.touch()
+        await served.until("workers_finishing", 2)
+        await serves(served, "0.9.1")
+        await finish(client, api)
+        await until_true(lambda: not any(map(alive, old)))
+
+
 async def test_signals_that_come_while_the_code_is_exchanged_are_not_lost(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
@@ -535,7 +598,12 @@ async def test_signals_that_come_while_the_code_is_exchanged_are_not_lost(
         slow = "import sys, time\nif 'serve' in sys.argv and '--trial' not in sys.argv:\n    time.sleep(1)\n"
         installed.change("__init__.py", "__version__", f"{slow}__version__")
         served.process.send_signal(signal.SIGUSR2)
+        await until_true(lambda: any("is tried" in message for message in served.messages))
+        reloading = asyncio.get_running_loop().create_task(reload(served))
         await until_true(lambda: any("this process becomes" in message for message in served.messages))
+        # Who has asked before is answered.
+        upgrading = "the proxy is being upgraded, and reads the configuration again as it starts\n"
+        assert await reloading == (503, upgrading)
         for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGTERM):
             served.process.send_signal(number)
         await until_true(lambda: any("draining for at most" in message for message in served.messages))
@@ -558,3 +626,16 @@ async def test_signals_ask_for_one_upgrade_at_a_time_and_the_end_ends_it(
         served.process.terminate()
         assert await served.ended() == 0
         assert not alive(trial)
+
+
+@pytest.mark.parametrize(
+    ("handed_over", "status", "said"),
+    [
+        ("nonsense", 1, "sseproxy: SSEPROXY_HANDOVER, which an upgrade sets, is not understood: JSON is malformed"),
+        ('{"version": "0.9.1", "pid": 1, "workers": [[[1, 77]]]}', 1, "sseproxy: --upstream: "),
+    ],
+    ids=["garbled", "somebody else's"],
+)
+async def test_what_no_upgrade_has_left_is_not_used(handed_over: str, status: int, said: str) -> None:
+    found, _, errors = await run("serve", "--upstream", "x", SSEPROXY_HANDOVER=handed_over)
+    assert (found, errors.startswith(said)) == (status, True), errors

@@ -44,7 +44,7 @@ _Sockets = dict[Listen, list[socket.socket]]
 # What a draining worker may take beyond the drain timeout before it is killed.
 _DRAIN_GRACE = 5.0
 _ENDING = "the proxy is shutting down"
-_UPGRADING = "the proxy is being upgraded; what is configured by then is read"
+_UPGRADING = "the proxy is being upgraded, and reads the configuration again as it starts"
 # Of a file that is watched; larger ones are not read as what they are either.
 _MAX_FILE = 4 << 20
 _SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
@@ -174,7 +174,8 @@ class Supervisor:
                     self._kill()
                     await self.close()
                     raise SseproxyError(f"nothing is served: {generation.missing()}")
-                log.error("%s; those that do are all there is", generation.missing())
+                go_on = "those that do are all there is" if generation.ready else "those of the code before go on"
+                log.error("%s; %s", generation.missing(), go_on)
             self._loaded()
         if self._handover is not None:
             succeeding = self._begin(self._succeed(self._handover.version))
@@ -285,15 +286,19 @@ class Supervisor:
             await self._administer(self._admin_sockets)
 
     def _left(self, workers: Sequence[list[tuple[int, int]]] = ()) -> Handover:
-        clients, admin = upgrade.described(self._sockets), upgrade.described(self._admin_sockets)
-        return Handover(__version__, clients, admin, [each for each in workers if each])
+        return Handover(
+            version=__version__,
+            clients=upgrade.described(self._sockets),
+            admin=upgrade.described(self._admin_sockets),
+            workers=[each for each in workers if each],
+        )
 
     async def trial(self) -> None:
         """Starts a worker as `start` would, of which no client knows, and ends it. Raises `SseproxyError`.
 
         What was handed over stays as it is; what was bound beside that is closed again.
         """
-        handed_over = self._handover or Handover(__version__)
+        known = self._handover.listening() if self._handover is not None else set()
         await self._admin.setup()
         anywhere = Address("127.0.0.1", 0)
         try:
@@ -306,9 +311,8 @@ class Supervisor:
             for generation in self._generations:
                 await generation.ended()
             await self._admin.cleanup()
-            for bound, known in ((self._sockets, handed_over.clients), (self._admin_sockets, handed_over.admin)):
-                new = {address: sockets for address, sockets in bound.items() if str(address) not in known}
-                _give_up(new)
+            for bound in (self._sockets, self._admin_sockets):
+                _give_up({address: sockets for address, sockets in bound.items() if str(address) not in known})
 
     async def close(self) -> None:
         """Drains: not ready, no accepting, workers told; returns when all have ended."""
@@ -362,8 +366,8 @@ class Supervisor:
     async def _replace(self) -> None:
         if self.stopping.is_set():
             raise ReloadError(_ENDING)
-        await self._same_code()
         self._seen = await asyncio.to_thread(self._content)
+        await self._same_code()
         # It may take a while to read, and this process has others to answer.
         config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
@@ -376,8 +380,13 @@ class Supervisor:
             # It may have been replaced while they started.
             await self._same_code()
         except ReloadError:
-            new.kill()
-            await self._end(new)
+            if came_up:
+                # They have accepted clients by now.
+                new.retire()
+                self._begin(self._end(new))
+            else:
+                new.kill()
+                await self._end(new)
             _give_up(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
             raise
         await self._administer(_without(admin, self._admin_sockets))

@@ -41,7 +41,7 @@ _LAST_BYTES = 8192
 HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
 
 
-class Handover(msgspec.Struct):
+class Handover(msgspec.Struct, kw_only=True):
     """What the code before an upgrade leaves to the code after it: descriptors, and the process ids of its workers.
 
     Other versions read it. So fields keep their meaning, new ones have a default, and unknown ones are ignored.
@@ -49,11 +49,17 @@ class Handover(msgspec.Struct):
 
     version: str
     """The version that hands over."""
+    pid: int = msgspec.field(default_factory=os.getpid)
+    """The process that hands over: the one that this becomes, or the parent of one in which it is tried."""
     clients: dict[str, list[int]] = {}
     """The listening sockets for clients, by their addresses as they are configured."""
     admin: dict[str, list[int]] = {}
     workers: list[list[tuple[int, int]]] = []
     """Of each configuration, the oldest first: process id, and the channel's descriptor, or -1 if it is closed."""
+
+    def listening(self) -> set[str]:
+        """The addresses of all listening sockets."""
+        return {*self.clients, *self.admin}
 
     def descriptors(self) -> list[int]:
         listening = [fd for found in (self.clients, self.admin) for fds in found.values() for fd in fds]
@@ -71,11 +77,20 @@ def opened(listening: Mapping[str, Iterable[int]]) -> dict[Listen, list[socket.s
 
 
 def receive() -> Handover | None:
-    """What the code before has left, or None if this process is no upgrade. Nobody inherits it from here."""
+    """What the code before has left, or None if this process is no upgrade. Nobody inherits it from here.
+
+    Raises `ReloadError` if what it has left is not understood.
+    """
     text = os.environ.pop(_VARIABLE, None)
     if text is None:
         return None
-    handover = msgspec.json.decode(text, type=Handover)
+    try:
+        handover = msgspec.json.decode(text, type=Handover)
+    except msgspec.MsgspecError as error:
+        raise ReloadError(f"{_VARIABLE}, which an upgrade sets, is not understood: {error}") from None
+    if handover.pid not in (os.getpid(), os.getppid()):
+        # Somebody has copied the environment of a process that was upgraded.
+        return None
     for fd in handover.descriptors():
         os.set_inheritable(fd, False)
     return handover

@@ -135,6 +135,8 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     loop.add_signal_handler(signal.SIGTERM, end)
     loop.add_signal_handler(signal.SIGINT, expire)
     loop.add_signal_handler(signal.SIGHUP, retiring.set)
+    # It asks for an upgrade, and is the supervisor's; but whoever sends it may send it to all.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
     config = await _read_config(reader)
     log_as(config)
