@@ -187,5 +187,5 @@ def test_the_architecture_names_every_module() -> None:
 def test_no_group_is_possessive(path: Path) -> None:
     """Python before 3.11.5, Debian 12's among them, matches such groups wrongly (CPython, gh-106052)."""
     # Without sets of characters, in which all of these are characters.
-    lines = [re.sub(r"\[[^]]*\]", "", line) for line in path.read_text().splitlines()]
+    lines = [re.sub(r"\[[^]]*\]", "x", line) for line in path.read_text().splitlines()]
     assert [line for line in lines if re.search(r"\)[*+?]\+|\(\?>", line)] == []
