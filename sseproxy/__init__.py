@@ -85,7 +85,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       attempt         one try at an upstream: connection, request, response head
       upstream        the API's side: connections, and their errors
       pump            the hot path
-      reads           reads of bounded size, for both sides
+      reads           what is read at once, and when: the one owner of a transport's reading
       exchange        the record of an exchange
       clock           its one timer
       inspect         reading along: what a body means to the record
@@ -123,7 +123,8 @@ aiohttp parses heads; bodies are ours. `RelayProtocol` receives from the upstrea
 to the `Pump`, which writes them to the client's transport in the same call: no queue, no future, no task in between. A
 read that is exactly one HTTP chunk is forwarded as it came. Backpressure is the transports' own: when the client's
 write buffer is over its mark, reading from the upstream is paused. What the inspector does happens after the write; it
-says whether it saw progress, and the pump moves the clock.
+says whether it saw progress, and the pump moves the clock. Bytes that are slow to look at are handed over in smaller
+pieces, and wait for another turn of the loop, so that no connection keeps the others waiting.
 
 Words
 -----

@@ -89,6 +89,10 @@ async def ask(proxy: RunningProxy, parts: list[bytes]) -> None:
             for _ in range(20):
                 await asyncio.sleep(0)
         await client.message()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        # There is one answer to a request.
+        assert not client.reader._buffer  # type: ignore[attr-defined]
     except (ConnectionError, asyncio.IncompleteReadError):
         pass
     finally:

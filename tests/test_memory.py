@@ -65,6 +65,6 @@ def test_the_readme_promises_these_bounds() -> None:
 
 
 def test_the_readme_shows_what_the_hostile_may_send() -> None:
-    table = README[README.index("largest gap of a stream beside it") :]
+    table = README[README.index("largest gap of the stream") :]
     bounds = [value.situation for value in vars(hostile).values() if isinstance(value, hostile.Bound)]
     assert re.findall(r"^\| ([A-Z][^|]+) \|", table, re.M) == bounds

@@ -5,6 +5,7 @@ Lines are collected, and handed to a thread every so often, so that writing them
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 from collections.abc import Callable, Mapping
@@ -49,6 +50,8 @@ def _whole_path(path: str) -> str | None:
     return _shown(path, _MAX_PATH)
 
 
+# Few paths are many requests.
+@functools.lru_cache(maxsize=64)
 def _known_path(path: str) -> str:
     """`path`, with a `*` for each segment that is no word of a known API: it may be an id, a name, or a secret."""
     return "/".join(map(_known_segment, path[:_MAX_PATH].split("/")))

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol, cast
 
-from ..errors import InternalError, RequestError
+from ..errors import RequestError
 from ..wire import headers
 from .answers import Answer
 from .body import RequestBody
@@ -278,8 +278,10 @@ class DownstreamProtocol(asyncio.Protocol):
                 try:
                     answer = await self._server.handle(request)
                 except Exception:
+                    # It may have been answered, or have begun to be: nothing can be added to that.
                     log.exception("an exchange failed outside its own error handling")
-                    answer = Answer.of(InternalError())
+                    self.cut(flush=False)
+                    return False
                 finally:
                     request.body.close()
             if answer.head and self.transport is not None:

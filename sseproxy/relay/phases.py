@@ -173,19 +173,22 @@ class Relay:
         return outcome
 
     def _end(self, outcome: Outcome) -> None:
-        """Phase 7: End."""
-        # Each of these happens, the last one first, whatever the others raise.
-        with ExitStack() as ends:
-            ends.callback(self._record, outcome)
-            if self._clock is not None:
-                ends.callback(self._clock.stop)
-            if self._attempt is not None:
-                ends.callback(self._attempt.end)
-            if self._pump is not None:
-                ends.callback(self._pump.stop)
-            ends.callback(self._request.body.close)
-            if self._ticket is not None:
-                ends.callback(self._ticket.give_back)
+        """Phase 7: End. Raises nothing: the answer has been given."""
+        try:
+            # Each of these happens, the last one first, whatever the others raise.
+            with ExitStack() as ends:
+                ends.callback(self._record, outcome)
+                if self._clock is not None:
+                    ends.callback(self._clock.stop)
+                if self._attempt is not None:
+                    ends.callback(self._attempt.end)
+                if self._pump is not None:
+                    ends.callback(self._pump.stop)
+                ends.callback(self._request.body.close)
+                if self._ticket is not None:
+                    ends.callback(self._ticket.give_back)
+        except Exception:
+            log.exception("the end of an exchange failed")
         # These refer to this object in turn: together they would wait for the garbage collector.
         del self._task
         self._ticket = self._clock = self._attempt = self._pump = None

@@ -101,7 +101,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         self._settle()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer[: self._room]
+        return self._buffer if self._room == MAX_READ else self._buffer[: self._room]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.take(bytes(self._buffer[:nbytes]))

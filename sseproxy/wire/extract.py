@@ -35,9 +35,9 @@ _MAX_EXTRACT: Final = 64 * 1024
 _SPACE: Final = re.compile(rb"[ \t\n\r]*+")
 # A member's name and colon, and that there is a value.
 _NAME: Final = re.compile(rb'"([^"]*+)"[ \t\n\r]*+:[ \t\n\r]*+(?=[^ \t\n\r])')
-_BEGINS_NAME: Final = re.compile(rb'"[^"]*+(?:"[ \t\n\r]*+(?::[ \t\n\r]*+)?+)?+')
+_BEGINS_NAME: Final = re.compile(rb'"[^"]*+(?:"[ \t\n\r]*+(?::[ \t\n\r]*+)?)?')
 _SCALAR: Final = re.compile(
-    rb"(?:true|false|null|-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+)(?=[ \t\n\r,\]}])"
+    rb"(?:true|false|null|-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?+[0-9]++)?)(?=[ \t\n\r,\]}])"
 )
 _AFTER_SCALAR: Final = re.compile(rb"[ \t\n\r,\]}]")
 _BRACKET_OR_QUOTE: Final = re.compile(rb'["\[\]{}]')

@@ -86,10 +86,10 @@ _VIA: Final = b"1.1 sseproxy"
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 
 # RFC 9112, sections 2.2, 4, 5.1 and 5.2: a status line, then lines that begin with a name and its colon, with no space
-# between them; no bare CR or LF, no control characters, no folding. What is matched is never given back, so that a head
-# that does not match costs no more than one that does.
+# between them; no bare CR or LF, no control characters, no folding. Within a line nothing that matched is given back,
+# so that a head that does not match costs hardly more than one that does.
 _HEAD: Final = re.compile(
-    rb"(?:[\t\x20-\x7e\x80-\xff]++\r\n)(?:[\x21-\x39\x3b-\x7e]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
+    rb"(?:[\t\x20-\x7e\x80-\xff]++\r\n)(?:[\x21-\x39\x3b-\x7e]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*\r\n"
 )
 # RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port; no user, no list, not empty.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")

@@ -17,10 +17,10 @@ LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 BOM: Final = b"\xef\xbb\xbf"
 
 # Whole lines that are neither data nor a type.
-_OTHERS: Final = rb"(?:(?!data|event)[^\r\n]++(?>\r\n|\n|\r))*+"
+_OTHERS: Final = rb"(?:(?!data|event)[^\r\n]++(?:\r\n|\n|\r))*"
 # The end of a line, and what follows it and need not be looked at line by line: others of the same event, and then the
 # blank line that ends it, with all that is before the next data or type.
-_LINE_ENDS: Final = re.compile(rb"(?>\r\n|\n|\r)(%b)((?:[\r\n]++%b)*+)" % (_OTHERS, _OTHERS))
+_LINE_ENDS: Final = re.compile(rb"(?:\r\n|\n|\r)(%b)((?:[\r\n]++%b)*)" % (_OTHERS, _OTHERS))
 _FIELD: Final = re.compile(rb"(?<![^\r\n])[^:\r\n]")
 
 # Of a line above the limit so much is kept as tells data, another field and a comment apart.

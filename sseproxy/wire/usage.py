@@ -31,9 +31,9 @@ _KEYS: Final = frozenset(
 _MAX_HELD: Final = 64 * 1024
 
 # The blank line that ends an event, with the end of the line before it.
-_EVENT_END: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_EVENT_END: Final = re.compile(rb"\n(?:\r\n?|\n)|\r\n(?:\r\n?|\n)|\r\r\n?")
 # What is before an event and no part of it.
-_BETWEEN: Final = re.compile(rb"(?:(?::[^\r\n]*+)?+(?>\r\n|\n|\r))++")
+_BETWEEN: Final = re.compile(rb"(?:(?::[^\r\n]*+)?(?:\r\n|\n|\r))+")
 # The first byte of an event's data that tells what it is.
 _FIRST_DATA: Final = re.compile(rb"(?<![^\r\n])data:[ \t]*+([^ \t\r\n])")
 
