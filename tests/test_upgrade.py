@@ -583,7 +583,7 @@ async def test_where_no_new_worker_comes_up_after_all_the_old_ones_go_on_until_o
         assert set(old) <= set(served.workers)
         assert not any("upgraded from" in message for message in served.messages)
         well.touch()
-        await served.until("workers_finishing", 2)
+        await until_true(lambda: any("upgraded from" in message for message in served.messages))
         await serves(served, "0.9.1")
         await finish(client, api)
         await until_true(lambda: not any(map(alive, old)))

@@ -217,7 +217,7 @@ class Upstream(_Model):
 
 
 class Reload(_Model):
-    """How a new configuration takes the place of the old one."""
+    """How a new configuration, or new code, takes the place of the old one."""
 
     watch: DurationOrOff = None
     """Look at the content of the file, and of the files it names, this often, and reload when it has changed."""

@@ -131,7 +131,10 @@ CONNECTIONS = Metric("upstream_connections", "gauge", ("upstream", "state"), "Co
 LOOP_LAG = Metric("event_loop_lag_seconds", "histogram", (), "How late a worker's timer fires.", OWN_DELAY)
 WORKERS = Metric("workers", "gauge", (), "Workers that take requests.")
 WORKERS_FINISHING = Metric(
-    "workers_finishing", "gauge", (), "Workers of earlier configurations that only finish what they have."
+    "workers_finishing",
+    "gauge",
+    (),
+    "Workers of earlier configurations, or of the code before an upgrade, that only finish what they have.",
 )
 RESTARTS = Metric("worker_restarts", "counter", (), "Workers that ended unasked and were replaced.")
 RELOADS = Metric("config_reloads", "counter", ("result",), "Reloads of the configuration: success or failure.")

@@ -187,7 +187,7 @@ class Generation(_Workers):
         """Whether no worker is being started, nor has ended without its supervisor having heard so."""
         return not self._spawning and self._processes.keys() == self._reports.keys()
 
-    def handed_over(self) -> list[tuple[int, int]]:
+    def channels(self) -> list[tuple[int, int]]:
         """The process id of each worker, and the descriptor of its channel, or -1 if that is closed."""
         return [(process.pid, self._channels[number].fileno()) for number, process in self._processes.items()]
 
@@ -351,7 +351,7 @@ class Predecessors(_Workers):
     def settled(self) -> bool:
         return True
 
-    def handed_over(self) -> list[tuple[int, int]]:
+    def channels(self) -> list[tuple[int, int]]:
         return [*self._channels.items()]
 
     def retire(self) -> None:
@@ -372,7 +372,7 @@ class Predecessors(_Workers):
 
     async def _follow(self, pid: int, fd: int) -> None:
         if fd >= 0:
-            await self._until_silent(pid, fd)
+            await self._until_closed(pid, fd)
         _, status = await asyncio.to_thread(os.waitpid, pid, 0)
         del self._channels[pid]
         self.ready.discard(pid)
@@ -381,7 +381,7 @@ class Predecessors(_Workers):
         if status:
             log.error("a worker of the earlier code ended with status %d", os.waitstatus_to_exitcode(status))
 
-    async def _until_silent(self, pid: int, fd: int) -> None:
+    async def _until_closed(self, pid: int, fd: int) -> None:
         """Waits until a worker closes its channel. As in `Generation`, turns are counted in which it says nothing."""
         reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=fd))
         silent = 0

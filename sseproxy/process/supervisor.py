@@ -251,7 +251,7 @@ class Supervisor:
                 if self.stopping.is_set():
                     raise ReloadError(_ENDING)
                 log.info("upgrading: the code that is installed is tried")
-                await upgrade.try_out(self._command, self._left())
+                await upgrade.try_out(self._command, self._handed_over())
                 await self._hand_over()
             except SseproxyError as error:
                 self._refused("upgraded", error)
@@ -264,20 +264,22 @@ class Supervisor:
             # It would wait for this upgrade, which reads the configuration anew itself.
             self._next_reload.cancel()
             self._next_reload = None
-        # Requests that the admin listener has begun to answer end; who connects from now on waits for the new code.
-        # Sites close their sockets.
-        self._admin_sockets = {
-            address: [sock.dup() for sock in bound] for address, bound in self._admin_sockets.items()
-        }
+        try:
+            # Sites close their sockets.
+            kept = {address: [sock.dup() for sock in bound] for address, bound in self._admin_sockets.items()}
+        except OSError as error:
+            raise ReloadError(f"the admin listener cannot be handed over: {error.strerror}") from None
+        self._admin_sockets = kept
         self._admin_sites.clear()
         try:
+            # Requests that the admin listener has begun to answer end. Who connects from now on waits for the new code.
             await self._admin.cleanup()
             async with asyncio.timeout(_TO_COME_UP):
                 await self._until(lambda: self.stopping.is_set() or all(each.settled() for each in self._generations))
             if self.stopping.is_set():
                 raise ReloadError(_ENDING)
             log.info("upgrading: this process becomes the code that is installed")
-            upgrade.execute(self._command, self._left([each.handed_over() for each in self._generations]))
+            upgrade.execute(self._command, self._handed_over([each.channels() for each in self._generations]))
         except TimeoutError:
             raise ReloadError("workers are being started all the time") from None
         except OSError as error:
@@ -286,7 +288,7 @@ class Supervisor:
             await self._admin.setup()
             await self._administer(self._admin_sockets)
 
-    def _left(self, workers: Sequence[list[tuple[int, int]]] = ()) -> Handover:
+    def _handed_over(self, workers: Sequence[list[tuple[int, int]]] = ()) -> Handover:
         return Handover(
             version=__version__,
             clients=upgrade.described(self._sockets),

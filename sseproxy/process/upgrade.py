@@ -36,6 +36,8 @@ _TRIAL = 60.0
 # What is said of a trial that failed: a traceback, and the line that sums it up.
 _LAST_LINES = 20
 _LAST_BYTES = 8192
+# TASK_COMM_LEN without its final zero byte (proc(5)).
+_NAME_SIZE = 15
 # They are held back while the process is neither the old code nor the new: they would end it. Once the new code has its
 # handlers, they arrive.
 HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
@@ -98,10 +100,18 @@ def receive() -> Handover | None:
 
 def command() -> list[str]:
     """The command that this process was started with: a script, or the interpreter and its arguments."""
-    if sys.orig_argv[1:2] == sys.argv[:1] and os.access(sys.argv[0], os.X_OK):
-        # The kernel names the process after the script, and so does `pgrep`.
+    # Where the kernel has found the interpreter in a script, it has named the process after the script. `pgrep` goes by
+    # that name, so it is kept.
+    if sys.orig_argv[1:2] == sys.argv[:1] and _process_name() == os.path.basename(sys.argv[0])[:_NAME_SIZE]:
         return [*sys.argv]
     return [sys.executable, *sys.orig_argv[1:]]
+
+
+def _process_name() -> str:
+    try:
+        return Path("/proc/self/comm").read_text().rstrip("\n")
+    except OSError:
+        return ""
 
 
 def _environment(handover: Handover) -> dict[str, str]:
@@ -146,7 +156,7 @@ async def try_out(command: Sequence[str], handover: Handover) -> None:
 def execute(command: Sequence[str], handover: Handover) -> NoReturn:
     """Becomes `command`, which is left `handover`. Raises `OSError` if it cannot be executed; nothing has changed then.
 
-    What this process still does, no `finally` included, ends here.
+    If it can, nothing of this code runs afterwards, not even a `finally`.
     """
     logs.finish()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
@@ -171,7 +181,7 @@ class RunningCode:
         if _digest() == self._digest:
             return None
         try:
-            text = (_PACKAGE / "__init__.py").read_text()
+            text = (_PACKAGE / "__init__.py").read_text(errors="replace")
         except OSError:
             return f"version {__version__} is running, and is no longer installed in {_PACKAGE}"
         installed = re.search(r'^__version__ = "(.+)"$', text, re.M)
@@ -183,10 +193,12 @@ class RunningCode:
 def _digest() -> bytes:
     """Of the names and contents of the package's files. It takes a few milliseconds."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    # Unlike `Path.rglob`, it takes directories that vanish while it looks.
+    found = (os.path.join(directory, name) for directory, _, names in os.walk(_PACKAGE) for name in names)
+    for path in sorted(path for path in found if path.endswith(".py")):
         try:
-            text = path.read_bytes()
+            text = Path(path).read_bytes()
         except OSError:
             text = b""
-        digest.update(b"%b %d\n%b" % (str(path.relative_to(_PACKAGE)).encode(), len(text), text))
+        digest.update(b"%b %d\n%b" % (os.path.relpath(path, _PACKAGE).encode(), len(text), text))
     return digest.digest()
