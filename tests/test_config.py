@@ -161,6 +161,14 @@ MISTAKES = {
         f"reload: {{watch: 5}}\n{VALID}",
         "f:1:10: reload.watch: expected a duration such as 30s or 5m, or off, got a number (5)",
     ),
+    "log_level": (
+        f"log: {{level: loud}}\n{VALID}",
+        "f:1:7: log.level: expected debug, info, warning or error, got 'loud'",
+    ),
+    "logged_paths": (
+        f"access_log: {{path: some}}\n{VALID}",
+        "f:1:14: access_log.path: expected known, all or off, got 'some'",
+    ),
     "log_of_nothing_known": (
         f"access_log: {{exchanges: some}}\n{VALID}",
         "f:1:14: access_log.exchanges: expected all, errors or off, got 'some'",

@@ -291,7 +291,7 @@ async def test_what_a_process_says_is_json_where_the_access_log_is(upstream: Scr
         # Format and level come with a reload, and so does what is said of it.
         file.write(upstream, access_log="{format: text}")
         assert await reloaded(served) == 200
-        await until_true(lambda: b" INFO sseproxy.process.supervisor: reloaded: " in served.errors)
+        await until_true(lambda: b" INFO sseproxy.process.supervisor: configuration reloaded: " in served.errors)
         file.write(upstream, log="{level: warning}")
         before = served.stderr
         assert await reloaded(served) == 200

@@ -218,33 +218,15 @@ def _path(value: object) -> str:
     raise expected("a path such as /v1, without query, empty segments and dot segments")
 
 
-def _exchanges(value: object) -> str:
-    if value is False:
-        return "off"
-    if value in ("all", "errors", "off"):
-        return str(value)
-    raise expected("all, errors or off")
+def _one_of(*names: str) -> Callable[[object], str]:
+    """Reads one of `names`. What YAML 1.1 reads as False is spelled `off`."""
 
+    def read(value: object) -> str:
+        if value in names or (value is False and "off" in names):
+            return str(value) if value else "off"
+        raise expected(f"{', '.join(names[:-1])} or {names[-1]}")
 
-def _log_level(value: object) -> str:
-    if value in ("debug", "info", "warning", "error"):
-        return str(value)
-    raise expected("debug, info, warning or error")
-
-
-def _logged_paths(value: object) -> str:
-    if value is False:
-        # YAML 1.1 reads `off` so.
-        return "off"
-    if value in ("known", "all", "off"):
-        return str(value)
-    raise expected("known, all or off")
-
-
-def _log_format(value: object) -> str:
-    if value in ("auto", "json", "text"):
-        return str(value)
-    raise expected("auto, json or text")
+    return read
 
 
 def _share(value: object) -> float:
@@ -400,15 +382,22 @@ DialectName = Annotated[str, Option(_dialect, lambda: _enum("auto", *_dialect_na
 
 TLSVersion = Annotated[Literal["1.2", "1.3"], Option(_tls_version, _enum("1.2", "1.3"))]
 
-Exchanges = Annotated[Literal["all", "errors", "off"], Option(_exchanges, _enum("all", "errors", "off", False))]
-
-LoggedPaths = Annotated[Literal["known", "all", "off"], Option(_logged_paths, _enum("known", "all", "off", False))]
-
-LogLevel = Annotated[
-    Literal["debug", "info", "warning", "error"], Option(_log_level, _enum("debug", "info", "warning", "error"))
+Exchanges = Annotated[
+    Literal["all", "errors", "off"], Option(_one_of("all", "errors", "off"), _enum("all", "errors", "off", False))
 ]
 
-LogFormat = Annotated[Literal["auto", "json", "text"], Option(_log_format, _enum("auto", "json", "text"))]
+LoggedPaths = Annotated[
+    Literal["known", "all", "off"], Option(_one_of("known", "all", "off"), _enum("known", "all", "off", False))
+]
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    Option(_one_of("debug", "info", "warning", "error"), _enum("debug", "info", "warning", "error")),
+]
+
+LogFormat = Annotated[
+    Literal["auto", "json", "text"], Option(_one_of("auto", "json", "text"), _enum("auto", "json", "text"))
+]
 
 
 # What a message shows of a place and of a value.

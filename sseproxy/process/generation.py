@@ -141,7 +141,7 @@ class Generation(_Workers):
         self.size = cores() if config.workers == "auto" else config.workers
         self.ready: set[int] = set()
         """The workers that accept, by their numbers."""
-        self.fate = ""
+        self.last_exit = ""
         """How the latest worker ended that did so unasked."""
         self._of_a_worker = config.share(self.size)
         self._sockets = sockets
@@ -172,7 +172,7 @@ class Generation(_Workers):
 
     def missing(self) -> str:
         """Who does not accept, and what is known of why."""
-        why = f": one {self.fate}" if self.fate else ""
+        why = f": one {self.last_exit}" if self.last_exit else ""
         return f"{self.size - len(self.ready)} of {self.size} new workers did not come to accept connections{why}"
 
     def _tell(self, number: signal.Signals) -> None:
@@ -208,11 +208,11 @@ class Generation(_Workers):
             try:
                 if replaces:
                     await self._same_code()
-                fate = f"ended with status {await self._run_worker()}"
+                last_exit = f"ended with status {await self._run_worker()}"
                 ended = True
             except (OSError, ReloadError) as error:
                 # Out of descriptors, processes or memory; there may be some again. Or the code on disk is another.
-                fate, ended = f"could not be started ({error})", False
+                last_exit, ended = f"could not be started ({error})", False
             replaces = True
             if self._closing.is_set():
                 return
@@ -220,8 +220,8 @@ class Generation(_Workers):
                 self._recorder.count(metrics.RESTARTS, ())
             lived = perf_counter() - started
             backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
-            log.error("a worker %s after %.1fs; the next starts in %.1fs", fate, lived, backoff)
-            self.fate = fate
+            log.error("a worker %s after %.1fs; the next starts in %.1fs", last_exit, lived, backoff)
+            self.last_exit = last_exit
             self._changed()
             try:
                 await asyncio.wait_for(self._closing.wait(), backoff)

@@ -224,7 +224,8 @@ class Supervisor:
             finally:
                 notify.ready(f"{self.workers} workers")
             self._recorder.count(metrics.RELOADS, ("success",))
-            log.info("reloaded: %d workers, %d generations finish", self.workers, len(self._generations) - 1)
+            earlier = len(self._generations) - 1
+            log.info("configuration reloaded: %d workers; %d earlier ones finish their streams", self.workers, earlier)
             await self._end_oldest()
 
     def _refused(self, what: str, error: SseproxyError) -> None:
@@ -306,7 +307,7 @@ class Supervisor:
         try:
             sockets: _Sockets = {anywhere: listen("listen", anywhere)}
             worker = self._generate(self.config.model_copy(update={"workers": 1}), sockets)
-            if not await self._come_up(worker, lambda: bool(worker.fate)):
+            if not await self._come_up(worker, lambda: bool(worker.last_exit)):
                 raise ReloadError(worker.missing())
         finally:
             self._kill()
@@ -375,7 +376,7 @@ class Supervisor:
         clients, admin = self._bound(config)
         new = self._generate(config, clients)
         # If not even one accepts, the others will not either.
-        came_up = await self._come_up(new, lambda: bool(new.fate) and not new.ready)
+        came_up = await self._come_up(new, lambda: bool(new.last_exit) and not new.ready)
         try:
             if not came_up:
                 raise ReloadError(new.missing())
