@@ -95,7 +95,7 @@ def _patience(config: Config) -> int:
 
 
 class _Workers:
-    """What workers are told by signals. All of it returns at once."""
+    """What workers are told, by signals. Nothing here waits until they have heard it."""
 
     finishing = False
     """Others have taken over."""
@@ -365,7 +365,7 @@ class Predecessors(_Workers):
             os.kill(pid, number)
 
     async def report(self) -> None:
-        """They count no more."""
+        """Waits for nothing: they are not counted."""
 
     async def ended(self) -> None:
         await asyncio.wait(self._keepers)
@@ -373,7 +373,9 @@ class Predecessors(_Workers):
     async def _follow(self, pid: int, fd: int) -> None:
         if fd >= 0:
             await self._until_closed(pid, fd)
-        _, status = await asyncio.to_thread(os.waitpid, pid, 0)
+        # The process id is its own until it is taken from here as well.
+        await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        _, status = os.waitpid(pid, 0)
         del self._channels[pid]
         self.ready.discard(pid)
         self._recorder.move(metrics.WORKERS_FINISHING if self.finishing else metrics.WORKERS, (), -1)
