@@ -375,6 +375,9 @@ class Predecessors(_Workers):
             await self._until_closed(pid, fd)
         # The process id is its own until it is taken from here as well.
         await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        self._forget(pid)
+
+    def _forget(self, pid: int) -> None:
         _, status = os.waitpid(pid, 0)
         del self._channels[pid]
         self.ready.discard(pid)
