@@ -453,7 +453,8 @@ class Relay:
         assert exchange is not None
         assert transport is not None
         event_stream = headers.is_event_stream(head.fields) and head.framing is not None
-        stripper = UsageStripper() if strip and event_stream and not headers.is_encoded(head.fields) else None
+        strips = strip and event_stream and head.framing != 0 and not headers.is_encoded(head.fields)
+        stripper = UsageStripper() if strips else None
         if head.framing is None or (isinstance(head.framing, int) and stripper is None):
             self._framing_out = head.framing
         else:
