@@ -88,6 +88,7 @@ class Relay:
         self._pump: Pump | None = None
         self._flushing = False
         self._framing_out: Framing | None = None
+        self._continued = False
         self._head_sent = False
         self._keep_alive = False
         self._error: ExchangeError | None = None
@@ -349,14 +350,15 @@ class Relay:
         return True
 
     def _continue(self) -> None:
-        """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
+        """Tells a client that asked to, once, that it may send its body (RFC 9110, section 10.1.1)."""
         request, transport = self._request, self._downstream.transport
         if (
             request.fields.named(b"expect")
             and request.version == (1, 1)
-            and not request.body.ended
+            and not (request.body.ended or self._continued)
             and transport is not None
         ):
+            self._continued = True
             transport.write(_CONTINUE)
 
     async def _ask(
