@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from sseproxy import config
+from sseproxy.relay import reads
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
@@ -103,6 +104,17 @@ async def test_an_end_that_is_held_is_delivered_with_the_end(asking: RunningProx
         api.close()
         received = await client.message()
         assert (received.body, received.complete) == (WANTED + b'data: {"cho', True)
+
+
+async def test_a_stream_without_a_byte_ends(asking: RunningProxy, upstream: ScriptedUpstream) -> None:
+    client, api, _ = await asked(asking, upstream, post(REQUEST))
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\n\r\n")
+    received = await client.message()
+    assert (received.status, received.body, received.complete) == (200, b"", True)
+    client.send(post(REQUEST))
+    await api.message()
+    api.send(STREAM_HEAD, chunk(STREAM), LAST_CHUNK)
+    assert (await client.message()).body == WANTED
 
 
 async def test_a_stream_that_breaks_off_says_so(asking: RunningProxy, upstream: ScriptedUpstream) -> None:
@@ -219,6 +231,20 @@ async def test_any_other_refusal_passes_as_it_is(
     assert (received.status, received.body, received.complete) == (400, body, True)
     assert await asking.ended() == {"completed": 1}
     assert upstream.connections == 1
+
+
+@pytest.mark.parametrize("size", [1_000, 8_000, 60_000])
+async def test_a_refusal_whose_connection_has_ended_is_whole_however_slowly_it_is_handed_over(
+    asking: RunningProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(reads, "_TURN", 0.0)
+    body = random.Random(size).randbytes(size)
+    client, api, _ = await asked(asking, upstream, post(REQUEST))
+    api.send(b"HTTP/1.1 400 Bad Request\r\n\r\n" + body)
+    api.close()
+    received = await client.message()
+    assert (received.status, received.body, received.complete) == (400, body, True)
+    assert await asking.ended() == {"completed": 1}
 
 
 async def test_a_refusal_that_breaks_off_or_is_no_http_is_no_answer(

@@ -65,6 +65,16 @@ async def test_nothing_is_written_into_an_event_nor_after_the_end(
     assert await proxy.ended() == {"upstream_timeout_first_token": 1, "completed": 1}
 
 
+async def test_nothing_is_written_between_a_cr_and_its_lf(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await beating(start, upstream, idle=5 * SHORT, first_token=5 * SHORT)
+    client, api = await begin(proxy, upstream)
+    event = b"id: 1\r\n" + delta("Hi").replace(b"\n", b"\r\n")
+    api.send(STREAM_HEAD, chunk(event[:-1]))
+    received, _ = await client.rest()
+    assert event[:-1] in received
+    assert BEAT not in received.partition(event[:-1])[2]
+
+
 async def test_nothing_is_written_before_the_status_nor_into_other_bodies(
     start: StartProxy, upstream: ScriptedUpstream
 ) -> None:

@@ -384,6 +384,31 @@ async def test_bodies_that_are_collected_have_a_bound_and_who_dawdles_makes_room
     assert proxy.sample("requests_rejected_total", reason="held") == 1
 
 
+async def test_where_the_slowest_one_asks_for_room_nobody_else_makes_it(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, max_body=2 * MIB, **by_model(held=2 * MIB, request_body_rate=None))
+    admission = proxy.worker.proxy.admission
+    dawdler = await proxy.connect()
+    large = post(b" " * (2 * MIB))
+    dawdler.send(large[:MIB])
+    await until(lambda: admission._held > MIB - 1000)
+    client = await proxy.connect()
+    body = b'{"messages":"%b","model":"m"}' % (b"x" * (MIB - 20_000))
+    client.send(post(body)[:-10])
+    await until(lambda: admission._held > MIB + len(body) - 1000)
+    dawdler.send(large[MIB : MIB + 100_000])
+    assert (await dawdler.message()).status == 503
+    client.send(post(body)[-10:])
+    api = await upstream.accept()
+    assert (await api.message()).body == body
+    api.send(OK)
+    assert (await client.message()).body == b"ok"
+    await proxy.idle()
+    assert admission.empty
+    assert proxy.sample("requests_rejected_total", reason="held") == 1
+
+
 async def test_room_is_not_looked_for_again_for_each_who_asks(start: StartProxy, upstream: ScriptedUpstream) -> None:
     count, looked = 1_000, 0
 

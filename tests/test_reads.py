@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy.relay import reads
+from sseproxy.relay.pump import Pump
 from sseproxy.relay.reads import MAX_READ, BoundedReads
 from sseproxy.wire.framing import ChunkedDecoder
 
 from .conftest import PlayScript, StartProxy
-from .harness import LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, begin, chunk, delta, post
+from .harness import LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, begin, chunk, delta, post
 
 MIB = 1 << 20
 
@@ -86,6 +87,36 @@ async def test_what_was_read_plainly_is_cut_as_well(start: StartProxy, upstream:
     assert received == event
     assert turns.count >= len(event) // MAX_READ * 4
     assert await proxy.ended() == {"completed": 1}
+
+
+@pytest.mark.usefixtures("everything_is_slow")
+async def test_a_defect_in_a_later_turn_ends_the_connection_at_once(
+    proxy: RunningProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the loop sees to for one that shows as it hands over what it has read."""
+    client, api = await begin(proxy, upstream)
+    api.send(STREAM_HEAD)
+    for number in range(5):
+        alike = chunk(delta(f"token {number}"))
+        api.send(alike)
+        await client.read_until(alike)
+    forward, pieces = Pump._forward, 0
+
+    def fails_later(pump: Pump, out: bytes, size: int, read_at: float) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 3:
+            raise ZeroDivisionError
+        forward(pump, out, size, read_at)
+
+    monkeypatch.setattr(Pump, "_forward", fails_later)
+    problems: list[Exception] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context["exception"]))
+    api.send(chunk(b":\n" * 60_000))
+    await api.gone()
+    assert LAST_CHUNK not in (await client.rest())[0]
+    assert [type(problem) for problem in problems] == [ZeroDivisionError]
+    assert await proxy.ended() == {"truncated": 1}
 
 
 class Transport:

@@ -228,6 +228,23 @@ async def test_an_upstream_that_goes_without_taking_the_upload_is_a_502_at_once(
     assert proxy.sample("upstream_errors_total", type="reset") == 1
 
 
+async def test_a_client_is_told_to_continue_once(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    """Also where its body is looked at first, and is too large for that."""
+    proxy = await start(upstream.url, max_body=1000, route={"usage": config.UsageOptions(request=True)})
+    client = await proxy.connect()
+    body = b'{"stream":true,"user":"%b"}' % (b"x" * 5_000)
+    head = post(body)[: -len(body)]
+    client.send(head[:-2] + b"Expect: 100-continue\r\n\r\n")
+    assert await client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.send(body[:3_000])
+    api = await upstream.accept()
+    await api.head()
+    client.send(body[3_000:])
+    assert await api.read(len(body)) == body
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert (await client.head()).status == 200
+
+
 @pytest.mark.parametrize("route", ["any", "model"])
 async def test_a_client_of_http_1_0_is_never_told_to_continue(
     start: StartProxy, upstream: ScriptedUpstream, route: str

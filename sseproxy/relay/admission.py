@@ -114,10 +114,10 @@ class Admission:
             waiting = sorted((ticket for ticket in self._holders if ticket.collects), key=lambda one: one.body.waited)
             while waiting and self._held > enough:
                 slowest = waiting.pop()
+                slowest.body.close()
                 if slowest is asker:
                     stays = False
                 else:
-                    slowest.body.close()
                     slowest.refuse(RequestError("held"))
         return stays and self._held + size <= most
 

@@ -69,8 +69,11 @@ class EventInspector(Inspector):
         return True
 
     def heartbeat(self) -> bytes:
-        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.
-        return b": heartbeat\n" if self._parser.at_boundary and not self._exchange.marker_seen else b""
+        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`. Put
+        # between a CR and its LF, it would make that LF a blank line.
+        parser = self._parser
+        harmless = parser.at_boundary and not parser.in_line_end and not self._exchange.marker_seen
+        return b": heartbeat\n" if harmless else b""
 
     def farewell(self, error: ExchangeError) -> bytes:
         if not self._parser.at_boundary or self._exchange.marker_seen:

@@ -90,6 +90,7 @@ class Relay:
         self._pump: Pump | None = None
         self._flushing = False
         self._framing_out: Framing | None = None
+        self._continued = False
         self._head_sent = False
         self._keep_alive = False
         self._error: ExchangeError | None = None
@@ -363,14 +364,15 @@ class Relay:
         return True
 
     def _continue(self) -> None:
-        """Tells a client that asked to that it may send its body (RFC 9110, section 10.1.1)."""
+        """Tells a client that asked to, once, that it may send its body (RFC 9110, section 10.1.1)."""
         request, transport = self._request, self._downstream.transport
         if (
             request.fields.named(b"expect")
             and request.version == (1, 1)
-            and not request.body.ended
+            and not (request.body.ended or self._continued)
             and transport is not None
         ):
+            self._continued = True
             transport.write(_CONTINUE)
 
     async def _ask(
@@ -467,7 +469,8 @@ class Relay:
         assert exchange is not None
         assert transport is not None
         event_stream = headers.is_event_stream(head.fields) and head.framing is not None
-        stripper = UsageStripper() if strip and event_stream and not headers.is_encoded(head.fields) else None
+        strips = strip and event_stream and head.framing != 0 and not headers.is_encoded(head.fields)
+        stripper = UsageStripper() if strips else None
         if head.framing is None or (isinstance(head.framing, int) and stripper is None):
             self._framing_out = head.framing
         else:

@@ -148,7 +148,14 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
 
     def _go_on(self) -> None:
         self._turn = None
-        self._hand_over()
+        try:
+            self._hand_over()
+        except BaseException:
+            # As the loop does where it calls. The connection would stay, and nobody read from it.
+            self._ahead = b""
+            if self._protocol.transport is not None:
+                self._protocol.transport.abort()
+            raise
         self._settle()
 
     def _settle(self) -> None:

@@ -111,7 +111,10 @@ class RelayProtocol(ResponseHandler):
         self._sink = sink
         self._reads.deliver = sink.data_received
         held, self._held = self._held, b""
-        if held:
+        if held and self._connection_lost_called:
+            # Its end is told now, and nothing may wait behind that.
+            sink.data_received(held)
+        elif held:
             self._reads.put_back(held)
         if self._held_paused:
             self._held_paused = False

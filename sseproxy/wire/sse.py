@@ -96,6 +96,11 @@ class EventParser:
         return not (self._has_field or self._line)
 
     @property
+    def in_line_end(self) -> bool:
+        """True after a CR: an LF that comes next is one half of a CRLF."""
+        return self._after_cr
+
+    @property
     def fresh(self) -> bool:
         """True where the next byte begins an event, and nothing before it matters to that."""
         return not (self._has_field or self._line or self._after_cr or self._start)
