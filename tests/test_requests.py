@@ -363,13 +363,12 @@ async def test_a_client_that_leaves_with_answers_unread_leaves_nothing_behind(
     await until(lambda: len(asyncio.all_tasks()) == tasks)
 
 
-async def test_a_defect_outside_an_exchange_is_answered_and_logged(
+async def test_a_defect_outside_an_exchange_ends_the_connection_and_is_logged(
     proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(proxy.worker.proxy.server, "handle", None)
     client = await proxy.connect()
     client.send(post())
-    assert (await client.message()).status == 500
-    assert await client.rest() == (b"", "fin")
+    assert await client.rest() == (b"", "reset")
     (record,) = caplog.records
     assert "outside its own error handling" in record.message

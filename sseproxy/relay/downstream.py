@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol, cast
 
-from ..errors import InternalError, RequestError
+from ..errors import RequestError
 from ..wire import headers
 from .answers import Answer
 from .body import RequestBody
@@ -169,6 +169,15 @@ class DownstreamProtocol(asyncio.Protocol):
 
     def connection_made(self, made: asyncio.BaseTransport) -> None:
         transport = self.transport = cast(asyncio.Transport, made)
+        try:
+            self._begin(transport)
+        except BaseException:
+            # uvloop would leave it open.
+            transport.abort()
+            self.connection_lost(None)
+            raise
+
+    def _begin(self, transport: asyncio.Transport) -> None:
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         sock = transport.get_extra_info("socket")
         self._fd = sock.fileno()
@@ -269,7 +278,9 @@ class DownstreamProtocol(asyncio.Protocol):
                     answer = await self._server.handle(request)
                 except Exception:
                     log.exception("an exchange failed outside its own error handling")
-                    answer = Answer.of(InternalError())
+                    # Whatever was sent of a response, it must not look whole, nor be followed by another.
+                    self.cut(flush=False)
+                    answer = Answer(keep_alive=False)
                 finally:
                     request.body.close()
             if answer.head and self.transport is not None:
@@ -403,12 +414,12 @@ class DownstreamProtocol(asyncio.Protocol):
 
     def _resume_reading(self) -> None:
         if self._paused:
-            self._paused = False
-            if self._watch is not None:
-                self._server.hangups.remove(self._watch)
-                self._watch = None
+            watch, self._watch = self._watch, None
+            if watch is not None:
+                self._server.hangups.remove(watch)
             if self.transport is not None and not self.transport.is_closing():
                 self.transport.resume_reading()
+            self._paused = False
 
     # --- connections without a request ---
 

@@ -121,27 +121,28 @@ class Relay:
         """Phases 1 to 7."""
         outcome = Outcome.PROXY_ERROR
         try:
-            self._proxy.active.add(self)
-            self._downstream.on_gone = self._gone
-            await self._relay()
-            # What the phases before it needed is gone by now, and a stream may be long.
-            if self._pump is not None:
-                await self._pump.done
-            await self._flush()
-            outcome = self._recorded().completed()
-            return Answer(self._keep_alive and not self._proxy.draining)
-        except ExchangeError as error:
-            outcome = self._failed(error)
-            return self._refuse(error)
-        except asyncio.CancelledError:
-            if self._error is None:
-                outcome = self._cancelled()
-                raise
-            self._task.uncancel()
-            outcome = self._failed(self._error)
-            return self._refuse(self._error)
+            try:
+                self._proxy.active.add(self)
+                self._downstream.on_gone = self._gone
+                await self._relay()
+                # What the phases before it needed is gone by now, and a stream may be long.
+                if self._pump is not None:
+                    await self._pump.done
+                await self._flush()
+                outcome = self._recorded().completed()
+                return Answer(self._keep_alive and not self._proxy.draining)
+            except ExchangeError as error:
+                outcome = self._failed(error)
+                return self._refuse(error)
+            except asyncio.CancelledError:
+                if self._error is None:
+                    outcome = self._cancelled()
+                    raise
+                self._task.uncancel()
+                outcome = self._failed(self._error)
+                return self._refuse(self._error)
         except Exception:
-            # The client gets an answer, and the exchange its outcome, also from a mistake of ours.
+            # The client gets an answer, and the exchange its outcome, also from a mistake of ours, wherever that is.
             log.exception("an exchange failed in a way that nobody foresaw")
             return self._refuse(InternalError())
         finally:
@@ -172,18 +173,22 @@ class Relay:
 
     def _end(self, outcome: Outcome) -> None:
         """Phase 7: End."""
-        # Each of these happens, the last one first, whatever the others raise.
-        with ExitStack() as ends:
-            ends.callback(self._record, outcome)
-            if self._clock is not None:
-                ends.callback(self._clock.stop)
-            if self._attempt is not None:
-                ends.callback(self._attempt.end)
-            if self._pump is not None:
-                ends.callback(self._pump.stop)
-            ends.callback(self._request.body.close)
-            if self._ticket is not None:
-                ends.callback(self._ticket.give_back)
+        try:
+            # Each of these happens, the last one first, whatever the others raise.
+            with ExitStack() as ends:
+                ends.callback(self._record, outcome)
+                if self._clock is not None:
+                    ends.callback(self._clock.stop)
+                if self._attempt is not None:
+                    ends.callback(self._attempt.end)
+                if self._pump is not None:
+                    ends.callback(self._pump.stop)
+                ends.callback(self._request.body.close)
+                if self._ticket is not None:
+                    ends.callback(self._ticket.give_back)
+        except Exception:
+            # The client has its response, and must not get another.
+            log.exception("an exchange ended in a way that nobody foresaw")
         # These refer to this object in turn: together they would wait for the garbage collector.
         del self._task
         self._ticket = self._clock = self._attempt = self._pump = None
@@ -192,7 +197,7 @@ class Relay:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
-        self._recorded().finish(outcome)
+        (self._exchange or self._recorded()).finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The exchange's record, begun here if it has not got so far as to have one."""
@@ -200,6 +205,7 @@ class Relay:
             observer = self._proxy.observer(route, upstream, routes.OTHER)
             exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
             self._exchange = exchange
+            exchange.begin()
             exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
             exchange.method = self._request.method
             exchange.traceparent = headers.traceparent(self._request.fields)

@@ -28,21 +28,18 @@ class _Accepted(asyncio.Protocol):
         self._loop = loop
         self._tls = tls
         self._early = b""
-        self._address = ""
         self._lost = False
         self._agreed: asyncio.Future[asyncio.Transport | None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         accepted = cast(asyncio.Transport, transport)
         places = self._server.places
-        self._address = address_of(accepted)
-        worth_an_answer = places.come()
-        refused = places.known(self._address)
-        if worth_an_answer and (refused is None or refused.reason == "connections"):
+        refused = places.come(self, address_of(accepted))
+        if not places.crowded and (refused is None or refused.reason == "connections"):
             self._server.agree(self._handshake(accepted))
         else:
             # To tell a client that it has too many would take a handshake for each of them.
-            places.gone(self._address)
+            places.gone(self)
             accepted.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -77,7 +74,7 @@ class _Accepted(asyncio.Protocol):
             if self._agreed is not None:
                 self._agreed.cancel()
             # From here on it has a place as any other, or none.
-            self._server.places.gone(self._address)
+            self._server.places.gone(self)
             if encrypted is None:
                 transport.abort()
         if encrypted is not None and not encrypted.is_closing():
@@ -142,17 +139,20 @@ class DownstreamServer:
         """
         self.connections.add(connection)
         self.empty.clear()
-        if not self.places.come() and connection.transport is not None:
+        refused = self.places.come(connection, connection.address)
+        if self.places.crowded and connection.transport is not None:
             connection.transport.abort()
-        return self.places.known(connection.address)
+        return refused
 
     def lost(self, connection: DownstreamProtocol, task: asyncio.Task[None] | None) -> None:
         """The `connection` is gone; `task` may still have to end what was on it."""
-        self.places.gone(connection.address)
-        if task is None or task.done():
-            self._forget(connection)
-        else:
-            task.add_done_callback(lambda _: self._forget(connection))
+        try:
+            self.places.gone(connection)
+        finally:
+            if task is None or task.done():
+                self._forget(connection)
+            else:
+                task.add_done_callback(lambda _: self._forget(connection))
 
     def _forget(self, connection: DownstreamProtocol) -> None:
         self.connections.discard(connection)

@@ -396,10 +396,12 @@ class UpstreamConnection:
                 if self.protocol.should_close:
                     # Its close would wait to flush an upload that nobody takes any more.
                     self.protocol.abort()
+                connection.release()
             except BaseException:
+                # It may be in use by nobody, and not in the pool either.
+                self.protocol.abort()
                 connection.close()
                 raise
-            connection.release()
 
     def abort(self) -> None:
         """Closes the connection now, whatever it is doing."""
