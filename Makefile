@@ -35,7 +35,8 @@ test: $(STAMP) $(NODE_MODULES)
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: $(STAMP)
-	EXCHANGES=$(EXCHANGES) SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults_at_random.py
+	EXCHANGES=$(EXCHANGES) SEED=$(SEED) FAULTS=all $(BIN)/python -m pytest tests/test_faults_at_random.py \
+	    tests/test_a_fault_in_every_call.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""A fault in whatever the life of a request calls, one call after the other: nothing is left, and nothing false is told.
+"""A fault in whatever the life of a request calls, one call after the other: nothing is left, nothing false is told.
 
 Every function and method of the relay, and what it calls of `wire` and `observe`, is wrapped. An exchange is recorded
 first; then it is played again for each call that it made, which raises before it did anything, or after it did all, or
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import pytest
 import trustme
@@ -37,7 +37,6 @@ from .harness import (
     DONE,
     LAST_CHUNK,
     STREAM_HEAD,
-    Message,
     Peer,
     RunningProxy,
     ScriptedUpstream,
@@ -62,6 +61,7 @@ NO_FAULTS = {
     "DownstreamProtocol.connection_made": "only has `_begin` do it, and ends the connection if that fails",
     "DownstreamServer.__call__": "only constructs; uvloop accepts nothing any more if it fails",
     "RequestHeads.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
+    "_Accepted.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
     "_Target.is_ssl": "compares two strings",
     "Upstream.connections": "belongs to no request",
     "Telemetry._settle": "belongs to no request",
@@ -211,7 +211,7 @@ def wrap_methods(owner: type, faults: Faults, monkeypatch: pytest.MonkeyPatch) -
         elif isinstance(value, property) and isinstance(value.fget, FunctionType) and fails(value.fget.__qualname__):
             monkeypatch.setattr(owner, name, property(faults.wrap(value.fget)))
         elif isinstance(value, staticmethod) and fails(value.__func__.__qualname__):
-            monkeypatch.setattr(owner, name, staticmethod(faults.wrap(value.__func__)))
+            monkeypatch.setattr(owner, name, staticmethod(faults.wrap(cast(FunctionType, value.__func__))))
 
 
 # --- both sides ---
@@ -301,8 +301,8 @@ class Client:
         await until(lambda: not any(one._busy for one in self.proxy.worker.proxy.server.connections))
         for _ in range(5):
             await asyncio.sleep(0)
-        more = bytes(self.peer.reader._buffer)
-        assert not more, more[:40]  # type: ignore[attr-defined]
+        more = bytes(self.peer.reader._buffer)  # type: ignore[attr-defined]
+        assert not more, more[:40]
 
 
 Kind = Callable[[Client], Awaitable[None]]
@@ -470,7 +470,7 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
     return config.Config(
         listen=(config.Address("127.0.0.1", 0),),
         tls=None if tls is None else tls.listener,
-        limits=config.Limits(active_requests=9),
+        limits=config.Limits(active_requests=9, request_head_time=0.5),
         metrics=config.Metrics(models=("m",)),
         upstreams=(
             config.Upstream(name="up", url=f"{upstream}/v1", tls=trust),
@@ -573,7 +573,8 @@ class Stage:
     async def ask(self, kind: Kind) -> bool:
         """Whether all went well."""
         try:
-            client = await self._client()
+            async with asyncio.timeout(2):
+                client = await self._client()
         except OSError:
             return False
         try:
