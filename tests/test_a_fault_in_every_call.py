@@ -74,6 +74,7 @@ NOT_BEFORE = {
     "Connections.gone": COUNTS,
     "DownstreamProtocol._serve": ROOT,
     "DownstreamProtocol.connection_lost": ROOT,
+    "DownstreamServer._agreed": COUNTS,
     "DownstreamServer._check_empty": COUNTS,
     "DownstreamServer._forget": COUNTS,
     "DownstreamServer.lost": COUNTS,

@@ -264,6 +264,9 @@ class Relay:
         asking: Splice | None = None
         if wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
             asking = read.with_usage()
+            if asking is not None and not upstream.takes_stream_options(model) and not request.body.hold():
+                # If it were refused, the client's own body could not be sent.
+                asking = None
 
         # Anything else is fetched, not generated, and may come as compressed as the client wants it.
         inspect = dialect.generates or request.method == "POST"
@@ -272,8 +275,9 @@ class Relay:
         if asking is not None and await self._refuses_stream_options(head, clock):
             asking = None
             head = await self._ask(upstream, target, None, model, clock, inspect=inspect)
-            # A refusal may only quote what the client wrote; that it is taken without proves what was refused.
-            if head.status < 300:
+            # A refusal may only quote what the client wrote, or be for a request that is taken for one without a stream;
+            # that it streams without proves what was refused.
+            if head.status < 300 and headers.is_event_stream(head.fields):
                 upstream.remember_stream_options(model, taken=False)
         elif asking is not None and head.status < 300:
             upstream.remember_stream_options(model, taken=True)
