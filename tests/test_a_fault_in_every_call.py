@@ -32,6 +32,7 @@ import sseproxy.wire
 import sseproxy.wire.dialects
 from sseproxy import config
 from sseproxy.observe import metrics
+from sseproxy.relay import downstream
 
 from .harness import (
     DONE,
@@ -188,6 +189,8 @@ def fails(name: str) -> bool:
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     faults = Faults()
+    # A client that leaves while it is told why it gets nothing is seen gone at the latest then.
+    monkeypatch.setattr(downstream, "SILENCE", 0.2)
     ours = [module for name, module in sys.modules.items() if name.startswith("sseproxy.")]
     for module in modules():
         for name, value in list(vars(module).items()):

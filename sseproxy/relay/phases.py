@@ -275,7 +275,7 @@ class Relay:
         if asking is not None and await self._refuses_stream_options(head, clock):
             asking = None
             head = await self._ask(upstream, target, None, model, clock, inspect=inspect)
-            # A refusal may only quote what the client wrote, or be for a request that is taken for one without a stream;
+            # A refusal may only quote what the client wrote, or take the request for one without a stream;
             # that it streams without proves what was refused.
             if head.status < 300 and headers.is_event_stream(head.fields):
                 upstream.remember_stream_options(model, taken=False)
