@@ -100,8 +100,8 @@ class Relay:
             self._error = error
             self._task.cancel()
         elif not self._pump.done.done():
-            self._error = error
             self._pump.fail(error)
+            self._error = error
 
     def _missed(self, error: ExchangeError) -> None:
         """A deadline has passed: that of the attempt, or of the exchange."""

@@ -283,14 +283,16 @@ class Pump:
         """
         if self.done.done():
             return
-        self.stop()
-        self._send_head()
-        self._upstream.abort()
-        if self._extendable and self._downstream.gone_at is None:
-            event = self._inspector.farewell(error)
-            if event:
-                self._write(frame(event) if self._chunked_out else event)
-        self.done.set_exception(error)
+        try:
+            self.stop()
+            self._send_head()
+            self._upstream.abort()
+            if self._extendable and self._downstream.gone_at is None:
+                event = self._inspector.farewell(error)
+                if event:
+                    self._write(frame(event) if self._chunked_out else event)
+        finally:
+            self.done.set_exception(error)
 
     def stop(self) -> None:
         """Nothing is moved any more, whether the body has ended or not."""
