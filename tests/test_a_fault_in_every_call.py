@@ -72,10 +72,14 @@ ROOT = "is where the loop begins: what fails before its first line is the loop"
 COUNTS = "begins with what it is there for, an addition or a subtraction"
 HANDS = "what it returns has an owner in the same step"
 NOT_BEFORE = {
+    "BoundedReads.buffer_updated": ROOT,
+    "BoundedReads.get_buffer": ROOT,
+    "BoundedReads.take": ROOT,
     "Clock._fire": ROOT,
     "Connections.gone": COUNTS,
     "DownstreamProtocol._serve": ROOT,
     "DownstreamProtocol.connection_lost": ROOT,
+    "DownstreamProtocol.data_received": ROOT,
     "DownstreamServer._agreed": COUNTS,
     "DownstreamServer._check_empty": COUNTS,
     "DownstreamServer._forget": COUNTS,
@@ -83,6 +87,7 @@ NOT_BEFORE = {
     "Exchange.begin": COUNTS,
     "Exchange.finish": COUNTS,
     "HangupWatch.remove": COUNTS,
+    "Pump.data_received": ROOT,
     "Relay._end": ROOT,
     "Relay._record": COUNTS,
     "RouteObserver.finished": COUNTS,
@@ -91,6 +96,7 @@ NOT_BEFORE = {
     "Ticket.give_back": COUNTS,
     "_Accepted._handshake": ROOT,
     "_Reads.connection_lost": ROOT,
+    "_Run.data_received": ROOT,
 }
 NOT_AFTER = {"HangupWatch.add": HANDS, "Upstream.connect": HANDS}
 
@@ -708,3 +714,19 @@ async def test_a_fault_in_any_call_leaves_nothing(faults: Faults, kind: Kind) ->
 @pytest.mark.parametrize("kind", ENCRYPTED, ids=lambda kind: kind.__name__)
 async def test_nor_does_one_in_tls(faults: Faults, kind: Kind, encryption: Encryption) -> None:
     assert await find_what_is_left(Stage(faults, kind, encryption)) == {}
+
+
+@pytest.mark.parametrize("function", ["ChunkedDecoder._walk", "Pump._walk", "Pump._forward"])
+async def test_what_is_lost_at_the_end_of_a_body_is_missed(
+    faults: Faults, encryption: Encryption, function: str
+) -> None:
+    """In TLS, uvloop reads on after a read that failed."""
+    stage = Stage(faults, slow_client, encryption)
+    await stage.open()
+    try:
+        assert await stage.play(None) is None
+        nth = faults.called[function] - 1
+        assert await stage.play(Point(function, nth, "before")) is None
+        assert await stage.play(Point(function, nth, "after")) is None
+    finally:
+        await stage.close()

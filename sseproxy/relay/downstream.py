@@ -173,9 +173,14 @@ class DownstreamProtocol(asyncio.Protocol):
             self._begin(transport)
         except BaseException:
             # uvloop would leave it open.
-            transport.abort()
-            self.connection_lost(None)
+            self._broke()
             raise
+
+    def _broke(self) -> None:
+        """Nothing is read any more, and whatever was on the connection ends."""
+        if self.transport is not None:
+            self.transport.abort()
+            self.connection_lost(None)
 
     def _begin(self, transport: asyncio.Transport) -> None:
         self.is_tls = transport.get_extra_info("sslcontext") is not None
@@ -325,7 +330,12 @@ class DownstreamProtocol(asyncio.Protocol):
             return
         self._unread = self._unread + data if self._unread else data
         if self.transport is not None:
-            self._advance()
+            try:
+                self._advance()
+            except BaseException:
+                # uvloop reads on in TLS, and what follows would be taken for what was lost.
+                self._broke()
+                raise
 
     def _advance(self) -> None:
         """Reads heads and bodies from what has come, as far as there is room for them."""
