@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import socket
 import ssl
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -202,6 +204,20 @@ async def test_silent_handshakes_of_one_address_leave_room_for_others(
     other = Peer(*await asyncio.open_connection("127.0.0.1", proxy.port, ssl=context, local_addr=("127.0.0.2", 0)))
     proxy.peers.append(other)
     await served(other, upstream)
+
+
+async def test_a_client_that_sends_much_before_its_handshake_is_refused_at_once(
+    start: StartProxy, upstream: ScriptedUpstream, tls: config.TLS, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = await start(upstream.url, listener_tls=tls, limits=config.Limits(request_head_time=60.0))
+    proxy.worker._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
+    with socket.create_connection(("127.0.0.1", proxy.port)) as client:
+        # More than TLS takes at once is there before it is asked.
+        client.sendall(b"no TLS" * 100_000)
+        await until(lambda: bool(proxy.worker.proxy.server.places.open))
+        await until(lambda: not proxy.worker.proxy.server.places.open)
+    await until(proxy.worker.proxy.server.empty.is_set)
+    assert not caplog.records
 
 
 async def test_a_handshake_that_is_under_way_is_not_cut_by_a_reload(
@@ -442,6 +458,60 @@ async def test_room_is_not_looked_for_again_for_each_who_asks(start: StartProxy,
     # It is looked for once for each sixteenth of all the room.
     assert 0 < looked <= count * (16 // 2 + 1)
     assert 0 < len(refused) <= count // 2 + count // 16
+
+
+@pytest.mark.parametrize("size", [1, 2, 100, 5000])
+@pytest.mark.parametrize("reads", ["collected", "waits", "kept"])
+async def test_a_body_in_tiny_reads_takes_no_more_memory_than_is_counted(reads: str, size: int) -> None:
+    class Room:
+        def hold(self, size: int) -> bool:
+            return True
+
+        def release(self, size: int) -> None: ...
+
+    total = 30_000
+    body = RequestBody(total + 1, config.Limits(), lambda: None)
+    body.held_in(Room())
+    body.keeps = total
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for start in range(0, total, size):
+            body.feed(bytes([start % 256]) * size)
+            if reads == "collected":
+                await body.collect(1.0)
+            elif reads == "kept":
+                await body.read(1.0)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1.5 * total + 4096
+
+
+async def test_a_request_of_which_nothing_can_be_kept_is_not_changed(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    """A backend that refuses what was put into it could not be asked again."""
+    options = by_model(held=MIB, request_body_rate=None)
+    chat = config.Match(path="/v1/asks")
+    asks = config.Route(name="chat", match=chat, upstream="up", usage=config.UsageOptions(request=True))
+    options["routes"] += (asks,)
+    proxy = await start(upstream.url, max_body=MIB, **options)
+    body = b'{"model":"m","stream":true,"messages":["%b"]}' % (b"x" * 200)
+    for held in (True, False):
+        if held:
+            slow = await slowly(proxy, MIB)
+            await until(lambda: proxy.worker.proxy.admission._held == MIB - 100)
+        else:
+            slow.close()
+            await proxy.idle()
+        client = await proxy.connect()
+        client.send(post(body, "/v1/asks/completions"))
+        api = await upstream.accept()
+        assert ((await api.message()).body == body) == held
+        api.send(OK)
+        assert (await client.message()).body == b"ok"
+        api.close()
 
 
 async def test_one_body_alone_may_be_as_large_as_is_promised(start: StartProxy, upstream: ScriptedUpstream) -> None:

@@ -202,3 +202,23 @@ async def test_nothing_is_lost_nor_overtaken(steps: list[tuple[str, int]], slow:
         bounded.connection_lost(None)
         assert taker.lost
         assert taker.taken == sent
+
+
+async def test_what_is_put_back_is_not_all_there_is() -> None:
+    """Who is handed the end of a body sees that something came after it, which is for nobody."""
+    taker = Taker()
+    bounded = BoundedReads(taker)  # type: ignore[arg-type]
+    saw: list[bool] = []
+
+    def deliver(data: bytes) -> None:
+        taker.data_received(data)
+        saw.append(bounded.ahead)
+
+    bounded.pause()
+    bounded.take(b"x" * MAX_READ)
+    bounded.deliver = deliver
+    bounded.put_back(b"end")
+    bounded.resume()
+    await asyncio.sleep(0)
+    assert taker.taken == b"end" + b"x" * MAX_READ
+    assert saw[0]

@@ -43,6 +43,10 @@ async def test_no_secret_in_what_is_written(upstream: ScriptedUpstream, tmp_path
             REQUEST % b"X-Large: " + b"PLANTED-FIELD" * 5_000 + b"\r\n\r\n",
             REQUEST[:-10],
             REQUEST % b"Content-Length: 999\r\n" + BODY,
+            *(
+                REQUEST.replace(b"/v1/", target + b"PLANTED-QUERY/") % b"Content-Length: 0\r\n"
+                for target in (b"http://h:99999/?key=", b"http://[::/", b"http://h:", b"http:///", b"*")
+            ),
             b"CONNECT PLANTED-HOST:1 HTTP/1.1\r\nHost: PLANTED-HOST\r\n\r\n",
         ]
         for request in refused:

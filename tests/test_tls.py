@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import select
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import trustme
 
 from sseproxy import config
+from sseproxy.relay.upstream import RelayProtocol
 
 from .conftest import StartProxy
 from .harness import (
@@ -28,6 +32,7 @@ from .harness import (
 )
 from .served import ConfigFile
 
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CLOSE_DELIMITED = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 
@@ -73,6 +78,42 @@ async def test_a_stream_passes_and_the_connection_is_reused(
     assert await proxy.ended() == {"completed": 2}
     assert proxy.sample("tokens_total", type="output") == 2
     assert proxy.sample("upstream_connections", state="idle") == upstream.connections == 1
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["in the kernel", "in TLS"])
+async def test_what_came_on_an_idle_connection_meets_no_request(
+    start: StartProxy, authority: trustme.CA, ca_file: str, paused: bool
+) -> None:
+    context = server(authority, "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> ssl.SSLSocket:
+            api = context.wrap_socket(listener.accept()[0], server_side=True)
+            api.recv(65536)
+            api.sendall(OK)
+            return api
+
+        proxy = await start(f"https://127.0.0.1:{listener.getsockname()[1]}", tls={"ca_file": ca_file})
+        client = await proxy.connect()
+        client.send(post())
+        # Its socket blocks, so that what it sends is there at once.
+        with await asyncio.to_thread(answer) as api:
+            assert (await client.message()).body == b"ok"
+            up = proxy.worker.proxy.upstreams["up"]
+            await until(lambda: up.connections() == (0, 1))
+            ((protocol, _),) = next(iter(up._connector._conns.values()))
+            assert isinstance(protocol, RelayProtocol)
+            assert protocol.transport is not None
+            assert protocol.is_quiet()
+            if paused:
+                # As it is while others have their turn.
+                protocol.transport.pause_reading()
+            api.sendall(OK.replace(b"ok", b"no"))
+            if paused:
+                fd = protocol.transport.get_extra_info("socket").fileno()
+                await until(lambda: not select.select([fd], [], [], 0)[0])
+            assert not protocol.is_quiet()
+            protocol.abort()
 
 
 async def test_a_certificate_that_nobody_trusts_is_a_502(start: StartProxy, upstream: ScriptedUpstream) -> None:

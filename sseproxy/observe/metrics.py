@@ -277,6 +277,10 @@ class Recorder:
         key = (metric.name, labels)
         self._gauges[key] = self._gauges.get(key, 0) + by
 
+    def is_moved(self, metric: Metric) -> bool:
+        """Whether a gauge of `metric` is not where it began."""
+        return any(value for (name, _), value in self._gauges.items() if name == metric.name)
+
     def set(self, metric: Metric, labels: Labels, value: float) -> None:
         of = self._states if metric.kind == "state" else self._gauges
         of[(metric.name, labels)] = value

@@ -104,7 +104,6 @@ class Telemetry:
         self._report_due = 0.0
         self._asked = False
         self._lag = self.recorder.histogram(metrics.LOOP_LAG, ())
-        self._active = 0
 
     def observer(self, route: str, upstream: str, model: str) -> RouteObserver:
         """What the exchanges of `route` and `upstream`, for the models that are called `model`, are recorded by."""
@@ -118,15 +117,6 @@ class Telemetry:
         """A report is due within `REPORT_INTERVAL`, and sooner if the last one is longer ago."""
         if self._settling is None:
             self._settling = self._loop.call_later(_SETTLE_INTERVAL, self._settle)
-
-    def began(self) -> None:
-        """An exchange began; until it has `ended` there are reports."""
-        self._active += 1
-        self.changed()
-
-    def ended(self) -> None:
-        self._active -= 1
-        self.changed()
 
     def _settle(self) -> None:
         self._settling = None
@@ -153,7 +143,7 @@ class Telemetry:
             self._asked = False
         else:
             self.recorder.take_back(report)
-        if self._active or not sent:
+        if self.recorder.is_moved(metrics.REQUESTS_ACTIVE) or not sent:
             # What happens inside an exchange does not ask for a report of its own.
             self.changed()
 
@@ -202,7 +192,7 @@ class RouteObserver:
 
     def started(self) -> None:
         self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
-        self._telemetry.began()
+        self._telemetry.changed()
 
     def rejected(self, reason: str) -> None:
         self._recorder.count(metrics.REJECTED, (self._labels[0], reason))
@@ -250,7 +240,7 @@ class RouteObserver:
             self._count_pace(exchange, exchange.usage.output)
         if self._telemetry.access is not None:
             self._telemetry.access.ended(exchange)
-        self._telemetry.ended()
+        self._telemetry.changed()
 
     def _count_usage(self, usage: Usage) -> None:
         for kind in ("input", "output", "cached_input", "reasoning"):

@@ -39,17 +39,26 @@ class Connections:
         self._most = limits.connections
         self._told = told(limits.connections)
         self._most_of_one = limits.connections_per_client
+        # Those that have a place, with the block of their client's address, empty where it has none.
+        self._block_of: dict[object, str] = {}
         self._of: Counter[str] = Counter()
-        self.open = 0
 
-    def come(self) -> bool:
-        """A connection was accepted. Returns False if there are so many that it is not even worth an answer."""
-        self.open += 1
-        return self.open <= self._most + self._told
+    @property
+    def open(self) -> int:
+        """How many have a place."""
+        return len(self._block_of)
 
-    def known(self, client: str) -> RequestError | None:
-        """It is one from the address `client`, empty where it has none. Why no request is taken on it, or None."""
+    @property
+    def crowded(self) -> bool:
+        """There are so many that the latest one is not even worth an answer."""
+        return self.open > self._most + self._told
+
+    def come(self, connection: object, client: str) -> RequestError | None:
+        """`connection` was accepted from the address `client`, empty where it has none, and has a place until it is
+        `gone`. Why no request is taken on it, or None.
+        """
         block = client_block(client)
+        self._block_of[connection] = block
         if block:
             self._of[block] += 1
         if self.open > self._most:
@@ -58,10 +67,9 @@ class Connections:
             return RequestError("connections_per_client")
         return None
 
-    def gone(self, client: str) -> None:
-        """A connection that was `known` as one of `client` has ended, or, without an address, one that never was."""
-        self.open -= 1
-        block = client_block(client)
+    def gone(self, connection: object) -> None:
+        """`connection` has ended, if it had a place."""
+        block = self._block_of.pop(connection, "")
         if block:
             self._of[block] -= 1
             if not self._of[block]:
@@ -85,11 +93,9 @@ class Admission:
         self._holders: dict[Ticket, None] = {}
 
     def ticket(self, body: RequestBody, refuse: Callable[[ExchangeError], None]) -> Ticket:
-        """For a request with `body`, which `refuse` ends. It counts as under way until its ticket is given back."""
+        """For a request with `body`, which `refuse` ends. Nothing is occupied yet."""
         ticket = Ticket(self, body, refuse)
         body.held_in(ticket)
-        # Nothing can be raised any more between this and whoever gives it back.
-        self._under_way += 1
         return ticket
 
     @property
@@ -125,10 +131,11 @@ class Admission:
 class Ticket:
     """What one request occupies."""
 
-    __slots__ = ("_admission", "_held", "_route", "body", "collects", "refuse", "spare")
+    __slots__ = ("_admission", "_admitted", "_held", "_route", "body", "collects", "refuse", "spare")
 
     def __init__(self, admission: Admission, body: RequestBody, refuse: Callable[[ExchangeError], None]) -> None:
         self._admission: Admission | None = admission
+        self._admitted = False
         self._held = 0
         self._route: str | None = None
         self.body = body
@@ -139,14 +146,16 @@ class Ticket:
         """What is held is needed only if the connection that it was sent on turns out to be dead."""
 
     def admit(self) -> None:
-        """Raises `RequestError` if there are too many requests under way, or the worker cannot keep up."""
+        """It is under way. Raises `RequestError` if too many are, or the worker cannot keep up."""
         admission = self._admission
         assert admission is not None
         limits = admission._limits
-        if limits.active_requests is not None and admission._under_way > limits.active_requests:
+        if limits.active_requests is not None and admission._under_way >= limits.active_requests:
             raise RequestError("active_requests")
         if limits.lag is not None and admission._lag() > limits.lag:
             raise RequestError("overloaded")
+        admission._under_way += 1
+        self._admitted = True
 
     def enter(self, route: str) -> None:
         """It is a request on `route`. Raises `RequestError` if there are too many."""
@@ -180,7 +189,8 @@ class Ticket:
         admission, self._admission = self._admission, None
         if admission is None:
             return
-        admission._under_way -= 1
+        if self._admitted:
+            admission._under_way -= 1
         if self._route is not None:
             admission._on_route[self._route] -= 1
         if self._held:

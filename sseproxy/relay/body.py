@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Bytes that wait for whoever reads, before no more is taken from the client.
 READ_BUFFER: Final = 32 * 1024
+# Parts are joined up to so many bytes: each is an object, whose own size nobody counts.
+_SMALL: Final = 4 * 1024
 
 
 class Place(Protocol):
@@ -110,7 +112,7 @@ class RequestBody:
         if payload and self._look is not None:
             self._look(payload)
         if payload and not self._closed:
-            self._parts.append(payload)
+            _add(payload, self._parts)
             self._size += len(payload)
         self._wake()
         return body.excess
@@ -159,8 +161,17 @@ class RequestBody:
             raise RequestError("held")
         if self._ahead is _NOTHING:
             self._ahead = deque()
-        self._ahead.append(part)
+        _add(part, self._ahead)
         return part
+
+    def hold(self) -> bool:
+        """Holds what has come and was not read, so that it can be read again. Returns False if there is no room."""
+        if self._size:
+            if self._place is None or not self._place.hold(self._size):
+                return False
+            self._ahead = deque((*self._ahead, *self._parts))
+            self._parts, self._size = [], 0
+        return True
 
     @property
     def whole(self) -> list[bytes] | None:
@@ -267,7 +278,7 @@ class RequestBody:
         keeps = place is not None and (first or self._kept is not None) and self._kept_size + size <= self.keeps
         if place is not None and keeps and (held or place.hold(size)):
             self._kept = self._kept or []
-            self._kept.append(part)
+            _add(part, self._kept)
             self._kept_size += size
             return
         if place is not None and held:
@@ -277,6 +288,14 @@ class RequestBody:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _add(part: bytes, parts: list[bytes] | deque[bytes]) -> None:
+    """`part` is the last of `parts`, or of the last of them."""
+    if parts and len(parts[-1]) + len(part) <= _SMALL:
+        parts[-1] += part
+    else:
+        parts.append(part)
 
 
 _NOTHING: Final[deque[bytes]] = deque(maxlen=0)

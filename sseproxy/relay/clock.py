@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ExchangeError, Phase, StalledClient, UpstreamTimeout
+from ..errors import ExchangeError, InternalError, Phase, StalledClient, UpstreamTimeout
 
 if TYPE_CHECKING:
     from ..config import Timeouts
+
+log = logging.getLogger(__name__)
 
 
 class Clock:
@@ -102,6 +105,14 @@ class Clock:
 
     def _fire(self) -> None:
         self._handle = None
+        try:
+            self._check()
+        except Exception:
+            # Nobody else would end what waits.
+            log.exception("a deadline could not be kept")
+            self._fail(InternalError())
+
+    def _check(self) -> None:
         now = perf_counter()
         if now < self._due():
             self._arm()

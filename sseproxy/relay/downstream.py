@@ -168,16 +168,21 @@ class DownstreamProtocol(asyncio.Protocol):
     # --- the connection's life ---
 
     def connection_made(self, made: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.Transport, made)
+        transport = self.transport = cast(asyncio.Transport, made)
         try:
             self._begin(transport)
         except BaseException:
-            # It would stay, and nobody read from it.
-            transport.abort()
+            # uvloop would leave it open.
+            self._broke()
             raise
 
+    def _broke(self) -> None:
+        """Nothing is read any more, and whatever was on the connection ends."""
+        if self.transport is not None:
+            self.transport.abort()
+            self.connection_lost(None)
+
     def _begin(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         sock = transport.get_extra_info("socket")
         self._fd = sock.fileno()
@@ -326,7 +331,12 @@ class DownstreamProtocol(asyncio.Protocol):
             return
         self._unread = self._unread + data if self._unread else data
         if self.transport is not None:
-            self._advance()
+            try:
+                self._advance()
+            except BaseException:
+                # uvloop reads on in TLS, and what follows would be taken for what was lost.
+                self._broke()
+                raise
 
     def _advance(self) -> None:
         """Reads heads and bodies from what has come, as far as there is room for them."""
@@ -414,10 +424,10 @@ class DownstreamProtocol(asyncio.Protocol):
 
     def _resume_reading(self) -> None:
         if self._reads is not None and self._reads.paused:
+            watch, self._watch = self._watch, None
+            if watch is not None:
+                self._server.hangups.remove(watch)
             self._reads.resume()
-            if self._watch is not None:
-                self._server.hangups.remove(self._watch)
-                self._watch = None
 
     # --- connections without a request ---
 

@@ -116,15 +116,18 @@ class Exchange:
         self.unread: Literal["encoded", "oversize", "failed"] | None = None
         """Why the body, or a part of it, could not be read in passing."""
         self.outcome: Outcome | None = None
-        observer.started()
+
+    def begin(self) -> None:
+        """From now on it is under way, until it is finished."""
+        self.observer.started()
 
     def head_received(self, status: int, event_stream: bool) -> None:
         self.status = status
-        self.is_stream = event_stream
         self.head_at = perf_counter()
-        self.observer.response_head(self.head_at - self.received_at)
         if event_stream:
+            self.is_stream = True
             self.observer.stream_started()
+        self.observer.response_head(self.head_at - self.received_at)
 
     def happened(self, meaning: Meaning, read_at: float) -> None:
         """An event, read at `read_at`, was written downstream."""

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, BadHttpMethod, HttpProcessingError, InvalidURLError, LineTooLong
 from aiohttp.http_parser import (
     HttpRequestParser,
     HttpRequestParserPy,
@@ -32,6 +32,8 @@ MAX_RESPONSE_FIELDS = 200
 _BLANK_LINE = b"\r\n\r\n"
 # As Python spells it.
 _BYTE: Final = re.compile(r"\\x..|\\?.")
+# Errors whose text is a rule, where it has no line behind it.
+_TELL_A_RULE: Final = (ProtocolError, BadHttpMessage, BadHttpMethod)
 # How much of a body aiohttp would buffer, had it one to parse.
 _UNUSED_LIMIT = 2**16
 
@@ -73,10 +75,12 @@ class RequestHead:
 def rule_of(error: Exception) -> str:
     """What is wrong with bytes that are no HTTP: the rule, and the byte that breaks it.
 
-    The parser's own text quotes the line, which may have a key in it.
+    The parser's own text quotes the line, or the target, which may have a key in it.
     """
     text = str(getattr(error, "message", None) or error)
     rule, _, quoted = text.partition("\n\n")
+    if not quoted and type(error) not in _TELL_A_RULE:
+        return "the target is no URL" if isinstance(error, InvalidURLError) else "it is no HTTP"
     rule = " ".join(line.strip() for line in rule.splitlines()).rstrip(":")
     line, _, mark = quoted.partition("\n")
     byte = _BYTE.match(line, mark.find("^")) if mark.strip() == "^" else None

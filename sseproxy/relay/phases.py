@@ -103,8 +103,8 @@ class Relay:
             self._error = error
             self._task.cancel()
         elif not self._pump.done.done():
-            self._error = error
             self._pump.fail(error)
+            self._error = error
 
     def _missed(self, error: ExchangeError) -> None:
         """A deadline has passed: that of the attempt, or of the exchange."""
@@ -124,27 +124,28 @@ class Relay:
         """Phases 1 to 7."""
         outcome = Outcome.PROXY_ERROR
         try:
-            self._proxy.active.add(self)
-            self._downstream.on_gone = self._gone
-            await self._relay()
-            # What the phases before it needed is gone by now, and a stream may be long.
-            if self._pump is not None:
-                await self._pump.done
-            await self._flush()
-            outcome = self._recorded().completed()
-            return Answer(self._keep_alive and not self._proxy.draining)
-        except ExchangeError as error:
-            outcome = self._failed(error)
-            return self._refuse(error)
-        except asyncio.CancelledError:
-            if self._error is None:
-                outcome = self._cancelled()
-                raise
-            self._task.uncancel()
-            outcome = self._failed(self._error)
-            return self._refuse(self._error)
+            try:
+                self._proxy.active.add(self)
+                self._downstream.on_gone = self._gone
+                await self._relay()
+                # What the phases before it needed is gone by now, and a stream may be long.
+                if self._pump is not None:
+                    await self._pump.done
+                await self._flush()
+                outcome = self._recorded().completed()
+                return Answer(self._keep_alive and not self._proxy.draining)
+            except ExchangeError as error:
+                outcome = self._failed(error)
+                return self._refuse(error)
+            except asyncio.CancelledError:
+                if self._error is None:
+                    outcome = self._cancelled()
+                    raise
+                self._task.uncancel()
+                outcome = self._failed(self._error)
+                return self._refuse(self._error)
         except Exception:
-            # The client gets an answer, and the exchange its outcome, also from a mistake of ours.
+            # The client gets an answer, and the exchange its outcome, also from a mistake of ours, wherever that is.
             log.exception("an exchange failed in a way that nobody foresaw")
             return self._refuse(InternalError())
         finally:
@@ -209,6 +210,7 @@ class Relay:
             observer = self._proxy.observer(route, upstream, routes.OTHER)
             exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
             self._exchange = exchange
+            exchange.begin()
             exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
             exchange.method = self._request.method
             exchange.path = self._request.target.partition("?")[0]
@@ -270,6 +272,9 @@ class Relay:
         asking: Splice | None = None
         if wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
             asking = read.with_usage()
+            if asking is not None and not upstream.takes_stream_options(model) and not request.body.hold():
+                # If it were refused, the client's own body could not be sent.
+                asking = None
 
         # Anything else is fetched, not generated, and may come as compressed as the client wants it.
         inspect = dialect.generates or request.method == "POST"
@@ -278,8 +283,9 @@ class Relay:
         if asking is not None and await self._refuses_stream_options(head, clock):
             asking = None
             head = await self._ask(upstream, target, None, model, clock, inspect=inspect)
-            # A refusal may only quote what the client wrote; that it is taken without proves what was refused.
-            if head.status < 300:
+            # A refusal may only quote what the client wrote, or take the request for one without a stream;
+            # that it streams without proves what was refused.
+            if head.status < 300 and headers.is_event_stream(head.fields):
                 upstream.remember_stream_options(model, taken=False)
         elif asking is not None and head.status < 300:
             upstream.remember_stream_options(model, taken=True)

@@ -117,5 +117,8 @@ class Proxy:
         observer = self.observer("", "", routes.OTHER)
         exchange = Exchange("", "", observer, "", perf_counter())
         exchange.status, exchange.reason, exchange.cause = error.status, error.code, error.cause
-        observer.rejected(error.reason)
-        exchange.finish(error.outcome)
+        try:
+            exchange.begin()
+            observer.rejected(error.reason)
+        finally:
+            exchange.finish(error.outcome)

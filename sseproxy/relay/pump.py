@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from time import perf_counter
 
-from ..errors import BrokenBodyError, ExchangeError, Truncated, UpstreamError
+from ..errors import BrokenBodyError, ExchangeError, InternalError, Truncated, UpstreamError
 from ..wire.alike import Alike
 from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, payload_of, whole_chunks
 from ..wire.usage import UsageStripper
@@ -34,31 +34,41 @@ _MEASURED = 16
 class _Run(PlainReads):
     """Reads that are alike, each a chunk with another delta and nothing else, from one transport to the other."""
 
-    __slots__ = ("_clock", "_exchange", "_upstream", "_write", "alike")
+    __slots__ = ("_broke", "_clock", "_exchange", "_upstream", "_write", "alike")
 
     def __init__(
-        self, upstream: RelayProtocol, write: Callable[[bytes], None], exchange: Exchange, clock: Clock
+        self,
+        upstream: RelayProtocol,
+        write: Callable[[bytes], None],
+        exchange: Exchange,
+        clock: Clock,
+        broke: Callable[[], None],
     ) -> None:
         super().__init__(upstream)
         self._upstream = upstream
         self._write = write
         self._exchange = exchange
         self._clock = clock
+        self._broke = broke
         self.alike: Alike
 
     def data_received(self, data: bytes) -> None:
-        read_at = perf_counter()
-        size = self.alike.size_of(data)
-        if not size:
-            self._upstream.read_bounded().take(data)
-            return
-        # A bound name is called faster than what is in a slot.
-        write, exchange = self._write, self._exchange
-        write(data)
-        if not exchange.events % _MEASURED:
-            exchange.observer.forwarded(perf_counter() - read_at)
-        self._clock.touched = read_at
-        exchange.generated(size, read_at)
+        try:
+            read_at = perf_counter()
+            size = self.alike.size_of(data)
+            if not size:
+                self._upstream.read_bounded().take(data)
+                return
+            # A bound name is called faster than what is in a slot.
+            write, exchange = self._write, self._exchange
+            write(data)
+            if not exchange.events % _MEASURED:
+                exchange.observer.forwarded(perf_counter() - read_at)
+            self._clock.touched = read_at
+            exchange.generated(size, read_at)
+        except Exception:
+            log.exception("a body could not be moved")
+            self._broke()
 
 
 class Pump:
@@ -150,36 +160,44 @@ class Pump:
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the body, with its framing, as read from the upstream."""
-        read_at = perf_counter()
-        chunks = whole_chunks(data) if self._verbatim else []
-        if not chunks:
-            self._walk(data, read_at)
-            return
-        payloads = [payload_of(chunk) for chunk in chunks]
-        payload = kept = b"".join(payloads)
-        if self._stripper is not None:
-            kept = self._stripper.feed(payload)
-        if kept:
-            # Many chunks of a few bytes are merged.
-            as_it_is = kept == payload and len(data) <= 2 * len(payload)
-            self._forward(data if as_it_is else frame(kept), len(kept), read_at)
-        alike, known = self._inspector.alike, 0
-        while alike is not None and known < len(chunks) and alike.size_of(chunks[known]):
-            self._clock.touched = read_at
-            self._exchange.generated(0, read_at)
-            known += 1
-        if payloads[known:-1]:
-            self._look(b"".join(payloads[known:-1]), read_at)
-        if payloads[known:]:
-            # By itself, because it may be what the next ones are like.
-            self._look(payloads[-1], read_at)
-        if kept == payload and self._verbatim and self._inspector.alike is not None:
-            self._begin_run(self._inspector.alike)
+        try:
+            read_at = perf_counter()
+            chunks = whole_chunks(data) if self._verbatim else []
+            if not chunks:
+                self._walk(data, read_at)
+                return
+            payloads = [payload_of(chunk) for chunk in chunks]
+            payload = kept = b"".join(payloads)
+            if self._stripper is not None:
+                kept = self._stripper.feed(payload)
+            if kept:
+                # Many chunks of a few bytes are merged.
+                as_it_is = kept == payload and len(data) <= 2 * len(payload)
+                self._forward(data if as_it_is else frame(kept), len(kept), read_at)
+            alike, known = self._inspector.alike, 0
+            while alike is not None and known < len(chunks) and alike.size_of(chunks[known]):
+                self._clock.touched = read_at
+                self._exchange.generated(0, read_at)
+                known += 1
+            if payloads[known:-1]:
+                self._look(b"".join(payloads[known:-1]), read_at)
+            if payloads[known:]:
+                # By itself, because it may be what the next ones are like.
+                self._look(payloads[-1], read_at)
+            if kept == payload and self._verbatim and self._inspector.alike is not None:
+                self._begin_run(self._inspector.alike)
+        except Exception:
+            log.exception("a body could not be moved")
+            self._broke()
+
+    def _broke(self) -> None:
+        """A read was not moved, or not all of it; more may come, because uvloop reads on in TLS."""
+        self.fail(InternalError())
 
     def _begin_run(self, alike: Alike) -> None:
         upstream = self._upstream.protocol
         if self._run is None:
-            self._run = _Run(upstream, self._write, self._exchange, self._clock)
+            self._run = _Run(upstream, self._write, self._exchange, self._clock, self._broke)
         self._run.alike = alike
         upstream.read_plainly(self._run)
 
@@ -283,19 +301,23 @@ class Pump:
         """
         if self.done.done():
             return
-        self.stop()
-        self._send_head()
-        self._upstream.abort()
-        if self._extendable and self._downstream.gone_at is None:
-            event = self._inspector.farewell(error)
-            if event:
-                self._write(frame(event) if self._chunked_out else event)
-        self.done.set_exception(error)
+        try:
+            self.stop()
+            self._send_head()
+            self._upstream.abort()
+            if self._extendable and self._downstream.gone_at is None:
+                event = self._inspector.farewell(error)
+                if event:
+                    self._write(frame(event) if self._chunked_out else event)
+        finally:
+            self.done.set_exception(error)
 
     def stop(self) -> None:
         """Nothing is moved any more, whether the body has ended or not."""
         self._downstream.pump = None
         self._verbatim = False
+        # It refers to this object in turn.
+        self._run = None
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
 

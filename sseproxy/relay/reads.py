@@ -121,9 +121,10 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
 
     def put_back(self, data: bytes) -> None:
         """`data` was handed over, and is for somebody else, who gets it first."""
-        ahead, self._ahead = self._ahead, b""
-        self.take(data)
-        self._ahead += ahead
+        if self._ahead:
+            self._ahead = data + self._ahead
+        else:
+            self.take(data)
 
     def _hand_over(self) -> None:
         """What was read goes on, in pieces, as far as this turn allows."""

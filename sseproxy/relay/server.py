@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, cast
 
 from aiohttp.base_protocol import BaseProtocol
@@ -28,22 +28,19 @@ class _Accepted(asyncio.Protocol):
         self._loop = loop
         self._tls = tls
         self._early = b""
-        self._address = ""
         self._lost = False
         self._agreed: asyncio.Future[asyncio.Transport | None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        accepted = cast(asyncio.Transport, transport)
-        places = self._server.places
-        self._address = address_of(accepted)
-        worth_an_answer = places.come()
-        refused = places.known(self._address)
-        if worth_an_answer and (refused is None or refused.reason == "connections"):
-            self._server.agree(self._handshake(accepted))
-        else:
+        accepted, places = cast(asyncio.Transport, transport), self._server.places
+        with ExitStack() as ends:
+            ends.callback(accepted.abort)
+            ends.callback(places.gone, self)
+            refused = places.come(self, address_of(accepted))
             # To tell a client that it has too many would take a handshake for each of them.
-            places.gone(self._address)
-            accepted.abort()
+            if not places.crowded and (refused is None or refused.reason == "connections"):
+                self._server.agree(self._handshake(accepted))
+                ends.pop_all()
 
     def data_received(self, data: bytes) -> None:
         self._early += data
@@ -55,41 +52,45 @@ class _Accepted(asyncio.Protocol):
             self._agreed.cancel()
 
     async def _handshake(self, transport: asyncio.Transport) -> None:
-        protocol = DownstreamProtocol(self._server, self._loop)
+        with ExitStack() as ends:
+            ends.callback(transport.abort)
+            ends.callback(self._server.places.gone, self)
+            protocol = DownstreamProtocol(self._server, self._loop)
+            encrypted = await self._agree(transport, protocol)
+            if encrypted is not None and not encrypted.is_closing():
+                # From here on it has a place as any other.
+                self._server.places.gone(self)
+                protocol.connection_made(encrypted)
+                ends.pop_all()
+
+    async def _agree(self, transport: asyncio.Transport, protocol: DownstreamProtocol) -> asyncio.Transport | None:
+        """The encrypted transport of `protocol`; None if the client speaks no TLS, or none that is accepted here."""
+        if self._lost or transport.is_closing():
+            return None
         patience = self._server.limits.request_head_time
-        encrypted: asyncio.Transport | None = None
+        agreed = self._agreed = asyncio.ensure_future(
+            self._loop.start_tls(transport, protocol, self._tls, server_side=True, ssl_handshake_timeout=patience)
+        )
         try:
-            if self._lost or transport.is_closing():
-                return
-            agreed = self._agreed = asyncio.ensure_future(
-                self._loop.start_tls(transport, protocol, self._tls, server_side=True, ssl_handshake_timeout=patience)
-            )
             # The next turn of the loop begins to agree. What was read before it is handed over in the one after.
             await asyncio.sleep(0)
             if self._early:
                 self._loop.call_soon(self._hand_over, transport)
             # uvloop's own time does not run where the connection ended in between.
             done, _ = await asyncio.wait([agreed], timeout=patience)
-            if done and not agreed.cancelled() and agreed.exception() is None:
-                # What failed speaks no TLS, or none that is accepted here.
-                encrypted = agreed.result()
+            return agreed.result() if done and not agreed.cancelled() and agreed.exception() is None else None
         finally:
-            if self._agreed is not None:
-                self._agreed.cancel()
-            # From here on it has a place as any other, or none.
-            self._server.places.gone(self._address)
-            if encrypted is None:
-                transport.abort()
-        if encrypted is not None and not encrypted.is_closing():
-            protocol.connection_made(encrypted)
+            agreed.cancel()
 
     def _hand_over(self, transport: asyncio.Transport) -> None:
         # uvloop's, for TLS.
         protocol = cast(asyncio.BufferedProtocol, transport.get_protocol())
-        if not transport.is_closing():
-            size = len(self._early)
-            memoryview(protocol.get_buffer(size))[:size] = self._early
-            protocol.buffer_updated(size)
+        early = memoryview(self._early)
+        while early and not transport.is_closing():
+            room = memoryview(protocol.get_buffer(len(early)))[: len(early)]
+            room[:] = early[: len(room)]
+            protocol.buffer_updated(len(room))
+            early = early[len(room) :]
 
 
 class DownstreamServer:
@@ -140,23 +141,22 @@ class DownstreamServer:
 
         Far above the limit it is closed at once.
         """
-        worth_an_answer = self.places.come()
         self.connections.add(connection)
         self.empty.clear()
-        if not worth_an_answer and connection.transport is not None:
+        refused = self.places.come(connection, connection.address)
+        if self.places.crowded and connection.transport is not None:
             connection.transport.abort()
-        return self.places.known(connection.address)
+        return refused
 
     def lost(self, connection: DownstreamProtocol, task: asyncio.Task[None] | None) -> None:
         """The `connection` is gone; `task` may still have to end what was on it."""
-        if connection not in self.connections:
-            # It failed before it was one.
-            return
-        self.places.gone(connection.address)
-        if task is None or task.done():
-            self._forget(connection)
-        else:
-            task.add_done_callback(lambda _: self._forget(connection))
+        try:
+            self.places.gone(connection)
+        finally:
+            if task is None or task.done():
+                self._forget(connection)
+            else:
+                task.add_done_callback(lambda _: self._forget(connection))
 
     def _forget(self, connection: DownstreamProtocol) -> None:
         self.connections.discard(connection)

@@ -221,7 +221,7 @@ class RelayProtocol(ResponseHandler):
             self._head.set_exception(error)
 
     def _left_in_tls(self) -> bytes:
-        """What uvloop's TLS had received and not delivered: it drops that when the FIN finds it paused."""
+        """What uvloop's TLS has received and not delivered: it drops that when the FIN finds it paused."""
         tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
         parts: list[bytes] = []
         if tls is not None:
@@ -254,17 +254,16 @@ class RelayProtocol(ResponseHandler):
             self._sink.connection_lost(self._closed_cleanly)
 
     def is_quiet(self) -> bool:
-        """Whether nothing has come since the last response, nor an end: what the loop has not read yet included.
+        """Whether nothing has come since the last response, nor an end: what nobody has read yet included.
 
-        In TLS, what has come may be the protocol's own; only an end can be told there.
+        In TLS it may be the protocol's own, though after a response that is rare; then a new connection is made.
         """
         transport = self.transport
         if transport is None or transport.is_closing():
             return False
-        watched = select.EPOLLRDHUP if transport.get_extra_info("sslcontext") else select.EPOLLRDHUP | select.POLLIN
         poll = select.poll()
-        poll.register(transport.get_extra_info("socket").fileno(), watched)
-        return not poll.poll(0)
+        poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.EPOLLRDHUP)
+        return not (poll.poll(0) or self._reads.ahead or self._left_in_tls() or self._ended_in_order)
 
 
 class _Target:
@@ -411,10 +410,12 @@ class UpstreamConnection:
                 if self.protocol.should_close:
                     # Its close would wait to flush an upload that nobody takes any more.
                     self.protocol.abort()
+                connection.release()
             except BaseException:
+                # It may be in use by nobody, and not in the pool either.
+                self.protocol.abort()
                 connection.close()
                 raise
-            connection.release()
 
     def abort(self) -> None:
         """Closes the connection now, whatever it is doing."""

@@ -1,0 +1,732 @@
+"""A fault in whatever the life of a request calls, one call after the other: nothing is left, nothing false is told.
+
+Every function and method of the relay, and what it calls of `wire` and `observe`, is wrapped. An exchange is recorded
+first; then it is played again for each call that it made, which raises before it did anything, or after it did all, or
+in which the task is cancelled. `FAULTS=all` plays all of them, in place of an even selection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import inspect
+import logging
+import os
+import pkgutil
+import socket
+import ssl
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import pytest
+import trustme
+
+import sseproxy.relay
+import sseproxy.wire
+import sseproxy.wire.dialects
+from sseproxy import config
+from sseproxy.observe import metrics
+from sseproxy.relay import downstream
+
+from .harness import (
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    RunningProxy,
+    ScriptedUpstream,
+    chunk,
+    delta,
+    post,
+    start_proxy,
+    until,
+    usage,
+)
+
+# One of so many calls is made to fail, if not all are.
+ONE_OF = 1 if os.environ.get("FAULTS") == "all" else 10
+
+When = Literal["before", "after", "cancelled"]
+
+# --- what does not fail ---
+
+NO_FAULTS = {
+    "Lateness": "belongs to no request",
+    "DownstreamProtocol.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
+    "DownstreamProtocol.connection_made": "only has `_begin` do it, and ends the connection if that fails",
+    "DownstreamServer.__call__": "only constructs; uvloop accepts nothing any more if it fails",
+    "RequestHeads.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
+    "_Accepted.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
+    "_Target.is_ssl": "compares two strings",
+    "Upstream.connections": "belongs to no request",
+    "Telemetry._settle": "belongs to no request",
+    "Telemetry.report": "belongs to no request",
+}
+ROOT = "is where the loop begins: what fails before its first line is the loop"
+COUNTS = "begins with what it is there for, an addition or a subtraction"
+HANDS = "what it returns has an owner in the same step"
+NOT_BEFORE = {
+    "BoundedReads.buffer_updated": ROOT,
+    "BoundedReads.get_buffer": ROOT,
+    "BoundedReads.take": ROOT,
+    "Clock._fire": ROOT,
+    "Connections.gone": COUNTS,
+    "DownstreamProtocol._serve": ROOT,
+    "DownstreamProtocol.connection_lost": ROOT,
+    "DownstreamProtocol.data_received": ROOT,
+    "DownstreamServer._agreed": COUNTS,
+    "DownstreamServer._check_empty": COUNTS,
+    "DownstreamServer._forget": COUNTS,
+    "DownstreamServer.lost": COUNTS,
+    "Exchange.begin": COUNTS,
+    "Exchange.finish": COUNTS,
+    "HangupWatch.remove": COUNTS,
+    "Pump.data_received": ROOT,
+    "Relay._end": ROOT,
+    "Relay._record": COUNTS,
+    "RouteObserver.finished": COUNTS,
+    "RouteObserver.started": COUNTS,
+    "RouteObserver.stream_started": COUNTS,
+    "Ticket.give_back": COUNTS,
+    "_Accepted._handshake": ROOT,
+    "_Reads.connection_lost": ROOT,
+    "_Run.data_received": ROOT,
+}
+NOT_AFTER = {"HangupWatch.add": HANDS, "Upstream.connect": HANDS}
+
+
+# --- faults ---
+
+
+class Fault(Exception):
+    """What nobody expects."""
+
+
+class Point(NamedTuple):
+    """The `nth` call of a function, and when in it the fault comes."""
+
+    function: str
+    nth: int
+    when: When
+
+
+class Faults:
+    """Counts calls while it is `armed`, and has one of them fail."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.point: Point | None = None
+        self.called: Counter[str] = Counter()
+        self.entered: Counter[str] = Counter()
+        self.awaited: set[str] = set()
+
+    def arm(self, point: Point | None) -> None:
+        self.armed, self.point = True, point
+        self.called.clear()
+        self.entered.clear()
+
+    def at(self, function: str) -> When | None:
+        """A call begins. When in it a fault is to come, if one is."""
+        if not self.armed:
+            return None
+        self.called[function] += 1
+        point, when = self.point, None
+        if point is not None and point.function == function and point.nth == self.called[function]:
+            when = point.when
+        self.entered[function] += when != "before"
+        return when
+
+    def wrap(self, function: FunctionType) -> Callable[..., Any]:
+        name = function.__qualname__
+        if inspect.iscoroutinefunction(function):
+            self.awaited.add(name)
+
+            @functools.wraps(function)
+            async def waits(*args: Any, **options: Any) -> Any:
+                when = self.at(name)
+                if when == "before":
+                    raise Fault(name)
+                if when == "cancelled":
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.cancel()
+                result = await function(*args, **options)
+                if when == "after":
+                    raise Fault(name)
+                return result
+
+            return waits
+
+        @functools.wraps(function)
+        def calls(*args: Any, **options: Any) -> Any:
+            when = self.at(name)
+            if when == "before":
+                raise Fault(name)
+            result = function(*args, **options)
+            if when == "after":
+                if inspect.iscoroutine(result):
+                    result.close()
+                raise Fault(name)
+            return result
+
+        return calls
+
+
+def modules() -> Iterator[ModuleType]:
+    for package in (sseproxy.relay, sseproxy.wire, sseproxy.wire.dialects):
+        for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            yield importlib.import_module(found.name)
+    for name in ("telemetry", "access"):
+        yield importlib.import_module(f"sseproxy.observe.{name}")
+
+
+def fails(name: str) -> bool:
+    return not any(name == root or name.startswith(root + ".") for root in NO_FAULTS)
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    faults = Faults()
+    # A client that leaves while it is told why it gets nothing is seen gone at the latest then.
+    monkeypatch.setattr(downstream, "SILENCE", 0.2)
+    ours = [module for name, module in sys.modules.items() if name.startswith("sseproxy.")]
+    for module in modules():
+        for value in list(vars(module).values()):
+            if getattr(value, "__module__", None) != module.__name__:
+                continue
+            if isinstance(value, FunctionType) and fails(value.__qualname__):
+                wrapped = faults.wrap(value)
+                for other in ours:
+                    for known_as, same in list(vars(other).items()):
+                        if same is value:
+                            monkeypatch.setattr(other, known_as, wrapped)
+            elif isinstance(value, type) and not getattr(value, "_is_protocol", False):
+                wrap_methods(value, faults, monkeypatch)
+    return faults
+
+
+def wrap_methods(owner: type, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, FunctionType) and value.__module__ == owner.__module__ and fails(value.__qualname__):
+            monkeypatch.setattr(owner, name, faults.wrap(value))
+        elif isinstance(value, property) and isinstance(value.fget, FunctionType) and fails(value.fget.__qualname__):
+            monkeypatch.setattr(owner, name, property(faults.wrap(value.fget)))
+        elif isinstance(value, staticmethod) and fails(value.__func__.__qualname__):
+            monkeypatch.setattr(owner, name, staticmethod(faults.wrap(cast(FunctionType, value.__func__))))
+
+
+# --- both sides ---
+
+MODELS = b'{"data":["m"]}'
+JSON = b'{"choices":[{"message":{"content":"Hi"}}],"usage":{"prompt_tokens":1,"completion_tokens":2}}'
+DELTAS = [delta(text) for text in "abcdef"]
+LONG = b"x" * 1_000_000
+# More than kernels take of it.
+FLOOD = b"x" * 6_000_000
+ASKED = b'{"model":"m","stream":true,"messages":[]}'
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+GET = b"GET /v1/models HTTP/1.1\r\nHost: p\r\n\r\n"
+
+
+async def answers(api: Peer) -> None:
+    """What the upstream does depends on the path."""
+    reused = False
+    while True:
+        head = await api.head()
+        path = head.start_line.split()[1].removeprefix("/v1/")
+        if path == "early":
+            api.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+            await api.rest()
+            return
+        body, _ = await api._body(head)
+        if path == "dies" and reused:
+            return
+        if path == "chat/completions" and b"stream_options" in body and b'"old"' in body:
+            refusal = b'{"error":"what is stream_options?"}'
+            api.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(refusal), refusal))
+        elif path == "chat/completions" and b'"bad"' in body:
+            api.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\nbad")
+        elif path == "chat/completions" and b"true" in body:
+            api.send(STREAM_HEAD)
+            for event in DELTAS:
+                api.send(chunk(event))
+                await api.drain()
+                await asyncio.sleep(0)
+            if b"stream_options" in body:
+                api.send(chunk(usage(1, 6)))
+            api.send(chunk(DONE), LAST_CHUNK)
+        elif path == "chat/completions":
+            api.send(JSON_HEAD % len(JSON), JSON)
+        elif path == "silent":
+            api.send(STREAM_HEAD, chunk(DELTAS[0]))
+            await api.rest()
+            return
+        elif path == "never":
+            await api.rest()
+            return
+        elif path == "cut":
+            api.send(STREAM_HEAD, chunk(DELTAS[0]))
+            return
+        elif path == "close":
+            api.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", MODELS)
+            api.close()
+            return
+        elif path == "long":
+            api.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", chunk(FLOOD), LAST_CHUNK)
+        elif path == "none":
+            api.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+        else:
+            api.send(JSON_HEAD % len(MODELS), MODELS)
+        reused = True
+
+
+class Client:
+    """Asks, and looks whether what it gets is true."""
+
+    def __init__(self, proxy: RunningProxy, peer: Peer) -> None:
+        self.proxy = proxy
+        self.peer = peer
+
+    async def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self.peer.send(part)
+            await self.peer.drain()
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+    async def gets(self, wanted: bytes, *, bodiless: bool = False) -> None:
+        """A response: one with `wanted`, whole or known not to be, or one that says that something failed."""
+        response = await self.peer.message(bodiless=bodiless)
+        if response.status < 300:
+            body = response.body.replace(b": heartbeat\n", b"").partition(b"event: error\ndata: ")[0]
+            assert wanted.startswith(body), body[-300:]
+            assert not response.complete or body == wanted, "short, and clean"
+        if not response.complete:
+            raise ConnectionResetError
+
+    async def nothing_more(self) -> None:
+        """Nothing comes that was not asked for."""
+        await self.proxy.idle()
+        await until(lambda: not any(one._busy for one in self.proxy.worker.proxy.server.connections))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        more = bytes(self.peer.reader._buffer)  # type: ignore[attr-defined]
+        assert not more, more[:40]
+
+
+Kind = Callable[[Client], Awaitable[None]]
+
+
+async def json_answer(client: Client) -> None:
+    await client.send(post(b'{"model":"m"}'))
+    await client.gets(JSON)
+
+
+async def stream(client: Client) -> None:
+    await client.send(post(ASKED.replace(b"}", b',"stream_options":{"include_usage":false}}')))
+    await client.gets(b"".join(DELTAS) + usage(1, 6) + DONE)
+
+
+async def asks_for_usage(client: Client) -> None:
+    await client.send(post(ASKED)[:-10], post(ASKED)[-10:])
+    await client.gets(b"".join(DELTAS) + DONE)
+
+
+async def refused_usage(client: Client) -> None:
+    client.proxy.worker.proxy.upstreams["up"]._stream_options.clear()
+    await client.send(post(ASKED.replace(b'"m"', b'"old"')))
+    await client.gets(b"".join(DELTAS) + DONE)
+
+
+async def bad_request(client: Client) -> None:
+    client.proxy.worker.proxy.upstreams["up"]._stream_options.clear()
+    await client.send(post(ASKED.replace(b'"m"', b'"bad"')))
+    await client.gets(b"")
+
+
+async def no_head_in_time(client: Client) -> None:
+    await client.send(post(path="/hasty/never"))
+    await client.gets(b"")
+
+
+async def no_more_in_time(client: Client) -> None:
+    await client.send(post(path="/hasty/silent"))
+    await client.gets(DELTAS[0])
+
+
+async def upload(client: Client) -> None:
+    head = b"POST /v1/files HTTP/1.1\r\nHost: p\r\nTransfer-Encoding: chunked\r\n\r\n"
+    await client.send(head + chunk(b"x" * 9), chunk(b"y" * 9), LAST_CHUNK)
+    await client.gets(MODELS)
+
+
+async def large_upload(client: Client) -> None:
+    await client.send(post(LONG, "/v1/files").replace(b"Host", b"Expect: 100-continue\r\nHost"))
+    await client.gets(MODELS)
+
+
+async def read_for_its_model(client: Client) -> None:
+    request = post(ASKED, "/m/files")
+    await client.send(request[:-10], request[-10:-5], request[-5:])
+    await client.gets(MODELS)
+
+
+async def leaves(client: Client) -> None:
+    await client.send(post(ASKED, "/v1/silent"))
+    await client.peer.read(100)
+    client.peer.writer.transport.abort()
+
+
+async def leaves_its_upload(client: Client) -> None:
+    await client.send(b"POST /v1/files HTTP/1.1\r\nHost: p\r\nContent-Length: 99\r\n\r\n", b"x")
+    client.peer.writer.transport.abort()
+
+
+async def cut(client: Client) -> None:
+    await client.send(post(ASKED, "/v1/cut"))
+    await client.gets(DELTAS[0] + DONE)
+
+
+async def upstream_is_down(client: Client) -> None:
+    await client.send(post(path="/down"))
+    await client.gets(b"")
+
+
+async def dead_connection(client: Client) -> None:
+    await client.send(GET)
+    await client.gets(MODELS)
+    await client.send(post(path="/v1/dies"))
+    await client.gets(MODELS)
+
+
+async def early_answer(client: Client) -> None:
+    await client.send(b"POST /v1/early HTTP/1.1\r\nHost: p\r\nContent-Length: 99\r\n\r\n", b"x")
+    await client.gets(b"")
+
+
+async def slow_client(client: Client) -> None:
+    client.peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await client.send(post(path="/v1/long"))
+    connections = client.proxy.worker.proxy.server.connections
+    await until(lambda: any(one.writing_paused for one in connections) or not client.proxy.worker.proxy.active)
+    client.peer.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    await client.gets(FLOOD)
+
+
+async def pipelines(client: Client) -> None:
+    await client.send(GET * 7)
+    for _ in range(7):
+        await client.gets(MODELS)
+
+
+async def head_and_none(client: Client) -> None:
+    await client.send(GET.replace(b"GET", b"HEAD"))
+    await client.gets(b"", bodiless=True)
+    await client.send(GET.replace(b"models", b"none"))
+    await client.gets(b"")
+
+
+async def old_client(client: Client) -> None:
+    await client.send(GET.replace(b"models HTTP/1.1", b"close HTTP/1.0"))
+    await client.gets(MODELS)
+
+
+async def malformed(client: Client) -> None:
+    await client.send(GET[:20])
+    await client.send(b"\r\nno field\r\n\r\n")
+    await client.gets(b"")
+
+
+KINDS: list[Kind] = [
+    json_answer,
+    stream,
+    asks_for_usage,
+    refused_usage,
+    bad_request,
+    no_head_in_time,
+    no_more_in_time,
+    upload,
+    large_upload,
+    read_for_its_model,
+    leaves,
+    leaves_its_upload,
+    cut,
+    upstream_is_down,
+    dead_connection,
+    early_answer,
+    slow_client,
+    pipelines,
+    head_and_none,
+    old_client,
+    malformed,
+]
+ENCRYPTED: list[Kind] = [json_answer, asks_for_usage, large_upload, leaves, dead_connection, slow_client, old_client]
+
+
+# --- the proxy ---
+
+
+class Encryption(NamedTuple):
+    """TLS on both sides, with one certificate for both servers and who trusts it."""
+
+    listener: config.TLS
+    upstream: config.UpstreamTLS
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+@pytest.fixture(scope="module")
+def encryption(tmp_path_factory: pytest.TempPathFactory) -> Encryption:
+    folder: Path = tmp_path_factory.mktemp("tls")
+    authority, files = trustme.CA(), [str(folder / name) for name in ("ca.pem", "certificate.pem")]
+    issued = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(files[0])
+    issued.private_key_and_cert_chain_pem.write_to_path(files[1])
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    issued.configure_cert(server)
+    authority.configure_trust(client)
+    return Encryption(config.TLS(cert_file=files[1]), config.UpstreamTLS(ca_file=files[0]), server, client)
+
+
+def options(upstream: str, tls: Encryption | None) -> config.Config:
+    timeouts = config.Timeouts(connect=0.5, head=0.5, first_token=0.5, idle=0.5, body=0.5, write=0.5)
+    hasty = config.Timeouts(connect=0.5, head=0.03, first_token=0.03, idle=0.03, body=0.5, write=0.5)
+    trust = config.UpstreamTLS() if tls is None else tls.upstream
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        down = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    asks = config.UsageOptions(request=True)
+    return config.Config(
+        listen=(config.Address("127.0.0.1", 0),),
+        tls=None if tls is None else tls.listener,
+        limits=config.Limits(active_requests=9, request_head_time=0.5),
+        metrics=config.Metrics(models=("m",)),
+        upstreams=(
+            config.Upstream(name="up", url=f"{upstream}/v1", tls=trust),
+            config.Upstream(name="down", url=down),
+        ),
+        routes=(
+            config.Route(name="api", match=config.Match(path="/v1"), upstream="up", timeouts=timeouts, usage=asks),
+            config.Route(
+                name="m", match=config.Match(path="/m", model=("m",)), upstream="up", timeouts=timeouts, heartbeat=0.2
+            ),
+            config.Route(
+                name="hasty", match=config.Match(path="/hasty"), upstream="up", timeouts=hasty, heartbeat=0.01
+            ),
+            config.Route(name="down", match=config.Match(path="/down"), upstream="down", timeouts=timeouts),
+        ),
+    )
+
+
+def counted(proxy: RunningProxy) -> int:
+    """How many outcomes there were."""
+    proxy.worker.telemetry.report()
+    return int(sum(proxy.registry._counters[metrics.REQUESTS.name].values()))
+
+
+def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[asyncio.Task[Any]]) -> list[str]:
+    """What an exchange has left behind, in words. `others` are tasks that are not the proxy's."""
+    running = [task.get_coro() for task in asyncio.all_tasks() - others]
+    tasks = [name for one in running if (name := getattr(one, "__qualname__", "")) != "ScriptedUpstream._play"]
+    relay = proxy.worker.proxy
+    server, admission, upstream = relay.server, relay.admission, relay.upstreams["up"]
+    in_use, idle = upstream.connections()
+    proxy.worker.telemetry.report()
+    gauges = proxy.registry._gauges[1]
+    found = {
+        "exchanges": relay.active,
+        "connections": server.connections,
+        "handshakes": server._handshakes,
+        "not empty": not server.empty.is_set(),
+        "places of connections": server.places.open,
+        "addresses": +server.places._of,
+        "watches": server.hangups._watched,
+        "places of requests": admission._under_way,
+        "places on routes": +admission._on_route,
+        "bytes held": admission._held,
+        "who holds bytes": admission._holders,
+        "connecting": upstream._pending or relay.upstreams["down"]._pending,
+        "upstream connections in use": in_use,
+        "upstream connections of nobody": scripted.open - idle,
+        "gauges": [key for key, value in gauges.items() if value and "active" in key[0] + "".join(key[1])],
+    }
+    found["tasks"] = tasks
+    return [f"{name}: {value}" for name, value in found.items() if value]
+
+
+class Stage:
+    """Plays one kind of exchange in front of a proxy."""
+
+    def __init__(
+        self,
+        faults: Faults,
+        kind: Kind,
+        tls: Encryption | None,
+    ) -> None:
+        self.faults = faults
+        self.kind = kind
+        self._tls = tls
+
+    @property
+    def encrypted(self) -> bool:
+        return self._tls is not None
+
+    async def open(self) -> None:
+        self.scripted = ScriptedUpstream(answers, None if self._tls is None else self._tls.server)
+        await self.scripted.__aenter__()
+        self.proxy = await start_proxy(options(self.scripted.url, self._tls))
+
+        self._others = asyncio.all_tasks()
+
+    def _left(self) -> list[str]:
+        armed, self.faults.armed = self.faults.armed, False
+        left = what_is_left(self.proxy, self.scripted, self._others)
+        self.faults.armed = armed
+        return left
+
+    async def close(self) -> None:
+        """Ends all of it, whatever is left."""
+        worker = self.proxy.worker
+        for server in worker._servers:
+            server.close()
+        for connection in list(worker.proxy.server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        worker.proxy.lateness.stop()
+        worker.proxy.server.hangups.close()
+        for upstream in worker.proxy.upstreams.values():
+            await upstream.close()
+        await self.scripted.__aexit__()
+
+    async def _client(self) -> Client:
+        trust = None if self._tls is None else self._tls.client
+        sock = socket.socket()
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.proxy.port))
+        host = None if trust is None else "127.0.0.1"
+        return Client(self.proxy, Peer(*await asyncio.open_connection(sock=sock, ssl=trust, server_hostname=host)))
+
+    async def ask(self, kind: Kind) -> bool:
+        """Whether all went well."""
+        try:
+            async with asyncio.timeout(2):
+                client = await self._client()
+        except OSError:
+            return False
+        try:
+            async with asyncio.timeout(2):
+                await kind(client)
+                if client.peer.writer.transport.is_closing():
+                    return True
+                await client.nothing_more()
+                await client.send(GET)
+                await client.gets(MODELS)
+                await client.nothing_more()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return False
+        finally:
+            client.peer.writer.transport.abort()
+        return True
+
+    async def play(self, point: Point | None) -> str | None:
+        """Plays with a fault at `point`; returns what is wrong then."""
+        before = counted(self.proxy)
+        self.faults.arm(point)
+        try:
+            await self.ask(self.kind)
+            try:
+                async with asyncio.timeout(1.5):
+                    await until(lambda: not self._left())
+            finally:
+                self.faults.armed = False
+        except TimeoutError:
+            return "; ".join(self._left()) or "the client waits"
+        except AssertionError as error:
+            return f"the client got {error}"
+        began, outcomes = self.faults.entered["Exchange.begin"], counted(self.proxy) - before
+        if outcomes != began or began < self.faults.entered["Relay.run"]:
+            return f"{outcomes} outcomes of {began} exchanges"
+        if not await self.ask(json_answer):
+            return "the next request failed"
+        await until(lambda: not self._left())
+        return None
+
+
+def points(stage: Stage) -> list[Point]:
+    """The first, the second and the last call of each function that was called; of these, one of `ONE_OF`."""
+    faults, played = stage.faults, f"{stage.kind.__name__} {stage.encrypted}"
+    found: list[Point] = []
+    for function, times in sorted(faults.called.items()):
+        for when in get_args(When):
+            if function in {"before": NOT_BEFORE, "after": NOT_AFTER}.get(when, {}):
+                continue
+            if when == "cancelled" and function not in faults.awaited:
+                continue
+            found += [Point(function, nth, when) for nth in sorted({1, min(2, times), times})]
+    return [point for point in found if zlib.crc32(f"{played} {point}".encode()) % ONE_OF == 0]
+
+
+async def find_what_is_left(stage: Stage) -> dict[Point, str]:
+    """Plays all points, and tells what is wrong at which."""
+    wrong: dict[Point, str] = {}
+    await stage.open()
+    try:
+        assert await stage.play(None) is None
+        for point in points(stage):
+            found = await stage.play(point)
+            if found is not None:
+                wrong[point] = found
+                await stage.close()
+                await stage.open()
+    finally:
+        await stage.close()
+    return wrong
+
+
+@pytest.fixture
+def nothing_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Each fault is logged; thousands of tracebacks would take longer than all else."""
+    caplog.set_level(logging.CRITICAL)
+    caplog.set_level(logging.CRITICAL + 1, logger="asyncio")
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"),
+    # What fails while aiohttp connects is closed as it is forgotten.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.timeout(60 if ONE_OF > 1 else 600),
+    pytest.mark.usefixtures("nothing_logged"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+async def test_a_fault_in_any_call_leaves_nothing(faults: Faults, kind: Kind) -> None:
+    assert await find_what_is_left(Stage(faults, kind, None)) == {}
+
+
+@pytest.mark.parametrize("kind", ENCRYPTED, ids=lambda kind: kind.__name__)
+async def test_nor_does_one_in_tls(faults: Faults, kind: Kind, encryption: Encryption) -> None:
+    assert await find_what_is_left(Stage(faults, kind, encryption)) == {}
+
+
+@pytest.mark.parametrize("function", ["ChunkedDecoder._walk", "Pump._walk", "Pump._forward"])
+async def test_what_is_lost_at_the_end_of_a_body_is_missed(
+    faults: Faults, encryption: Encryption, function: str
+) -> None:
+    """In TLS, uvloop reads on after a read that failed."""
+    stage = Stage(faults, slow_client, encryption)
+    await stage.open()
+    try:
+        assert await stage.play(None) is None
+        nth = faults.called[function] - 1
+        assert await stage.play(Point(function, nth, "before")) is None
+        assert await stage.play(Point(function, nth, "after")) is None
+    finally:
+        await stage.close()
