@@ -72,7 +72,9 @@ ROOT = "is where the loop begins: what fails before its first line is the loop"
 COUNTS = "begins with what it is there for, an addition or a subtraction"
 HANDS = "what it returns has an owner in the same step"
 NOT_BEFORE = {
+    "BoundedReads._go_on": ROOT,
     "BoundedReads.buffer_updated": ROOT,
+    "BoundedReads.connection_lost": ROOT,
     "BoundedReads.get_buffer": ROOT,
     "BoundedReads.take": ROOT,
     "Clock._fire": ROOT,

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sseproxy import config
 from sseproxy.relay import reads
-from sseproxy.relay.pump import Pump
+from sseproxy.relay.pump import Peek
 from sseproxy.relay.reads import MAX_READ, BoundedReads
 from sseproxy.wire.framing import ChunkedDecoder
 
 from .conftest import PlayScript, StartProxy
-from .harness import LAST_CHUNK, STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, begin, chunk, delta, post
+from .harness import LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, begin, chunk, delta, post
 
 MIB = 1 << 20
 
@@ -91,30 +92,30 @@ async def test_what_was_read_plainly_is_cut_as_well(start: StartProxy, upstream:
 
 @pytest.mark.usefixtures("everything_is_slow")
 async def test_a_defect_in_a_later_turn_ends_the_connection_at_once(
-    proxy: RunningProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+    start: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the loop sees to for one that shows as it hands over what it has read."""
-    client, api = await begin(proxy, upstream)
-    api.send(STREAM_HEAD)
-    for number in range(5):
-        alike = chunk(delta(f"token {number}"))
-        api.send(alike)
-        await client.read_until(alike)
-    forward, pieces = Pump._forward, 0
+    proxy = await start(upstream.url, route={"usage": config.UsageOptions(request=True)})
+    look, pieces = Peek.data_received, 0
 
-    def fails_later(pump: Pump, out: bytes, size: int, read_at: float) -> None:
+    def fails_later(peek: Peek, data: bytes) -> None:
         nonlocal pieces
         pieces += 1
         if pieces == 3:
             raise ZeroDivisionError
-        forward(pump, out, size, read_at)
+        look(peek, data)
 
-    monkeypatch.setattr(Pump, "_forward", fails_later)
+    monkeypatch.setattr(Peek, "data_received", fails_later)
     problems: list[Exception] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context["exception"]))
-    api.send(chunk(b":\n" * 60_000))
+    client = await proxy.connect()
+    client.send(post())
+    api = await upstream.accept()
+    await api.message()
+    size = 2 * MAX_READ
+    api.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n" % size, b"x" * size)
     await api.gone()
-    assert LAST_CHUNK not in (await client.rest())[0]
+    assert not (await client.message()).complete
     assert [type(problem) for problem in problems] == [ZeroDivisionError]
     assert await proxy.ended() == {"truncated": 1}
 
