@@ -147,7 +147,8 @@ class Area:
     """The drawing area of a panel, and its axes: from time and value to pixels."""
 
     def __init__(self, width: int, height: int, start: float, end: float, top: float) -> None:
-        self.left, self.right, self.upper, self.lower = 74, width - 12, 12, height - 76
+        # Below the graph there is room for the times and for a legend of three lines.
+        self.left, self.right, self.upper, self.lower = 74, width - 12, 12, height - 90
         self.start, self.end = start, end
         # The y axis has four steps of a round size.
         exact = (top or 1.0) / 4
