@@ -165,7 +165,7 @@ ROWS = (
             ),
             Panel(
                 "Duration",
-                "From request head to the end, for every outcome. For streams it is mostly the length of the answer.",
+                "Time from the request head to the end, for every outcome. For streams it is mostly the length of the answer.",
                 quantiles("request_duration_seconds"),
                 "s",
             ),
@@ -185,7 +185,7 @@ ROWS = (
         (
             Panel(
                 "TTFT",
-                "From request head to the first generated content written to the client. The points (exemplars) have request ids.",
+                "Time from the request head to the first generated content written to the client. The points (exemplars) have request ids.",
                 quantiles("time_to_first_token_seconds", exemplar=True),
                 "s",
             ),
@@ -317,13 +317,13 @@ ROWS = (
         (
             Panel(
                 "Delay by the proxy",
-                "From a chunk read to the chunk written to the client's socket or buffer. Less than 0.1 ms is normal.",
+                "Time from reading a chunk to writing it to the client's socket or buffer. Less than 0.1 ms is normal.",
                 quantiles("chunk_forward_seconds"),
                 "s",
             ),
             Panel(
                 "Cancelling upstream",
-                "From noticing that a client left to closing its upstream connection. For so long the model generates for nobody.",
+                "Time from noticing that a client left to closing its upstream connection. Until then the model generates for nobody.",
                 quantiles("upstream_release_seconds"),
                 "s",
             ),

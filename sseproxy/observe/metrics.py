@@ -58,42 +58,42 @@ REQUEST_DURATION = Metric(
     "request_duration_seconds",
     "histogram",
     _R,
-    "From the request head received to the end of the request, for every outcome.",
+    "Time from receiving the request head to the end of the request, for every outcome.",
     DURATION,
 )
 TO_HEAD = Metric(
     "time_to_response_head_seconds",
     "histogram",
     _R,
-    "From the request head received to the upstream's response head.",
+    "Time from receiving the request head to receiving the upstream's response head.",
     TO_TOKEN,
 )
 TO_FIRST_EVENT = Metric(
     "time_to_first_event_seconds",
     "histogram",
     _R,
-    "From the request head received to the first complete event of any kind; comments are not events.",
+    "Time from receiving the request head to the first complete event of any kind; comments are not events.",
     TO_TOKEN,
 )
 TO_FIRST_TOKEN = Metric(
     "time_to_first_token_seconds",
     "histogram",
     _RM,
-    "From the request head received to the first event with generated content, written to the client.",
+    "Time from receiving the request head to writing the first event with generated content to the client.",
     TO_TOKEN,
 )
 GAPS = Metric(
     "inter_token_latency_seconds",
     "histogram",
     _R,
-    "Between two consecutive events with generated content, at the time they were read from the upstream.",
+    "Time between two consecutive events with generated content, as they were read from the upstream.",
     BETWEEN_TOKENS,
 )
 TPOT = Metric(
     "time_per_output_token_seconds",
     "histogram",
     _RM,
-    "From the first to the last event with generated content, divided by (output tokens - 1).",
+    "Time from the first to the last event with generated content, divided by (output tokens - 1).",
     BETWEEN_TOKENS,
 )
 TOKENS = Metric(
@@ -134,7 +134,7 @@ FORWARD = Metric(
     "chunk_forward_seconds",
     "histogram",
     _R,
-    "From a chunk read from the upstream to the chunk written to the client's socket, or to its buffer if "
+    "Time from reading a chunk from the upstream to writing it to the client's socket, or to its buffer if "
     "the client is slow; in a run of similar chunks, one in sixteen is measured.",
     OWN_DELAY,
 )
@@ -142,7 +142,7 @@ RELEASE = Metric(
     "upstream_release_seconds",
     "histogram",
     _R,
-    "From noticing that the client has left to closing its upstream connection.",
+    "Time from noticing that the client has left to closing its upstream connection.",
     OWN_DELAY,
 )
 UPSTREAM_ERRORS = Metric(
