@@ -412,7 +412,7 @@ async def resets(count: int = 84, requests: int = 12) -> Figures:
             await standstill(lambda: taken)
             for client in clients:
                 client.reset()
-            # Raises TimeoutError if an exchange is left.
+            # Raises TimeoutError if a request is left over.
             await proxy.served.until(r"requests_active\{.*\"all\".*", 0)
 
         await proxy.suffer("resets", attack)

@@ -318,5 +318,5 @@ ALONE: dict[str, Callable[[int, int, Namespace], Awaitable[dict[str, float]]]] =
     "memory": memory_per_stream,
     "workers": workers,
 }
-# Workers that a proxy has for a measure; one where nothing is said.
+# Workers of a proxy for a measure. All other measures use one.
 WORKERS = {"workers": 2}

@@ -117,6 +117,7 @@ async def ask(asked: Prometheus, expr: str, start: float, end: float) -> list[di
 
 
 def spelled(value: float, unit: str) -> str:
+    """`value` with its unit, as Grafana writes it."""
     if unit == "s":
         if value >= 60:
             return f"{value / 60:.3g} min"
@@ -133,6 +134,7 @@ def spelled(value: float, unit: str) -> str:
 
 
 def points(series: dict[str, Any]) -> list[tuple[float, float]]:
+    """The times and values of `series`. A quantile of nothing is NaN, and is left out."""
     return [(float(at), float(value)) for at, value in series["values"] if value not in ("NaN", "+Inf")]
 
 
