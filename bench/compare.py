@@ -1,8 +1,8 @@
-"""sseproxy next to its peers, on the same work in one run: `make bench`.
+"""Compares sseproxy with other proxies, on the same work in one run: `make bench`.
 
-Every proxy has one worker or thread, and one core; this process, which is backend and clients in one, has another. What
-is printed is the median of each proxy's rounds, with the least and the most, and as a ratio to nginx. How, and why that
-is fair: bench/README.md.
+Every proxy has one worker or thread on one core. This process is the backend and the clients, on another core. It
+prints for each proxy the median of its rounds, the minimum and maximum, and the ratio to nginx. bench/README.md
+describes the method and why it is fair.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .load import Backend, answering
 from .measures import ALONE, LOADS, TURN, WORKERS, Load, generator, say
 from .proxies import DIRECT, PEERS, Peer, go, stop
 
-# RuntimeError: it has closed a connection that uvloop is to write to.
+# uvloop raises RuntimeError for a write to a connection that the proxy has closed.
 FAILURES = (OSError, TimeoutError, RuntimeError)
 
 
 class Run:
-    """All measures of all proxies. `found` has, by measure and proxy, a figure for each round."""
+    """All measures of all proxies. `found[measure][proxy]` has a figure for each round."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -64,14 +64,14 @@ class Run:
         for peer in wanted:
             if peer.needs is None:
                 say(
-                    f"{peer.name} is left out: apt-get install nginx-light libnginx-mod-http-lua haproxy, "
-                    "or pip install '.[dev]'"
+                    f"{peer.name} is not installed and is left out: "
+                    "apt-get install nginx-light libnginx-mod-http-lua haproxy, or pip install '.[dev]'"
                 )
         return [peer for peer in wanted if peer.needs is not None]
 
     @asynccontextmanager
     async def _started(self, peer: Peer, workers: int = 1) -> AsyncIterator[tuple[int, subprocess.Popen[bytes]]]:
-        """A process that is new, and its port: what it did for another measure is not to be seen in this one."""
+        """Starts a new process and yields its port. A new one, so that earlier measures have no effect on this one."""
         with tempfile.TemporaryDirectory() as directory:
             port = self._upstream if peer is DIRECT else _free_port()
             cores = self._cores if workers > 1 else self._cores[:1]
@@ -94,7 +94,7 @@ class Run:
             for peer in peers:
                 try:
                     port, process = await stack.enter_async_context(self._started(peer))
-                    # It may fail once more while it ends.
+                    # A proxy that has failed may fail again when its load is closed.
                     stack.enter_context(suppress(*FAILURES))
                     load = await stack.enter_async_context(kind(peer, port, process.pid, self._options))
                 except FAILURES as error:
@@ -184,7 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--open-streams", type=int, default=2500)
     parser.add_argument("--rate", type=float, default=50.0, help="chunks per second and stream")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each proxy's turns in a round")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for the turns of each proxy in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draws what `compare.py --json` wrote: `draw.py RESULT.json PICTURE.png`."""
+"""Draws the result of `compare.py --json` as a picture: `draw.py RESULT.json PICTURE.png`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS, OTHERS, INK = "#c2410c", "#94a3b8", "#1e293b"
 
 
 def draw(result: dict[str, object], to: Path) -> None:
-    """One panel for each measure, a bar for each proxy: its median, with the least and the most of its rounds."""
+    """One panel for each measure, and one bar for each proxy: the median of its rounds, their minimum and maximum."""
     measures: dict[str, dict[str, dict[str, object]]] = result["measures"]  # type: ignore[assignment]
     columns = 2
     rows = -(-len(measures) // columns)
@@ -37,7 +37,7 @@ def draw(result: dict[str, object], to: Path) -> None:
         ]
         colours = [OURS if name == "sseproxy" else OTHERS for name in names]
         panel.barh(names, medians, xerr=spread, color=colours, height=0.68, error_kw={"lw": 0.8, "ecolor": INK})
-        # One that is far off everything else would leave nothing to see of the others.
+        # A bar that is much longer than all others is cut, because the others would be too short to compare.
         near = sorted(medians)[-2] if len(medians) > 1 else medians[0]
         far = [median > 1.6 * near for median in medians]
         edge = 1.16 * max(max(values) for values, off in zip(rounds, far, strict=True) if not off)
@@ -59,7 +59,7 @@ def draw(result: dict[str, object], to: Path) -> None:
         panel.xaxis.set_visible(False)
         panel.tick_params(left=False)
     figure.text(
-        0.01, 0.003, str(result["machine"]) + "; medians of rounds, bars with the least and the most", fontsize=8
+        0.01, 0.003, str(result["machine"]) + "; medians of rounds, lines from the minimum to the maximum", fontsize=8
     )
     figure.tight_layout(rect=(0, 0.015, 1, 1), h_pad=1.6)
     figure.savefig(to, dpi=110)

@@ -1,4 +1,4 @@
-"""The property tests again and again, each round with another seed, until the time is over or one of them fails.
+"""Repeats the property tests, each round with another seed, until the time is over or a test fails.
 
 make fuzz SECONDS=3600
 """
@@ -12,12 +12,12 @@ import subprocess
 import sys
 from time import perf_counter
 
-# Generous: a round at the pace of `make test` takes 20 s, and no test a tenth of that.
+# Seconds for one test. A whole round takes 20 s on an idle machine, and no test takes a tenth of that.
 TEST_TIMEOUT = 300
 
 
 def play(seed: int) -> tuple[bool, str]:
-    """One round: whether it passed, and what pytest said."""
+    """One round: whether it passed, and the output of pytest."""
     chosen = ("-m", "hypothesis", f"--hypothesis-seed={seed}", "--hypothesis-show-statistics")
     how = ("-q", "-x", f"--timeout={TEST_TIMEOUT}", "-p", "no:cacheprovider")
     done = subprocess.run(
@@ -29,7 +29,7 @@ def play(seed: int) -> tuple[bool, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("seconds", type=float)
-    parser.add_argument("--seed", type=int, help="of the first round; drawn if it is not given")
+    parser.add_argument("--seed", type=int, help="seed of the first round; random by default")
     options = parser.parse_args()
     first = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     begun, seed, examples = perf_counter(), first, 0
@@ -37,7 +37,7 @@ def main() -> int:
         passed, said = play(seed)
         if not passed:
             said = re.sub(r"^=+ Hypothesis Statistics =+\n.*?(?=^=+ )", "", said, flags=re.M | re.S)
-            sys.stdout.write(f'{said}\nagain: make test ARGS="-m hypothesis --hypothesis-seed={seed}"\n')
+            sys.stdout.write(f'{said}\nto reproduce: make test ARGS="-m hypothesis --hypothesis-seed={seed}"\n')
             return 1
         examples += sum(map(int, re.findall(r"(\d+) passing,", said)))
         tests = re.findall(r"(\d+) passed", said)[-1]

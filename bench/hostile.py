@@ -1,11 +1,11 @@
-"""The worst inputs of each kind against a running `sseproxy serve`: how long everybody else waits, and what it holds.
+"""Sends the worst inputs of each kind to a running `sseproxy serve`: how long do others wait, how much memory is used?
 
-Each situation has a fresh proxy with one worker, over loopback, and a paced stream through the same worker. What is
-told is the largest gap of that stream while an input is under way (see `bench.pace`), next to the largest one while
-nothing else is, and the most that supervisor and worker held above what they held before (see `bench.watch`). Each
-input comes twice, and the smaller gap counts, because a busy machine makes gaps of its own.
+Each situation has a new proxy with one worker, over loopback, and a paced stream through the same worker. There are
+three results: the largest gap of this stream while the input is processed (see `bench.pace`); its largest gap when
+there is nothing else; and the largest memory of supervisor and worker, above that before the situation (see
+`bench.watch`). Each input is sent twice, and the smaller gap counts, because a busy machine causes gaps as well.
 
-`make hostile` prints the table of the README. Each input by itself goes to standard error.
+`make hostile` prints the table for the README. The result of each single input goes to standard error.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from tests.served import ConfigFile, Served
 from . import pace
 from .watch import GET, KIB, MIB, NO_DEBUG, Watch, human, say, small_buffers, standstill, stop_reading, watching
 
-# Seconds; every situation is over long before.
+# Seconds after which a situation has failed. All take much less.
 PATIENCE = 60.0
-# Seconds of each look at the stream while nothing else is under way.
+# Seconds for measuring the stream while there is nothing else.
 QUIET = 0.5
-# What is longer is refused (max_body), or passes without being looked at (limits.event).
+# Just below the limits. Above them a body is refused (max_body), and an event is forwarded without being read
+# (limits.event).
 BODY, LARGE_EVENT, EVENT = 31 * MIB, 24 * MIB - KIB, 4 * MIB - KIB
 ANSWER = 64 * MIB
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
@@ -45,7 +46,7 @@ CHOSEN, ASKED = "/chosen/chat/completions", "/asked/chat/completions"
 
 @dataclass(frozen=True)
 class Bound:
-    """What a situation may cost others in seconds, beyond a quiet stream's gap, and in bytes."""
+    """Limits for a situation: seconds of the gap above that of a quiet stream, and bytes of memory."""
 
     situation: str
     gap: float
@@ -70,9 +71,9 @@ class Figures:
     sent: str
     quiet: float
     gap: float
-    """Seconds of the stream, alone and beside the worst input."""
+    """The largest gap of the stream in seconds: `quiet` alone, `gap` with the worst input."""
     growth: int
-    """Bytes that the proxy held at most, above what it held before."""
+    """The largest memory of the proxy, in bytes above that before the situation."""
 
     @property
     def within(self) -> bool:
@@ -81,7 +82,7 @@ class Figures:
 
 @dataclass
 class Attacked:
-    """A proxy, its memory and the stream through it."""
+    """A proxy under attack, its memory, and the stream through it."""
 
     served: Served
     tls: ssl.SSLContext | None
@@ -107,7 +108,7 @@ class Attacked:
         sys.stderr.write(text)
 
     async def ask(self, request: bytes) -> None:
-        """A request that the upstream answers, and its answer up to its end."""
+        """Sends a request that the upstream answers, and reads the answer to its end."""
         client = await self.connect()
         client.send(request)
         head = await client.head()
@@ -146,7 +147,7 @@ async def answer_ok(api: Peer, _: Message) -> None:
 async def attacked(
     answer: Callable[[Peer, Message], Awaitable[None]] = answer_ok, *, tls: bool = False
 ) -> AsyncIterator[Attacked]:
-    """A proxy whose upstream reads requests whole and answers each with `answer`."""
+    """A proxy whose upstream reads complete requests and answers each with `answer`."""
 
     async def play(api: Peer) -> None:
         while True:
@@ -199,7 +200,7 @@ def encrypted(directory: Path) -> tuple[dict[str, str], ssl.SSLContext]:
 
 
 def filled(begin: bytes, item: bytes, end: bytes, size: int) -> bytes:
-    """`begin`, as many of `item` as go into `size` bytes, without the comma before the first, and `end`."""
+    """`begin`, then `item` again and again up to `size` bytes, then `end`. The first `item` loses its leading comma."""
     times = (size - len(begin) - len(end)) // len(item)
     return begin + (item * times).removeprefix(b",") + end
 
@@ -225,7 +226,7 @@ async def request_bodies(bound: Bound, path: str) -> Figures:
 
 
 async def unfinished_bodies(count: int = 24, seconds: float = 4.0) -> Figures:
-    """Clients that send all but the end of a body, and then a byte now and then; another one asks meanwhile."""
+    """Clients send a body without its end, and then one byte a second. Another client sends requests meanwhile."""
     others: Counter[int] = Counter()
     async with attacked() as proxy:
         begun = post(b"x" * BODY, CHOSEN)[:-64]
@@ -262,7 +263,7 @@ async def unfinished_bodies(count: int = 24, seconds: float = 4.0) -> Figures:
 
 @dataclass(frozen=True)
 class Sent:
-    """What an upstream sends for a request of `path`."""
+    """What an upstream sends in answer to a request for `path`."""
 
     what: str
     path: str
@@ -306,7 +307,7 @@ def answers() -> list[Sent]:
 async def what_upstreams_send(
     bound: Bound, sent: str, all_sent: list[Sent], frame: Callable[[bytes], bytes]
 ) -> Figures:
-    """Each is asked for by its number, in the query."""
+    """The upstream sends each of `all_sent`. The query of a request is its number."""
 
     async def answer(api: Peer, request: Message) -> None:
         number = request.start_line.split()[1].partition("?")[2]
@@ -328,7 +329,7 @@ def answered(body: bytes) -> bytes:
 
 
 async def tiny_chunks(count: int = 500_000) -> Figures:
-    """A body in chunks of one byte, as a request that is relayed, as one that is read, and as a stream."""
+    """A body in chunks of one byte: as a stream, as an upload that is forwarded, and as a request that is read."""
     tiny = chunk(b"x") * count + LAST_CHUNK
     stream = STREAM_HEAD + tiny
 
@@ -344,7 +345,7 @@ async def tiny_chunks(count: int = 500_000) -> Figures:
 
 
 async def silent_connections(count: int = 400) -> Figures:
-    """TCP connections to a TLS listener on which nothing is sent; another client asks meanwhile."""
+    """TCP connections to a TLS listener that send nothing. Another client sends requests meanwhile."""
     async with attacked(tls=True) as proxy:
 
         async def attack() -> None:
@@ -373,7 +374,7 @@ async def trusted_hops(hops: int = 3_400, times: int = 100) -> Figures:
 
 
 async def pipelined(count: int = 3_000) -> Figures:
-    """Requests that are sent all at once on one connection."""
+    """Many requests, sent all at once on one connection."""
     async with attacked() as proxy:
 
         async def attack() -> None:
@@ -387,7 +388,7 @@ async def pipelined(count: int = 3_000) -> Figures:
 
 
 async def resets(count: int = 84, requests: int = 12) -> Figures:
-    """TLS clients with large answers to several requests under way, which reset without having read anything."""
+    """TLS clients send several requests with large answers, read nothing, and reset the connection."""
     large = answered(b"x" * MIB)
     taken = 0
 
@@ -411,7 +412,7 @@ async def resets(count: int = 84, requests: int = 12) -> Figures:
             await standstill(lambda: taken)
             for client in clients:
                 client.reset()
-            # Raises TimeoutError if an exchange is left.
+            # Raises TimeoutError if a request is left over.
             await proxy.served.until(r"requests_active\{.*\"all\".*", 0)
 
         await proxy.suffer("resets", attack)
@@ -455,7 +456,7 @@ def main() -> int:
         say(row(figures))
         if not figures.within:
             broken.append(figures.bound.situation)
-    sys.stderr.write(f"{perf_counter() - begun:.0f} s; more than the bound: {', '.join(broken) or 'none'}\n")
+    sys.stderr.write(f"{perf_counter() - begun:.0f} s; over their bound: {', '.join(broken) or 'none'}\n")
     return 1 if broken else 0
 
 

@@ -1,4 +1,4 @@
-"""The backend and the clients between which a proxy is measured: one process, so that both read the same clock."""
+"""The backend and the clients for measuring a proxy. Both are in one process, so that they read the same clock."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def framed(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# As many requests a second for all, because a proxy that is waited for is woken up for less of them.
+# Requests a second, the same for all proxies. At full speed a fast proxy would have fewer wake-ups for each request.
 SHORT_RATE, SHORT_CONNECTIONS = 1000, 50
-# Texts of the lengths that tokens have.
+# Texts as long as tokens usually are.
 CHUNKS = [framed(EVENT % text) for text in (b"a", b"of", b"the", b"token", b"streams", b"answering")]
 END = framed(USAGE) + b"0\r\n\r\n"
 
 
 class Backend(asyncio.Protocol):
-    """Begins a stream for each request that wants one, with `first`; `streams` are those under way."""
+    """Starts a stream, with the bytes `first`, for each request of one. `streams` are those in progress."""
 
     streams: ClassVar[dict[asyncio.Transport, None]] = {}
     first: ClassVar[bytes] = b""
@@ -53,7 +53,7 @@ class Backend(asyncio.Protocol):
         if data.startswith(b"POST") and data.endswith(BODY):
             request = data
         else:
-            # In pieces, and a gateway sends a request of its own.
+            # The request came in pieces, or a gateway has written its own head or body.
             self.seen += data
             head, _, body = self.seen.partition(b"\r\n\r\n")
             length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
@@ -72,7 +72,7 @@ class Backend(asyncio.Protocol):
 
 
 class StreamClient(asyncio.Protocol):
-    """Reads a stream. `received` counts the chunks of all streams."""
+    """Reads a stream. `received` counts the chunks of all streams together."""
 
     received = 0
     finished = 0
@@ -86,7 +86,7 @@ class StreamClient(asyncio.Protocol):
 
 
 class TimedClient(StreamClient):
-    """Also takes the time of chunks that say when they were sent."""
+    """Also measures the delay of chunks that contain the time at which they were sent."""
 
     delays: ClassVar[list[float]] = []
 
@@ -101,7 +101,7 @@ class TimedClient(StreamClient):
 
 
 class EagerClient(StreamClient):
-    """Takes chunks that say which stream they are of, and has the backend send the next one of it."""
+    """Reads chunks that contain the number of their stream, and makes the backend send the next one of that stream."""
 
     order: ClassVar[list[asyncio.Transport]] = []
 
@@ -117,7 +117,7 @@ class EagerClient(StreamClient):
 
 
 class ShortClient(asyncio.Protocol):
-    """Takes the answers to requests on one connection. `answered` counts those of all."""
+    """Reads the answers on one connection. `answered` counts those of all connections together."""
 
     answered = 0
 
@@ -132,7 +132,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def answering(port: int) -> None:
-    """Waits until a stream through the proxy begins."""
+    """Waits until the proxy on `port` works: until a stream through it starts."""
     async with asyncio.timeout(90):
         while True:
             try:
@@ -153,7 +153,7 @@ async def answering(port: int) -> None:
 
 
 class Streams:
-    """So many streams through the proxy on `port`, as a context."""
+    """A context with `number` open streams through the proxy on `port`."""
 
     def __init__(self, port: int, number: int, client: type[StreamClient] = StreamClient) -> None:
         self._port, self._number, self._client = port, number, client
@@ -174,7 +174,7 @@ class Streams:
         return self
 
     async def pace(self, rate: float, seconds: float, chunk: Callable[[int], bytes]) -> int:
-        """Sends `rate` chunks a second on every stream; returns how many in all, once they have come."""
+        """Sends `rate` chunks a second on every stream. Returns how many in total, when all have arrived."""
         start, sent, StreamClient.received = perf_counter(), 0, 0
         while sent < self._number * rate * seconds:
             due = int((perf_counter() - start) * self._number * rate)
@@ -195,12 +195,12 @@ class Streams:
 
 
 def timed(number: int) -> bytes:
-    """A chunk for `Streams.pace`. One in eleven, of whichever stream, says when it was sent, for `TimedClient`."""
+    """A chunk for `Streams.pace`. One in eleven contains the time at which it was sent, for `TimedClient`."""
     return framed(EVENT % (b"@%.7f" % perf_counter())) if number % 11 == 0 else CHUNKS[number % len(CHUNKS)]
 
 
 class Requests:
-    """Keep-alive connections to the proxy on `port` for short requests, as a context."""
+    """A context with keep-alive connections to the proxy on `port`, for short requests."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -213,7 +213,7 @@ class Requests:
         return self
 
     async def pace(self, seconds: float) -> int:
-        """Sends `SHORT_RATE` requests a second; returns how many, once they are answered."""
+        """Sends `SHORT_RATE` requests a second. Returns how many, when all are answered."""
         ShortClient.answered, start, sent, number = 0, perf_counter(), 0, int(SHORT_RATE * seconds)
         while sent < number:
             due = min(number, int((perf_counter() - start) * SHORT_RATE))

@@ -1,7 +1,8 @@
-"""What is measured of a proxy, and how.
+"""The measures.
 
-Where proxies differ by less than the machine does from one second to the next, they take turns of a second, as
-`Load`; the others stand still then. What needs a proxy for itself is a function.
+Some differences between proxies are smaller than the changes of the machine's speed from one second to the next. For
+these measures (`Load`), the proxies take turns of a second, and those without a turn are stopped. Measures that run one
+proxy alone are functions.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from .load import (
 )
 from .proxies import DIRECT, Peer, cpu, memory, tree
 
-# Seconds of a turn, and of what goes before it, until the processor's caches are the proxy's again, and what was due
-# while it stood still is done. What it does every second by itself is then in each turn once, as it should be.
+# Seconds of a turn, and of the warm-up before it, which fills the processor's caches and does what was due while the
+# proxy was stopped. Work that a proxy does once a second is in each turn once.
 TURN, WARM_UP = 1.0, 0.1
-# Connections in a turn, where they come one by one, and seconds that are waited for what may never be.
+# Connections in a turn, one after the other, and seconds after which we stop waiting for a proxy that never does it.
 ONE_BY_ONE, NEVER = 30, 2.0
-# Of a core, for each of two workers: what is left of two cores is the generator's.
+# The part of a core for each of two workers. The rest of two cores is for the generator.
 SHARE = 0.4
 CAPACITY = "streams at 50 chunks/s with p99 below 10 ms"
 
@@ -49,14 +50,17 @@ def say(text: str) -> None:
 
 @contextmanager
 def generator() -> Iterator[Callable[[], float]]:
-    """Tells afterwards for which share of the time this process was busy: near 1 it would be what is measured."""
+    """Yields a function that returns, after the context, how busy this process was, from 0 to 1.
+
+    Near 1 the generator is the bottleneck, and the figures are not those of the proxy.
+    """
     spent, began, share = process_time(), perf_counter(), 0.0
     yield lambda: share
     share = (process_time() - spent) / (perf_counter() - began)
 
 
 class Load(ABC):
-    """Work for a proxy on `port`, whose process is `pid`, as a context. What its turns take is kept for `figures`."""
+    """A context with work for the proxy on `port` with the process `pid`. `figures` has the results of all turns."""
 
     def __init__(self, peer: Peer, port: int, pid: int, options: Namespace) -> None:
         self.peer, self.port, self.pid, self.options = peer, port, pid, options
@@ -70,15 +74,15 @@ class Load(ABC):
 
     @abstractmethod
     async def turn(self) -> None:
-        """Does the work for a while."""
+        """One turn of work."""
 
     @abstractmethod
     def figures(self) -> dict[str, float]:
-        """What all turns together say, by what it is."""
+        """The results of all turns together, by name."""
 
 
 class Chunks(Load):
-    """Streams with a pace: the CPU for a chunk, and the time it takes to pass."""
+    """Paced streams: the CPU for a chunk, and the time a chunk takes to pass."""
 
     async def __aenter__(self) -> Load:
         number = max(1, int(self.options.streams * self.peer.share))
@@ -99,7 +103,7 @@ class Chunks(Load):
         found = {}
         if self.peer is not DIRECT:
             found["us of CPU per chunk"] = self._spent / self._sent * 1e6
-        # With less to do it would not be the same time.
+        # With less load the times would not be comparable.
         if self.peer.share == 1:
             cuts = statistics.quantiles(self._delays, n=1000)
             for name, index in (("p50", 499), ("p99", 989), ("p99.9", 998)):
@@ -108,11 +112,11 @@ class Chunks(Load):
 
 
 class ShortRequests(Load):
-    """Short requests with a pace: the CPU for one."""
+    """Paced short requests: the CPU for one."""
 
     async def __aenter__(self) -> Load:
         self._requests = await self.context.enter_async_context(Requests(self.port))
-        # Until the connections to the backend are there.
+        # First the proxy opens its connections to the backend.
         await self._requests.pace(TURN)
         self._spent, self._sent = 0.0, 0
         return self
@@ -128,7 +132,7 @@ class ShortRequests(Load):
 
 
 class OneByOne(Load):
-    """New connections, one by one: the median of what is measured of each, told as `figure`."""
+    """New connections, one after the other. The result is a median, and its name is `figure`."""
 
     figure: ClassVar[str]
 
@@ -138,7 +142,7 @@ class OneByOne(Load):
 
     @abstractmethod
     async def once(self) -> float:
-        """Seconds; `NEVER` if it was waited for in vain."""
+        """One connection: the seconds that it took, or `NEVER`."""
 
     async def turn(self) -> None:
         for _ in range(ONE_BY_ONE):
@@ -151,7 +155,7 @@ class OneByOne(Load):
 
 
 class FirstToken(OneByOne):
-    """From a client's beginning to connect to the first token."""
+    """From the start of the client's connect to the first token."""
 
     figure = "us to the first token, p50"
 
@@ -162,7 +166,7 @@ class FirstToken(OneByOne):
             asked_at = perf_counter()
             transport, _ = await asyncio.get_running_loop().create_connection(StreamClient, "127.0.0.1", self.port)
             async with asyncio.timeout(10):
-                while not StreamClient.received:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                while not StreamClient.received:  # noqa: ASYNC110 - an event would come one turn of the loop later
                     await asyncio.sleep(0)
             took = perf_counter() - asked_at
         finally:
@@ -174,7 +178,7 @@ class FirstToken(OneByOne):
 
 
 class Release(OneByOne):
-    """From a client's leaving in the middle of a stream to the end of the backend's connection."""
+    """From a client that leaves in the middle of a stream to the end of the backend's connection."""
 
     figure = "us from client's close to upstream's, p50"
 
@@ -190,7 +194,7 @@ class Release(OneByOne):
         transport.abort()
         try:
             async with asyncio.timeout(NEVER):
-                while Backend.streams:  # noqa: ASYNC110 - an event would be later by a turn of the loop
+                while Backend.streams:  # noqa: ASYNC110 - an event would come one turn of the loop later
                     await asyncio.sleep(0)
         except TimeoutError:
             backend.abort()
@@ -199,7 +203,7 @@ class Release(OneByOne):
 
 
 async def capacity(port: int, pid: int, options: Namespace) -> dict[str, float]:
-    """The most streams whose chunks are not late, in steps of a fifth: in leaps of four steps, then by halves."""
+    """The largest number of streams without late chunks, in steps of a fifth: first four at a time, then by halves."""
 
     def streams(step: int) -> int:
         return int(options.streams * 1.2**step)
@@ -214,7 +218,7 @@ async def capacity(port: int, pid: int, options: Namespace) -> dict[str, float]:
         return slowest >= 0.01
 
     async def too_many(step: int) -> bool:
-        """Late twice: once may be the machine."""
+        """Late twice. Once may be a pause of the machine."""
         return await late(step) and await late(step)
 
     enough, most = -1, 0
@@ -239,7 +243,7 @@ async def memory_per_stream(port: int, pid: int, options: Namespace) -> dict[str
 
 
 class Quota:
-    """A control group in which a process has `SHARE` of a core. Raises OSError where there is none to be had."""
+    """A control group that limits a process to `SHARE` of a core. Raises OSError if it cannot be made."""
 
     def __init__(self, pid: int) -> None:
         root = Path("/sys/fs/cgroup")
@@ -256,12 +260,12 @@ class Quota:
         (self._group / "cgroup.procs").write_text(str(pid))
 
     def remove(self) -> None:
-        """Once the process has ended."""
+        """Removes the group. The process must have ended."""
         self._group.rmdir()
 
 
 async def _throughput(port: int, options: Namespace) -> float:
-    """Chunks a second, each sent when the one before it has arrived."""
+    """Chunks a second at full speed: the next chunk of a stream is sent when the last one has arrived."""
     async with Streams(port, options.streams, EagerClient) as streams:
         EagerClient.order = streams.order
         for stream in range(options.streams):
@@ -275,7 +279,11 @@ async def _throughput(port: int, options: Namespace) -> float:
 
 
 async def workers(port: int, pid: int, options: Namespace) -> dict[str, float]:
-    """Two next to one and something else that takes as much CPU: who is alone is woken up more expensively."""
+    """Two workers compared with one.
+
+    While there is one, another process uses as much CPU as the second would. Otherwise the worker would often wake up
+    from an idle core, which costs more.
+    """
     _, *processes = tree(pid)
     other = await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
     here = os.sched_getaffinity(0)
@@ -283,7 +291,7 @@ async def workers(port: int, pid: int, options: Namespace) -> dict[str, float]:
     try:
         os.sched_setaffinity(0, options.cores)
         quotas += map(Quota, [*processes, other.pid])
-        # One that stands still accepts nothing.
+        # A stopped worker accepts no connections, so the other one gets all streams.
         os.kill(processes[1], signal.SIGSTOP)
         one = await _throughput(port, options)
         other.kill()
@@ -310,5 +318,5 @@ ALONE: dict[str, Callable[[int, int, Namespace], Awaitable[dict[str, float]]]] =
     "memory": memory_per_stream,
     "workers": workers,
 }
-# How many workers a proxy has for a measure, if not one.
+# Workers of a proxy for a measure. All other measures use one.
 WORKERS = {"workers": 2}

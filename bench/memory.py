@@ -1,9 +1,9 @@
-"""What a running `sseproxy serve` holds in the worst situations that clients and upstreams can bring it into.
+"""Measures the memory of a running `sseproxy serve` in the worst situations that clients and upstreams can cause.
 
-Each situation has a fresh proxy with one worker, over loopback. What is told is the most that its supervisor and its
-worker held together above what they held after a first exchange (see `bench.watch`).
+Each situation has a new proxy with one worker, over loopback. The result is the largest memory of supervisor and worker
+together, minus their memory after a first request (see `bench.watch`).
 
-`make memory` prints the table of the README; tests/test_memory.py holds the same bounds at a smaller scale.
+`make memory` prints the table for the README. tests/test_memory.py checks the same bounds at a smaller scale.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .watch import (
 )
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", "1")
-# Seconds; every situation is over long before.
+# Seconds after which a situation has failed. All take much less.
 PATIENCE = 120.0
 PIECE = chunk(delta("x" * 8_000))
 EVENT = delta(" token")
@@ -47,7 +47,7 @@ EVENT = delta(" token")
 
 @dataclass(frozen=True)
 class Bound:
-    """What a situation may cost at most, in bytes; for each stream or connection, or, not `each`, as a whole."""
+    """The most that a situation may cost, in bytes: for each stream or connection if `each`, otherwise in total."""
 
     situation: str
     size: int
@@ -70,21 +70,21 @@ class Figures:
     bound: Bound
     sent: str
     growth: int
-    """Bytes that the proxy held at most, above what it held before."""
+    """The largest memory of the proxy, in bytes above that before the situation."""
     count: int = 1
-    """Streams or connections that it was for."""
+    """How many streams or connections there were."""
 
     @property
     def cost(self) -> float:
-        """What `bound` is for, in bytes."""
+        """What is compared with `bound`, in bytes."""
         return self.growth / self.count if self.bound.each else self.growth
 
 
 @asynccontextmanager
 async def watched(script: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[tuple[Served, Watch]]:
-    """A proxy, and its memory from after its first exchange on.
+    """A proxy, and its memory, measured after a first request.
 
-    Its upstream answers a GET with a short stream, and plays `script` once the head of any other request was read.
+    The upstream answers a GET with a short stream. For any other request it reads the head and then runs `script`.
     """
 
     async def answer(api: Peer) -> None:
@@ -107,7 +107,7 @@ async def watched(script: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[tu
 
 
 async def stalled_clients(count: int = 200, offered: int = 64 * MIB) -> Figures:
-    """`count` clients that read nothing of streams of `offered` bytes, sent as fast as they are taken."""
+    """`count` clients that read nothing of their streams. Each stream has `offered` bytes, sent as fast as possible."""
     taken = finished = 0
 
     async def flood(api: Peer) -> None:
@@ -127,13 +127,13 @@ async def stalled_clients(count: int = 200, offered: int = 64 * MIB) -> Figures:
             client.send(post())
         await served.until(r"streams_active\{.*", count)
         await standstill(lambda: taken)
-        assert not finished, "a stream was taken whole"
+        assert not finished, "the proxy took a whole stream, although nobody reads it"
         sent = f"{count} streams of {offered // MIB} MiB, not read"
         return Figures(STALLED, sent, watch.growth, count)
 
 
 async def uploads(count: int = 500, offered: int = 16 * MIB) -> Figures:
-    """`count` clients that send `offered` bytes each to an upstream that reads no more than the head."""
+    """`count` clients that send `offered` bytes each. The upstream reads only the head."""
     begun = taken = finished = 0
     release = asyncio.Event()
 
@@ -161,7 +161,7 @@ async def uploads(count: int = 500, offered: int = 16 * MIB) -> Figures:
             sending.append(group.create_task(upload(client)))
         await standstill(lambda: taken + begun)
         assert begun == count, "an upload has not reached the upstream"
-        assert not finished, "an upload was taken whole"
+        assert not finished, "the proxy took a whole upload, although the upstream does not read it"
         figures = Figures(UPLOADS, f"{count} uploads of {offered // MIB} MiB", watch.growth, count)
         for task in sending:
             task.cancel()
@@ -170,14 +170,14 @@ async def uploads(count: int = 500, offered: int = 16 * MIB) -> Figures:
 
 
 async def idle_streams(count: int = 5000) -> Figures:
-    """`count` streams that have begun and are silent. Each needs two descriptors, here and there."""
+    """`count` streams that have started and are silent. Each needs two descriptors in the proxy, and two here."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     allowed = min(count, (hard - 200) // 2)
 
     async def begin(api: Peer) -> None:
         api.send(STREAM_HEAD, chunk(EVENT))
-        # The end of the connection, whenever that is.
+        # Keeps the connection open until the proxy closes it.
         await api.reader.read()
 
     async def open_one(served: Served) -> None:
@@ -197,7 +197,7 @@ async def idle_streams(count: int = 5000) -> Figures:
 
 
 async def heads_of_clients(count: int = 500) -> Figures:
-    """`count` connections whose request heads grow by a KiB at a time until they are refused."""
+    """`count` connections whose request heads grow by one KiB at a time until they are refused."""
 
     async def never(api: Peer) -> None:
         raise AssertionError("a request has reached the upstream")
@@ -214,7 +214,7 @@ async def heads_of_clients(count: int = 500) -> Figures:
 
 
 async def heads_of_upstreams(count: int = 500) -> Figures:
-    """`count` exchanges whose response heads grow by a KiB at a time until they are refused."""
+    """`count` requests whose response heads grow by one KiB at a time until they are refused."""
     apis: list[Peer] = []
     all_begun = asyncio.Event()
 
@@ -238,10 +238,10 @@ async def heads_of_upstreams(count: int = 500) -> Figures:
 
 
 async def grow(peers: list[Peer], ended: Callable[[], bool]) -> int:
-    """Sends a KiB on each connection that is still open, all at the same pace, until `ended`: so many bytes on each."""
+    """Sends one KiB at a time on each open connection, until `ended`. Returns how many bytes each connection got."""
     sent = 0
     while not ended():
-        assert sent < MIB, "what has no end is not refused"
+        assert sent < MIB, "a head without end is not refused"
         for peer in peers:
             if not peer.writer.transport.is_closing():
                 peer.send(b"x" * KIB)
@@ -251,7 +251,7 @@ async def grow(peers: list[Peer], ended: Callable[[], bool]) -> int:
 
 
 async def endless_line(size: int = GIB) -> Figures:
-    """A stream of one event of `size` bytes, which the client reads to its end."""
+    """A stream of one event of `size` bytes. The client reads all of it."""
     piece = b"x" * 64 * KIB
     first = chunk(b"data: " + piece[6:])
     sent = f"{size // MIB:,} MiB without a newline, received whole"
@@ -259,14 +259,14 @@ async def endless_line(size: int = GIB) -> Figures:
 
 
 async def tiny_chunks(count: int = 1_000_000) -> Figures:
-    """A stream of `count` chunks of one byte each, which the client reads to its end."""
+    """A stream of `count` chunks of one byte each. The client reads all of it."""
     at_once = 1000
     sent = f"{count:,} chunks, received whole"
     return await one_stream(TINY_CHUNKS, sent, b"", chunk(b":") * at_once, count // at_once, count)
 
 
 async def tiny_events(count: int = 1_000_000) -> Figures:
-    """A stream of `count` chunks with one event each, which the client reads to its end."""
+    """A stream of `count` chunks with one event each. The client reads all of it."""
     at_once = 1000
     size = count * len(EVENT)
     sent = f"{count:,} chunks, {size // MIB} MiB, received whole"
@@ -274,7 +274,7 @@ async def tiny_events(count: int = 1_000_000) -> Figures:
 
 
 async def one_stream(bound: Bound, sent: str, first: bytes, piece: bytes, times: int, size: int) -> Figures:
-    """A stream of `first`, then so many `times` `piece`, both of them whole chunks; its payload has `size` bytes."""
+    """A stream of `first`, then `times` times `piece`. Both are whole chunks. The payload has `size` bytes in total."""
 
     async def send(api: Peer) -> None:
         api.send(STREAM_HEAD, first)
@@ -298,7 +298,7 @@ async def one_stream(bound: Bound, sent: str, first: bytes, piece: bytes, times:
 
 
 async def short_requests(count: int = 100_000, connections: int = 8) -> Figures:
-    """`count` requests on a few connections, each after the answer to the one before it."""
+    """`count` requests on a few connections. Each is sent after the answer to the one before it."""
     request, answer = post(), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
     body = request.partition(b"\r\n\r\n")[2]
 
@@ -350,7 +350,7 @@ def main() -> int:
         say(row(figures))
         if figures.cost > figures.bound.size:
             broken.append(figures.bound.situation)
-    sys.stderr.write(f"{perf_counter() - begun:.0f} s; more than the bound: {', '.join(broken) or 'none'}\n")
+    sys.stderr.write(f"{perf_counter() - begun:.0f} s; over their bound: {', '.join(broken) or 'none'}\n")
     return 1 if broken else 0
 
 

@@ -1,8 +1,8 @@
-"""A paced stream through a proxy, and the largest gap between two arrivals of it: how long everybody else waits.
+"""A paced stream through a proxy. Its largest gap shows how long other clients wait while the proxy is attacked.
 
-Its upstream and its client are a process of their own, `python -m bench.pace`, so that what the tool itself does is not
-measured. It is talked to in lines: it says its port, is told the proxy's, and for each line after that says the largest
-gap since the one before.
+The upstream and the client of this stream are a separate process, `python -m bench.pace`, so that work of the tool
+itself is not measured. The tool and this process exchange lines: the process prints the port of its upstream, reads the
+port of the proxy, and then answers each line with the largest gap since the last one, in seconds.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ PATH = "/paced"
 
 
 class Pace:
-    """The process, seen from the tool. Gaps are in seconds."""
+    """The tool's side of the process. Gaps are in seconds."""
 
     def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
         self._process = process
         self.port = port
-        """Its upstream's."""
+        """The port of its upstream."""
 
     async def begin(self, port: int, *, tls: bool) -> None:
-        """The stream begins, through the proxy on `port`."""
+        """Starts the stream, through the proxy on `port`."""
         await self._ask(f"{port} {'tls' if tls else 'plain'}")
 
     async def gap(self) -> float:
-        """The largest gap since this was last asked for."""
+        """The largest gap since the last call."""
         return float(await self._ask("gap"))
 
     async def _ask(self, line: str) -> bytes:
@@ -84,7 +84,7 @@ class Arrivals(asyncio.Protocol):
 
 
 async def send(api: Peer) -> None:
-    """An event each `PACE`. What could not be sent in time is left out."""
+    """Sends an event every `PACE` seconds. Events that are already late are skipped."""
     await api.message()
     api.send(STREAM_HEAD)
     due = perf_counter()

@@ -1,4 +1,4 @@
-"""sseproxy and its peers: how each is started, and what its processes have used."""
+"""The proxies: how each one is started, and how much CPU and memory its processes use."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CPUCLOCK_SCHED = 2
 
 
 class Peer:
-    """A proxy that can be started on a port in front of an upstream. `needs` is what it cannot do without.
+    """A proxy that can be started on a port in front of an upstream. `needs` is the program or file that must exist.
 
-    What cannot take the usual load gets a `share` of it, and only the measures in `only`. `more` are measures that only
-    some proxies can be part of.
+    A proxy that cannot take the usual load gets a `share` of it, and only the measures in `only`. `more` are additional
+    measures, which not all proxies can do.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Peer:
         )
 
 
-# The measures that all can be part of.
+# The measures for all proxies.
 EVERYWHERE = ("chunks", "requests", "first_token", "release", "capacity", "memory")
 GO = ("env", "GOMAXPROCS=1")
 PEERS = [
@@ -116,7 +116,7 @@ PEERS = [
     Peer(
         "litellm",
         HERE / ".venv/bin/litellm",
-        # It would fetch prices from the network first.
+        # Otherwise it downloads a list of prices when it starts.
         *("env", "LITELLM_LOCAL_MODEL_COST_MAP=True"),
         *(str(HERE / ".venv/bin/litellm"), "--config", "$DIRECTORY/litellm.yaml", "--host", "127.0.0.1"),
         *("--port", "$PORT", "--num_workers", "1"),
@@ -125,7 +125,7 @@ PEERS = [
         only=("chunks",),
     ),
 ]
-# No proxy: what backend, clients and the kernel take themselves.
+# No proxy: the cost of backend, clients and kernel.
 DIRECT = Peer("direct", "true", "sleep", "infinity", only=("chunks", "first_token", "capacity"))
 
 
@@ -137,9 +137,9 @@ def tree(pid: int) -> Iterator[int]:
 
 
 def cpu(pid: int) -> float:
-    """Seconds of user and system time so far of `pid` and its descendants, all threads of them.
+    """Seconds of user and system time so far, of `pid` and its descendants with all their threads.
 
-    By the scheduler's clock of a process (clock_getcpuclockid(3)), because what `stat` tells is counted in ticks.
+    It reads the CPU clock of each process (clock_getcpuclockid(3)), because /proc/PID/stat counts in ticks of 10 ms.
     """
     return sum(clock_gettime((~each << 3) | _CPUCLOCK_SCHED) for each in tree(pid))
 
@@ -154,7 +154,7 @@ def memory(pid: int) -> float:
 
 
 def stop(pid: int) -> None:
-    """Has `pid` and its descendants stand still, until `go`."""
+    """Stops `pid` and its descendants until `go`."""
     for each in tree(pid):
         os.kill(each, signal.SIGSTOP)
 

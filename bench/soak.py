@@ -1,16 +1,23 @@
-"""A served proxy under mixed load for a long time: nothing may grow, nothing may be left, nothing may be wrong.
-
-Clients come at a steady rate, with a few requests each. They read to the end, slowly, or not at all, leave at random,
-upload, keep their connection or not, and send what is no request. The upstream answers with the recorded streams of
-`tests/wire` in random pieces, and fails in every way it can. What a client receives whole is compared with what was
-recorded.
-
-At the end everybody leaves, and the run fails if memory rose after the warm-up (by a line fitted to what was seen), if
-descriptors did not return, threads were added, a gauge is not zero, a worker was replaced, an exchange ended as
-`proxy_error`, a body was not what was sent, a client was left waiting, or the proxy complained on stderr. A seed draws
-the same clients and answers again, at other moments.
+"""Runs a proxy under mixed load for a long time: nothing may grow, nothing may be left over, nothing may be wrong.
 
     make soak SECONDS=3600
+
+Clients arrive at a steady rate and send a few requests each. They read everything, read slowly or do not read, leave at
+random, upload, keep their connection or close it, and send bytes that are not a request. The upstream answers with the
+recorded streams of `tests/wire`, in random pieces, and fails in every way. If a client receives a complete response, it
+is compared with the recording.
+
+At the end all clients leave. The run fails if one of these is true:
+
+- memory rose after the warm-up (measured by a line fitted to the samples)
+- descriptors were not closed, or there are more threads
+- a gauge is not zero
+- a worker was replaced, or a request ended as `proxy_error`
+- a body differs from what was sent
+- a client was still waiting
+- the proxy logged a warning or an error
+
+The same seed gives the same clients and answers again, but at other moments.
 """
 
 from __future__ import annotations
@@ -40,17 +47,18 @@ from tests.test_shapes import SHAPES, Shape
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
-# Seconds between two samples, each of which is a line of progress.
+# Seconds between two samples. Each sample prints a line.
 SAMPLE = 10.0
-# What lines fitted to the samples may rise in the last two thirds of a run, all processes together. Python's blocks in
-# use vary by a thousand or two with what is under way; malloc's bytes by some MiB; and the heap, which is what the
-# kernel knows, grows by steps for the longest time.
+# How much the fitted lines may rise in the last two thirds of a run, for all processes together. Python's blocks in use
+# vary by one or two thousand with the load, and malloc's bytes by some MiB. The heap, as the kernel sees it, grows in
+# steps for a long time.
 MAX_BLOCKS, MAX_IN_USE, MAX_MEMORY = 5_000, 8 * MIB, 48 * MIB
-# Seconds until all must be gone at the end: the pool keeps a connection for 4, the timeouts below are shorter.
+# Seconds after which everything must be closed at the end. The pool keeps a connection for 4 s, and the timeouts below
+# are shorter.
 SETTLING = 30.0
-# A client that does not read is offered so much, which is more than the kernel's buffers take.
+# Bytes that are sent to a client that does not read: more than the kernel's buffers hold.
 FLOOD = 24 * MIB
-# So many lines of what went wrong are enough.
+# The run stops after so many errors.
 ENOUGH = 20
 
 CONFIG = """\
@@ -77,13 +85,13 @@ routes:
     upstream: refusing
 """
 
-# What an upstream does, and how often. Of the first ones a client may receive all.
+# What an upstream does, with weights. With those in WHOLE a client may receive the complete response.
 WHOLE = {"chunked": 12, "length": 3, "close": 2, "interim": 2}
 FAULTS = {
     **{"cut": 3, "reset": 2, "short": 1, "stall": 1, "silent": 1, "garbage": 1, "bad chunk": 1, "early": 2},
     **{"error": 2, "empty": 1, "gone": 1},
 }
-# What a client does, and how often.
+# What a client does, with weights.
 CLIENTS = {
     **{"reads": 12, "reads slowly": 3, "keeps": 8, "asks 1.0": 2, "pipelines": 1, "uploads": 3, "stops uploading": 1},
     **{"leaves in its request": 1, "leaves at once": 2, "leaves in the response": 6, "closes its side": 2},
@@ -99,7 +107,7 @@ def draw(dice: random.Random, weights: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the upstream does with the request of a number. Both sides know it."""
+    """What the upstream does with the request of this number. Client and upstream both compute it."""
 
     number: int
     shape: Shape
@@ -117,7 +125,7 @@ def answer_to(seed: int, number: int, flood: bool) -> Answer:
 
 
 def pieces_of(dice: random.Random, data: bytes) -> list[bytes]:
-    """At most forty or so."""
+    """Splits `data` at random, into about forty pieces at most."""
     pieces, start = [], 0
     while start < len(data):
         size = max(dice.choice([1, 30, 300, 9000]), len(data) // 40)
@@ -141,13 +149,13 @@ class Soak:
             while await self._answer(api):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
-            # The proxy has left, or an idle connection was long enough without a request.
+            # The proxy has closed the connection, or no request came on an idle connection.
             pass
         finally:
             writer.transport.abort()
 
     async def _answer(self, api: Peer) -> bool:
-        """Whether the connection may be used again."""
+        """Answers one request. Returns whether the connection may be used again."""
         head = await api.head()
         query = re.search(r"[?&]n=(\d+)(f?) ", head.start_line)
         assert query is not None, head.start_line
@@ -216,14 +224,14 @@ class Soak:
     def request(
         self, number: int, *, prefix: str = "", version: str = "1.1", more: bytes = b"", flood: bool = False
     ) -> bytes:
-        """The head of a POST without the length of its body."""
+        """The head of a POST, up to the fields that describe its body."""
         path = answer_to(self.seed, number, flood).shape.path
         target = f"{prefix}{path}{'&' if '?' in path else '?'}n={number}{'f' if flood else ''}"
         line = f"POST {target} HTTP/{version}\r\nHost: p\r\nContent-Type: application/json\r\n".encode()
         return line + more
 
     async def client(self, number: int) -> None:
-        """One client, and what it is."""
+        """One client. Its kind is drawn at random."""
         dice = random.Random(f"{self.seed} client {number}")
         kind = draw(dice, CLIENTS)
         sock = socket.socket()
@@ -239,17 +247,18 @@ class Soak:
         try:
             await self._act(kind, peer, dice, number)
         except (ConnectionError, asyncio.IncompleteReadError):
-            # The proxy has cut it, as it does when the upstream fails in mid-stream.
+            # The proxy cut the connection, as it does when the upstream fails in mid-stream.
             pass
         except (TimeoutError, AssertionError) as error:
-            self.wrong.append(f"client {number}, that {kind}: {error!r}")
+            self.wrong.append(f"client {number}, which {kind}: {error!r}")
         finally:
             dice.choice([peer.close, peer.reset, peer.writer.transport.abort])()
             peer.writer.transport.abort()
         self.done[kind] += 1
 
     async def _act(self, kind: str, peer: Peer, dice: random.Random, number: int) -> None:
-        # The proxy gives everything up that stalls for 2 or 3 s; what takes the 10 of the harness is left waiting.
+        # The proxy ends everything that stalls for 2 or 3 s. A client that waits for the 10 s of the harness was
+        # forgotten.
         small = b'{"stream":true,"model":"m","messages":[]}'
         body = b"Content-Length: %d\r\n\r\n%b" % (len(small), small)
         match kind:
@@ -318,7 +327,7 @@ class Soak:
             case "does not read":
                 peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
                 peer.send(self.request(number, flood=True), body)
-                # Either it gives up first, or the proxy, after 3 s.
+                # Either the client leaves first, or the proxy cuts it after 3 s.
                 await asyncio.sleep(dice.random() * 6)
                 peer.writer.transport.resume_reading()  # type: ignore[attr-defined]
                 await peer.read(1)
@@ -330,15 +339,17 @@ class Soak:
                 peer.send(self.request(number, prefix="/asking"), body)
                 response = await peer.message()
                 if response.status == 200:
-                    assert response.complete <= answer_to(self.seed, number, False).whole, "complete, but was cut"
+                    assert response.complete <= answer_to(self.seed, number, False).whole, (
+                        "the response looks complete, but the upstream cut it"
+                    )
 
     async def _receive(self, peer: Peer, number: int) -> bool:
-        """Reads a response, which is what was sent if it is whole. Whether another request may follow."""
+        """Reads a response, and checks it if it is complete. Returns whether another request may follow."""
         answer = answer_to(self.seed, number, False)
         response = await peer.message()
         if response.status == 200 and response.complete:
-            assert answer.whole, f"complete, but the upstream's way was {answer.way}"
-            assert response.body == answer.shape.body, f"{answer.shape.name} has changed on its way"
+            assert answer.whole, f"the response looks complete, but the upstream did: {answer.way}"
+            assert response.body == answer.shape.body, f"{answer.shape.name} was changed by the proxy"
             self.done["received whole"] += 1
         return response.complete and response.get("connection") != "close"
 
@@ -354,7 +365,7 @@ class Sample:
 
 
 async def sample(pids: list[int], probes: Path) -> Sample:
-    """What the processes have together. Memory is what they have touched of what they allocated, in bytes."""
+    """Measures all processes together. Memory is what they have allocated and used, in bytes."""
     memory = blocks = in_use = descriptors = threads = 0
     for pid in pids:
         process, probe = Path(f"/proc/{pid}"), probes / str(pid)
@@ -378,14 +389,14 @@ def say(text: str) -> None:
 
 
 async def come_and_go(soak: Soak, rate: float, end: float, clients: set[asyncio.Task[None]]) -> None:
-    """`rate` clients a second until `end`, at random moments."""
+    """Starts `rate` clients a second until `end`, at random moments."""
     dice, number = random.Random(soak.seed), 0
     loop = asyncio.get_running_loop()
     due = perf_counter()
     while due < end and len(soak.wrong) < ENOUGH:
         due += dice.expovariate(rate)
         await asyncio.sleep(max(0.0, due - perf_counter()))
-        # The requests of a client have numbers of their own.
+        # A client sends fewer than ten requests, and each has a number of its own.
         number += 10
         task = loop.create_task(soak.client(number))
         clients.add(task)
@@ -401,15 +412,15 @@ async def watch(served: Served, pids: list[int], probes: Path, samples: list[Sam
         samples.append(now)
         exchanges, active = await served.sample(r"requests_total\{.*"), await served.sample(r"requests_active\{.*")
         say(
-            f"{now.at - begun:6.0f} s  {exchanges:9.0f} exchanges ({(exchanges - before) / (now.at - then):5.1f}/s)"
-            f"  {active:4.0f} active  {now.memory / MIB:6.1f} MiB, {now.in_use / MIB:5.1f} of malloc's in use"
+            f"{now.at - begun:6.0f} s  {exchanges:9.0f} requests ({(exchanges - before) / (now.at - then):5.1f}/s)"
+            f"  {active:4.0f} active  {now.memory / MIB:6.1f} MiB, {now.in_use / MIB:5.1f} MiB in use in malloc"
             f"  {now.blocks:,} blocks  {now.descriptors} descriptors"
         )
         then, before = now.at, exchanges
 
 
 async def settled(served: Served, pids: list[int], probes: Path, before: Sample) -> list[str]:
-    """What is still there once everything had its time to go."""
+    """Waits until everything is closed. Returns what is still open after that, one line each."""
     gauges = r"(requests_active|streams_active|upstream_connections)\{.*"
     deadline = perf_counter() + SETTLING
     while True:
@@ -426,13 +437,13 @@ async def settled(served: Served, pids: list[int], probes: Path, before: Sample)
 
 
 def rise(samples: list[Sample], what: Callable[[Sample], int]) -> float:
-    """By how much it rose, by a line fitted to it."""
+    """By how much a line fitted to `what` rises over the samples."""
     slope, _ = linear_regression([one.at for one in samples], [what(one) for one in samples])
     return slope * (samples[-1].at - samples[0].at)
 
 
 async def run(seconds: float, rate: float, seed: int) -> bool:
-    """Whether all was well."""
+    """One run. Returns whether nothing was wrong."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     assert seconds >= 6 * SAMPLE, "too short to see a rise"
@@ -460,17 +471,17 @@ async def run(seconds: float, rate: float, seed: int) -> bool:
             watching.cancel()
             if clients:
                 _, late = await asyncio.wait(clients, timeout=SETTLING)
-                soak.wrong += [f"{len(late)} clients are left waiting"] if late else []
+                soak.wrong += [f"{len(late)} clients are still waiting"] if late else []
             soak.wrong += await settled(served, pids, probes, before)
             outcomes: Counter[str] = Counter()
             for name, value in (await served.samples()).items():
                 if outcome := re.match(r"requests_total\{.*outcome=\"(\w+)\"", name):
                     outcomes[outcome[1]] += int(value)
             if outcomes["proxy_error"]:
-                soak.wrong.append(f"{outcomes['proxy_error']} exchanges ended as proxy_error")
+                soak.wrong.append(f"{outcomes['proxy_error']} requests ended as proxy_error")
             recorded = int(await served.sample(r"request_duration_seconds_count\{.*"))
             if recorded != outcomes.total():
-                soak.wrong.append(f"{outcomes.total()} exchanges, {recorded} durations")
+                soak.wrong.append(f"{outcomes.total()} requests, but {recorded} durations")
             if served.workers != workers or await served.sample("worker_restarts_total"):
                 soak.wrong.append("a worker was replaced")
             last = await sample(pids, probes)
@@ -478,11 +489,12 @@ async def run(seconds: float, rate: float, seed: int) -> bool:
             if status := await served.ended():
                 soak.wrong.append(f"the proxy ended with {status}")
         server.close()
-    soak.wrong += [f"the proxy said: {line}" for line in served.stderr.splitlines() if not line.startswith("INFO ")]
+    # Standard output is a pipe, so log lines are JSON. A line that is not JSON is a crash.
+    soak.wrong += [f"the proxy logged: {line}" for line in served.stderr.splitlines() if '"level":"info"' not in line]
     fitted = samples[len(samples) // 3 :]
-    # libuv starts its threads when they are first needed.
+    # libuv starts its threads when they are first needed, so the first third of the run does not count.
     if last.threads > fitted[0].threads:
-        soak.wrong.append(f"{last.threads} threads, {fitted[0].threads} once it was warm")
+        soak.wrong.append(f"{last.threads} threads, {fitted[0].threads} after the warm-up")
     say(f"outcomes: {', '.join(f'{name} {count}' for name, count in sorted(outcomes.items()))}")
     say(f"clients: {', '.join(f'{name} {count}' for name, count in sorted(soak.done.items()))}")
     blocks, in_use = rise(fitted, lambda one: one.blocks), rise(fitted, lambda one: one.in_use)
@@ -496,7 +508,7 @@ async def run(seconds: float, rate: float, seed: int) -> bool:
         soak.wrong.append("memory has grown")
     for kind in CLIENTS:
         if not soak.done[kind]:
-            soak.wrong.append(f"no client that {kind}: the run was too short")
+            soak.wrong.append(f"no client of the kind '{kind}': the run was too short")
     for line in soak.wrong[:ENOUGH]:
         say(f"wrong: {line}")
     say("failed" if soak.wrong else "all well")

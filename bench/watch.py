@@ -1,8 +1,8 @@
-"""The memory of a served proxy, and what its peers need to bring it into a situation.
+"""Measures the memory of a running proxy, and has small tools for the clients and upstreams of `memory` and `hostile`.
 
-Memory is what processes have allocated: `Anonymous` of /proc/PID/smaps_rollup (proc(5)). Their RSS and PSS have the
-pages of libraries as well, which come and go with other processes. TCP buffers belong to the kernel, which bounds them
-itself (tcp_rmem, tcp_wmem).
+Memory is `Anonymous` in /proc/PID/smaps_rollup (proc(5)): what the processes have allocated. RSS and PSS also contain
+pages of libraries, which depend on other processes. TCP buffers belong to the kernel, which bounds them itself
+(tcp_rmem, tcp_wmem).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from tests.harness import Peer
 from tests.served import Served
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-# In asyncio's debug mode, for which any value will do, futures and handles remember where they were made.
+# Turns off asyncio's debug mode, if the environment has turned it on: with it, futures and handles keep a traceback.
 NO_DEBUG = {"PYTHONASYNCIODEBUG": ""}
-# Looks at the processes, and seconds between two of them.
+# Seconds between two readings of the processes' memory.
 LOOK = 0.02
-# So many looks without progress are a standstill: half a second in which loopback moves nothing.
+# After so many readings without progress nothing moves any more: half a second without a byte on loopback.
 STANDSTILL = 25
-# What the tool's own sockets buffer, so that the bytes sent are not the kernel's.
+# The buffers of our own sockets are small, so that bytes are held by the proxy and not by the kernel.
 SOCKET_BUFFER = 64 * KIB
 GET = b"GET /v1/models HTTP/1.1\r\nHost: proxy\r\n\r\n"
 
 
 def held(pid: int) -> int:
-    """What a process has allocated and touched, in bytes."""
+    """The bytes that a process has allocated and used at least once."""
     (kib,) = re.findall(r"^Anonymous:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
     return int(kib) * KIB
 
 
 class Watch:
-    """Looks at the memory of some processes for as long as it is open."""
+    """Reads the memory of some processes again and again, and keeps the maximum."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
@@ -59,7 +59,7 @@ class Watch:
 
 @asynccontextmanager
 async def watching(served: Served) -> AsyncIterator[Watch]:
-    """The memory of the supervisor and the worker, from now on."""
+    """Watches the memory of the supervisor and its workers from now on."""
     await served.get("/metrics")
     watch = Watch([served.pid, *served.workers])
     looking = asyncio.get_running_loop().create_task(watch.look())
@@ -76,7 +76,7 @@ def small_buffers(peer: Peer) -> None:
 
 
 async def standstill(progress: Callable[[], int]) -> int:
-    """Waits until `progress` has begun and does not go on, and tells how far it got."""
+    """Waits until `progress` has started and then stopped rising. Returns its last value."""
     last, since = 0, 0
     while since < STANDSTILL or not last:
         await asyncio.sleep(LOOK)

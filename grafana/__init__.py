@@ -1,1 +1,1 @@
-"""The dashboard, the rules, and the scripts that make and draw them."""
+"""The dashboard and the rules, and the scripts that write and draw the dashboard."""

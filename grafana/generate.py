@@ -1,7 +1,7 @@
 """Writes the dashboard: `python grafana/generate.py > grafana/dashboard.json`.
 
-`ROWS` is what it shows. A panel has a title, what it means and what to do about it, and its queries; where it stands
-follows from its width. Queries are of what the dashboard's variables select.
+`ROWS` holds the panels. Each has a title, a description of what it means and what to do about it, and its queries. Panels
+are placed from left to right, by their width. Every query is restricted to what the variables of the dashboard select.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-# What is selected, of a metric with route and upstream, with upstream alone, and of the process.
+# Selectors for metrics with the labels route and upstream (R), with upstream only (U), and with neither (P).
 R = 'job=~"$job",instance=~"$instance",route=~"$route",upstream=~"$upstream"'
 U = 'job=~"$job",instance=~"$instance",upstream=~"$upstream"'
 P = 'job=~"$job",instance=~"$instance"'
@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 24, 8
 
 
 class Query(NamedTuple):
-    """A query and the name of its series. `exemplar` also asks for exemplars, `heatmap` for buckets."""
+    """A query, and the legend of its series. `exemplar` also requests exemplars; `heatmap` requests buckets."""
 
     expr: str
     legend: str = ""
@@ -73,7 +73,7 @@ ROWS = (
         (
             Panel(
                 "Requests",
-                "Exchanges that end, per second. A fall without a fall of clients means that they do not get here.",
+                "Requests that ended, per second. If it falls while clients are as many as before, requests do not reach this proxy.",
                 (Query(rate("requests_total"), "requests"),),
                 "reqps",
                 4,
@@ -81,7 +81,7 @@ ROWS = (
             ),
             Panel(
                 "Streams active",
-                "Event streams under way. Each holds a connection on both sides; scale by this.",
+                "Event streams in progress. Each needs a connection on both sides. Use this number to scale.",
                 (Query(f"sum(sseproxy_streams_active{{{R}}})", "streams"),),
                 "short",
                 4,
@@ -89,8 +89,8 @@ ROWS = (
             ),
             Panel(
                 "TTFT p90",
-                "Nine of ten requests have their first token within this. Compare with time to response head: if that is "
-                "high as well, the upstream queues.",
+                "Nine of ten streams have their first token within this time. If the time to the response head is high as "
+                "well, requests wait in the queue of the upstream.",
                 (Query(quantile(0.9, "time_to_first_token_seconds"), "p90"),),
                 "s",
                 4,
@@ -98,7 +98,7 @@ ROWS = (
             ),
             Panel(
                 "Not completed",
-                "The share of exchanges that did not complete, clients that left included. Why is in the next row.",
+                "The share of requests that did not complete, including clients that left. The next row has the reasons.",
                 (Query(f"{NOT_COMPLETED} / {rate('requests_total')}", "share"),),
                 "percentunit",
                 4,
@@ -107,7 +107,7 @@ ROWS = (
             ),
             Panel(
                 "Workers",
-                "Workers that take requests. Zero is an outage; fewer than configured means that one is being replaced.",
+                "Workers that accept requests. Zero is an outage. Fewer than configured: one is being replaced.",
                 (Query(f"sum(sseproxy_workers{{{P}}})", "workers"),),
                 "short",
                 4,
@@ -116,7 +116,7 @@ ROWS = (
             ),
             Panel(
                 "Configuration",
-                "1 if what was last read is in use. 0: a reload was refused, and the log says why; the old one goes on.",
+                "1: the latest reload succeeded. 0: it was refused, the earlier configuration stays in use, and the log has the reason.",
                 (Query(f"min(sseproxy_config_last_reload_successful{{{P}}})", "in use"),),
                 "short",
                 4,
@@ -130,15 +130,15 @@ ROWS = (
         (
             Panel(
                 "Requests by status",
-                "499 are clients that left before there was a status. Statuses of upstreams pass through: look at 429 and 5xx.",
+                "499: the client left before there was a status. Statuses of upstreams are forwarded: look at 429 and 5xx.",
                 (Query(rate("requests_total", "code"), "{{code}}"),),
                 "reqps",
                 stacked=True,
             ),
             Panel(
-                "What did not complete, by why",
-                "truncated and upstream_* are the upstream's, client_gone_* and stalled_client the client's, rejected, drained "
-                "and proxy_error this proxy's.",
+                "Not completed, by outcome",
+                "truncated and upstream_*: the upstream failed. client_gone_* and stalled_client: the client left or stalled. "
+                "rejected, drained and proxy_error: this proxy refused, stopped or failed.",
                 (
                     Query(
                         f'sum by (outcome) (rate(sseproxy_requests_total{{{R},outcome!="completed"}}[{RATE}]))',
@@ -150,28 +150,28 @@ ROWS = (
             ),
             Panel(
                 "Requests by route",
-                "Where the traffic goes.",
+                "Requests that ended, per second and route.",
                 (Query(rate("requests_total", "route"), "{{route}}"),),
                 "reqps",
                 stacked=True,
             ),
             Panel(
-                "Under way",
-                "Exchanges and, of them, event streams. Exchanges that pile up without streams wait for response heads.",
+                "In progress",
+                "Requests in progress, and how many of them are event streams. Many requests but few streams: they wait for the upstream.",
                 (
-                    Query(f"sum(sseproxy_requests_active{{{R}}})", "exchanges"),
+                    Query(f"sum(sseproxy_requests_active{{{R}}})", "requests"),
                     Query(f"sum(sseproxy_streams_active{{{R}}})", "streams"),
                 ),
             ),
             Panel(
                 "Duration",
-                "From request head to last byte, whatever the outcome. Of streams it is mostly the length of the answer.",
+                "Time from the request head to the end, for every outcome. For streams it is mostly the length of the answer.",
                 quantiles("request_duration_seconds"),
                 "s",
             ),
             Panel(
                 "Bytes",
-                "Bodies as they were relayed, without framing.",
+                "Bytes of bodies, without HTTP heads and chunk framing.",
                 (
                     Query(rate("request_bytes_total"), "requests"),
                     Query(rate("response_bytes_total"), "responses"),
@@ -185,26 +185,27 @@ ROWS = (
         (
             Panel(
                 "TTFT",
-                "Request head received to the first generated token written to the client. Exemplars lead to request ids.",
+                "Time from the request head to the first generated content written to the client. The points (exemplars) have request ids.",
                 quantiles("time_to_first_token_seconds", exemplar=True),
                 "s",
             ),
             Panel(
-                "TTFT, all of them",
-                "Two bands are two kinds of requests: cached and not, short and long prompts, two models.",
+                "TTFT, distribution",
+                "Two bands are two kinds of requests: with and without prompt cache, short and long prompts, two models.",
                 heatmap("time_to_first_token_seconds"),
                 "s",
                 kind="heatmap",
             ),
             Panel(
                 "TTFT p90 by model",
-                "Models are told apart by metrics.models of the configuration; the rest is other.",
+                "The configuration lists models in metrics.models. All others are in other.",
                 (Query(quantile(0.9, "time_to_first_token_seconds", "model"), "{{model}}"),),
                 "s",
             ),
             Panel(
                 "Before the first token",
-                "p90 of the steps to it: the response head, the first event, the first token. Between head and token is prefill.",
+                "p90 of the time to the response head, to the first event and to the first token. Time between head and token is "
+                "prefill or hidden reasoning.",
                 (
                     Query(quantile(0.9, "time_to_response_head_seconds"), "response head"),
                     Query(quantile(0.9, "time_to_first_event_seconds"), "first event"),
@@ -220,20 +221,20 @@ ROWS = (
         (
             Panel(
                 "Gaps between tokens",
-                "Between events with generated content, as they were read from the upstream. p99 is what users see as stalls.",
+                "Time between events with generated content, as read from the upstream. Users see p99 as pauses.",
                 quantiles("inter_token_latency_seconds"),
                 "s",
             ),
             Panel(
-                "Gaps, all of them",
-                "A second band far above the first is a batch that is interrupted by others' prefills.",
+                "Gaps, distribution",
+                "A second band far above the first: the engine interrupts a batch for the prefill of other requests.",
                 heatmap("inter_token_latency_seconds"),
                 "s",
                 kind="heatmap",
             ),
             Panel(
                 "Time per output token",
-                "(last - first token) / (output tokens - 1), by model, on average. Its inverse is the speed of one stream.",
+                "Average per model of (last - first token) / (output tokens - 1). 1 divided by it is the speed of one stream.",
                 (
                     Query(
                         f"{rate('time_per_output_token_seconds_sum', 'model')} / {rate('time_per_output_token_seconds_count', 'model')}",
@@ -244,13 +245,13 @@ ROWS = (
             ),
             Panel(
                 "Tokens by type",
-                "The upstreams' own counts. cached_input and reasoning are parts of input and output with OpenAI.",
+                "As the upstreams count them. For OpenAI, cached_input is a part of input, and reasoning is a part of output.",
                 (Query(rate("tokens_total", "type"), "{{type}}"),),
                 "short",
             ),
             Panel(
                 "Output tokens by model",
-                "What is generated, per second.",
+                "Output tokens per second, by model. They are added when a stream ends.",
                 (
                     Query(
                         f'sum by (model) (rate(sseproxy_tokens_total{{{R},type="output"}}[{RATE}]))',
@@ -262,13 +263,13 @@ ROWS = (
             ),
             Panel(
                 "Streams without usage",
-                "Streams whose tokens are not counted, by why. not_reported: let the route ask, with usage: {request: true}.",
+                "Streams whose tokens are not counted, by reason. not_reported: set usage: {request: true} on the route.",
                 (Query(rate("streams_without_usage_total", "reason"), "{{reason}}"),),
                 "reqps",
             ),
             Panel(
                 "Events",
-                "Events of streams, and those that could not be decoded, which are forwarded all the same.",
+                "Events of streams. garbled: could not be decoded, and were forwarded unchanged.",
                 (
                     Query(rate("stream_events_total"), "events"),
                     Query(rate("stream_events_garbled_total"), "garbled"),
@@ -277,8 +278,8 @@ ROWS = (
                 12,
             ),
             Panel(
-                "Ends of streams",
-                "marker: the API said so. eof: the body only ended; if a backend should send a marker, it was cut.",
+                "Stream ends",
+                "marker: the API's end marker came. eof: only the body ended. If the backend normally sends a marker, the stream was cut.",
                 (Query(rate("stream_ends_total", "end"), "{{end}}"),),
                 "reqps",
                 12,
@@ -290,18 +291,18 @@ ROWS = (
         (
             Panel(
                 "Up",
-                "1 if the latest exchange got a response head. Nothing is probed: without traffic it stays as it was.",
+                "1: the latest request got a response head. Nothing is probed: without traffic the value does not change.",
                 (Query(f"min by (upstream) (sseproxy_upstream_up{{{U}}})", "{{upstream}}"),),
             ),
             Panel(
                 "Errors",
-                "dns, connect and tls: it was not reached. timeout: see the route's timeouts. reset: it broke off.",
+                "dns, connect, tls: it cannot be reached. timeout: see the route's timeouts. reset: it closed the connection. protocol: no valid HTTP.",
                 (Query(rate("upstream_errors_total", "upstream, type"), "{{upstream}} {{type}}"),),
                 "reqps",
             ),
             Panel(
                 "Connections",
-                "active carry an exchange, idle wait in the pool for at most four seconds.",
+                "active: carries a request. idle: waits in the pool for the next one, at most four seconds.",
                 (
                     Query(
                         f"sum by (upstream, state) (sseproxy_upstream_connections{{{U}}})",
@@ -315,26 +316,26 @@ ROWS = (
         "The proxy itself",
         (
             Panel(
-                "Its own delay",
-                "From a chunk read to its being handed to the kernel, or to the buffer of a slow client. Normal is below 0.1 ms.",
+                "Delay by the proxy",
+                "Time from reading a chunk to writing it to the client's socket or buffer. Less than 0.1 ms is normal.",
                 quantiles("chunk_forward_seconds"),
                 "s",
             ),
             Panel(
-                "Letting go",
-                "From a client seen gone to its upstream connection closed: what a model generates for nobody.",
+                "Cancelling upstream",
+                "Time from noticing that a client left to closing its upstream connection. Until then the model generates for nobody.",
                 quantiles("upstream_release_seconds"),
                 "s",
             ),
             Panel(
                 "Event loop lag",
-                "How late timers fire. Above a tenth of a second a worker is at its limit: more workers, or more replicas.",
+                "How late timers fire. Above 0.1 s a worker is at its limit: add workers or replicas, remove CPU limits.",
                 quantiles("event_loop_lag_seconds", P),
                 "s",
             ),
             Panel(
-                "Refused here",
-                "Never sent upstream, by why. no_route: a client's mistake. Limits are in the configuration.",
+                "Refused",
+                "Refused by this proxy and never sent upstream, by reason. no_route: a wrong path or model. Most others are limits.",
                 (
                     Query(
                         f'sum by (reason) (rate(sseproxy_requests_rejected_total{{{P},route=~"$route|"}}[{RATE}]))',
@@ -345,13 +346,13 @@ ROWS = (
             ),
             Panel(
                 "Bodies not read",
-                "Relayed but not read, so without tokens: compressed by the upstream, or with an event that is too large.",
+                "Forwarded but not read, so tokens are missing. encoded: compressed. oversize: too large. failed: see the log.",
                 (Query(rate("bodies_not_read_total", "reason"), "{{reason}}"),),
                 "reqps",
             ),
             Panel(
                 "Workers",
-                "accepting, and of earlier configurations that finish what they have. Restarts are of workers that died.",
+                "accepting: take requests. finishing: belong to an earlier configuration. restarts: ended unexpectedly and were replaced.",
                 (
                     Query(f"sum(sseproxy_workers{{{P}}})", "accepting"),
                     Query(f"sum(sseproxy_workers_finishing{{{P}}})", "finishing"),
@@ -361,30 +362,30 @@ ROWS = (
             ),
             Panel(
                 "Reloads",
-                "A failure left the configuration before it in use.",
+                "After a failure the earlier configuration stays in use. Failed upgrades count as well.",
                 (Query(f"sum by (result) (increase(sseproxy_config_reloads_total{{{P}}}[{RATE}]))", "{{result}}"),),
                 whole=True,
             ),
             Panel(
                 "Age of the configuration",
-                "How long ago what is in use was read.",
+                "How long ago the configuration in use was loaded.",
                 (Query(f"time() - max(sseproxy_config_last_reload_success_timestamp_seconds{{{P}}})", "age"),),
                 "s",
             ),
             Panel(
                 "Descriptors of the supervisor",
-                "It has no clients; a rise is a leak.",
+                "The supervisor serves no clients, so a steady rise is a leak.",
                 (Query(f"sum by (instance) (process_open_fds{{{P}}})", "{{instance}}"),),
             ),
             Panel(
                 "Memory of the supervisor",
-                "Resident; workers are not in it.",
+                "Resident memory of the supervisor, without the workers.",
                 (Query(f"sum by (instance) (process_resident_memory_bytes{{{P}}})", "{{instance}}"),),
                 "bytes",
             ),
             Panel(
                 "CPU of the supervisor",
-                "It adds up what workers report, and answers scrapes.",
+                "The supervisor adds up the reports of workers and answers scrapes. Workers are not in it.",
                 (Query(f"sum by (instance) (rate(process_cpu_seconds_total{{{P}}}[{RATE}]))", "{{instance}}"),),
                 "percentunit",
             ),
@@ -491,7 +492,7 @@ def dashboard() -> dict[str, Any]:
     return {
         "uid": "sseproxy",
         "title": "sseproxy",
-        "description": "Streams of LLM APIs: how soon, how fast, how many tokens, and why they ended.",
+        "description": "Streams of LLM APIs: time to first token, speed, tokens, and why requests ended.",
         "tags": ["sseproxy", "llm"],
         "schemaVersion": 39,
         "editable": True,

@@ -1,8 +1,8 @@
 """Draws the dashboard from a real Prometheus: `make dashboard-picture` writes `grafana/dashboard.png`.
 
-Starts a proxy in front of a scripted backend, has clients use it for a while, and lets Prometheus scrape it. Then every
-query of every panel is asked of Prometheus' HTTP API, and what it answers is drawn where the panel stands, as a page that
-headless Chromium takes the picture of. It is not Grafana that draws, and the picture says so.
+It starts a proxy in front of a scripted backend, lets clients use it for a while, and lets Prometheus scrape it. Then it
+sends every query of every panel to Prometheus and draws the answers as a page, each at the place of its panel. Headless
+Chromium takes a picture of the page. Grafana is not used, and the picture says so.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from tests.test_grafana import Prometheus, prometheus
 from .generate import dashboard
 
 HERE = Path(__file__).parent
+# Pixels: the width of a column and the height of a row of Grafana's grid, and the space between panels.
 COLUMN, ROW, GAP = 68, 30, 8
 COLORS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#ffa6b0", "#96d98d", "#fade2a")
+# Seconds to the first token, tokens per second, and failures in percent.
 MODELS = {"gpt-4o": (0.25, 60.0, 5), "llama-70b": (0.6, 30.0, 3), "o3": (2.0, 45.0, 2)}
+# Seconds between two points of a graph.
 STEP = 2
 
 CSS = """
@@ -51,7 +54,7 @@ text { fill: #8e8e99; font-size: 11px; }
 
 
 async def backend(api: Peer) -> None:
-    """Answers as its models do: at their pace, more or less, and seldom not at all."""
+    """Answers at the pace of the model, with some variation. A few requests fail: no answer, 429, a cut or gzip."""
     while True:
         request = json.loads((await api.message()).body or b"{}")
         model = request.get("model", "gpt-4o")
@@ -78,7 +81,7 @@ async def backend(api: Peer) -> None:
 
 
 async def client(served: Served, seconds: float) -> None:
-    """Asks one question after the other, and sometimes does not wait for the end of an answer."""
+    """Sends one request after the other. Sometimes it leaves before the end of the answer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         await asyncio.sleep(random.expovariate(0.7))
@@ -97,6 +100,7 @@ async def client(served: Served, seconds: float) -> None:
 
 
 def concrete(expr: str) -> str:
+    """`expr` with everything selected, and a rate interval that fits a run of a minute or two."""
     for name in ("job", "instance", "route", "upstream"):
         expr = expr.replace(f"${name}", ".*")
     return expr.replace("$__rate_interval", "15s")
@@ -113,6 +117,7 @@ async def ask(asked: Prometheus, expr: str, start: float, end: float) -> list[di
 
 
 def spelled(value: float, unit: str) -> str:
+    """`value` with its unit, as Grafana writes it."""
     if unit == "s":
         if value >= 60:
             return f"{value / 60:.3g} min"
@@ -129,23 +134,25 @@ def spelled(value: float, unit: str) -> str:
 
 
 def points(series: dict[str, Any]) -> list[tuple[float, float]]:
+    """The times and values of `series`. A quantile of nothing is NaN, and is left out."""
     return [(float(at), float(value)) for at, value in series["values"] if value not in ("NaN", "+Inf")]
 
 
 def named(legend: str, labels: dict[str, str]) -> str:
     for name, value in labels.items():
         legend = legend.replace(f"{{{{{name}}}}}", value)
-    # A label that is empty is none.
+    # Prometheus treats an empty label as a missing one.
     return re.sub(r"{{\w+}}", "(none)", legend)
 
 
 class Area:
-    """Where a panel draws, in pixels, and what its axes mean."""
+    """The drawing area of a panel, and its axes: from time and value to pixels."""
 
     def __init__(self, width: int, height: int, start: float, end: float, top: float) -> None:
-        self.left, self.right, self.upper, self.lower = 74, width - 12, 12, height - 76
+        # Below the graph there is room for the times and for a legend of three lines.
+        self.left, self.right, self.upper, self.lower = 74, width - 12, 12, height - 90
         self.start, self.end = start, end
-        # Four steps of a round size.
+        # The y axis has four steps of a round size.
         exact = (top or 1.0) / 4
         power = 10.0 ** math.floor(math.log10(exact))
         self.step: float = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= exact * 0.999)
@@ -263,7 +270,7 @@ def drawn(panel: dict[str, Any], found: list[tuple[str, list[tuple[float, float]
 
 
 async def page(seconds: float, directory: Path) -> str:
-    """The dashboard after `seconds` of traffic."""
+    """The dashboard as HTML, after `seconds` of traffic."""
     async with ScriptedUpstream(backend) as openai, ScriptedUpstream(backend) as vllm:
         file = ConfigFile(
             directory,
@@ -299,8 +306,8 @@ async def page(seconds: float, directory: Path) -> str:
                 task.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
     said = (
-        f"Drawn by grafana/render.py from what a real Prometheus answers to every query of the dashboard, after {seconds:g} "
-        "seconds of made-up traffic through a proxy; not a screenshot of Grafana."
+        "Drawn by grafana/render.py, not a screenshot of Grafana: the answers of a real Prometheus to every query of the "
+        f"dashboard, after {seconds:g} seconds of invented traffic through a proxy."
     )
     return (
         f'<!doctype html><meta charset="utf-8"><style>{CSS}</style><header><h1>sseproxy</h1><p>{said}</p></header>'
@@ -333,7 +340,7 @@ def main() -> None:
 
 
 def _height(text: str) -> int:
-    """Of the page, in pixels."""
+    """The height of the page, in pixels."""
     return int(text.partition('<main style="height:')[2].partition("px")[0]) + 70
 
 

@@ -59,12 +59,13 @@ def test_the_readmes_commands_parse() -> None:
 
 
 def row(metric: Metric) -> str:
-    labels = ", ".join(metric.labels).replace("route, upstream", "R")
-    return f"| `{exposed_name(metric)}` | {labels} | {metric.help.rstrip('.')} |"
+    kind = "gauge" if metric.kind == "state" else metric.kind
+    return f"| `sseproxy_{exposed_name(metric)}` | {kind} | {', '.join(metric.labels)} | {metric.help.rstrip('.')} |"
 
 
 def test_the_definitions_are_the_codes() -> None:
-    assert [line for line in DEFINITIONS.splitlines() if line.startswith("| `")] == [row(metric) for metric in METRICS]
+    documented = [line for line in DEFINITIONS.splitlines() if line.startswith("| `sseproxy_")]
+    assert documented == [row(metric) for metric in METRICS]
 
 
 def test_the_readmes_sample_has_lines_of_the_exposition() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -16,12 +17,14 @@ import pytest
 import yaml
 from aiohttp import ClientError, ClientSession
 
+from sseproxy import config
 from sseproxy.observe.metrics import METRICS
 
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, kept_port, post
 from .served import ConfigFile, Served, program
 
 GRAFANA = Path(__file__).parent.parent / "grafana"
+GUIDE = (GRAFANA / "README.md").read_text()
 RULES = sorted((GRAFANA / "rules").glob("*.yaml"))
 DASHBOARD = json.loads((GRAFANA / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -92,7 +95,32 @@ def test_every_alert_says_what_to_do() -> None:
             assert rule["labels"]["severity"] in ("critical", "warning")
             assert rule["for"]
             assert len(rule["annotations"]["description"]) > 40
-            assert rule["alert"] in (GRAFANA / "README.md").read_text()
+
+
+def test_the_guide_has_a_section_for_each_alert_with_its_severity() -> None:
+    sections = re.findall(r"^### (Sseproxy\w+) \((\w+)\)$", GUIDE, re.M)
+    assert sections == [(rule["alert"], rule["labels"]["severity"]) for rule in rules() if "alert" in rule]
+
+
+def test_the_guides_configurations_are_valid(tmp_path: Path) -> None:
+    ours, theirs = re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)
+    minimal = yaml.safe_load((GRAFANA.parent / "configs" / "minimal.yaml").read_text())
+    config.parse(yaml.safe_dump(minimal | yaml.safe_load(ours)), "sseproxy.yaml", {"OPENAI_API_KEY": "sk-x"})
+    shutil.copytree(GRAFANA / "rules", tmp_path / "rules")
+    (tmp_path / "prometheus.yml").write_text(theirs)
+    found = subprocess.run(
+        [program("promtool"), "check", "config", tmp_path / "prometheus.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_panels_that_the_guide_names_exist() -> None:
+    named = re.findall(r"(?:panels?|and) \*([^*]+)\*", GUIDE)
+    assert named
+    assert set(named) <= {panel["title"] for panel in PANELS}
 
 
 def test_prometheus_takes_the_rules() -> None:
@@ -197,14 +225,14 @@ async def prometheus(directory: Path, served: Served) -> AsyncIterator[Prometheu
             "  - name: ", "  - interval: 1s\n    name: "
         )
         (directory / path.name).write_text(text)
-    config = {
+    written = {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
         "rule_files": [str(directory / path.name) for path in RULES],
         "scrape_configs": [
             {"job_name": "sseproxy", "static_configs": [{"targets": [f"127.0.0.1:{served.admin}"]}]},
         ],
     }
-    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(written))
     with kept_port() as port:
         process = await asyncio.create_subprocess_exec(
             program("prometheus"),

@@ -1,4 +1,4 @@
-"""What a proxy written with aiohttp usually is: the peer that the hot path is compared with. `PORT UPSTREAM_PORT`."""
+"""A proxy as it is usually written with aiohttp, for comparison. Arguments: PORT UPSTREAM_PORT."""
 
 from __future__ import annotations
 

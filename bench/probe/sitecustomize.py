@@ -1,8 +1,8 @@
-"""Runs at the start of every interpreter that finds it: on SIGUSR1, a process tells what it has allocated.
+"""Lets `bench.soak` ask a process how much it has allocated. Python imports this module when it starts.
 
-The kernel only knows how large a heap has become, and that rises for a while, by chance and by steps, whatever is
-freed. `PROBE` is the directory for the file, named by the process id: blocks of Python's allocator, and bytes of
-malloc's (mallinfo2(3)) that are in use.
+On SIGUSR1 the process writes a file named by its process id into the directory `PROBE`. The file has two numbers:
+blocks in use of Python's allocator, and bytes in use of malloc (mallinfo2(3)). The kernel knows only the size of the
+heap, and that rises for a while, by chance and in steps, even if everything is freed.
 """
 
 from __future__ import annotations

@@ -46,108 +46,155 @@ class Metric(NamedTuple):
 _R: Final = ("route", "upstream")
 _RM: Final = (*_R, "model")
 
-REQUESTS = Metric("requests", "counter", (*_R, "code", "outcome"), "Exchanges that have ended, by why they ended.")
-REQUESTS_ACTIVE = Metric("requests_active", "gauge", _R, "Exchanges under way.")
-STREAMS_ACTIVE = Metric("streams_active", "gauge", _R, "Event streams under way.")
+REQUESTS = Metric(
+    "requests",
+    "counter",
+    (*_R, "code", "outcome"),
+    "Requests that have ended, by the status that the client got and by why they ended.",
+)
+REQUESTS_ACTIVE = Metric("requests_active", "gauge", _R, "Requests in progress.")
+STREAMS_ACTIVE = Metric("streams_active", "gauge", _R, "Event streams in progress.")
 REQUEST_DURATION = Metric(
-    "request_duration_seconds", "histogram", _R, "Request head received to last byte, every outcome.", DURATION
+    "request_duration_seconds",
+    "histogram",
+    _R,
+    "Time from receiving the request head to the end of the request, for every outcome.",
+    DURATION,
 )
 TO_HEAD = Metric(
-    "time_to_response_head_seconds", "histogram", _R, "Request head received to the upstream's response head.", TO_TOKEN
+    "time_to_response_head_seconds",
+    "histogram",
+    _R,
+    "Time from receiving the request head to receiving the upstream's response head.",
+    TO_TOKEN,
 )
 TO_FIRST_EVENT = Metric(
     "time_to_first_event_seconds",
     "histogram",
     _R,
-    "Request head received to the first complete event of any kind; comments are none.",
+    "Time from receiving the request head to the first complete event of any kind; comments are not events.",
     TO_TOKEN,
 )
 TO_FIRST_TOKEN = Metric(
     "time_to_first_token_seconds",
     "histogram",
     _RM,
-    "Request head received to the first event with a generated delta written downstream.",
+    "Time from receiving the request head to writing the first event with generated content to the client.",
     TO_TOKEN,
 )
 GAPS = Metric(
     "inter_token_latency_seconds",
     "histogram",
     _R,
-    "Gap between consecutive events with a generated delta, at the time they were read.",
+    "Time between two consecutive events with generated content, as they were read from the upstream.",
     BETWEEN_TOKENS,
 )
 TPOT = Metric(
     "time_per_output_token_seconds",
     "histogram",
     _RM,
-    "(last - first event with a generated delta) / (output tokens - 1), where usage says more than one.",
+    "Time from the first to the last event with generated content, divided by (output tokens - 1).",
     BETWEEN_TOKENS,
 )
 TOKENS = Metric(
     "tokens",
     "counter",
     (*_RM, "type"),
-    "The upstream's own counts, the last non-null ones of a response; never summed over events, never estimated.",
+    "Tokens as the upstream counts them: the last counts of each response, never summed over events, never estimated.",
 )
 WITHOUT_USAGE = Metric(
     "streams_without_usage",
     "counter",
     (*_R, "reason"),
-    "Event streams that ended without usage, by why it is not known.",
+    "Event streams that ended without token counts, by reason.",
 )
 STREAM_ENDS = Metric(
     "stream_ends",
     "counter",
     (*_R, "end"),
-    "Completed event streams, by what ended them: the API's end marker, or only the end of the body (eof).",
+    "Completed event streams, by what ended them: the API's end marker (marker), or only the end of the body (eof).",
 )
 NOT_READ = Metric(
     "bodies_not_read",
     "counter",
     (*_R, "reason"),
-    "Bodies not read, or not wholly: compressed (encoded), more than is looked at (oversize), or a fault (failed).",
+    "Response bodies that were forwarded but not fully read: compressed (encoded), too large (oversize), or "
+    "a fault in sseproxy (failed).",
 )
-SECONDS = Metric("audio_seconds", "counter", _R, "Seconds of audio, where the upstream counts them instead of tokens.")
-EVENTS = Metric("stream_events", "counter", _R, "Events of event streams.")
-EVENTS_GARBLED = Metric("stream_events_garbled", "counter", _R, "Events whose data could not be decoded.")
-REQUEST_BYTES = Metric("request_bytes", "counter", _R, "Bytes of request bodies sent upstream.")
-RESPONSE_BYTES = Metric("response_bytes", "counter", _R, "Bytes of response bodies sent downstream.")
+SECONDS = Metric(
+    "audio_seconds", "counter", _R, "Seconds of audio, for upstreams that count seconds instead of tokens."
+)
+EVENTS = Metric("stream_events", "counter", _R, "Events in event streams.")
+EVENTS_GARBLED = Metric(
+    "stream_events_garbled", "counter", _R, "Events that could not be decoded; they are forwarded unchanged."
+)
+REQUEST_BYTES = Metric("request_bytes", "counter", _R, "Bytes of request bodies sent to the upstream.")
+RESPONSE_BYTES = Metric("response_bytes", "counter", _R, "Bytes of response bodies sent to clients.")
 FORWARD = Metric(
     "chunk_forward_seconds",
     "histogram",
     _R,
-    "A chunk read from the upstream to its being handed to the kernel, or to the buffer of a client that is slow; one "
-    "in sixteen of those that are like the one before.",
+    "Time from reading a chunk from the upstream to writing it to the client's socket, or to its buffer if "
+    "the client is slow; in a run of similar chunks, one in sixteen is measured.",
     OWN_DELAY,
 )
 RELEASE = Metric(
-    "upstream_release_seconds", "histogram", _R, "Client seen gone to the upstream connection closed.", OWN_DELAY
+    "upstream_release_seconds",
+    "histogram",
+    _R,
+    "Time from noticing that the client has left to closing its upstream connection.",
+    OWN_DELAY,
 )
 UPSTREAM_ERRORS = Metric(
-    "upstream_errors", "counter", (*_R, "type"), "Failures of upstreams: dns, connect, tls, timeout, reset, protocol."
+    "upstream_errors",
+    "counter",
+    (*_R, "type"),
+    "Failures of upstreams, by type: dns, connect, tls, timeout, reset, protocol.",
 )
-REJECTED = Metric("requests_rejected", "counter", ("route", "reason"), "Requests answered here, never sent upstream.")
-CONNECTIONS = Metric("upstream_connections", "gauge", ("upstream", "state"), "Connections to upstreams.")
-LOOP_LAG = Metric("event_loop_lag_seconds", "histogram", (), "How late a worker's timer fires.", OWN_DELAY)
-WORKERS = Metric("workers", "gauge", (), "Workers that take requests.")
+REJECTED = Metric(
+    "requests_rejected",
+    "counter",
+    ("route", "reason"),
+    "Requests that sseproxy refused and did not send to an upstream, by reason.",
+)
+CONNECTIONS = Metric(
+    "upstream_connections",
+    "gauge",
+    ("upstream", "state"),
+    "Connections to the upstream, by state: active (carries a request) or idle (kept for the next one).",
+)
+LOOP_LAG = Metric(
+    "event_loop_lag_seconds", "histogram", (), "How late a timer of a worker's event loop fires.", OWN_DELAY
+)
+WORKERS = Metric("workers", "gauge", (), "Workers that accept requests.")
 WORKERS_FINISHING = Metric(
     "workers_finishing",
     "gauge",
     (),
-    "Workers of earlier configurations, or of the code before an upgrade, that only finish what they have.",
+    "Workers of earlier configurations, or from before an upgrade, that only finish their requests.",
 )
-RESTARTS = Metric("worker_restarts", "counter", (), "Workers that ended unasked and were replaced.")
-RELOADS = Metric("config_reloads", "counter", ("result",), "Reloads of the configuration: success or failure.")
+RESTARTS = Metric("worker_restarts", "counter", (), "Workers that ended unexpectedly and were replaced.")
+RELOADS = Metric(
+    "config_reloads", "counter", ("result",), "Reloads of the configuration, by result: success or failure."
+)
 RELOADED = Metric(
-    "config_last_reload_successful", "gauge", (), "1 if what was last read is in use, 0 if it was refused."
+    "config_last_reload_successful", "gauge", (), "1 if the latest reload or upgrade succeeded, 0 if it was refused."
 )
 RELOADED_AT = Metric(
-    "config_last_reload_success_timestamp_seconds", "gauge", (), "When the configuration in use was read, in Unix time."
+    "config_last_reload_success_timestamp_seconds",
+    "gauge",
+    (),
+    "When the configuration in use was loaded, as a Unix timestamp.",
 )
 UPSTREAM_UP = Metric(
-    "upstream_up", "state", ("upstream",), "1 if the latest exchange got a response head from it, 0 if it failed."
+    "upstream_up",
+    "state",
+    ("upstream",),
+    "1 if the latest request to the upstream got a response head, 0 if it failed before that.",
 )
-BUILD_INFO = Metric("build_info", "gauge", ("version", "python", "aiohttp"), "Always 1.")
+BUILD_INFO = Metric(
+    "build_info", "gauge", ("version", "python", "aiohttp"), "The versions of sseproxy, Python and aiohttp; always 1."
+)
 
 METRICS: Final = (
     REQUESTS,
