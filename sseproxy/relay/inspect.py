@@ -6,14 +6,15 @@ They tell the exchange what they read, and the pump whether it is progress.
 from __future__ import annotations
 
 from ..errors import ExchangeError
-from ..wire.alike import Alike, alike
+from ..wire.deltas import DeltaMatcher, delta_matcher
 from ..wire.dialects import Dialect
 from ..wire.extract import Gist
 from ..wire.meaning import DELTA, NOTHING
 from ..wire.sse import EventParser
 from .exchange import Exchange
 
-# A stream whose events have not been alike for so many is none whose events are.
+# So many matchers are made in a row without a match. If none of them has matched, the events of this stream differ too
+# much, and no more matchers are made.
 _TRIES = 8
 
 
@@ -27,8 +28,8 @@ class Inspector:
 
     awaits_token = False
     """Whether the body has a first token, which is the first progress."""
-    alike: Alike | None = None
-    """Recognises reads that are like the one that was looked at last, and need not be: each is another delta."""
+    matcher: DeltaMatcher | None = None
+    """Matches reads that are one delta like the last one. Such reads need not be passed to `look`."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -84,7 +85,7 @@ class EventInspector(Inspector):
 class StreamInspector(EventInspector):
     """An event stream in `dialect`; of an event, at most so many bytes as `max_event` and the dialect allow."""
 
-    __slots__ = ("_alike_since", "_read", "_text", "_tries", "alike", "awaits_token")
+    __slots__ = ("_matcher_made_at", "_read", "_text", "_tries", "awaits_token", "matcher")
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
         parser = EventParser(dialect.max_event(max_event), dialect.members)
@@ -92,15 +93,15 @@ class StreamInspector(EventInspector):
         self._read = dialect.read
         self._text = dialect.text
         self.awaits_token = dialect.generates
-        # For how many events more it is worth to make an `alike`, and how many there had been at the last one.
+        # How many more matchers may be made, and the number of events when the last one was made.
         self._tries = _TRIES
-        self._alike_since = 0
-        self.alike = None
+        self._matcher_made_at = 0
+        self.matcher = None
 
     def look(self, payload: bytes, read_at: float) -> bool:
         exchange, parser = self._exchange, self._parser
         fresh, meaning = parser.fresh, NOTHING
-        if self.alike is not None and exchange.events > self._alike_since:
+        if self.matcher is not None and exchange.events > self._matcher_made_at:
             self._tries = _TRIES
         events = parser.feed(payload)
         for kind, data in events:
@@ -108,11 +109,11 @@ class StreamInspector(EventInspector):
                 exchange.unread = "oversize"
             meaning = NOTHING if data is None else self._read(kind, data)
             exchange.happened(meaning, read_at)
-        self.alike = None
+        self.matcher = None
         if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
             self._tries -= 1
-            self._alike_since = exchange.events
-            self.alike = alike(payload, self._text)
+            self._matcher_made_at = exchange.events
+            self.matcher = delta_matcher(payload, self._text)
         if self.awaits_token:
             self.awaits_token = exchange.first_token_at is None
             return not self.awaits_token

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from ..errors import BrokenBodyError, ExchangeError, InternalError, Truncated, UpstreamError
-from ..wire.alike import Alike
+from ..wire.deltas import DeltaMatcher
 from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, payload_of, whole_chunks
 from ..wire.usage import UsageStripper
 from .clock import Clock
@@ -32,9 +32,9 @@ _MEASURED = 16
 
 
 class _Run(PlainReads):
-    """Reads that are alike, each a chunk with another delta and nothing else, from one transport to the other."""
+    """A run of similar reads: each is one HTTP chunk with one delta and nothing else, and is forwarded as it is."""
 
-    __slots__ = ("_broke", "_clock", "_exchange", "_upstream", "_write", "alike")
+    __slots__ = ("_broke", "_clock", "_exchange", "_upstream", "_write", "matcher")
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class _Run(PlainReads):
         self._exchange = exchange
         self._clock = clock
         self._broke = broke
-        self.alike: Alike
+        self.matcher: DeltaMatcher
 
     def data_received(self, data: bytes) -> None:
         try:
             read_at = perf_counter()
-            size = self.alike.size_of(data)
+            size = self.matcher.size_of(data)
             if not size:
                 self._upstream.read_bounded().take(data)
                 return
@@ -174,8 +174,8 @@ class Pump:
                 # Many chunks of a few bytes are merged.
                 as_it_is = kept == payload and len(data) <= 2 * len(payload)
                 self._forward(data if as_it_is else frame(kept), len(kept), read_at)
-            alike, known = self._inspector.alike, 0
-            while alike is not None and known < len(chunks) and alike.size_of(chunks[known]):
+            matcher, known = self._inspector.matcher, 0
+            while matcher is not None and known < len(chunks) and matcher.size_of(chunks[known]):
                 self._clock.touched = read_at
                 self._exchange.generated(0, read_at)
                 known += 1
@@ -184,8 +184,8 @@ class Pump:
             if payloads[known:]:
                 # By itself, because it may be what the next ones are like.
                 self._look(payloads[-1], read_at)
-            if kept == payload and self._verbatim and self._inspector.alike is not None:
-                self._begin_run(self._inspector.alike)
+            if kept == payload and self._verbatim and self._inspector.matcher is not None:
+                self._begin_run(self._inspector.matcher)
         except Exception:
             log.exception("a body could not be moved")
             self._broke()
@@ -194,11 +194,11 @@ class Pump:
         """A read was not moved, or not all of it; more may come, because uvloop reads on in TLS."""
         self.fail(InternalError())
 
-    def _begin_run(self, alike: Alike) -> None:
+    def _begin_run(self, matcher: DeltaMatcher) -> None:
         upstream = self._upstream.protocol
         if self._run is None:
             self._run = _Run(upstream, self._write, self._exchange, self._clock, self._broke)
-        self._run.alike = alike
+        self._run.matcher = matcher
         upstream.read_plainly(self._run)
 
     def _walk(self, data: bytes, read_at: float) -> None:

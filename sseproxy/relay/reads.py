@@ -6,7 +6,7 @@ whatever the bytes mean: nobody who takes them need be fast.
 
 uvloop reads up to 256,000 bytes at once, unless a protocol brings the buffer, and reads again in the same turn as long
 as the buffer was filled. To bring a buffer is a call more for each read, and to go by the usual way is one more again.
-So chunks that are alike, which are small, are read plainly.
+So runs of similar chunks, which are small, are read plainly.
 """
 
 from __future__ import annotations
