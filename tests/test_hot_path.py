@@ -65,5 +65,5 @@ async def counted(
             await client.read_until(piece)
     finally:
         sys.setprofile(None)
-    del called["Lateness._fired"], called["Lateness._begin"]
+    del called["LoopLag._fired"], called["LoopLag._begin"]
     return called, into_c
