@@ -114,7 +114,7 @@ def test_a_reader_that_has_gone_is_noticed_once_and_what_it_missed_is_told_to_th
             os.close(writer)
             assert drain(again).splitlines() == [
                 b"one",
-                b"3 lines were dropped: nobody took them",
+                b"3 lines were dropped: nobody read them",
                 b"two",
             ]
 
