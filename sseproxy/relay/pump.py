@@ -271,7 +271,7 @@ class Pump:
                 self._forward(out, len(held), perf_counter())
             self._complete(reusable=False)
         else:
-            self.fail(Truncated("the connection ended in order" if clean else "the connection was reset"))
+            self.fail(Truncated("the connection was closed" if clean else "the connection was reset"))
 
     def pause_writing(self) -> None:
         """The client's write buffer is full: stops reading from the upstream."""

@@ -85,7 +85,7 @@ class RelayProtocol(ResponseHandler):
         self._held = b""
         self._sink: BodySink | None = None
         self._closed_cleanly = False
-        self._ended_in_order = False
+        self._saw_eof = False
         self._held_paused = False
         self._plain = False
 
@@ -172,7 +172,7 @@ class RelayProtocol(ResponseHandler):
 
     def eof_received(self) -> None:
         """The upstream has closed its side: by a FIN, or in TLS by close_notify."""
-        self._ended_in_order = True
+        self._saw_eof = True
         if self.transport is not None:
             # A plain close would first wait until the rest of an upload is written.
             self.transport.abort()
@@ -231,9 +231,9 @@ class RelayProtocol(ResponseHandler):
             try:
                 while part := tls.read(1 << 18):
                     parts.append(part)
-                self._ended_in_order = True
+                self._saw_eof = True
             except ssl.SSLZeroReturnError:
-                self._ended_in_order = True
+                self._saw_eof = True
             except ssl.SSLError:
                 # There is no close_notify, so the body may be truncated (RFC 8446, section 6.1).
                 pass
@@ -245,14 +245,16 @@ class RelayProtocol(ResponseHandler):
             ends.callback(self._report_end)
             ends.callback(super().connection_lost, exc)
             left = self._left_in_tls()
-            self._closed_cleanly = exc is None and self._ended_in_order
+            self._closed_cleanly = exc is None and self._saw_eof
             if left and self._sink is not None:
                 self._sink.data_received(left)
 
     def _report_end(self) -> None:
         # The base class keeps the exception for its queue, which is not used.
         self._exception = None
-        self._fail_head(UpstreamError("reset", cause="it ended in order" if self._ended_in_order else "it was reset"))
+        self._fail_head(
+            UpstreamError("reset", cause="the connection was closed" if self._saw_eof else "the connection was reset")
+        )
         if self._sink is not None:
             self._sink.connection_lost(self._closed_cleanly)
 
@@ -267,7 +269,7 @@ class RelayProtocol(ResponseHandler):
             return False
         poll = select.poll()
         poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.EPOLLRDHUP)
-        return not (poll.poll(0) or self._reads.ahead or self._left_in_tls() or self._ended_in_order)
+        return not (poll.poll(0) or self._reads.ahead or self._left_in_tls() or self._saw_eof)
 
 
 class _Target:
