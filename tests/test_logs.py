@@ -197,7 +197,7 @@ async def test_nobody_reads_standard_error_and_everybody_is_served(upstream: Scr
         )
         os.close(writer)
         try:
-            await until_true(socket_path.exists)
+            await until_true(admin_path.exists)
 
             async def ask(where: Path, method: str, path: str) -> int:
                 async with asyncio.timeout(DEADLINE):
