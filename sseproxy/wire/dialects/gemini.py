@@ -47,7 +47,10 @@ def _generated_part(part: _Part) -> bool:
 
 
 def read_gemini(kind: bytes, data: bytes) -> Meaning:
-    """https://ai.google.dev/api/generate-content: no end marker; the finish reason comes with the last event."""
+    """https://ai.google.dev/api/generate-content
+
+    There is no end marker. The last event has a finish reason.
+    """
     try:
         event = _decode_generation(data)
     except UNREADABLE:
