@@ -356,8 +356,8 @@ class _Show:
         self._screen.paragraph(f"The backend died after {so_far}. The proxy told the client:")
         self._screen.event("error", error)
         self._screen.paragraph(
-            "Then it closed the connection without the last chunk of the body. Client libraries raise an error: "
-            "nobody takes half an answer for a whole one.",
+            "Then it closed the connection without the last chunk of the body. Client libraries raise an error, so "
+            "no application takes half an answer for a whole one.",
             "green",
         )
 
