@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check-config", help="check a configuration", description="Check a configuration and list all its problems."
     )
-    check.add_argument("file", metavar="FILE")
+    check.add_argument("file", metavar="FILE", help="configuration file")
     check.add_argument("--resolved", action="store_true", help="print the effective configuration; secrets are masked")
     check.set_defaults(run=_check)
 

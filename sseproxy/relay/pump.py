@@ -173,7 +173,7 @@ class Pump:
             if self._stripper is not None:
                 kept = self._stripper.feed(payload)
             if kept:
-                # Many chunks of a few bytes are merged into one, because their framing would be larger than themselves.
+                # If the framing is larger than the payload, as that of many tiny chunks is, they become one chunk.
                 as_it_is = kept == payload and len(data) <= 2 * len(payload)
                 self._forward(data if as_it_is else frame(kept), len(kept), read_at)
             matcher, known = self._inspector.matcher, 0

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 # Bytes of one read. A client that does not read holds up to so many bytes, in addition to a full write buffer.
 MAX_READ: Final = 32 * 1024
 # Bytes. A read below this is small. Larger reads happen if events are large, if a body arrives as fast as the network
-# allows, or if the worker is late. A piece that is delivered at once is never smaller than this.
+# allows, or if the worker is late. The size of the pieces that are delivered never falls below this.
 _SMALL: Final = 4 * 1024
 # Seconds of CPU that one connection may take in one turn of the loop. A piece that takes half of it is too large. This
 # is CPU and not elapsed time: on a busy machine, smaller pieces would only cause more work.
