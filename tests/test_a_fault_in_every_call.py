@@ -57,7 +57,7 @@ When = Literal["before", "after", "cancelled"]
 # --- what does not fail ---
 
 NO_FAULTS = {
-    "Lateness": "belongs to no request",
+    "LoopLag": "belongs to no request",
     "DownstreamProtocol.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
     "DownstreamProtocol.connection_made": "only has `_begin` do it, and ends the connection if that fails",
     "DownstreamServer.__call__": "only constructs; uvloop accepts nothing any more if it fails",
@@ -78,11 +78,11 @@ NOT_BEFORE = {
     "BoundedReads.get_buffer": ROOT,
     "BoundedReads.take": ROOT,
     "Clock._fire": ROOT,
-    "Connections.gone": COUNTS,
+    "Connections.remove": COUNTS,
     "DownstreamProtocol._serve": ROOT,
     "DownstreamProtocol.connection_lost": ROOT,
     "DownstreamProtocol.data_received": ROOT,
-    "DownstreamServer._agreed": COUNTS,
+    "DownstreamServer._handshake_ended": COUNTS,
     "DownstreamServer._check_empty": COUNTS,
     "DownstreamServer._forget": COUNTS,
     "DownstreamServer.lost": COUNTS,
@@ -600,7 +600,7 @@ class Stage:
         for connection in list(worker.proxy.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-        worker.proxy.lateness.stop()
+        worker.proxy.loop_lag.stop()
         worker.proxy.server.hangups.close()
         for upstream in worker.proxy.upstreams.values():
             await upstream.close()

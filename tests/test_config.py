@@ -1020,7 +1020,7 @@ def test_it_may_be_written_later(tmp_path: Path) -> None:
 def test_a_pipe_that_nobody_writes_into_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes | None
 ) -> None:
-    monkeypatch.setattr(files, "_PIPE_PATIENCE", 0.1)
+    monkeypatch.setattr(files, "_PIPE_TIMEOUT", 0.1)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     # Both ends at once, so that nobody waits for the other.
