@@ -78,12 +78,8 @@ def _plain(value: object) -> object:
     return value.plain() if isinstance(value, _Model) else value
 
 
-def _part(limit: int | None, workers: int) -> int | None:
-    return None if limit is None else -(-limit // workers)
-
-
 class Limits(_Model):
-    """What is accepted and held at most. Numbers of things are for all workers together; each has its share of them."""
+    """What is accepted and held at most. Numbers of things are for all workers together."""
 
     connections: Count = 10_000
     """Clients' connections; requests on more are answered 503."""
@@ -113,23 +109,12 @@ class Limits(_Model):
     event: Size = 4 << 20
     """Events that are read in passing, six times that where they may carry images; larger ones pass all the same."""
 
-    def share(self, workers: int) -> Limits:
-        """What one of `workers` accepts and holds at most: its part of the whole, rounded up."""
-        names = ("connections", "connections_per_client", "active_requests", "pending_connects")
-        shared = self.model_copy(update={name: _part(getattr(self, name), workers) for name in names})
-        # What was set stays so, and what was not.
-        shared.__pydantic_fields_set__ = self.model_fields_set
-        return shared
-
 
 class RouteLimits(_Model):
     """What a route has of the whole."""
 
     active_requests: CountOrOff = None
     """Exchanges under way; more are answered 503."""
-
-    def share(self, workers: int) -> RouteLimits:
-        return self.model_copy(update={"active_requests": _part(self.active_requests, workers)})
 
 
 class Admin(_Model):
@@ -357,11 +342,6 @@ class Config(_Model):
         if found:
             raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
         return self
-
-    def share(self, workers: int) -> Config:
-        """The configuration of one of `workers`, with its share of the limits."""
-        routes = tuple(route.model_copy(update={"limits": route.limits.share(workers)}) for route in self.routes)
-        return self.model_copy(update={"limits": self.limits.share(workers), "routes": routes})
 
     def files(self) -> list[str]:
         """The files that this configuration was read from, beside its own."""

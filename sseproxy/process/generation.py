@@ -16,19 +16,20 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import ceil
 from time import perf_counter
 
 from ..config import Config
 from ..errors import Outcome, ReloadError
+from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.metrics import Recorder, Report
 from ..observe.registry import Registry
 from ..observe.telemetry import Reports
 from ..relay.admission import connections_within
-from .worker import encode_config
+from .worker import Instructions
 
 log = logging.getLogger(__name__)
 
@@ -63,25 +64,25 @@ def cores() -> int:
         return available
 
 
-def within_descriptors(config: Config) -> Config:
-    """`config`, of a worker, with no more connections than there may be descriptors for.
+def connections_of_a_worker(config: Config, workers: int) -> int:
+    """How many connections of clients each of `workers` has descriptors for.
 
-    This process and its children may have as many as the system lets them from now on.
+    This process and its children may have as many descriptors as the system lets them from now on.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     wanted = config.limits.connections
+    if most == resource.RLIM_INFINITY:
+        return wanted
     possible = max(1, connections_within(most - _DESCRIPTORS_OF_ITS_OWN))
-    if most == resource.RLIM_INFINITY or wanted <= possible:
-        return config
-    if "connections" in config.limits.model_fields_set:
+    if workers * possible < wanted and "connections" in config.limits.model_fields_set:
         log.warning(
-            "a worker takes %d connections instead of %d: it may have %d descriptors (ulimit -n)",
-            possible,
+            "there can be %d connections instead of %d: each worker may have %d descriptors (ulimit -n)",
+            workers * possible,
             wanted,
             most,
         )
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"connections": possible})})
+    return min(possible, wanted)
 
 
 def environment(config: Config) -> dict[str, str]:
@@ -123,8 +124,9 @@ class _Workers:
 class Generation(_Workers):
     """The workers of `config`, which accept on `sockets` until they are told otherwise.
 
-    `numbers` tells the workers of all generations apart in the registry; `changed` is called when one is ready, or
-    has ended. Before one is replaced, `same_code` raises `ReloadError` if the code on disk is not the one that runs.
+    `numbers` tells the workers of all generations apart in the registry. Each has a row of the `ledger`, and they know
+    `columns` of it. `changed` is called when one is ready, or has ended. Before one is replaced, `same_code` raises
+    `ReloadError` if the code on disk is not the one that runs.
     """
 
     def __init__(
@@ -132,6 +134,8 @@ class Generation(_Workers):
         config: Config,
         sockets: Sequence[socket.socket],
         numbers: Iterator[int],
+        ledger: Ledger,
+        columns: dict[str, int],
         registry: Registry,
         recorder: Recorder,
         changed: Callable[[], None],
@@ -143,9 +147,12 @@ class Generation(_Workers):
         """The workers that accept, by their numbers."""
         self.last_exit = ""
         """How the latest worker ended that did so unasked."""
-        self._of_a_worker = config.share(self.size)
         self._sockets = sockets
         self._numbers = numbers
+        self._ledger = ledger
+        self._columns = columns
+        self._most_connections = 0
+        self._rows: dict[int, int] = {}
         self._registry = registry
         self._recorder = recorder
         self._changed = changed
@@ -162,7 +169,7 @@ class Generation(_Workers):
 
     def start(self) -> None:
         """Starts the workers; `ready` tells which of them accept."""
-        self._of_a_worker = within_descriptors(self._of_a_worker)
+        self._most_connections = connections_of_a_worker(self.config, self.size)
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.size)]
 
@@ -190,6 +197,15 @@ class Generation(_Workers):
     def channels(self) -> list[tuple[int, int]]:
         """The process id of each worker, and the descriptor of its channel, or -1 if that is closed."""
         return [(process.pid, self._channels[number].fileno()) for number, process in self._processes.items()]
+
+    @property
+    def names(self) -> set[str]:
+        """Under which names its workers count."""
+        return set(self._columns)
+
+    def rows(self) -> dict[int, int]:
+        """The row of each worker in the ledger, by its process id."""
+        return {process.pid: self._rows[number] for number, process in self._processes.items()}
 
     async def report(self) -> None:
         """Waits until the registry has what each worker knows now."""
@@ -230,9 +246,16 @@ class Generation(_Workers):
 
     async def _run_worker(self) -> int:
         """Runs one worker to its end; returns its exit status. Raises `OSError` if there is no starting one."""
+        row = self._ledger.take_row()
+        try:
+            return await self._run_worker_on(row)
+        finally:
+            self._ledger.free_row(row)
+
+    async def _run_worker_on(self, row: int) -> int:
         ours, theirs = socket.socketpair()
         number = next(self._numbers)
-        fds = [theirs.fileno(), *(sock.fileno() for sock in self._sockets)]
+        fds = [theirs.fileno(), self._ledger.fd, *(sock.fileno() for sock in self._sockets)]
         self._spawning += 1
         with theirs:
             try:
@@ -250,11 +273,12 @@ class Generation(_Workers):
                 self._spawning -= 1
         self._processes[number] = process
         self._channels[number] = ours
+        self._rows[number] = row
         if self._told is not None:
             with suppress(ProcessLookupError):
                 process.send_signal(self._told)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        writer.write(encode_config(self._of_a_worker))
+        writer.write(Instructions(self.config, row, self._columns, self._most_connections).encoded())
 
         def ask(question: bytes) -> None:
             # One that has reset its end has no answer, and may hang all the same.
@@ -274,7 +298,7 @@ class Generation(_Workers):
         status = await process.wait()
         watch.cancel()
         writer.close()
-        del self._processes[number], self._channels[number]
+        del self._processes[number], self._channels[number], self._rows[number]
         self._changed()
         for labels, lost in self._registry.drop(number).items():
             self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
@@ -326,16 +350,27 @@ class Generation(_Workers):
 class Predecessors(_Workers):
     """Workers of one configuration that the code before an upgrade has started. They are not replaced when they end.
 
-    `workers` are their process ids, and the descriptors of their channels, or -1. What they report is thrown away,
-    because it is of another version; but one that reports nothing, although it was asked, is killed.
+    `workers` are their process ids, and the descriptors of their channels, or -1; `rows` those that they have in the
+    `ledger`, by process id, as far as that is known. What they report is thrown away, because it is of another version;
+    but one that reports nothing, although it was asked, is killed.
     """
 
     def __init__(
-        self, workers: Sequence[tuple[int, int]], config: Config, recorder: Recorder, changed: Callable[[], None]
+        self,
+        workers: Sequence[tuple[int, int]],
+        config: Config,
+        ledger: Ledger,
+        rows: Mapping[int, int],
+        recorder: Recorder,
+        changed: Callable[[], None],
     ) -> None:
         self.ready = {pid for pid, _ in workers}
         """Those that may still accept."""
         self._channels = dict(workers)
+        self._ledger = ledger
+        self._rows = {pid: rows[pid] for pid, _ in workers if pid in rows}
+        self.names = ledger.names if self._rows else set()
+        """Under which names they may count."""
         self._killed_after = _KILLED_AFTER * _patience(config)
         self._recorder = recorder
         self._changed = changed
@@ -353,6 +388,9 @@ class Predecessors(_Workers):
 
     def channels(self) -> list[tuple[int, int]]:
         return [*self._channels.items()]
+
+    def rows(self) -> dict[int, int]:
+        return self._rows
 
     def retire(self) -> None:
         self._recorder.move(metrics.WORKERS, (), -len(self._channels))
@@ -380,6 +418,8 @@ class Predecessors(_Workers):
     def _forget(self, pid: int) -> None:
         _, status = os.waitpid(pid, 0)
         del self._channels[pid]
+        if pid in self._rows:
+            self._ledger.free_row(self._rows.pop(pid))
         self.ready.discard(pid)
         self._recorder.move(metrics.WORKERS_FINISHING if self.finishing else metrics.WORKERS, (), -1)
         self._changed()

@@ -1,4 +1,4 @@
-"""What a worker begins with: `python -m sseproxy.process.start CHANNEL LISTENER...`.
+"""What a worker begins with: `python -m sseproxy.process.start CHANNEL LEDGER LISTENER...`.
 
 Nearly all that it takes to start a worker are imports, and every reload starts as many as there are cores. So what
 imports do that a worker has no use for is left out.

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import os
 import platform
 import signal
 import socket
@@ -26,14 +27,17 @@ from .. import __version__
 from ..config import Address, Config, Listen
 from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
+from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.logs import log_as
 from ..observe.metrics import Recorder
 from ..observe.registry import Registry
+from ..relay.admission import counted
 from ..relay.heads import check_parser
 from . import notify, upgrade
+from .accepting import ACCEPTING
 from .admin import application
-from .generation import Generation, Predecessors
+from .generation import Generation, Predecessors, cores
 from .listeners import clean_up, listen, refuse, url
 from .upgrade import Handover, RunningCode
 
@@ -53,6 +57,8 @@ _TAKE_OVER = 5.0
 # For what a start or a reload waits at most until workers accept: this, and a second for each. A worker takes half a
 # second of CPU, and all begin at once.
 _TO_COME_UP = 30.0
+# Rows of the ledger: for the workers of all generations, those that finish included.
+_ROWS, _ROWS_PER_CORE = 256, 8
 # For what a scrape waits at most until a worker has told what it knows; one that is not overloaded takes a millisecond.
 _ANSWER = 1.0
 
@@ -87,6 +93,7 @@ class Supervisor:
         self._unused: tuple[_Sockets, _Sockets] = {}, {}
         self._recorder = Recorder()
         self._registry = Registry()
+        self._ledger: Ledger
         self._numbers = itertools.count(1)
         self._generation: Generation | None = None
         # The oldest first. Those before the present one are among them until their last worker has ended.
@@ -160,8 +167,9 @@ class Supervisor:
         self._recorder.count(metrics.RESTARTS, (), 0)
         for result in ("success", "failure"):
             self._recorder.count(metrics.RELOADS, (result,), 0)
+        rows = self._open_ledger()
         for workers in self._handover.workers if self._handover is not None else ():
-            predecessors = Predecessors(workers, self.config, self._recorder, self._changed.set)
+            predecessors = Predecessors(workers, self.config, self._ledger, rows, self._recorder, self._changed.set)
             self._generations.append(predecessors)
             predecessors.start()
         await self._admin.setup()
@@ -182,6 +190,19 @@ class Supervisor:
             if generation.ready:
                 await asyncio.wait((succeeding,))
         notify.ready(f"{self.workers} workers")
+
+    def _open_ledger(self) -> dict[int, int]:
+        """The ledger that the code before an upgrade has left, or a new one. Returns the rows of its workers."""
+        if self._handover is not None and self._handover.ledger >= 0:
+            rows = self._handover.rows
+            try:
+                self._ledger = Ledger.left(self._handover.ledger, rows.values())
+                return rows
+            except ValueError:
+                os.close(self._handover.ledger)
+                log.warning("limits do not count what the workers of the earlier version still have")
+        self._ledger = Ledger(max(_ROWS, _ROWS_PER_CORE * cores()))
+        return {}
 
     async def _succeed(self, version: str) -> None:
         """The workers of the code before an upgrade finish, as soon as one of this code accepts."""
@@ -279,7 +300,7 @@ class Supervisor:
             if self.stopping.is_set():
                 raise ReloadError(_ENDING)
             log.info("upgrading: this process becomes the code that is installed")
-            upgrade.execute(self._command, self._handed_over([each.channels() for each in self._generations]))
+            upgrade.execute(self._command, self._handed_over_with_workers())
         except TimeoutError:
             raise ReloadError("workers are being started all the time") from None
         except OSError as error:
@@ -288,13 +309,20 @@ class Supervisor:
             await self._admin.setup()
             await self._administer(self._admin_sockets)
 
-    def _handed_over(self, workers: Sequence[list[tuple[int, int]]] = ()) -> Handover:
+    def _handed_over(self) -> Handover:
+        """What is listened on."""
         return Handover(
             version=__version__,
             clients=upgrade.described(self._sockets),
             admin=upgrade.described(self._admin_sockets),
-            workers=[each for each in workers if each],
         )
+
+    def _handed_over_with_workers(self) -> Handover:
+        handover = self._handed_over()
+        handover.workers = [channels for each in self._generations if (channels := each.channels())]
+        handover.ledger = self._ledger.leave()
+        handover.rows = {pid: row for each in self._generations for pid, row in each.rows().items()}
+        return handover
 
     async def trial(self) -> None:
         """Starts a worker as `start` would, of which no client knows, and ends it. Raises `SseproxyError`.
@@ -303,6 +331,7 @@ class Supervisor:
         """
         known = self._handover.listening() if self._handover is not None else set()
         await self._admin.setup()
+        self._ledger = Ledger()
         anywhere = Address("127.0.0.1", 0)
         try:
             sockets: _Sockets = {anywhere: listen("listen", anywhere)}
@@ -333,6 +362,7 @@ class Supervisor:
         await self._admin.cleanup()
         _close(self._admin_sockets)
         clean_up([*self._sockets, *self._admin_sockets])
+        self._ledger.close()
 
     async def registry(self) -> Registry:
         """All numbers, as they are now; those of a worker that does not answer as it told them last."""
@@ -353,10 +383,18 @@ class Supervisor:
             await site.start()
 
     def _generate(self, config: Config, sockets: _Sockets) -> Generation:
+        """Starts the workers of `config`. Raises `ReloadError` if there is too much to count."""
+        in_use = set[str]().union(*(each.names for each in self._generations))
+        try:
+            columns = self._ledger.columns([ACCEPTING, *counted(config)], in_use)
+        except OSError as error:
+            raise ReloadError(f"the ledger: {error.strerror}") from None
         generation = Generation(
             config,
             _flat(sockets),
             self._numbers,
+            self._ledger,
+            columns,
             self._registry,
             self._recorder,
             self._changed.set,

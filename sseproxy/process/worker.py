@@ -1,8 +1,8 @@
 """A worker: one event loop, one immutable configuration, the relay.
 
-Started by the supervisor by way of `start`, with CHANNEL LISTENER... as arguments, which are inherited file
-descriptors. The configuration comes as the first frame of the channel; reports go back over it. The end of the
-channel is the end of the supervisor, and then the worker drains and goes, as it does on SIGTERM. On SIGHUP it does so
+Started by the supervisor by way of `start`, with CHANNEL LEDGER LISTENER... as arguments, which are inherited file
+descriptors. What it is to do comes as the first frame of the channel; reports go back over it. The end of the channel
+is the end of the supervisor, and then the worker drains and goes, as it does on SIGTERM. On SIGHUP it does so
 as well, but as a worker whose successor has already taken over: in its own time. On SIGINT it ends what it still has.
 """
 
@@ -19,17 +19,18 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import uvloop
 
+from ..ledger.table import Row, opened
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
 from ..observe.logs import log_as, set_up_logging
 from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
-from .listeners import BACKLOG
+from .accepting import Accepting
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -44,37 +45,52 @@ _LAST_WORDS = 2.0
 _HEADER = struct.Struct("!I")
 
 
-def encode_config(config: Config) -> bytes:
-    """The frame that a worker is started with. Only ever read back by a child of this process."""
-    body = pickle.dumps(config.plain())
-    return _HEADER.pack(len(body)) + body
+class Instructions(NamedTuple):
+    """What a worker is started with."""
+
+    config: Config
+    row: int
+    """Its own in the ledger."""
+    columns: dict[str, int]
+    """Those of the ledger."""
+    most_connections: int
+    """How many connections of clients it has descriptors for."""
+
+    def encoded(self) -> bytes:
+        """The frame that they are sent in. Only ever read back by a child of this process."""
+        body = pickle.dumps((self.config.plain(), *self[1:]))
+        return _HEADER.pack(len(body)) + body
 
 
-async def _read_config(reader: asyncio.StreamReader) -> Config:
+async def _read_instructions(reader: asyncio.StreamReader) -> Instructions:
     (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-    return cast("Config", pickle.loads(await reader.readexactly(size)))
+    return Instructions(*pickle.loads(await reader.readexactly(size)))
 
 
 class Worker:
-    """The relay on its sockets. `send` takes a report, and says False if it cannot take one now."""
+    """The relay on its sockets. `send` takes a report, and says False if it cannot take one now.
+
+    `row` is its own in the ledger, and it can have `most_connections` of clients.
+    """
 
     def __init__(
         self,
         config: Config,
         sockets: Sequence[socket.socket],
         send: Callable[[Report], bool],
+        row: Row,
+        most_connections: int,
         access: AccessLog | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._config = config
-        self._sockets = sockets
-        self._servers: list[asyncio.Server] = []
         self.telemetry = Telemetry(loop, send, self._connections, access)
-        self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged)
+        self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged, row, most_connections)
+        tls = config.tls.context() if config.tls is not None else None
+        self._accepting = Accepting(sockets, functools.partial(self.proxy.server, tls), row)
 
     def _stop_accepting(self) -> None:
-        for server in self._servers:
-            server.close()
+        self._accepting.stop()
         self._accepts(False)
 
     def _accepts(self, accepts: bool) -> None:
@@ -88,11 +104,7 @@ class Worker:
 
     async def start(self) -> None:
         """Accepts, and reports so."""
-        loop = asyncio.get_running_loop()
-        tls = self._config.tls.context() if self._config.tls is not None else None
-        for sock in self._sockets:
-            server = await loop.create_server(functools.partial(self.proxy.server, tls), sock=sock, backlog=BACKLOG)
-            self._servers.append(server)
+        await self._accepting.start()
         self._accepts(True)
 
     async def retire(self, over: asyncio.Event) -> None:
@@ -120,7 +132,7 @@ class Worker:
         self.telemetry.close()
 
 
-async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
+async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -> None:
     loop = asyncio.get_running_loop()
     retiring, over, ending = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -138,8 +150,9 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     # It asks for an upgrade, and is the supervisor's; but whoever sends it may send it to all.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
-    config = await _read_config(reader)
+    config, number, columns, most_connections = await _read_instructions(reader)
     log_as(config)
+    row = opened(ledger_fd, number, columns)
 
     def send(report: Report) -> bool:
         if writer.transport.is_closing():
@@ -151,7 +164,7 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
         return True
 
     sockets = [socket.socket(fileno=fd) for fd in listener_fds]
-    worker = Worker(config, sockets, send, to_standard_output(config.access_log))
+    worker = Worker(config, sockets, send, row, most_connections, to_standard_output(config.access_log))
     await worker.start()
     # What was imported and built so far lives as long as the process; collections need not look at it, not even once.
     gc.freeze()
@@ -179,5 +192,5 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
 
 def main() -> None:
     set_up_logging()
-    channel, *listeners = map(int, sys.argv[1:])
-    uvloop.run(_serve(channel, listeners))
+    channel, ledger, *listeners = map(int, sys.argv[1:])
+    uvloop.run(_serve(channel, ledger, listeners))

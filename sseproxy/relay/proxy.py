@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import Draining, RequestError
 from ..wire import headers
 from . import routes
-from .admission import Admission
+from .admission import Admission, Connections, pending
 from .answers import Answer
 from .downstream import Request
 from .exchange import Exchange, Observer
@@ -20,6 +20,7 @@ from .upstream import Upstream
 
 if TYPE_CHECKING:
     from ..config import Config
+    from ..ledger.table import Row
 
 # Once others take the requests: a client that has sent none for so long is not about to.
 _IDLE_BEFORE_CLOSE = 5.0
@@ -55,11 +56,17 @@ class Proxy:
     """The relay of one worker.
 
     `observer(route, upstream, model)` gives what these labels are recorded by; the first two are empty where there is
-    no route. `lagged` is told how late the loop is. Create, and close, in the running loop.
+    no route. `lagged` is told how late the loop is. `row` is this worker's in the ledger, and it can have
+    `most_connections` of clients itself. Create, and close, in the running loop.
     """
 
     def __init__(
-        self, config: Config, observer: Callable[[str, str, str], Observer], lagged: Callable[[float], None]
+        self,
+        config: Config,
+        observer: Callable[[str, str, str], Observer],
+        lagged: Callable[[float], None],
+        row: Row,
+        most_connections: int,
     ) -> None:
         self.lateness = Lateness(asyncio.get_running_loop(), lagged)
         self.limits = config.limits
@@ -68,14 +75,18 @@ class Proxy:
         self.names_models = config.access_log.exchanges != "off"
         self.router = routes.Router(config.routes)
         self.observer = observer
-        self.upstreams = {upstream.name: Upstream(upstream, config.limits) for upstream in config.upstreams}
-        self.admission = Admission(config, lambda: self.lateness.lasting)
+        self.upstreams = {
+            upstream.name: Upstream(upstream, config.limits, row.count(pending(upstream.name)))
+            for upstream in config.upstreams
+        }
+        self.admission = Admission(config, lambda: self.lateness.lasting, row)
         self._trusted = config.trusted_proxies
         self.active: set[Relay] = set()
         self.retiring = False
         self.draining = False
         self._closing_idle: asyncio.TimerHandle | None = None
-        self.server = DownstreamServer(self.handle, self._malformed, self.limits)
+        places = Connections(self.limits, row, most_connections)
+        self.server = DownstreamServer(self.handle, self._malformed, self.limits, places)
 
     def handle(self, request: Request) -> Coroutine[None, None, Answer]:
         return Relay(self, request).run()

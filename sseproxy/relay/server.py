@@ -96,7 +96,8 @@ class _Accepted(asyncio.Protocol):
 class DownstreamServer:
     """The connections of all clients.
 
-    `handle` answers a request. `malformed` is told of those that never became exchanges.
+    `handle` answers a request. `malformed` is told of those that never became exchanges. `places` are the limits on
+    connections.
     """
 
     def __init__(
@@ -104,12 +105,13 @@ class DownstreamServer:
         handle: Callable[[Request], Awaitable[Answer]],
         malformed: Callable[[RequestError], None],
         limits: Limits,
+        places: Connections,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.handle = handle
         self.malformed = malformed
         self.limits = limits
-        self.places = Connections(limits)
+        self.places = places
         self.hangups = HangupWatch(self._loop)
         self.parsed_for = BaseProtocol(self._loop)
         """What aiohttp's parser wants a protocol for, which is to pause it."""

@@ -38,6 +38,7 @@ from .reads import BoundedReads, PlainReads
 if TYPE_CHECKING:
     from ..config import Limits
     from ..config import Upstream as UpstreamConfig
+    from ..ledger.table import Count
 
 # Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
 KEEPALIVE = 4.0
@@ -309,9 +310,12 @@ def _credential(config: UpstreamConfig) -> tuple[bytes, bytes] | None:
 
 
 class Upstream:
-    """A named API and its connections. Create and close it in the running loop."""
+    """A named API and its connections. Create and close it in the running loop.
 
-    def __init__(self, config: UpstreamConfig, limits: Limits) -> None:
+    `pending` counts the connections that are being made to it.
+    """
+
+    def __init__(self, config: UpstreamConfig, limits: Limits, pending: Count) -> None:
         url = URL(config.url, encoded=True)
         self.name = config.name
         self.credential = _credential(config)
@@ -327,7 +331,7 @@ class Upstream:
             functools.partial(RelayProtocol, loop=loop, heads=ResponseHeads(loop, limits.response_head)),
         )
         self._max_pending = limits.pending_connects
-        self._pending = 0
+        self._pending = pending
 
     def takes_stream_options(self, model: str | None) -> bool | None:
         """Whether requests for `model` may have them; None if there was no answer yet that told."""
@@ -345,9 +349,9 @@ class Upstream:
 
         Raises `UpstreamError`, or `RequestError` if too many connections are being made.
         """
-        if self._pending >= self._max_pending:
+        if self._pending.total() >= self._max_pending:
             raise RequestError("pending_connects")
-        self._pending += 1
+        self._pending.add(1)
         try:
             while True:
                 connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
@@ -370,7 +374,7 @@ class Upstream:
         except (ClientError, OSError) as error:
             raise UpstreamError("connect", cause=_reason(error)) from None
         finally:
-            self._pending -= 1
+            self._pending.add(-1)
 
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""
