@@ -23,6 +23,10 @@ asked for. The supervisor adds them up, so counters never fall when a worker end
 end of the pair is the end of the other side: a worker whose supervisor died drains and goes. A worker that does not
 answer when it is asked is not ready, and in the end killed and replaced.
 
+What limits are about, all workers count in one table in memory, the ledger: each writes its own row and reads all. So a
+limit is that of all workers together, also of those that still finish after a reload. A worker that has more connections
+than the least busy one leaves the listening sockets to the others for a moment, so each has the same share.
+
 What either writes for people goes through a thread, and is dropped if nobody takes it: no reader holds up a loop.
 
 A reload starts a new generation on the same sockets. When all of it accepts, the old one is told to finish what it
@@ -54,6 +58,8 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       document        YAML to plain data that knows where each of its parts stands
       loading         files and flags, and what is wrong with them
     errors          every exception we raise; the one table from an error to status, body and outcome
+    ledger          counts that all workers of a machine share
+      table           rows for workers, columns for names, and a sketch for clients' addresses
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       headers         hop-by-hop, forwarding, credentials
       framing         where a body ends: chunked, by length, by close
@@ -101,11 +107,12 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       upgrade         new code takes the place of this one
       start           what a worker begins with: its imports
       worker          one event loop, and how it ends
+      accepting       connections, evenly shared with the other workers
       listeners       listening sockets: TCP, Unix, passed by systemd
       admin           metrics, health, reload
       notify          what systemd is told
 
-Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
+Imports go one way: wire <- relay <- process <- cli; `ledger` stands beside `wire`; `observe` reads `relay.exchange`; everything may use `config` and
 `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
 YAML parser, because nearly all that it takes to start are imports. Each command of `cli` imports what it needs when it
 runs, because a health check runs every few seconds. A test holds both.

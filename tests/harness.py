@@ -22,7 +22,7 @@ from sseproxy import config
 from sseproxy.ledger.table import alone
 from sseproxy.observe.metrics import Report
 from sseproxy.observe.registry import Registry, exposition
-from sseproxy.process.accepting import ACCEPTING
+from sseproxy.process import accepting
 from sseproxy.process.listeners import listen
 from sseproxy.process.worker import Worker
 from sseproxy.relay.admission import counted
@@ -340,7 +340,7 @@ async def start_proxy(settings: config.Config) -> RunningProxy:
         registry.add(1, decode(msgspec.msgpack.encode(report)))
         return True
 
-    row = alone([ACCEPTING, *counted(settings)])
+    row = alone([*accepting.NAMES, *counted(settings)])
     worker = Worker(settings, [sock], send, row, settings.limits.connections)
     port = sock.getsockname()[1]
     await worker.start()

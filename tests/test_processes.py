@@ -20,7 +20,7 @@ from sseproxy.ledger.table import Ledger
 from sseproxy.observe.metrics import Recorder
 from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, encode_report
-from sseproxy.process.accepting import ACCEPTING
+from sseproxy.process import accepting
 from sseproxy.process.generation import cores, environment
 from sseproxy.process.listeners import listen
 from sseproxy.process.supervisor import Supervisor
@@ -556,7 +556,7 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
     (listener,) = listen("listen", configured.listen[0])
     with theirs, listener:
         ledger = Ledger()
-        columns = ledger.columns([ACCEPTING, *counted(configured)], ())
+        columns = ledger.columns([*accepting.NAMES, *counted(configured)], ())
         fds = [theirs.fileno(), ledger.fd, listener.fileno()]
         port = listener.getsockname()[1]
         process = await asyncio.create_subprocess_exec(

@@ -79,7 +79,7 @@ def _plain(value: object) -> object:
 
 
 class Limits(_Model):
-    """What is accepted and held at most. Numbers of things are for all workers together."""
+    """What is accepted and held at most. Numbers of things are for all workers together, of all generations."""
 
     connections: Count = 10_000
     """Clients' connections; requests on more are answered 503."""

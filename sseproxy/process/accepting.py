@@ -21,11 +21,14 @@ from ..ledger.table import Row
 from ..relay.admission import CONNECTIONS
 from .listeners import BACKLOG
 
-# Under this name it is in the ledger which workers accept.
-ACCEPTING: Final = "accepting"
-# Seconds until a worker that has left the sockets looks how things stand: the first time, at most, and while somebody
-# waits. Even if all others hang, whoever waits is accepted after the last two.
-_FIRST_LOOK, _LAST_LOOK, _WHILE_ONE_WAITS = 0.001, 0.016, 0.004
+# Under these names it is in the ledger which workers accept, and how often those that have left the sockets looked.
+_ACCEPTING, _LOOKS = NAMES = ("accepting", "looks")
+# Seconds until a worker that has left the sockets looks how things stand: at first, at most, and while somebody waits.
+_FIRST_LOOK, _LAST_LOOK, _WHILE_ONE_WAITS = 0.001, 0.008, 0.004
+# Who neither accepts nor looks for so long, while somebody waits, hangs. Longer than the time between two looks.
+_HANGS_AFTER: Final = 0.012
+# What a worker has done: its connections, and its looks.
+_Deeds = tuple[int, int]
 
 
 def ahead_of(least: int) -> int:
@@ -44,13 +47,16 @@ class Accepting:
         self._sockets = sockets
         self._protocol = protocol
         self._row = row.number
-        self._accepts = row.count(ACCEPTING)
+        self._accepts = row.count(_ACCEPTING)
         self._connections = row.count(CONNECTIONS)
+        self._looks = row.count(_LOOKS)
         self._servers: list[asyncio.Server] = []
         # Connections that were accepted and are not counted yet.
         self._coming = 0
-        # Workers that let connections wait, with what they had then. Until they have more or less, they do not count.
-        self._hanging: dict[int, int] = {}
+        # Workers that let connections wait, with what they had done by then. Until they do more, they do not count.
+        self._hanging: dict[int, _Deeds] = {}
+        # What others had done when somebody was first seen waiting, and when that was.
+        self._since: tuple[float, dict[int, _Deeds]] | None = None
         self._look: asyncio.TimerHandle | None = None
         self._opening: asyncio.Task[None] | None = None
         self._waiting = select.poll()
@@ -101,32 +107,39 @@ class Accepting:
             self._close()
             self._look_in(_FIRST_LOOK)
 
-    def _others(self) -> list[tuple[int, int]]:
-        """The other workers that accept: their rows, and how many connections they have."""
-        accepting, connections = self._accepts.each(), self._connections.each()
-        return [
-            (row, connections[row])
-            for row, accepts in enumerate(accepting)
-            if accepts and row != self._row and self._hanging.get(row) != connections[row]
-        ]
+    def _others(self) -> dict[int, _Deeds]:
+        """What the other workers that accept have done, by their rows. Those that hang are not among them."""
+        accepting, connections, looks = self._accepts.each(), self._connections.each(), self._looks.each()
+        others = {row: (connections[row], looks[row]) for row, accepts in enumerate(accepting) if accepts}
+        others.pop(self._row, None)
+        return {row: deeds for row, deeds in others.items() if self._hanging.get(row) != deeds}
 
     def _is_ahead(self) -> bool:
-        least = min((number for _, number in self._others()), default=None)
+        least = min((connections for connections, _ in self._others().values()), default=None)
         return least is not None and self._connections.own + self._coming > ahead_of(least)
 
-    def _look_in(self, seconds: float, others: list[tuple[int, int]] | None = None) -> None:
-        self._look = self._loop.call_later(seconds, self._look_again, seconds, others)
+    def _look_in(self, seconds: float) -> None:
+        self._look = self._loop.call_later(seconds, self._look_again, seconds)
 
-    def _look_again(self, waited: float, before: list[tuple[int, int]] | None) -> None:
-        """Comes back, or looks again later. If somebody has been waiting, `before` is what others had then."""
-        others = self._others()
-        if before == others and self._waiting.poll(0):
-            own = self._connections.own
-            self._hanging |= {row: number for row, number in others if own > ahead_of(number)}
-        if not self._is_ahead():
-            self._look = None
-            self._opening = self._loop.create_task(self._open())
-        elif self._waiting.poll(0):
-            self._look_in(_WHILE_ONE_WAITS, others)
+    def _look_again(self, waited: float) -> None:
+        """Comes back, or looks again later."""
+        self._looks.add(1)
+        waits = bool(self._waiting.poll(0))
+        if waits:
+            self._find_hanging()
         else:
-            self._look_in(min(2 * waited, _LAST_LOOK))
+            self._since = None
+        if not self._is_ahead():
+            self._look = self._since = None
+            self._opening = self._loop.create_task(self._open())
+        else:
+            self._look_in(_WHILE_ONE_WAITS if waits else min(2 * waited, _LAST_LOOK))
+
+    def _find_hanging(self) -> None:
+        now, others = self._loop.time(), self._others()
+        if self._since is None:
+            self._since = now, others
+        elif now - self._since[0] >= _HANGS_AFTER:
+            _, before = self._since
+            self._hanging |= {row: deeds for row, deeds in others.items() if before.get(row) == deeds}
+            self._since = None

@@ -34,8 +34,7 @@ from ..observe.metrics import Recorder
 from ..observe.registry import Registry
 from ..relay.admission import counted
 from ..relay.heads import check_parser
-from . import notify, upgrade
-from .accepting import ACCEPTING
+from . import accepting, notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors, cores
 from .listeners import clean_up, listen, refuse, url
@@ -386,7 +385,7 @@ class Supervisor:
         """Starts the workers of `config`. Raises `ReloadError` if there is too much to count."""
         in_use = set[str]().union(*(each.names for each in self._generations))
         try:
-            columns = self._ledger.columns([ACCEPTING, *counted(config)], in_use)
+            columns = self._ledger.columns([*accepting.NAMES, *counted(config)], in_use)
         except OSError as error:
             raise ReloadError(f"the ledger: {error.strerror}") from None
         generation = Generation(
