@@ -23,9 +23,9 @@ asked for. The supervisor adds them up, so counters never fall when a worker end
 end of the pair is the end of the other side: a worker whose supervisor died drains and goes. A worker that does not
 answer when it is asked is not ready, and in the end killed and replaced.
 
-What limits are about, all workers count in one table in memory, the ledger: each writes its own row and reads all. So a
-limit is that of all workers together, also of those that still finish after a reload. A worker that has more connections
-than the least busy one leaves the listening sockets to the others for a moment, so each has the same share.
+All workers count in one table in memory, the ledger: each writes its own row and reads all rows. So a limit is that of
+all workers together, those included that still finish after a reload. A worker that has more connections than the least
+busy one leaves the listening sockets to the others for a moment, so each has the same share.
 
 What either writes for people goes through a thread, and is dropped if nobody takes it: no reader holds up a loop.
 
@@ -112,8 +112,8 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       admin           metrics, health, reload
       notify          what systemd is told
 
-Imports go one way: wire <- relay <- process <- cli; `ledger` stands beside `wire`; `observe` reads `relay.exchange`; everything may use `config` and
-`errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
+Imports go one way: wire <- relay <- process <- cli; `ledger` stands beside `wire`; `observe` reads `relay.exchange`;
+everything may use `config` and `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
 YAML parser, because nearly all that it takes to start are imports. Each command of `cli` imports what it needs when it
 runs, because a health check runs every few seconds. A test holds both.
 
