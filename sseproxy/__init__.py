@@ -113,9 +113,9 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       notify          what systemd is told
 
 Imports go one way: wire <- relay <- process <- cli; `ledger` stands beside `wire`; `observe` reads `relay.exchange`;
-everything may use `config` and `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
-YAML parser, because nearly all that it takes to start are imports. Each command of `cli` imports what it needs when it
-runs, because a health check runs every few seconds. A test holds both.
+everything may use `config` and `errors`. Within `config` it is files <- values <- named <- model <- loading. A worker
+imports neither the model nor a YAML parser, because nearly all that it takes to start are imports. Each command of
+`cli` imports what it needs when it runs, because a health check runs every few seconds. A test holds both.
 
 One owner for each thing
 ------------------------
