@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Self
 
 import pytest
 
+from sseproxy.ledger.table import Ledger
+from sseproxy.process import accepting
+from sseproxy.process.accepting import Accepting
+from sseproxy.relay.admission import CONNECTIONS
+
 from .conftest import PlayScript
-from .harness import DEADLINE, DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post
+from .harness import DEADLINE, DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, until
 from .served import ConfigFile, Served, alive, end, until_true
 from .test_listeners import Systemd
 from .test_reload import reload
@@ -334,3 +341,51 @@ async def test_whole_streams_go_on_while_workers_come_and_go(play: PlayScript, t
         answered = sum(await asyncio.gather(*asking))
         await served.until("workers_finishing", 0)
         assert await served.sample(r'requests_total\{.*outcome="completed".*\}') == answered
+
+
+class Scarce(socket.socket):
+    """A listening socket that cannot be duplicated when there are no descriptors left."""
+
+    left = True
+    asked = 0
+
+    def dup(self) -> Self:
+        Scarce.asked += 1
+        if not Scarce.left:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().dup()
+
+
+async def test_a_worker_without_a_descriptor_comes_back_when_it_has_one() -> None:
+    ledger = Ledger(rows=2)
+    columns = ledger.columns([*accepting.NAMES, CONNECTIONS], ())
+    mine, other = (ledger.row(ledger.take_row(), columns) for _ in range(2))
+    came = asyncio.Queue[asyncio.BaseTransport]()
+
+    class Accepted(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            mine.count(CONNECTIONS).add(1)
+            came.put_nowait(transport)
+
+    with Scarce() as listening:
+        listening.bind(("127.0.0.1", 0))
+        accepts = Accepting([listening], Accepted, mine)
+        await accepts.start()
+        other.count("accepting").add(1)
+        peers = [await tcp(listening.getsockname()[1]) for _ in range(2)]
+        transports = [await came.get() for _ in peers]
+        # It has two more than the other one, and leaves the sockets; then it has fewer.
+        await until(lambda: not accepts._servers)
+        Scarce.left, Scarce.asked = False, 0
+        other.count(CONNECTIONS).add(9)
+        await until(lambda: Scarce.asked > 2)
+        Scarce.left = True
+        peers.append(await tcp(listening.getsockname()[1]))
+        async with asyncio.timeout(DEADLINE):
+            transports.append(await came.get())
+        accepts.stop()
+    for transport in transports:
+        transport.abort()  # type: ignore[attr-defined]
+    for peer in peers:
+        peer.close()
+    ledger.close()

@@ -58,7 +58,7 @@ class Accepting:
         # What others had done when somebody was first seen waiting, and when that was.
         self._since: tuple[float, dict[int, _Deeds]] | None = None
         self._look: asyncio.TimerHandle | None = None
-        self._opening: asyncio.Task[None] | None = None
+        self._coming_back: asyncio.Task[None] | None = None
         self._waiting = select.poll()
         for sock in sockets:
             self._waiting.register(sock, select.POLLIN)
@@ -131,9 +131,18 @@ class Accepting:
             self._since = None
         if not self._is_ahead():
             self._look = self._since = None
-            self._opening = self._loop.create_task(self._open())
+            self._coming_back = self._loop.create_task(self._come_back())
         else:
             self._look_in(_WHILE_ONE_WAITS if waits else min(2 * waited, _LAST_LOOK))
+
+    async def _come_back(self) -> None:
+        try:
+            await self._open()
+        except OSError:
+            # There is no descriptor left, as it may be where connections are many. Some will be free again.
+            self._close()
+            if self._accepts.own:
+                self._look_in(_LAST_LOOK)
 
     def _find_hanging(self) -> None:
         now, others = self._loop.time(), self._others()
