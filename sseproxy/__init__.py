@@ -25,6 +25,10 @@ counter never falls when a worker ends, while the gauges of that worker disappea
 closed, its process has ended: a worker whose supervisor has died drains and exits. A worker that does not answer a
 request for a report is first treated as not ready. If it still does not answer, it is killed and replaced.
 
+All workers count in one table in shared memory, the ledger. Each worker writes its own row and reads all rows. So a
+limit is the limit of all workers together, also of those that are still finishing after a reload. Connections are
+shared evenly: a worker that has more than the least busy one stops listening for a moment, and the others accept.
+
 Access log and log lines are written by a thread. If nobody reads them, they are dropped, so a slow reader of the log
 never blocks an event loop.
 
@@ -60,6 +64,8 @@ outcome and is reported once.*
       document        parses YAML, and keeps the position of each part
       loading         builds a configuration from a file and from flags, and collects all errors
     errors          every exception that sseproxy raises; the only table of status, body and outcome
+    ledger          counts that all workers share
+      table           a row for each worker, a column for each name, and a sketch for client addresses
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       headers         hop-by-hop fields, forwarding fields, credentials
       framing         where a body ends: chunked, by length, by close
@@ -107,15 +113,16 @@ outcome and is reported once.*
       upgrade         replaces the running code with new code
       start           imports what a worker needs, and starts it
       worker          one event loop, and how it ends
+      accepting       connections, evenly shared with the other workers
       listeners       listening sockets: TCP, Unix, passed by systemd
       admin           metrics, health, reload
       notify          notifications to systemd
 
-Imports go one way: wire <- relay <- process <- cli. `observe` imports `relay.exchange`. Every module may import
-`config` and `errors`. Within `config` the order is files <- values <- named <- model <- loading. Imports take most of
-the time that a worker needs to start, so a worker imports neither the model nor a YAML parser. A health check runs
-every few seconds, so each command of `cli` imports what it needs only when it runs. `tests/test_imports.py` checks all
-this.
+Imports go one way: wire <- relay <- process <- cli. `ledger` imports nothing else, and `observe` imports
+`relay.exchange`. Every module may import `config` and `errors`. Within `config` the order is files <- values <- named
+<- model <- loading. Imports take most of the time that a worker needs to start, so a worker imports neither the model
+nor a YAML parser. A health check runs every few seconds, so each command of `cli` imports what it needs only when it
+runs. `tests/test_imports.py` checks all this.
 
 One owner for each thing
 ------------------------

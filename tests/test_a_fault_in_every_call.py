@@ -549,11 +549,11 @@ def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[as
         "places of connections": server.places.open,
         "addresses": +server.places._of,
         "watches": server.hangups._watched,
-        "places of requests": admission._under_way,
-        "places on routes": +admission._on_route,
+        "places of requests": admission._active.own,
+        "places on routes": {name for name, count in admission._on_route.items() if count.own},
         "bytes held": admission._held,
         "who holds bytes": admission._holders,
-        "connecting": upstream._pending or relay.upstreams["down"]._pending,
+        "connecting": upstream._pending.own or relay.upstreams["down"]._pending.own,
         "upstream connections in use": in_use,
         "upstream connections of nobody": scripted.open - idle,
         "gauges": [key for key, value in gauges.items() if value and "active" in key[0] + "".join(key[1])],
@@ -595,8 +595,7 @@ class Stage:
     async def close(self) -> None:
         """Ends all of it, whatever is left."""
         worker = self.proxy.worker
-        for server in worker._servers:
-            server.close()
+        worker._accepting.stop()
         for connection in list(worker.proxy.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()

@@ -537,7 +537,7 @@ def test_a_configuration_knows_the_variables_whose_values_it_took() -> None:
     models = "metrics: {models: ['${EMPTY:-a}', '${NONE:-b}', $$]}"
     text = f"listen: 'h:${{PORT}}'\n{models}\n{upstream('api_key: ${KEY}')}"
     loaded = config.parse(text, "f", env)
-    assert loaded.variables == config.override(loaded, workers=2).share(2).variables == {"PORT", "KEY", "EMPTY"}
+    assert loaded.variables == config.override(loaded, workers=2).variables == {"PORT", "KEY", "EMPTY"}
     assert "variables" not in config.resolved(loaded) + repr(loaded) + json.dumps(config.schema())
     assert config.single("http://h").variables == frozenset()
 

@@ -210,7 +210,7 @@ async def test_a_client_that_sends_much_before_its_handshake_is_refused_at_once(
     start: StartProxy, upstream: ScriptedUpstream, tls: config.TLS, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = await start(upstream.url, listener_tls=tls, limits=config.Limits(request_head_time=60.0))
-    proxy.worker._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
+    proxy.worker._accepting._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
     with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         # More than TLS takes at once is there before it is asked.
         client.sendall(b"no TLS" * 100_000)

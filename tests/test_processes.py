@@ -16,13 +16,16 @@ import pytest
 
 from sseproxy import config
 from sseproxy.errors import SseproxyError
+from sseproxy.ledger.table import Ledger
 from sseproxy.observe.metrics import Recorder
 from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, encode_report
+from sseproxy.process import accepting
 from sseproxy.process.generation import cores, environment
 from sseproxy.process.listeners import listen
 from sseproxy.process.supervisor import Supervisor
-from sseproxy.process.worker import encode_config
+from sseproxy.process.worker import Instructions
+from sseproxy.relay.admission import counted
 
 from .conftest import StartProxy
 from .harness import (
@@ -554,12 +557,14 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
     configured = settings(upstream.url)
     (listener,) = listen("listen", configured.listen[0])
     with theirs, listener:
-        fds = [theirs.fileno(), listener.fileno()]
+        ledger = Ledger()
+        columns = ledger.columns([*accepting.NAMES, *counted(configured)], ())
+        fds = [theirs.fileno(), ledger.fd, listener.fileno()]
         port = listener.getsockname()[1]
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "sseproxy.process.start", *map(str, fds)), pass_fds=fds
         )
-    ours.sendall(encode_config(configured))
+    ours.sendall(Instructions(configured, ledger.take_row(), columns, 100).encoded())
     try:
         client = Peer(*await asyncio.open_connection("127.0.0.1", port))
         client.send(b"GET /nowhere HTTP/1.1\r\nHost: p\r\n\r\n")

@@ -75,12 +75,9 @@ def _plain(value: object) -> object:
     return value.plain() if isinstance(value, _Model) else value
 
 
-def _part(limit: int | None, workers: int) -> int | None:
-    return None if limit is None else -(-limit // workers)
-
-
 class Limits(_Model):
-    """Upper limits. Counts are for all workers together, and each worker gets an equal share. Sizes are in bytes."""
+    """Upper limits. Counts are for all workers together, old ones that are still finishing included. Sizes are in
+    bytes."""
 
     connections: Count = 10_000
     """Client connections. Requests on further connections are answered 503."""
@@ -112,23 +109,12 @@ class Limits(_Model):
     """An event that is inspected; six times as much for APIs whose events may have images. Larger events are forwarded
     without inspection."""
 
-    def share(self, workers: int) -> Limits:
-        """The limits of one worker: its share of each count, rounded up."""
-        names = ("connections", "connections_per_client", "active_requests", "pending_connects")
-        shared = self.model_copy(update={name: _part(getattr(self, name), workers) for name in names})
-        # `model_copy` marks the updated options as set. `model_fields_set` must have only those that the operator set.
-        shared.__pydantic_fields_set__ = self.model_fields_set
-        return shared
-
 
 class RouteLimits(_Model):
     """Limits of one route, in addition to the general limits."""
 
     active_requests: CountOrOff = None
     """Requests of this route that are being answered. Further requests are answered 503."""
-
-    def share(self, workers: int) -> RouteLimits:
-        return self.model_copy(update={"active_requests": _part(self.active_requests, workers)})
 
 
 class Admin(_Model):
@@ -360,11 +346,6 @@ class Config(_Model):
         if found:
             raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
         return self
-
-    def share(self, workers: int) -> Config:
-        """The configuration of one worker of `workers`, with its share of the limits."""
-        routes = tuple(route.model_copy(update={"limits": route.limits.share(workers)}) for route in self.routes)
-        return self.model_copy(update={"limits": self.limits.share(workers), "routes": routes})
 
     def files(self) -> list[str]:
         """The files that this configuration names, as certificates and keys."""

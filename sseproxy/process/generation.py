@@ -17,19 +17,20 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import ceil
 from time import perf_counter
 
 from ..config import Config
 from ..errors import Outcome, ReloadError
+from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.metrics import Recorder, Report
 from ..observe.registry import Registry
 from ..observe.telemetry import Reports
 from ..relay.admission import connections_within
-from .worker import encode_config
+from .worker import Instructions
 
 log = logging.getLogger(__name__)
 
@@ -67,25 +68,25 @@ def cores() -> int:
         return available
 
 
-def within_descriptors(config: Config) -> Config:
-    """`config` of one worker, with `limits.connections` lowered if there are too few file descriptors for it.
+def connections_of_a_worker(config: Config, workers: int) -> int:
+    """How many client connections each of `workers` can have with its file descriptors, at most `limits.connections`.
 
     Also raises this process's limit of descriptors to the hard limit. Its children inherit that.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     wanted = config.limits.connections
+    if most == resource.RLIM_INFINITY:
+        return wanted
     possible = max(1, connections_within(most - _DESCRIPTORS_OF_ITS_OWN))
-    if most == resource.RLIM_INFINITY or wanted <= possible:
-        return config
-    if "connections" in config.limits.model_fields_set:
+    if workers * possible < wanted and "connections" in config.limits.model_fields_set:
         log.warning(
-            "a worker takes %d connections instead of %d: it may have %d descriptors (ulimit -n)",
-            possible,
+            "there can be %d connections instead of %d: each worker may have %d descriptors (ulimit -n)",
+            workers * possible,
             wanted,
             most,
         )
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"connections": possible})})
+    return min(possible, wanted)
 
 
 def environment(config: Config) -> dict[str, str]:
@@ -127,9 +128,10 @@ class _Workers:
 class Generation(_Workers):
     """The workers of `config`. They accept on `sockets` until a method of `_Workers` is called.
 
-    `numbers` gives each worker a number that is unique among all generations; the registry uses it. `changed` is
-    called when a worker becomes ready or has ended. `check_code` is called before a worker is replaced; it raises
-    `ReloadError` if the code on disk is not the code that is running.
+    `numbers` gives each worker a number that is unique among all generations; the registry uses it. Each worker has a
+    row in `ledger`, and `columns` are the columns that it uses. `changed` is called when a worker becomes ready or has
+    ended. `check_code` is called before a worker is replaced; it raises `ReloadError` if the code on disk is not the
+    code that is running.
     """
 
     def __init__(
@@ -137,6 +139,8 @@ class Generation(_Workers):
         config: Config,
         sockets: Sequence[socket.socket],
         numbers: Iterator[int],
+        ledger: Ledger,
+        columns: dict[str, int],
         registry: Registry,
         recorder: Recorder,
         changed: Callable[[], None],
@@ -148,9 +152,12 @@ class Generation(_Workers):
         """The numbers of the workers that accept."""
         self.last_exit = ""
         """How the last worker ended that was not told to end, in words. Empty if there was none."""
-        self._of_a_worker = config.share(self.size)
         self._sockets = sockets
         self._numbers = numbers
+        self._ledger = ledger
+        self._columns = columns
+        self._most_connections = 0
+        self._rows: dict[int, int] = {}
         self._registry = registry
         self._recorder = recorder
         self._changed = changed
@@ -167,7 +174,7 @@ class Generation(_Workers):
 
     def start(self) -> None:
         """Starts the workers. Returns before they accept: see `ready` and `complete`."""
-        self._of_a_worker = within_descriptors(self._of_a_worker)
+        self._most_connections = connections_of_a_worker(self.config, self.size)
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.size)]
 
@@ -195,6 +202,15 @@ class Generation(_Workers):
     def channels(self) -> list[tuple[int, int]]:
         """Of each worker, the process id and the descriptor of its channel, or -1 if the channel is closed."""
         return [(process.pid, self._channels[number].fileno()) for number, process in self._processes.items()]
+
+    @property
+    def names(self) -> set[str]:
+        """The names in the ledger that its workers count under."""
+        return set(self._columns)
+
+    def rows(self) -> dict[int, int]:
+        """The row of each worker in the ledger, by its process id."""
+        return {process.pid: self._rows[number] for number, process in self._processes.items()}
 
     async def report(self) -> None:
         """Asks all workers for a report, and waits until the registry has all of them."""
@@ -236,9 +252,16 @@ class Generation(_Workers):
 
     async def _run_worker(self) -> int:
         """Runs one worker until it ends, and returns its exit status. Raises `OSError` if it cannot be started."""
+        row = self._ledger.take_row()
+        try:
+            return await self._run_worker_on(row)
+        finally:
+            self._ledger.free_row(row)
+
+    async def _run_worker_on(self, row: int) -> int:
         ours, theirs = socket.socketpair()
         number = next(self._numbers)
-        fds = [theirs.fileno(), *(sock.fileno() for sock in self._sockets)]
+        fds = [theirs.fileno(), self._ledger.fd, *(sock.fileno() for sock in self._sockets)]
         self._spawning += 1
         with theirs:
             try:
@@ -256,11 +279,12 @@ class Generation(_Workers):
                 self._spawning -= 1
         self._processes[number] = process
         self._channels[number] = ours
+        self._rows[number] = row
         if self._last_signal is not None:
             with suppress(ProcessLookupError):
                 process.send_signal(self._last_signal)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        writer.write(encode_config(self._of_a_worker))
+        writer.write(Instructions(self.config, row, self._columns, self._most_connections).encoded())
 
         def ask(question: bytes) -> None:
             # A worker that has closed its end cannot answer. It may still hang, so `_watch` goes on.
@@ -280,7 +304,7 @@ class Generation(_Workers):
         status = await process.wait()
         watch.cancel()
         writer.close()
-        del self._processes[number], self._channels[number]
+        del self._processes[number], self._channels[number], self._rows[number]
         self._changed()
         for labels, lost in self._registry.drop(number).items():
             self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
@@ -332,16 +356,27 @@ class Generation(_Workers):
 class Predecessors(_Workers):
     """Workers of one configuration that the previous version has started. They are not replaced when they end.
 
-    `workers` has their process ids and the descriptors of their channels, or -1. Their reports are dropped, because
-    another version wrote them. But a worker that does not answer requests for a report is killed.
+    `workers` has their process ids and the descriptors of their channels, or -1. `rows` has their rows in `ledger` by
+    process id, if that is known. Their reports are dropped, because another version wrote them. But a worker that does
+    not answer requests for a report is killed.
     """
 
     def __init__(
-        self, workers: Sequence[tuple[int, int]], config: Config, recorder: Recorder, changed: Callable[[], None]
+        self,
+        workers: Sequence[tuple[int, int]],
+        config: Config,
+        ledger: Ledger,
+        rows: Mapping[int, int],
+        recorder: Recorder,
+        changed: Callable[[], None],
     ) -> None:
         self.ready = {pid for pid, _ in workers}
         """The process ids of the workers that may still accept."""
         self._channels = dict(workers)
+        self._ledger = ledger
+        self._rows = {pid: rows[pid] for pid, _ in workers if pid in rows}
+        self.names = ledger.names if self._rows else set()
+        """The names in the ledger that they may count under."""
         self._killed_after = _KILLED_AFTER * _lag_factor(config)
         self._recorder = recorder
         self._changed = changed
@@ -359,6 +394,9 @@ class Predecessors(_Workers):
 
     def channels(self) -> list[tuple[int, int]]:
         return [*self._channels.items()]
+
+    def rows(self) -> dict[int, int]:
+        return self._rows
 
     def retire(self) -> None:
         self._recorder.move(metrics.WORKERS, (), -len(self._channels))
@@ -386,6 +424,8 @@ class Predecessors(_Workers):
     def _forget(self, pid: int) -> None:
         _, status = os.waitpid(pid, 0)
         del self._channels[pid]
+        if pid in self._rows:
+            self._ledger.free_row(self._rows.pop(pid))
         self.ready.discard(pid)
         self._recorder.move(metrics.WORKERS_FINISHING if self.finishing else metrics.WORKERS, (), -1)
         self._changed()

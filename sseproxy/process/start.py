@@ -1,4 +1,4 @@
-"""Starts a worker: `python -m sseproxy.process.start CHANNEL LISTENER...`.
+"""Starts a worker: `python -m sseproxy.process.start CHANNEL LEDGER LISTENER...`.
 
 Imports take most of the time that a worker needs to start, and every reload starts one worker per core. So this module
 skips the part of the imports that a worker does not need.

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import os
 import platform
 import signal
 import socket
@@ -27,14 +28,16 @@ from .. import __version__
 from ..config import Address, Config, Listen
 from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
+from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.logs import log_as
 from ..observe.metrics import Recorder
 from ..observe.registry import Registry
+from ..relay.admission import counted
 from ..relay.heads import check_parser
-from . import notify, upgrade
+from . import accepting, notify, upgrade
 from .admin import application
-from .generation import Generation, Predecessors
+from .generation import Generation, Predecessors, cores
 from .listeners import clean_up, listen, refuse, url
 from .upgrade import Handover, RunningCode
 
@@ -55,6 +58,8 @@ _TAKE_OVER_TIMEOUT = 5.0
 # Seconds that a start or a reload waits until the workers accept, plus one second for each worker. A worker needs half
 # a second of CPU to start, and all workers start at the same time.
 _START_TIMEOUT = 30.0
+# Rows of the ledger, for the workers of all generations. A row that is not used takes no memory.
+_ROWS, _ROWS_PER_CORE = 256, 8
 # Seconds that a scrape waits for the reports of workers. A worker that is not overloaded takes a millisecond.
 _REPORT_TIMEOUT = 1.0
 
@@ -90,6 +95,7 @@ class Supervisor:
         self._unused: tuple[_Sockets, _Sockets] = {}, {}
         self._recorder = Recorder()
         self._registry = Registry()
+        self._ledger: Ledger
         self._numbers = itertools.count(1)
         self._generation: Generation | None = None
         # All generations that still have a worker, the oldest first. `_generation` is the current one.
@@ -163,8 +169,9 @@ class Supervisor:
         self._recorder.count(metrics.RESTARTS, (), 0)
         for result in ("success", "failure"):
             self._recorder.count(metrics.RELOADS, (result,), 0)
+        rows = self._open_ledger()
         for workers in self._handover.workers if self._handover is not None else ():
-            predecessors = Predecessors(workers, self.config, self._recorder, self._changed.set)
+            predecessors = Predecessors(workers, self.config, self._ledger, rows, self._recorder, self._changed.set)
             self._generations.append(predecessors)
             predecessors.start()
         await self._admin.setup()
@@ -187,6 +194,22 @@ class Supervisor:
             if generation.ready:
                 await asyncio.wait((succeeding,))
         notify.ready(f"{self.workers} workers")
+
+    def _open_ledger(self) -> dict[int, int]:
+        """Opens the ledger that the previous version has handed over, or creates one.
+
+        Returns the rows of the workers of the previous version, by process id.
+        """
+        if self._handover is not None and self._handover.ledger >= 0:
+            rows = self._handover.rows
+            try:
+                self._ledger = Ledger.left(self._handover.ledger, rows.values())
+                return rows
+            except ValueError:
+                os.close(self._handover.ledger)
+                log.warning("limits do not include the requests that workers of the previous version still have")
+        self._ledger = Ledger(max(_ROWS, _ROWS_PER_CORE * cores()))
+        return {}
 
     async def _take_over_from_predecessors(self, version: str) -> None:
         """Waits until one worker of this version accepts. Then the workers of the previous version finish."""
@@ -289,7 +312,7 @@ class Supervisor:
             if self.stopping.is_set():
                 raise ReloadError(_ENDING)
             log.info("upgrading: this process executes the installed code")
-            upgrade.execute(self._command, self._handed_over([each.channels() for each in self._generations]))
+            upgrade.execute(self._command, self._handed_over_with_workers())
         except TimeoutError:
             raise ReloadError(f"workers were still starting after {_START_TIMEOUT:g} s") from None
         except OSError as error:
@@ -298,13 +321,20 @@ class Supervisor:
             await self._admin.setup()
             await self._administer(self._admin_sockets)
 
-    def _handed_over(self, workers: Sequence[list[tuple[int, int]]] = ()) -> Handover:
+    def _handed_over(self) -> Handover:
+        """What is listened on."""
         return Handover(
             version=__version__,
             clients=upgrade.described(self._sockets),
             admin=upgrade.described(self._admin_sockets),
-            workers=[each for each in workers if each],
         )
+
+    def _handed_over_with_workers(self) -> Handover:
+        handover = self._handed_over()
+        handover.workers = [channels for each in self._generations if (channels := each.channels())]
+        handover.ledger = self._ledger.leave()
+        handover.rows = {pid: row for each in self._generations for pid, row in each.rows().items()}
+        return handover
 
     async def trial(self) -> None:
         """Tries whether this code can serve: starts one worker on a port of its own, and ends it.
@@ -313,6 +343,7 @@ class Supervisor:
         """
         known = self._handover.listening() if self._handover is not None else set()
         await self._admin.setup()
+        self._ledger = Ledger()
         anywhere = Address("127.0.0.1", 0)
         try:
             sockets: _Sockets = {anywhere: listen("listen", anywhere)}
@@ -343,6 +374,7 @@ class Supervisor:
         await self._admin.cleanup()
         _close(self._admin_sockets)
         clean_up([*self._sockets, *self._admin_sockets])
+        self._ledger.close()
 
     async def registry(self) -> Registry:
         """The current numbers of all workers. For a worker that does not answer in time, those of its last report."""
@@ -363,10 +395,18 @@ class Supervisor:
             await site.start()
 
     def _generate(self, config: Config, sockets: _Sockets) -> Generation:
+        """Starts the workers of `config`. Raises `ReloadError` if there is too much to count."""
+        in_use = set[str]().union(*(each.names for each in self._generations))
+        try:
+            columns = self._ledger.columns([*accepting.NAMES, *counted(config)], in_use)
+        except OSError as error:
+            raise ReloadError(f"the ledger: {error.strerror}") from None
         generation = Generation(
             config,
             _flat(sockets),
             self._numbers,
+            self._ledger,
+            columns,
             self._registry,
             self._recorder,
             self._changed.set,

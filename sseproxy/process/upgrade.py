@@ -58,6 +58,10 @@ class Handover(msgspec.Struct, kw_only=True):
     """The same for `admin.listen`."""
     workers: list[list[tuple[int, int]]] = []
     """For each generation, the oldest first, its workers: process id and descriptor of the channel (-1 if closed)."""
+    ledger: int = -1
+    """The descriptor of the ledger's file, or -1 if there is none."""
+    rows: dict[int, int] = {}
+    """The row of each worker in the ledger, by process id."""
 
     def listening(self) -> set[str]:
         """The addresses of all listening sockets."""
@@ -65,7 +69,8 @@ class Handover(msgspec.Struct, kw_only=True):
 
     def descriptors(self) -> list[int]:
         listening = [fd for found in (self.clients, self.admin) for fds in found.values() for fd in fds]
-        return listening + [fd for workers in self.workers for _, fd in workers if fd >= 0]
+        others = [self.ledger, *(fd for workers in self.workers for _, fd in workers)]
+        return listening + [fd for fd in others if fd >= 0]
 
 
 def described(sockets: Mapping[Listen, Iterable[socket.socket]]) -> dict[str, list[int]]:

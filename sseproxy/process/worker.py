@@ -1,7 +1,8 @@
 """A worker: one event loop, one immutable configuration, the relay.
 
-The supervisor starts it by way of `start`, with CHANNEL LISTENER... as arguments. These are inherited file descriptors.
-The worker receives its configuration as the first frame of the channel, and then sends reports through the channel.
+The supervisor starts it by way of `start`, with CHANNEL LEDGER LISTENER... as arguments. These are inherited file
+descriptors. The worker receives its instructions as the first frame of the channel, and then sends reports through the
+channel.
 
     SIGTERM, or the channel is closed   drains: exchanges may take `drain_timeout`, then they are ended
     SIGHUP                              retires, because new workers have taken over: exchanges may take
@@ -22,17 +23,18 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import uvloop
 
+from ..ledger.table import Row, opened
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
 from ..observe.logs import log_as, set_up_logging
 from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
-from .listeners import BACKLOG
+from .accepting import Accepting
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -48,37 +50,52 @@ _FLUSH_TIMEOUT = 2.0
 _HEADER = struct.Struct("!I")
 
 
-def encode_config(config: Config) -> bytes:
-    """The first frame of a worker's channel. It is a pickle, which only a child of this process ever reads."""
-    body = pickle.dumps(config.plain())
-    return _HEADER.pack(len(body)) + body
+class Instructions(NamedTuple):
+    """What a worker needs to start."""
+
+    config: Config
+    row: int
+    """The row of the worker in the ledger."""
+    columns: dict[str, int]
+    """The columns of the ledger that it uses, by name."""
+    most_connections: int
+    """How many client connections it has file descriptors for."""
+
+    def encoded(self) -> bytes:
+        """The first frame of a worker's channel. It is a pickle, which only a child of this process ever reads."""
+        body = pickle.dumps((self.config.plain(), *self[1:]))
+        return _HEADER.pack(len(body)) + body
 
 
-async def _read_config(reader: asyncio.StreamReader) -> Config:
+async def _read_instructions(reader: asyncio.StreamReader) -> Instructions:
     (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-    return cast("Config", pickle.loads(await reader.readexactly(size)))
+    return Instructions(*pickle.loads(await reader.readexactly(size)))
 
 
 class Worker:
-    """The relay, on listening `sockets`. `send` sends a report; it returns False if it cannot send one now."""
+    """The relay, on listening `sockets`. `send` sends a report; it returns False if it cannot send one now.
+
+    `row` is the worker's row in the ledger. It can have `most_connections` client connections.
+    """
 
     def __init__(
         self,
         config: Config,
         sockets: Sequence[socket.socket],
         send: Callable[[Report], bool],
+        row: Row,
+        most_connections: int,
         access: AccessLog | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._config = config
-        self._sockets = sockets
-        self._servers: list[asyncio.Server] = []
         self.telemetry = Telemetry(loop, send, self._connections, access)
-        self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged)
+        self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged, row, most_connections)
+        tls = config.tls.context() if config.tls is not None else None
+        self._accepting = Accepting(sockets, functools.partial(self.proxy.server, tls), row)
 
     def _stop_accepting(self) -> None:
-        for server in self._servers:
-            server.close()
+        self._accepting.stop()
         self._report_accepting(False)
 
     def _report_accepting(self, accepting: bool) -> None:
@@ -92,11 +109,7 @@ class Worker:
 
     async def start(self) -> None:
         """Starts to accept connections, and reports it."""
-        loop = asyncio.get_running_loop()
-        tls = self._config.tls.context() if self._config.tls is not None else None
-        for sock in self._sockets:
-            server = await loop.create_server(functools.partial(self.proxy.server, tls), sock=sock, backlog=BACKLOG)
-            self._servers.append(server)
+        await self._accepting.start()
         self._report_accepting(True)
 
     async def retire(self, over: asyncio.Event) -> None:
@@ -127,7 +140,7 @@ class Worker:
         self.telemetry.close()
 
 
-async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
+async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -> None:
     loop = asyncio.get_running_loop()
     retiring, over, ending = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -145,8 +158,9 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     # SIGUSR2 asks the supervisor for an upgrade. It may also be sent to all processes of the service.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
-    config = await _read_config(reader)
+    config, number, columns, most_connections = await _read_instructions(reader)
     log_as(config)
+    row = opened(ledger_fd, number, columns)
 
     def send(report: Report) -> bool:
         if writer.transport.is_closing():
@@ -158,7 +172,7 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
         return True
 
     sockets = [socket.socket(fileno=fd) for fd in listener_fds]
-    worker = Worker(config, sockets, send, to_standard_output(config.access_log))
+    worker = Worker(config, sockets, send, row, most_connections, to_standard_output(config.access_log))
     await worker.start()
     # The objects that exist now live as long as the process. Frozen, they are not visited by any collection.
     gc.freeze()
@@ -186,5 +200,5 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
 
 def main() -> None:
     set_up_logging()
-    channel, *listeners = map(int, sys.argv[1:])
-    uvloop.run(_serve(channel, listeners))
+    channel, ledger, *listeners = map(int, sys.argv[1:])
+    uvloop.run(_serve(channel, ledger, listeners))

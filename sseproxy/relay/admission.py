@@ -1,4 +1,6 @@
-"""Limits on the connections and requests of a worker, and on the memory for request bodies.
+"""Limits on connections, requests, and the memory for request bodies.
+
+Counts are those of all workers together, in the ledger. The memory for bodies is limited in each worker.
 
 Each request has one `Ticket`. The ticket counts what the request occupies. The last phase releases all of it at once.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..errors import ExchangeError, RequestError
 from ..wire.headers import client_block
@@ -15,7 +17,11 @@ from .body import RequestBody
 
 if TYPE_CHECKING:
     from ..config import Config, Limits
+    from ..ledger.table import Row
 
+# The names in the ledger of all client connections and all requests.
+CONNECTIONS: Final = "connections"
+ACTIVE: Final = "active"
 # Connections above the limit whose requests are still answered with an error. Each needs a file descriptor. Further
 # connections are closed immediately.
 _MAX_EXTRA = 500
@@ -36,63 +42,111 @@ def connections_within(descriptors: int) -> int:
     return max((descriptors - 1) * 8 // 17, (descriptors - _MAX_EXTRA) // 2)
 
 
-class Connections:
-    """Counts the open connections of clients, in total and for each client address."""
+def counted(config: Config) -> list[str]:
+    """The names of all counts in the ledger."""
+    routes, upstreams = config.routes, config.upstreams
+    return [CONNECTIONS, ACTIVE, *(on_route(route.name) for route in routes), *(pending(up.name) for up in upstreams)]
 
-    def __init__(self, limits: Limits) -> None:
+
+def on_route(name: str) -> str:
+    """The name in the ledger of the requests on a route."""
+    return f"route {name}"
+
+
+def pending(upstream: str) -> str:
+    """The name in the ledger of the connections to an upstream that are being established."""
+    return f"pending {upstream}"
+
+
+class Connections:
+    """Counts the open connections of clients, in total and for each client address.
+
+    `row` is the worker's row in the ledger. This worker can have at most `most_here` connections.
+    """
+
+    def __init__(self, limits: Limits, row: Row, most_here: int) -> None:
         self._most = limits.connections
-        self._extra = extra_connections(limits.connections)
+        self._most_here = most_here
+        self._extra = extra_connections(min(limits.connections, most_here))
         self._most_of_one = limits.connections_per_client
+        self._count = row.count(CONNECTIONS)
+        self._of_others = row.clients
         # The counted connections, each with the address block of its client. The block is empty without an address.
         self._block_of: dict[object, str] = {}
         self._of: Counter[str] = Counter()
+        # The connections above a limit that are still open.
+        self._refused: set[object] = set()
 
     @property
     def open(self) -> int:
-        """How many connections are counted."""
+        """How many connections of this worker are counted."""
         return len(self._block_of)
 
     @property
+    def refused(self) -> int:
+        """How many connections above a limit are still open."""
+        return len(self._refused)
+
+    @property
     def crowded(self) -> bool:
-        """Whether there are so many connections that the newest one is closed without a response."""
-        return self.open > self._most + self._extra
+        """Whether so many connections were refused that the newest one is closed without a response."""
+        return self.refused > self._extra
 
     def add(self, connection: object, client: str) -> RequestError | None:
         """Counts `connection` until it is removed. `client` is the address of the client, or empty if it has none.
 
-        Returns the error for every request on this connection, or None if it is within the limits.
+        Returns None if it is within the limits. Otherwise it is not counted, and the result is the error for every
+        request on it.
         """
         block = client_block(client)
+        refusal = self._refusal(block)
+        if refusal is not None:
+            self._refused.add(connection)
+            return refusal
         self._block_of[connection] = block
+        self._count.add(1)
         if block:
             self._of[block] += 1
-        if self.open > self._most:
+            if self._most_of_one is not None:
+                self._of_others.add(block, 1)
+        return None
+
+    def _refusal(self, block: str) -> RequestError | None:
+        if self._count.total() >= self._most or self.open >= self._most_here:
             return RequestError("connections")
-        if self._most_of_one is not None and self._of[block] > self._most_of_one:
-            return RequestError("connections_per_client")
+        if self._most_of_one is not None and block:
+            own = self._of[block]
+            if own >= self._most_of_one or own + self._of_others.others(block) >= self._most_of_one:
+                return RequestError("connections_per_client")
         return None
 
     def remove(self, connection: object) -> None:
-        """Removes `connection`, if it is counted."""
-        block = self._block_of.pop(connection, "")
+        """Forgets `connection`, counted or refused."""
+        self._refused.discard(connection)
+        block = self._block_of.pop(connection, None)
+        if block is None:
+            return
+        self._count.add(-1)
         if block:
             self._of[block] -= 1
             if not self._of[block]:
                 del self._of[block]
+            if self._most_of_one is not None:
+                self._of_others.add(block, -1)
 
 
 class Admission:
     """Counts the active requests of a worker and the memory for their bodies, and enforces the limits.
 
-    `lag` returns how late the worker's timers fire, in seconds.
+    `lag` returns how late the worker's timers fire, in seconds. `row` is the worker's row in the ledger.
     """
 
-    def __init__(self, config: Config, lag: Callable[[], float]) -> None:
+    def __init__(self, config: Config, lag: Callable[[], float], row: Row) -> None:
         self._limits = config.limits
         self._lag = lag
         self._most_on_route = {route.name: route.limits.active_requests for route in config.routes}
-        self._on_route: Counter[str] = Counter()
-        self._under_way = 0
+        self._on_route = {route.name: row.count(on_route(route.name)) for route in config.routes}
+        self._active = row.count(ACTIVE)
         self._held = 0
         # The tickets that hold memory for a body, in the order in which they began to.
         self._holders: dict[Ticket, None] = {}
@@ -106,7 +160,8 @@ class Admission:
     @property
     def empty(self) -> bool:
         """Whether nothing is occupied."""
-        return not (self._under_way or self._held or self._holders or any(self._on_route.values()))
+        on_routes = any(count.own for count in self._on_route.values())
+        return not (self._active.own or self._held or self._holders or on_routes)
 
     def _room(self, size: int, asker: Ticket) -> bool:
         """Whether there is room for `size` more bytes of a body. Frees memory of other bodies if necessary."""
@@ -155,11 +210,11 @@ class Ticket:
         admission = self._admission
         assert admission is not None
         limits = admission._limits
-        if limits.active_requests is not None and admission._under_way >= limits.active_requests:
+        if limits.active_requests is not None and admission._active.total() >= limits.active_requests:
             raise RequestError("active_requests")
         if limits.lag is not None and admission._lag() > limits.lag:
             raise RequestError("overloaded")
-        admission._under_way += 1
+        admission._active.add(1)
         self._admitted = True
 
     def enter(self, route: str) -> None:
@@ -167,9 +222,10 @@ class Ticket:
         admission = self._admission
         assert admission is not None
         most = admission._most_on_route[route]
-        if most is not None and admission._on_route[route] >= most:
+        count = admission._on_route[route]
+        if most is not None and count.total() >= most:
             raise RequestError("active_requests")
-        admission._on_route[route] += 1
+        count.add(1)
         self._route = route
 
     def hold(self, size: int) -> bool:
@@ -195,9 +251,9 @@ class Ticket:
         if admission is None:
             return
         if self._admitted:
-            admission._under_way -= 1
+            admission._active.add(-1)
         if self._route is not None:
-            admission._on_route[self._route] -= 1
+            admission._on_route[self._route].add(-1)
         if self._held:
             admission._held -= self._held
             del admission._holders[self]

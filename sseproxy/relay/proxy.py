@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import Draining, RequestError
 from ..wire import headers
 from . import routes
-from .admission import Admission
+from .admission import Admission, Connections, pending
 from .answers import Answer
 from .downstream import Request
 from .exchange import Exchange, Observer
@@ -20,6 +20,7 @@ from .upstream import Upstream
 
 if TYPE_CHECKING:
     from ..config import Config
+    from ..ledger.table import Row
 
 # Seconds. When new workers have taken over, a client connection without a request for so long is closed: its client is
 # unlikely to be just about to use it.
@@ -56,12 +57,17 @@ class Proxy:
     """The relay of one worker.
 
     `observer(route, upstream, model)` returns the observer for an exchange with these labels. Without a route, the
-    first two are empty. `lagged` is called with the lag of the loop, in seconds. Create and close the `Proxy` in the
-    running loop.
+    first two are empty. `lagged` is called with the lag of the loop, in seconds. `row` is the worker's row in the
+    ledger. It can have `most_connections` client connections. Create and close the `Proxy` in the running loop.
     """
 
     def __init__(
-        self, config: Config, observer: Callable[[str, str, str], Observer], lagged: Callable[[float], None]
+        self,
+        config: Config,
+        observer: Callable[[str, str, str], Observer],
+        lagged: Callable[[float], None],
+        row: Row,
+        most_connections: int,
     ) -> None:
         self.loop_lag = LoopLag(asyncio.get_running_loop(), lagged)
         self.limits = config.limits
@@ -70,14 +76,18 @@ class Proxy:
         self.names_models = config.access_log.exchanges != "off"
         self.router = routes.Router(config.routes)
         self.observer = observer
-        self.upstreams = {upstream.name: Upstream(upstream, config.limits) for upstream in config.upstreams}
-        self.admission = Admission(config, lambda: self.loop_lag.lasting)
+        self.upstreams = {
+            upstream.name: Upstream(upstream, config.limits, row.count(pending(upstream.name)))
+            for upstream in config.upstreams
+        }
+        self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.active: set[Relay] = set()
         self.retiring = False
         self.draining = False
         self._closing_idle: asyncio.TimerHandle | None = None
-        self.server = DownstreamServer(self.handle, self._malformed, self.limits)
+        places = Connections(self.limits, row, most_connections)
+        self.server = DownstreamServer(self.handle, self._malformed, self.limits, places)
 
     def handle(self, request: Request) -> Coroutine[None, None, Answer]:
         return Relay(self, request).run()

@@ -97,7 +97,8 @@ class _Accepted(asyncio.Protocol):
 class DownstreamServer:
     """All client connections.
 
-    `handle` answers a request. `malformed` is called with the error of a request that could not be parsed.
+    `handle` answers a request. `malformed` is called with the error of a request that could not be parsed. `places`
+    counts and limits the connections.
     """
 
     def __init__(
@@ -105,12 +106,13 @@ class DownstreamServer:
         handle: Callable[[Request], Awaitable[Answer]],
         malformed: Callable[[RequestError], None],
         limits: Limits,
+        places: Connections,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.handle = handle
         self.malformed = malformed
         self.limits = limits
-        self.places = Connections(limits)
+        self.places = places
         self.hangups = HangupWatch(self._loop)
         self.parsed_for = BaseProtocol(self._loop)
         """A protocol for aiohttp's parser, which would use it to pause reading."""

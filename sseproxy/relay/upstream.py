@@ -39,6 +39,7 @@ from .reads import BoundedReads, PlainReads
 if TYPE_CHECKING:
     from ..config import Limits
     from ..config import Upstream as UpstreamConfig
+    from ..ledger.table import Count
 
 # Seconds. uvicorn and Node.js close an idle connection after 5 s. With less than that, this side closes it first, so a
 # request does not meet a connection that the upstream is just closing.
@@ -315,9 +316,12 @@ def _credential(config: UpstreamConfig) -> tuple[bytes, bytes] | None:
 
 
 class Upstream:
-    """A named API and its connections. Create and close it in the running loop."""
+    """A named API and its connections. Create and close it in the running loop.
 
-    def __init__(self, config: UpstreamConfig, limits: Limits) -> None:
+    `pending` counts the connections that are being established.
+    """
+
+    def __init__(self, config: UpstreamConfig, limits: Limits, pending: Count) -> None:
         url = URL(config.url, encoded=True)
         self.name = config.name
         self.credential = _credential(config)
@@ -333,7 +337,7 @@ class Upstream:
             functools.partial(RelayProtocol, loop=loop, heads=ResponseHeads(loop, limits.response_head)),
         )
         self._max_pending = limits.pending_connects
-        self._pending = 0
+        self._pending = pending
 
     def takes_stream_options(self, model: str | None) -> bool | None:
         """Whether `model` accepts `stream_options`. None if that is not known yet."""
@@ -352,9 +356,9 @@ class Upstream:
         `on_abort` is called if the connection is aborted. Raises `UpstreamError`, or `RequestError` if too many
         connections are being established.
         """
-        if self._pending >= self._max_pending:
+        if self._pending.total() >= self._max_pending:
             raise RequestError("pending_connects")
-        self._pending += 1
+        self._pending.add(1)
         try:
             while True:
                 connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
@@ -377,7 +381,7 @@ class Upstream:
         except (ClientError, OSError) as error:
             raise UpstreamError("connect", cause=_reason(error)) from None
         finally:
-            self._pending -= 1
+            self._pending.add(-1)
 
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""
