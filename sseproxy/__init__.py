@@ -61,6 +61,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       meaning         what an event can mean: content, usage, end, error; how counts are read
       dialects        each API in a file of its own: its paths, its events, its text
         dialect         what tells one API from another
+        form            in what form its clients read what no upstream says
         chat            chat completions, completions, and what looks like them
         responses       OpenAI's Responses
         messages        Anthropic's Messages

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import json
 import os
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -110,8 +109,8 @@ class BrokenBodyError(ProtocolError):
 class ExchangeError(SseproxyError):
     """An exchange cannot go on.
 
-    `status` is the HTTP status if no response head was sent yet, `code` and `type` go into the OpenAI-shaped
-    error body or error event, `outcome` is what is recorded.
+    `status` is the HTTP status if no response head was sent yet. `code` and `type` are those of an OpenAI-compatible
+    API; `wire.dialects` has the form in which each API tells an error. `outcome` is what is recorded.
     """
 
     status: int = 502
@@ -124,27 +123,6 @@ class ExchangeError(SseproxyError):
     @property
     def message(self) -> str:
         return str(self)
-
-    def document(self) -> dict[str, object]:
-        """The error object of an OpenAI-compatible API."""
-        return {"message": self.message, "type": self.type, "param": None, "code": self.code}
-
-    def body(self) -> bytes:
-        """The body of an error response."""
-        return json.dumps({"error": self.document()}).encode() + b"\n"
-
-    def event(self, sequence_number: int | None = None) -> bytes:
-        """The error as an event within a stream.
-
-        `event: error` together with a nested `error` is the one form on which every SDK of OpenAI and Anthropic
-        raises, whatever follows it on the connection. With a `sequence_number` it is the Responses API's as well,
-        which has the same fields at the top level.
-        """
-        event: dict[str, object] = {"type": "error", "error": self.document()}
-        if sequence_number is not None:
-            flat = {"code": self.code, "message": self.message, "param": None}
-            event = {"type": "error", "sequence_number": sequence_number, **flat, "error": self.document()}
-        return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
 
 
 class RequestError(ExchangeError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..errors import ExchangeError
 from ..wire.alike import Alike, alike
-from ..wire.dialects import Dialect
+from ..wire.dialects import Dialect, Form
 from ..wire.extract import Gist
 from ..wire.meaning import DELTA, NOTHING
 from ..wire.sse import EventParser
@@ -40,6 +40,11 @@ class Inspector:
     def end(self) -> None:
         """The body is complete."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything has come that cannot be the beginning of a byte order mark."""
+        return True
+
     def failed(self) -> Inspector:
         """What looks on where this one raised an exception."""
         self._exchange.unread = "failed"
@@ -55,30 +60,33 @@ class Inspector:
 
 
 class EventInspector(Inspector):
-    """An event stream in `dialect`, of which only is known where its events begin and end."""
+    """An event stream for clients that read `form`, of which only is known where its events begin and end."""
 
-    __slots__ = ("_numbered", "_parser")
+    __slots__ = ("_form", "_parser")
 
-    def __init__(self, exchange: Exchange, parser: EventParser, *, numbered: bool) -> None:
+    def __init__(self, exchange: Exchange, parser: EventParser, form: Form) -> None:
         super().__init__(exchange)
         self._parser = parser
-        self._numbered = numbered
+        self._form = form
 
     def look(self, payload: bytes, read_at: float) -> bool:
         self._parser.feed(payload)
         return True
 
+    @property
+    def begun(self) -> bool:
+        return self._parser.begun
+
     def heartbeat(self) -> bytes:
-        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`. Put
-        # between a CR and its LF, it would make that LF a blank line.
+        # Put between a CR and its LF, it would make that LF a blank line.
         parser = self._parser
         harmless = parser.at_boundary and not parser.in_line_end and not self._exchange.marker_seen
-        return b": heartbeat\n" if harmless else b""
+        return self._form.heartbeat if harmless else b""
 
     def farewell(self, error: ExchangeError) -> bytes:
         if not self._parser.at_boundary or self._exchange.marker_seen:
             return b""
-        return error.event(self._exchange.events if self._numbered else None)
+        return self._form.farewell(error, self._exchange.events)
 
 
 class StreamInspector(EventInspector):
@@ -88,7 +96,7 @@ class StreamInspector(EventInspector):
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
         parser = EventParser(dialect.max_event(max_event), dialect.members)
-        super().__init__(exchange, parser, numbered=dialect.numbered)
+        super().__init__(exchange, parser, dialect.form)
         self._read = dialect.read
         self._text = dialect.text
         self.awaits_token = dialect.generates
@@ -121,7 +129,7 @@ class StreamInspector(EventInspector):
     def failed(self) -> Inspector:
         # The parser has had all that came: where the stream stands is known.
         self._exchange.unread = "failed"
-        return EventInspector(self._exchange, self._parser, numbered=self._numbered)
+        return EventInspector(self._exchange, self._parser, self._form)
 
 
 class JsonInspector(Inspector):

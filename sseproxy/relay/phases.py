@@ -32,7 +32,7 @@ from ..errors import (
     UpstreamTimeout,
 )
 from ..wire import headers
-from ..wire.dialects import Dialect, dialect_of, model_in
+from ..wire.dialects import Dialect, dialect_of, form_of, model_in
 from ..wire.framing import Framing, framing_fields
 from ..wire.request import RequestReader, Splice
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
@@ -78,6 +78,8 @@ class Relay:
         self._task = task
         self._loop = asyncio.get_running_loop()
         self._received_at = max(downstream.read_at, downstream.free_at)
+        # By which path, and as which dialect, its client reads an error.
+        self._asked_as = (request.target.partition("?")[0], "auto")
         self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
         # What is read of the request's body, once all of it has come.
         self._read: RequestReader | None = None
@@ -241,7 +243,8 @@ class Relay:
             # A request that parsers may read differently ends the connection.
             self._downstream.read_no_more()
         last = misread or self._downstream.refused is not None
-        return Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
+        form = form_of(*self._asked_as)
+        return Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
         """Phases 1 to 5, and the beginning of 6."""
@@ -255,6 +258,7 @@ class Relay:
         clock = self._start_clock(route.timeouts)
         target = routes.upstream_path(route, upstream.base_path, path)
         known_as = routes.normal_path(target)
+        self._asked_as = known_as, route.dialect
         dialect = dialect_of(known_as, route.dialect)
 
         is_json = headers.is_json(request.fields) and not headers.is_encoded(request.fields)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..extract import Members
 from ..meaning import Meaning
+from .form import OPENAI, Form
 
 
 class Dialect(NamedTuple):
@@ -15,8 +16,8 @@ class Dialect(NamedTuple):
     finds generated text in an event.
     `members` are what `read` reads, and what it is shown of a large event.
 
-    `generates`: its streams have a first token to wait for. `large`: its events may have megabytes. `numbered`: its
-    events carry their number in the stream. `asks_usage`: its streams tell usage only where the request asks for it.
+    `generates`: its streams have a first token to wait for. `large`: its events may have megabytes. `form`: how its
+    clients are told what no upstream says. `asks_usage`: its streams tell usage only where the request asks for it.
     """
 
     name: str
@@ -26,7 +27,7 @@ class Dialect(NamedTuple):
     text: re.Pattern[bytes]
     generates: bool = True
     large: bool = False
-    numbered: bool = False
+    form: Form = OPENAI
     asks_usage: bool = False
 
     def max_event(self, usual: int) -> int:
