@@ -53,7 +53,7 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       model           the options, and what has to fit together
       document        YAML to plain data that knows where each of its parts stands
       loading         files and flags, and what is wrong with them
-    errors          every exception we raise; the one table from an error to status, body and outcome
+    errors          every exception we raise; the one table from an error to status, message and outcome
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       headers         hop-by-hop, forwarding, credentials
       framing         where a body ends: chunked, by length, by close

@@ -289,7 +289,8 @@ class UsageOptions(_Model):
     """What is done for the sake of token counts."""
 
     request: bool = False
-    """Ask the upstream for the usage of streams whose request does not, and keep it from the client."""
+    """Ask the upstream for the usage of streams whose request does not, and keep the usage event from the client. Some
+    backends then add `"usage": null` to all other chunks, which are forwarded as they come."""
 
 
 class Route(_Model):
@@ -300,9 +301,11 @@ class Route(_Model):
     upstream: str
     """The name of an upstream."""
     dialect: DialectName = "auto"
-    """As what responses are read; `auto` goes by the path on the upstream's side."""
+    """As what responses are read, and in what form errors and heartbeats are written; `auto` goes by the path on the
+    upstream's side."""
     heartbeat: DurationOrOff = None
-    """Write a comment into an event stream that has been silent for so long, in seconds; `None` writes none."""
+    """Write a comment, or for Gemini a blank line, into an event stream that has been silent for so long, in seconds;
+    `None` writes none."""
     usage: UsageOptions = UsageOptions()
     limits: RouteLimits = RouteLimits()
     timeouts: Timeouts = Timeouts()
