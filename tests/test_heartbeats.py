@@ -116,13 +116,13 @@ async def test_every_sdk_reads_over_them(start: StartProxy, play: PlayScript, wi
             dialect = api_of(await api.message())
             api.send(STREAM_HEAD)
             for event in (*EVENTS[dialect], LAST_EVENTS[dialect]):
+                # A silence is what is to be filled.
+                await asyncio.sleep(2 * SHORT)
                 if dialect == "gemini":
                     # With the line ends of others, too; no client of Google's reads an id.
                     api.send(chunk(event.replace(b"\r\n", b"\n") if with_id else event))
                 else:
                     api.send(chunk((b"id: 1\n" if with_id else b"") + event))
-                # A silence is what is to be filled.
-                await asyncio.sleep(2 * SHORT)
             api.send(LAST_CHUNK)
 
     upstream = await play(pause_in_between)

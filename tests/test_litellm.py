@@ -61,9 +61,10 @@ async def play_events(pause: float, api: Peer, *, cut: bool) -> None:
         dialect = api_of(await api.message())
         api.send(STREAM_HEAD)
         for event in EVENTS[dialect]:
-            api.send(chunk(event))
             # A silence is what is to be filled.
             await asyncio.sleep(pause)
+            api.send(chunk(event))
+        await asyncio.sleep(pause)
         if cut:
             api.close()
             return
