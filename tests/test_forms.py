@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sseproxy.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from sseproxy.relay.routes import normal_path
 from sseproxy.wire.dialects import DIALECTS, OPENAI, Dialect, Form, dialect_of, form_of
 from sseproxy.wire.dialects.gemini import GOOGLE
 from sseproxy.wire.dialects.messages import ANTHROPIC
@@ -144,10 +146,33 @@ def test_a_heartbeat_is_no_event_and_changes_none(dialect: Dialect, end: bytes) 
         ("/v1beta/models", GOOGLE),
         ("/upload/v1beta/files", GOOGLE),
         ("/v1beta1/projects/p/locations/l/publishers/google/models/m:predict", GOOGLE),
+        ("/v1beta1/projects/p/locations/l/endpoints/e:predict", GOOGLE),
     ],
 )
 def test_a_path_tells_the_form(path: str, form: Form) -> None:
     assert form_of(path) is form
+
+
+HOSTILE = [
+    "/v1beta/",
+    "/threads/",
+    "/completions/a",
+    ":count",
+    "/messages",
+    "/v1beta/projects/",
+    "/endpoints/",
+    "//",
+    "::",
+]
+
+
+@pytest.mark.parametrize("begins", HOSTILE)
+@pytest.mark.parametrize("ends", ["", "/endpoints/" + "x/" * 10_000, "/messages/" + "m" * 10_000, ":" + "p" * 10_000])
+def test_no_path_takes_long_to_tell(begins: str, ends: str) -> None:
+    path = begins * (30_000 // len(begins)) + ends
+    started = perf_counter()
+    form_of(path)
+    assert perf_counter() - started < 1
 
 
 def test_responses_have_a_farewell_of_their_own() -> None:
@@ -161,13 +186,18 @@ def test_a_route_that_names_its_dialect_tells_the_form(dialect: Dialect) -> None
 
 @pytest.mark.parametrize(
     ("path", "form"),
-    [("/other/messages", ANTHROPIC), ("/other/m:generateContent", GOOGLE), ("/other/responses", OPENAI)],
+    [
+        ("/other/messages", ANTHROPIC),
+        ("/other/m%65ssages", ANTHROPIC),
+        ("/other/m:generateContent", GOOGLE),
+        ("/other/responses", OPENAI),
+    ],
 )
 async def test_what_no_route_takes_is_refused_by_its_path(proxy: RunningProxy, path: str, form: Form) -> None:
     client = await proxy.connect()
     client.send(post(path=path + "?key=:generateContent"))
     response = await client.message()
-    said = RequestError("no_route", f"No route for POST {path}; there are routes for /v1.")
+    said = RequestError("no_route", f"No route for POST {normal_path(path)}; there are routes for /v1.")
     assert (response.status, response.body) == (404, form.refusal(said))
     assert response.get("content-type") == "application/json"
 

@@ -42,7 +42,7 @@ class Inspector:
 
     @property
     def begun(self) -> bool:
-        """Whether anything has come that cannot be the beginning of a byte order mark."""
+        """Whether a line of a stream has come: a byte order mark can be only before it."""
         return True
 
     def failed(self) -> Inspector:

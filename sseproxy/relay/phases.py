@@ -243,7 +243,8 @@ class Relay:
             # A request that parsers may read differently ends the connection.
             self._downstream.read_no_more()
         last = misread or self._downstream.refused is not None
-        form = form_of(*self._asked_as)
+        path, name = self._asked_as
+        form = form_of(routes.normal_path(path), name)
         return Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:

@@ -11,10 +11,11 @@ from ...errors import ExchangeError
 
 
 class Form(NamedTuple):
-    """`heartbeat` may be written between two events, and is none. `refusal(error)` is the body of an error response.
-    `farewell(error, number)` is the event that ends a stream after `number` events, and says why.
+    """How a client is told that its stream goes on, or that something failed.
 
-    `paths` are those of the API that no dialect reads.
+    `heartbeat` is written between two events, and is none. `refusal(error)` is the body of an error response.
+    `farewell(error, number)` is the event that says why a stream ends after `number` events. `paths` are those paths of
+    the API that no dialect reads.
     """
 
     heartbeat: bytes

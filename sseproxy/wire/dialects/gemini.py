@@ -98,10 +98,10 @@ GOOGLE: Final = Form(
     b"\n\n",
     lambda error: document(_error(error)),
     _farewell,
-    # Below /openai and /endpoints, Google has OpenAI's API.
+    # Below openai, and below an endpoint of Vertex AI, Google has OpenAI's API.
     re.compile(
         r":(?:count|compute|embed|generate|batch|asyncBatch|predict|fetchPredict)[A-Za-z]*$"
-        r"|/v1(?:alpha|beta)[0-9]*/(?!openai/|.*/endpoints/)"
+        r"|/v1(?:alpha|beta)[0-9]*/(?!openai/|projects/[^/]*/locations/[^/]*/endpoints/)"
     ),
 )
 
