@@ -21,7 +21,7 @@ from .harness import LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, begin, chu
 APIS = ("chat", "messages", "gemini")
 SHORT = 0.1
 # It takes seconds to import, and more on a busy machine.
-PATIENCE = 45
+PATIENCE = 90
 
 Read = Callable[[str], Awaitable[list[Ended]]]
 
@@ -71,7 +71,7 @@ async def play_events(pause: float, api: Peer, *, cut: bool) -> None:
         api.send(chunk(LAST_EVENTS[dialect]), LAST_CHUNK)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_it_reads_over_heartbeats_and_raises_with_our_message(
     start: StartProxy, play: PlayScript, upstream: ScriptedUpstream, read: Read
 ) -> None:
