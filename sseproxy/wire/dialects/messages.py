@@ -95,14 +95,14 @@ ANTHROPIC: Final = Form(
     COMMENT,
     lambda error: document(_error(error)),
     lambda error, number: error_event(_error(error)),
-    re.compile(r"/messages/(?:count_tokens|batches)|:rawPredict$"),
+    re.compile(r"/messages/(?:count_tokens|batches)"),
 )
 
 
 MESSAGES: Final = Dialect(
     "messages",
     # Messages of threads, and of stored completions, are OpenAI's.
-    re.compile(r"^(?!.*/(?:threads|completions)(?:/[^/]*)?/messages$).*/messages$|:streamRawPredict$"),
+    re.compile(r"^(?!.*/(?:threads|completions)(?:/[^/]*)?/messages$).*/messages$|:(?:streamR|r)awPredict$"),
     read_message,
     _MEMBERS,
     text_under("text", "thinking", "partial_json"),
