@@ -245,6 +245,18 @@ async def test_a_line_says_what_exactly_failed(
         assert "SECRET" not in served.logged.decode()
 
 
+async def test_what_cannot_be_parsed_has_the_id_that_its_client_was_told(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        client = await served.connect()
+        client.send(b"nonsense\r\n\r\n")
+        told = (await client.message()).get("x-request-id")
+        (line,) = await logged(served, 1)
+        assert line["request_id"] == told
+        assert told
+
+
 async def test_only_what_went_wrong_is_written_if_that_is_wanted(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     async with ConfigFile(tmp_path, upstream, access_log="{exchanges: errors}").serve() as served:
         await exchange(served, upstream)

@@ -10,12 +10,13 @@ import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Collection
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 from yarl import URL
 
-from ..errors import ReloadError, SseproxyError
+from ..errors import ProtocolError, ReloadError, SseproxyError
 from ..observe.registry import Registry, exposition
+from ..wire import headers
 
 # Whoever reads these learns nothing that he could not see otherwise, and probes name whatever host they like.
 _UNDER_ANY_NAME = frozenset({"/metrics", "/livez", "/readyz"})
@@ -41,11 +42,11 @@ def known(authority: str, hosts: Collection[str]) -> bool:
         return host in ("localhost", socket.gethostname().lower(), *hosts)
 
 
-def of_another_site(request: web.Request) -> bool:
+def of_another_site(request: web.Request, authority: str) -> bool:
     """Whether a browser says that another site's page is behind `request` (Fetch Metadata; RFC 6454, section 7)."""
     origin = request.headers.get(hdrs.ORIGIN)
     site = request.headers.get("Sec-Fetch-Site", "none")
-    own = f"{request.scheme}://{request.headers.get(hdrs.HOST, '')}"
+    own = f"{request.scheme}://{authority}"
     return site not in ("same-origin", "none") or origin not in (None, own)
 
 
@@ -63,11 +64,18 @@ def application(
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _UNDER_ANY_NAME and not known(request.headers.get(hdrs.HOST, ""), hosts()):
+        if request.version > HttpVersion11:
+            return web.Response(status=505, text="Only HTTP/1.1 and HTTP/1.0 are supported.\n")
+        try:
+            fields = headers.check_request(request.version, request.raw_path, headers.Fields(request.raw_headers))
+        except ProtocolError as error:
+            return web.Response(status=400, text=f"The request is not valid HTTP/1.1: {error}.\n")
+        authority = b"".join(fields.named(b"host")).decode()
+        if request.path not in _UNDER_ANY_NAME and not known(authority, hosts()):
             return web.Response(
                 status=421, text="This name is not served; use an address, localhost, or list it in admin.hosts.\n"
             )
-        if request.method == hdrs.METH_POST and of_another_site(request):
+        if request.method == hdrs.METH_POST and of_another_site(request, authority):
             return web.Response(status=403, text="Another site's page may not do this.\n")
         return await handler(request)
 

@@ -38,6 +38,8 @@ class Outgoing(NamedTuple):
     chunked: bool
     idempotent: bool
     """Sent twice it does no more than once (RFC 9110, section 9.2.2), by its method or as the client says."""
+    interim: Callable[[ResponseHead], None]
+    """Gets each interim response."""
 
 
 class Attempt:
@@ -145,7 +147,7 @@ class Attempt:
         assert connection is not None
         out = make(connection.protocol.requests > 0)
         self._idempotent = out.idempotent
-        connection.protocol.expect_head(out.method)
+        connection.protocol.expect_head(out.method, out.interim)
         size = sum(map(len, out.parts))
         at_once = size <= _MOST_AT_ONCE
         if at_once and out.parts:

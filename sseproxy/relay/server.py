@@ -96,13 +96,13 @@ class _Accepted(asyncio.Protocol):
 class DownstreamServer:
     """The connections of all clients.
 
-    `handle` answers a request. `malformed` is told of those that never became exchanges.
+    `handle` answers a request. `malformed` answers what could not become one.
     """
 
     def __init__(
         self,
         handle: Callable[[Request], Awaitable[Answer]],
-        malformed: Callable[[RequestError], None],
+        malformed: Callable[[RequestError], Answer],
         limits: Limits,
     ) -> None:
         self._loop = asyncio.get_running_loop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import select
 import ssl
 from collections import deque
@@ -32,11 +33,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from ..errors import ProtocolError, RequestError, UpstreamError
+from ..wire import headers
+from ..wire.headers import check_beginning
 from .heads import ResponseHead, ResponseHeads, rule_of
 from .reads import BoundedReads, PlainReads
+from .routes import path_here
 
 if TYPE_CHECKING:
-    from ..config import Limits
+    from ..config import Limits, Route
     from ..config import Upstream as UpstreamConfig
 
 # Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
@@ -45,6 +49,9 @@ KEEPALIVE = 4.0
 _MAX_MODELS = 1024
 # Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
 _HELD_LIMIT = 64 * 1024
+
+# A reference to a path, with or without its host (RFC 3986, section 4.2).
+_REFERENCE = re.compile(r"(?:(?:https?:)?//([^/?#]*)(?=[/?#]|$)|(?=/))([^?#]*)", re.IGNORECASE)
 
 _NO_TIMEOUT = ClientTimeout()
 _NO_QUEUE: deque[Any] = deque(maxlen=0)
@@ -78,6 +85,9 @@ class RelayProtocol(ResponseHandler):
         self.heard = False
         """Whether any byte of an answer to the latest has come."""
         self._head: asyncio.Future[ResponseHead] | None = None
+        self._interim: Callable[[ResponseHead], None] | None = None
+        # Bytes of interim responses, together.
+        self._interim_size = 0
         self._answered = False
         self._held = b""
         self._sink: BodySink | None = None
@@ -94,9 +104,10 @@ class RelayProtocol(ResponseHandler):
         super().connection_made(transport)
         transport.set_protocol(self._reads)
 
-    def expect_head(self, method: str) -> None:
-        """A `method` request is about to be sent, and its `head` to come."""
+    def expect_head(self, method: str, interim: Callable[[ResponseHead], None]) -> None:
+        """A `method` request is about to be sent, and its `head` to come; `interim` gets those before it."""
         self._method = method
+        self._interim, self._interim_size = interim, 0
         self.requests += 1
         self.heard = False
         self._head = self._loop.create_future()
@@ -148,7 +159,7 @@ class RelayProtocol(ResponseHandler):
 
     def finish(self, *, reusable: bool) -> None:
         """The exchange is over. Unless `reusable`, the connection will not be pooled."""
-        self._head, self._answered = None, False
+        self._head, self._interim, self._answered = None, None, False
         self._take_back()
         if not reusable or self._held or self._reads.ahead:
             self._should_close = True
@@ -201,7 +212,7 @@ class RelayProtocol(ResponseHandler):
                 self.abort()
 
     def _read_head(self) -> None:
-        """Looks for a whole head in what was received; interim (1xx) heads are dropped (RFC 9110, section 15.2)."""
+        """Looks for a whole head in what was received. Interim (1xx) ones together are no longer than a head may be."""
         awaited = self._head
         assert awaited is not None
         while not self._answered:
@@ -209,12 +220,19 @@ class RelayProtocol(ResponseHandler):
             if max(end, len(self._held) if end < 4 else 0) > self._heads.limit:
                 raise ProtocolError("the response head is too long")
             if end < 4:
+                check_beginning(self._held)
                 return
             raw, self._held = self._held[:end], self._held[end:]
-            message = self._heads.parse(raw)
-            if message.code >= 200:
-                awaited.set_result(ResponseHead(self._method, message))
-                self._head, self._answered = None, True
+            head = ResponseHead(self._method, self._heads.parse(raw))
+            if head.status >= 200:
+                awaited.set_result(head)
+                self._head, self._interim, self._answered = None, None, True
+            else:
+                self._interim_size += end
+                if self._interim_size > self._heads.limit:
+                    raise ProtocolError("there are too many interim responses")
+                if self._interim is not None:
+                    self._interim(head)
 
     def _fail_head(self, error: UpstreamError) -> None:
         if self._head is not None and not self._head.done():
@@ -317,6 +335,8 @@ class Upstream:
         self.credential = _credential(config)
         self.base_path = url.raw_path.rstrip("/")
         self.host = (url.host_port_subcomponent or "").encode("ascii")
+        # As which it may know itself: by the Host that it is sent, or with its port told all the same.
+        self._names = {self.host.decode().lower(), f"{url.host_subcomponent}:{url.port}".lower()}
         self._target = cast(ClientRequest, _Target(url, config.tls.context() if url.scheme == "https" else True))
         loop = asyncio.get_running_loop()
         # No limit: a request is never queued for a connection where nobody sees it.
@@ -339,6 +359,23 @@ class Upstream:
         while len(self._stream_options) >= _MAX_MODELS:
             del self._stream_options[next(iter(self._stream_options))]
         self._stream_options[model] = taken
+
+    def brought_home(self, fields: headers.Fields, route: Route) -> headers.Fields:
+        """`fields`, with a Location that leads to this upstream led through `route`, as nginx's proxy_redirect does.
+
+        What is nowhere under the base URL has no address here, and stays as it is.
+        """
+        locations = fields.named(b"location")
+        if len(locations) != 1:
+            return fields
+        location = locations[0].decode("latin-1")
+        reference = _REFERENCE.match(location)
+        if reference is None or (reference[1] is not None and reference[1].lower() not in self._names):
+            return fields
+        here = path_here(route, self.base_path, reference[2])
+        if here is None:
+            return fields
+        return fields.with_only(b"Location", (here + location[reference.end() :]).encode("latin-1"))
 
     async def connect(self, on_abort: Callable[[], None], *, fresh: bool = False) -> UpstreamConnection:
         """A connection of its own, from the pool or, always if `fresh`, a new one; `on_abort` is told if it is aborted.
