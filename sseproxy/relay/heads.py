@@ -126,13 +126,15 @@ class RequestHeads:
             self.size += blank
             start += blank
             if start == len(data):
-                self._check_size()
+                if self.size > self._limits.request_head:
+                    raise RequestError("head_too_large")
                 return None, start
             self._parser = self._new()
         end = self._end(data, start)
         part = data[start:end]
         self.size += len(part)
-        self._check_size(part)
+        if self.size > self._limits.request_head:
+            raise self._too_large(part)
         message = self._parsed(part)
         if message is None:
             self._tail = (self._tail + part)[1 - len(_BLANK_LINE) :]
@@ -192,12 +194,10 @@ class RequestHeads:
         end = data.find(_BLANK_LINE, start)
         return end + len(_BLANK_LINE) if end >= 0 else len(data)
 
-    def _check_size(self, part: bytes = b"") -> None:
-        """Raises `RequestError` if the head that goes on with `part` is too large, or its target alone is."""
-        excess = self.size - self._limits.request_head
-        if excess > 0:
-            in_line = part and self._line is not None and b"\n" not in part[:-excess]
-            raise RequestError("target_too_long" if in_line else "head_too_large")
+    def _too_large(self, part: bytes) -> RequestError:
+        """What is wrong with a head that has become too large with `part`: its target, if that alone is too long."""
+        fits = part[: self._limits.request_head - self.size]
+        return RequestError("target_too_long" if self._line is not None and b"\n" not in fits else "head_too_large")
 
 
 class ResponseHead:
@@ -240,7 +240,7 @@ class ResponseHeads:
     def parse(self, raw: bytes) -> RawResponseMessage:
         """Raises `ProtocolError`, ValueError, or aiohttp's `HttpProcessingError`."""
         headers.check_head(raw)
-        if raw.startswith(b"HTTP/1.") and raw[7:8] in _LATER_MINORS:
+        if raw[7:8] in _LATER_MINORS and raw.startswith(b"HTTP/1."):
             raw = b"HTTP/1.1" + raw[8:]
         parser = self._parser or self._new()
         # One that has raised, switched protocols, or read the end of a connection, reads no other head.

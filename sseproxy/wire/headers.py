@@ -109,19 +109,19 @@ _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Fields:
-    """The fields of a head: `all` of them as they came, and by name."""
+    """The fields of a head: `all` of them as they came, and the values of each by its name in lower case."""
 
-    __slots__ = ("_by_name", "all")
+    __slots__ = ("all", "by_name")
 
     def __init__(self, fields: Sequence[Field]) -> None:
         self.all = fields
-        self._by_name: dict[bytes, list[bytes]] = {}
+        self.by_name: dict[bytes, list[bytes]] = {}
         for name, value in fields:
-            self._by_name.setdefault(name.lower(), []).append(value)
+            self.by_name.setdefault(name.lower(), []).append(value)
 
     def named(self, name: bytes) -> Sequence[bytes]:
         """The values of the field `name` (in lower case), in order."""
-        return self._by_name.get(name, ())
+        return self.by_name.get(name, ())
 
     def with_only(self, name: bytes, value: bytes) -> Fields:
         """These fields with one field `name`, which has this `value`, before all others."""
@@ -129,11 +129,11 @@ class Fields:
 
     def tokens(self, name: bytes) -> list[bytes]:
         """The members of the comma-separated list in the field `name`, in lower case."""
-        if name not in self._by_name:
+        if name not in self.by_name:
             return []
         return [
             member
-            for value in self._by_name[name]
+            for value in self.by_name[name]
             for token in value.split(b",")
             if (member := token.strip(b" \t").lower())
         ]
@@ -243,9 +243,10 @@ def to_downstream(
     out = [field for field in fields.all if field[0].lower() not in drop]
     if event_stream:
         out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
-    if date is not None and (b"date" in drop or not fields.named(b"date")):
+    kept = fields.by_name.keys() - drop
+    if date is not None and b"date" not in kept:
         out.append((b"Date", date))
-    if b"x-request-id" in drop or not fields.named(b"x-request-id"):
+    if b"x-request-id" not in kept:
         out.append((b"X-Request-Id", request_id))
     out.append((b"Via", _VIA[version]))
     out += framing or ()
@@ -261,7 +262,8 @@ def serialize(start_line: bytes, fields: Iterable[Field]) -> bytes:
 
 def passes(fields: Fields) -> int:
     """How often the message has come through an sseproxy already."""
-    return sum(member in _VIA.values() for member in fields.tokens(b"via"))
+    members = fields.tokens(b"via")
+    return members.count(_VIA[1, 0]) + members.count(_VIA[1, 1])
 
 
 def one_hop_less(fields: Fields) -> Fields | None:
