@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "wire": {"errors", "wire"},
     "relay": {"wire", "relay"} | EVERYWHERE,
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
-    "process": {"relay", "observe", "process"} | EVERYWHERE,
+    "process": {"wire", "relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
     "cli": {"process", "demo", "demonstration", "observe.logs"} | EVERYWHERE,
