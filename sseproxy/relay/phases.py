@@ -224,7 +224,9 @@ class Relay:
             exchange.begin()
             exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
             exchange.method = self._request.method
-            exchange.path = self._request.target.partition("?")[0]
+            target = self._request.target
+            # The host of an absolute target may have a user and a password before it.
+            exchange.path = (target if target[0] == "/" else routes.without_host(target)).partition("?")[0]
             exchange.traceparent = headers.traceparent(self._request.fields)
         return self._exchange
 

@@ -64,6 +64,12 @@ def split_target(target: str) -> tuple[str, str]:
     return path, mark + query
 
 
+def without_host(target: str) -> str:
+    """What may be told of a target that is no path: the path and the query of one in absolute form, or a `*`."""
+    absolute = ABSOLUTE.match(target)
+    return target if target == "*" else "" if absolute is None else target[absolute.end() :]
+
+
 def is_for_the_server(target: str) -> bool:
     """Whether an OPTIONS request with this target asks about the server, not about a resource (RFC 9112, 3.2.4)."""
     return target == "*" or (target[0] != "/" and ABSOLUTE.fullmatch(target) is not None)
