@@ -559,7 +559,7 @@ def test_a_path_that_was_led_there_is_led_back(base: str, prefix: str, path: str
     if not routes.Router([route]).candidates("GET", path):
         return
     there = routes.upstream_path(route, base, path)
-    here = routes.path_here(route, base, there)
+    here = routes.client_path(route, base, there)
     if here is None:
         assert path[1:2] in ("/", "\\")
     else:

@@ -66,7 +66,7 @@ _MAX_REPEATED: Final = 1024 * 1024
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Statuses with which a Location says where to go on (RFC 9110, section 10.2.2).
-_LEADS_ON: Final = frozenset({201, 300, 301, 302, 303, 307, 308})
+_WITH_LOCATION: Final = frozenset({201, 300, 301, 302, 303, 307, 308})
 
 
 def new_request_id() -> bytes:
@@ -309,8 +309,8 @@ class Relay:
         # What only the way upstream has needed is forgotten: a stream may be long.
         del read
         request.answered()
-        if head.status in _LEADS_ON:
-            head.fields = upstream.brought_home(head.fields, route)
+        if head.status in _WITH_LOCATION:
+            head.fields = upstream.rewrite_location(head.fields, route)
         self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
         return None
 

@@ -34,7 +34,7 @@ _SEPARATOR: Final = re.compile("([&;])")
 _ENCODED: Final = re.compile("%[0-9A-Fa-f]{2}")
 # RFC 3986, section 2.3.
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-# RFC 9110, section 5.5, and Unicode's category Cc.
+# Unicode's category Cc. All other characters occur in names of files.
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
 # ASCII in more bytes than it has in UTF-8 (RFC 3629, section 10); what is no UTF-8 stands here as Python escapes it.
 _OVERLONG: Final = re.compile("[\udcc0\udcc1][\udc80-\udcbf]|\udce0[\udc80\udc81]|\udcf0\udc80[\udc80\udc81]")
@@ -196,7 +196,7 @@ def upstream_path(route: Route, base_path: str, path: str) -> str:
     return base_path + path[_length(path, len(_prefix(route))) :] or "/"
 
 
-def path_here(route: Route, base_path: str, path: str) -> str | None:
+def client_path(route: Route, base_path: str, path: str) -> str | None:
     """The path that `upstream_path` makes `path` of the upstream from; None if there is none."""
     base = normal_path(base_path)
     if not (normal_path(path) + "/").startswith(base + "/"):

@@ -37,7 +37,7 @@ from ..wire import headers
 from ..wire.headers import check_beginning
 from .heads import ResponseHead, ResponseHeads, rule_of
 from .reads import BoundedReads, PlainReads
-from .routes import path_here
+from .routes import client_path
 
 if TYPE_CHECKING:
     from ..config import Limits, Route
@@ -360,7 +360,7 @@ class Upstream:
             del self._stream_options[next(iter(self._stream_options))]
         self._stream_options[model] = taken
 
-    def brought_home(self, fields: headers.Fields, route: Route) -> headers.Fields:
+    def rewrite_location(self, fields: headers.Fields, route: Route) -> headers.Fields:
         """`fields`, with a Location that leads to this upstream led through `route`, as nginx's proxy_redirect does.
 
         What is nowhere under the base URL has no address here, and stays as it is.
@@ -372,7 +372,7 @@ class Upstream:
         reference = _REFERENCE.match(location)
         if reference is None or (reference[1] is not None and reference[1].lower() not in self._names):
             return fields
-        here = path_here(route, self.base_path, reference[2])
+        here = client_path(route, self.base_path, reference[2])
         if here is None:
             return fields
         return fields.with_only(b"Location", (here + location[reference.end() :]).encode("latin-1"))
