@@ -371,12 +371,12 @@ _decode_text: Final = msgspec.json.Decoder(str).decode
 class Gist:
     """What matters of a JSON text that comes in parts: all of it if it is small, and what is wanted of a large one."""
 
-    __slots__ = ("_members", "_parts", "_size", "extract")
+    __slots__ = ("_begun", "_members", "extract")
 
     def __init__(self, members: Members) -> None:
         self._members = members
-        self._parts: list[bytes] = []
-        self._size = 0
+        # In one piece: a text that comes in thousands of parts is read no more slowly for that.
+        self._begun = bytearray()
         self.extract: Extract | None = None
         """Of a large text."""
 
@@ -384,25 +384,22 @@ class Gist:
         if self.extract is not None:
             self.extract.feed(part)
             return
-        self._parts.append(part)
-        self._size += len(part)
-        if self._size > WHOLE:
+        self._begun += part
+        if len(self._begun) > WHOLE:
             self.extract = Extract(self._members)
-            for early in self._parts:
-                self.extract.feed(early)
-            self._parts.clear()
+            self.extract.feed(bytes(self._begun))
+            self._begun.clear()
 
     def so_far(self) -> bytes:
         """The extract of what has come, be it broken behind that."""
         extract = self.extract
         if extract is None:
             extract = Extract(self._members)
-            for part in self._parts:
-                extract.feed(part)
+            extract.feed(bytes(self._begun))
         return extract.so_far()
 
     def text(self) -> bytes | None:
         """The small text, or the extract of the large one. None if there is too much in it; empty if it is no JSON."""
         if self.extract is None:
-            return b"".join(self._parts)
+            return bytes(self._begun)
         return None if self.extract.too_much else self.extract.text() or b""
