@@ -281,6 +281,9 @@ async def answers(api: Peer) -> None:
             return
         elif path == "long":
             api.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", chunk(FLOOD), LAST_CHUNK)
+        elif path == "moved":
+            api.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+            api.send(b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /v1/models\r\nContent-Length: 0\r\n\r\n")
         elif path == "none":
             api.send(b"HTTP/1.1 204 No Content\r\n\r\n")
         else:
@@ -439,6 +442,18 @@ async def old_client(client: Client) -> None:
     await client.gets(MODELS)
 
 
+async def moved(client: Client) -> None:
+    await client.send(GET.replace(b"models", b"moved"))
+    await client.gets(b"")
+
+
+async def about_the_server(client: Client) -> None:
+    await client.send(b"OPTIONS * HTTP/1.1\r\nHost: p\r\n\r\n", b"OPTIONS http://q/v1/models HTTP/1.2\r\n")
+    await client.send(b"Host: p\r\nMax-Forwards: 1\r\n\r\n")
+    await client.gets(b"")
+    await client.gets(MODELS)
+
+
 async def malformed(client: Client) -> None:
     await client.send(GET[:20])
     await client.send(b"\r\nno field\r\n\r\n")
@@ -466,6 +481,8 @@ KINDS: list[Kind] = [
     pipelines,
     head_and_none,
     old_client,
+    moved,
+    about_the_server,
     malformed,
 ]
 ENCRYPTED: list[Kind] = [json_answer, asks_for_usage, large_upload, leaves, dead_connection, slow_client, old_client]

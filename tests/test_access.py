@@ -150,6 +150,20 @@ async def test_a_path_is_told_as_it_is_configured(
     assert line["upstream_request_id"] == "req_7"
 
 
+async def test_of_a_target_with_a_host_the_path_is_told_and_no_secret(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    targets = ["http://proxy.example/v2?secret", "http://me:secret@h/v2", "http://me:secret@h?secret", "ftp://secret/"]
+    async with ConfigFile(tmp_path, upstream, access_log="{path: all}").serve() as served:
+        for target in targets:
+            client = await served.connect()
+            client.send(f"GET {target} HTTP/1.1\r\nHost: p\r\n\r\n".encode())
+            assert (await client.message()).status in (400, 404)
+        told = [line.get("path") for line in await logged(served, len(targets))]
+    assert told == ["/v2", "/v2", None, None]
+    assert b"secret" not in served.logged + served.errors
+
+
 async def test_the_model_is_told_of_a_body_that_comes_apart_and_of_what_failed(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
@@ -243,6 +257,18 @@ async def test_a_line_says_what_exactly_failed(
         # It is nothing that clients are told.
         assert line["cause"].encode() not in received
         assert "SECRET" not in served.logged.decode()
+
+
+async def test_what_cannot_be_parsed_has_the_id_that_its_client_was_told(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        client = await served.connect()
+        client.send(b"nonsense\r\n\r\n")
+        told = (await client.message()).get("x-request-id")
+        (line,) = await logged(served, 1)
+        assert line["request_id"] == told
+        assert told
 
 
 async def test_only_what_went_wrong_is_written_if_that_is_wanted(upstream: ScriptedUpstream, tmp_path: Path) -> None:

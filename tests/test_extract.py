@@ -240,15 +240,15 @@ WORST = {
 }
 
 
-def calls(read: Callable[[bytes], object], text: bytes) -> int:
-    """The most calls that a read of `text` takes."""
+def calls(read: Callable[[bytes], object], text: bytes, size: int = READ) -> int:
+    """The most calls that a read of `text` takes, which comes in reads of `size`."""
     most = called = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
         nonlocal called
         called += event in ("call", "c_call")
 
-    for piece in steps(text, READ):
+    for piece in steps(text, size):
         called = 0
         sys.setprofile(count)
         try:

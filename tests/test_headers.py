@@ -55,6 +55,7 @@ def upstream(
 ) -> list[Field]:
     return headers.to_upstream(
         Fields(fields),
+        version=(1, 1),
         host=b"api.example:8000",
         framing=framing,
         peer=b"192.0.2.7",
@@ -70,7 +71,13 @@ def downstream(
     *fields: Field, framing: Sequence[Field] | None = (), event_stream: bool = False, connection: bytes | None = None
 ) -> list[Field]:
     return headers.to_downstream(
-        Fields(fields), framing=framing, event_stream=event_stream, request_id=b"id-1", connection=connection
+        Fields(fields),
+        version=(1, 1),
+        framing=framing,
+        event_stream=event_stream,
+        request_id=b"id-1",
+        connection=connection,
+        date=None,
     )
 
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "ledger": {"ledger"},
     "relay": {"wire", "ledger", "relay"} | EVERYWHERE,
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
-    "process": {"ledger", "relay", "observe", "process"} | EVERYWHERE,
+    "process": {"wire", "ledger", "relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
     "cli": {"process", "demo", "demonstration", "observe.logs"} | EVERYWHERE,

@@ -257,14 +257,6 @@ async def test_connections_are_reused_on_both_sides(proxy: RunningProxy, upstrea
     assert proxy.sample("upstream_connections", state="idle") == 1
 
 
-async def test_interim_responses_are_dropped(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
-    client, api = await begin(proxy, upstream)
-    api.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
-    api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-    assert (await client.head()).start_line == "HTTP/1.1 200 OK"
-    assert await client.read(2) == b"ok"
-
-
 async def test_a_key_of_the_upstream_replaces_the_clients(start: StartProxy, upstream: ScriptedUpstream) -> None:
     proxy = await start(upstream.url, api_key="sk-of-the-upstream")
     client = await proxy.connect()

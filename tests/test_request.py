@@ -157,6 +157,15 @@ def test_whatever_it_holds_the_work_for_a_part_and_memory_are_bounded(kind: str)
     assert held(reading(), WORST[kind]) < MOST
 
 
+@pytest.mark.parametrize("length", [WHOLE - 100, WHOLE + 100], ids=["small", "large"])
+def test_a_body_in_tiny_parts_is_no_work_of_a_moment(length: int) -> None:
+    body = b'{"model":"m","user":"' + b"x" * length
+    reader = RequestReader()
+    assert calls(reader.feed, body, size=1) < 200
+    assert calls(lambda _: reader.model_so_far, b" ") < 200
+    assert reader.model_so_far == "m"
+
+
 def test_names_may_be_escaped() -> None:
     assert reader_of(b'{"mod\\u0065l":"m"}').model == "m"
     assert reader_of(b'{%b"mod\\u0065l":"m"}' % PADDING.encode()).model == "m"

@@ -63,14 +63,23 @@ REFUSED = {
     "a host with a space": POST + b"Host: a b\r\nContent-Length: 0\r\n\r\n",
     "a host with a named port": POST + b"Host: a:b\r\nContent-Length: 0\r\n\r\n",
     "HTTP/0.9": b"GET /v1/x\r\n\r\n",
-    "HTTP/1.2": b"GET /v1/x HTTP/1.2\r\nHost: h\r\n\r\n",
-    "HTTP/2.0": b"GET /v1/x HTTP/2.0\r\nHost: h\r\n\r\n",
+    "HTTP/0.9 in words": b"GET /v1/x HTTP/0.9\r\nHost: h\r\n\r\n",
+    "HTTP/1.10": b"GET /v1/x HTTP/1.10\r\nHost: h\r\n\r\n",
+    "HTTP/1.20": b"GET /v1/x HTTP/1.20\r\nHost: h\r\n\r\n",
+    "HTTP/1.2 and a bad field": b"GET /v1/x HTTP/1.2\r\nHost: h\r\nX y: z\r\n\r\n",
+    "HTTP/1.2 without a host": b"GET /v1/x HTTP/1.2\r\n\r\n",
     "the preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a GET of the server": b"GET * HTTP/1.1\r\nHost: h\r\n\r\n",
+    "HTTP/2": b"GET /v1/x HTTP/2\r\nHost: h\r\n\r\n",
     "http in lower case": b"GET /v1/x http/1.1\r\nHost: h\r\n\r\n",
     "a tab in the request line": b"GET\t/v1/x HTTP/1.1\r\nHost: h\r\n\r\n",
     "an authority for a target": b"GET evil:80 HTTP/1.1\r\nHost: h\r\n\r\n",
     "a method that nobody knows": b"FOO /v1/x HTTP/1.1\r\nHost: h\r\n\r\n",
     "a byte above ASCII in the target": b"GET /v1/\xff HTTP/1.1\r\nHost: h\r\n\r\n",
+    "an absolute target without a host": b"GET http:///v1/x HTTP/1.1\r\nHost: h\r\n\r\n",
+    "an absolute target with a user": b"GET http://u@h/v1/x HTTP/1.1\r\nHost: h\r\n\r\n",
+    "an absolute target beside two hosts": b"GET http://h/v1/x HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n",
+    "an absolute target without the host field": b"GET http://h/v1/x HTTP/1.1\r\n\r\n",
     "a chunk size that is none": CHUNKED + b"xx\r\n\r\n",
     "a negative chunk size": CHUNKED + b"-1\r\n\r\n",
     "a chunk size with 0x": CHUNKED + b"0x1\r\na\r\n0\r\n\r\n",
@@ -100,6 +109,10 @@ TAKEN = {
     "a body of a GET": Taken(b"GET /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nab", body=b"ab"),
     "a host with an IPv6 address": Taken(b"GET /v1/x HTTP/1.1\r\nHost: [::1]:80\r\n\r\n"),
     "an absolute target": Taken(b"GET http://evil:1/v1/x?q HTTP/1.1\r\nHost: h\r\n\r\n", "/v1/x?q"),
+    "HTTP/1.2": Taken(b"GET /v1/x HTTP/1.2\r\nHost: h\r\n\r\n"),
+    "HTTP/1.9 with a body": Taken(
+        b"POST /v1/x HTTP/1.9\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", body=b"a"
+    ),
     "empty lines before it": Taken(b"\r\n\r\nGET /v1/x HTTP/1.1\r\nHost: h\r\n\r\n"),
     "an upgrade": Taken(b"GET /v1/x HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"),
     "an upgrade to h2c": Taken(
@@ -174,7 +187,20 @@ async def test_it_is_taken_and_the_next_request_is_another(
     assert await answered.ended() == {"completed": 6}
 
 
-@pytest.mark.parametrize("target", [b"*", b"ftp://h/v1/x", b"/v1/x#y", b"/v1/../x"])
+@pytest.mark.parametrize("version", [b"2.0", b"2.1", b"3.0", b"9.9"])
+async def test_another_major_version_is_refused_and_the_next_request_with_it(
+    answered: RunningProxy, upstream_that_answers: Answering, version: bytes
+) -> None:
+    request = b"GET /v1/x HTTP/%b\r\nHost: h\r\n\r\n" % version
+    for pieces in ([request + NEXT], [request, NEXT], steps(request + NEXT)):
+        codes, received = await statuses(answered, pieces)
+        assert codes == [b"505"]
+        assert b"Connection: close" in received
+    assert upstream_that_answers.asked == []
+    assert answered.sample("requests_rejected_total", reason="version") == 3
+
+
+@pytest.mark.parametrize("target", [b"ftp://h/v1/x", b"/v1/x#y", b"/v1/../x"])
 async def test_a_target_that_is_no_path_is_refused_alone(
     answered: RunningProxy, upstream_that_answers: Answering, target: bytes
 ) -> None:

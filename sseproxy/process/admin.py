@@ -11,12 +11,13 @@ import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Collection
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 from yarl import URL
 
-from ..errors import ReloadError, SseproxyError
+from ..errors import ProtocolError, ReloadError, SseproxyError
 from ..observe.registry import Registry, exposition
+from ..wire import headers
 
 # These are read-only, and anybody who reaches the listener may read them. Probes send all kinds of `Host` fields.
 _UNDER_ANY_NAME = frozenset({"/metrics", "/livez", "/readyz"})
@@ -42,14 +43,14 @@ def known(authority: str, hosts: Collection[str]) -> bool:
         return host in ("localhost", socket.gethostname().lower(), *hosts)
 
 
-def of_another_site(request: web.Request) -> bool:
-    """Whether a page of another site has caused `request`, according to the browser.
+def of_another_site(request: web.Request, authority: str) -> bool:
+    """Whether a page of another site has caused `request`, according to the browser. `authority` is the request's host.
 
     Browsers say so in `Sec-Fetch-Site` (Fetch Metadata) and `Origin` (RFC 6454, section 7).
     """
     origin = request.headers.get(hdrs.ORIGIN)
     site = request.headers.get("Sec-Fetch-Site", "none")
-    own = f"{request.scheme}://{request.headers.get(hdrs.HOST, '')}"
+    own = f"{request.scheme}://{authority}"
     return site not in ("same-origin", "none") or origin not in (None, own)
 
 
@@ -67,12 +68,19 @@ def application(
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _UNDER_ANY_NAME and not known(request.headers.get(hdrs.HOST, ""), hosts()):
+        if request.version > HttpVersion11:
+            return web.Response(status=505, text="Only HTTP/1.1 and HTTP/1.0 are supported.\n")
+        try:
+            fields = headers.check_request(request.version, request.raw_path, headers.Fields(request.raw_headers))
+        except ProtocolError as error:
+            return web.Response(status=400, text=f"The request is not valid HTTP/1.1: {error}.\n")
+        authority = b"".join(fields.named(b"host")).decode()
+        if request.path not in _UNDER_ANY_NAME and not known(authority, hosts()):
             return web.Response(
                 status=421,
                 text="This host name is not allowed. Use an IP address or localhost, or add the name to admin.hosts.\n",
             )
-        if request.method == hdrs.METH_POST and of_another_site(request):
+        if request.method == hdrs.METH_POST and of_another_site(request, authority):
             return web.Response(status=403, text="Pages of other sites are not allowed to do this.\n")
         return await handler(request)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from email.utils import formatdate
+from functools import lru_cache
+from time import time  # noqa: TID251 - a timestamp is exported
 from typing import Final, NamedTuple
 
 from ..errors import ExchangeError
@@ -10,11 +13,14 @@ from ..wire import headers
 from ..wire.dialects import OPENAI, Form
 
 _REASONS: Final = {
+    200: b"OK",
     400: b"Bad Request",
     404: b"Not Found",
     408: b"Request Timeout",
     413: b"Content Too Large",
+    414: b"URI Too Long",
     417: b"Expectation Failed",
+    421: b"Misdirected Request",
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
@@ -22,8 +28,22 @@ _REASONS: Final = {
     502: b"Bad Gateway",
     503: b"Service Unavailable",
     504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
     508: b"Loop Detected",
 }
+
+# What APIs are asked with; any other method that the parser knows, but CONNECT and TRACE, is relayed as well.
+_ALLOW: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> bytes:
+    return formatdate(second, usegmt=True).encode()
+
+
+def date() -> bytes:
+    """Now, as the value of a Date (RFC 9110, section 5.6.7). It is written once a second."""
+    return _date(int(time()))
 
 
 def status_line(status: int, reason: bytes | None = None) -> bytes:
@@ -33,7 +53,7 @@ def status_line(status: int, reason: bytes | None = None) -> bytes:
 class Answer(NamedTuple):
     """What is left to send for a request: an error response, or nothing if the response was already sent.
 
-    It consists of bytes and not of an aiohttp response, which would add fields such as Server and Date.
+    It consists of bytes and not of an aiohttp response, which would add fields such as Server and Content-Type.
     """
 
     keep_alive: bool
@@ -50,9 +70,22 @@ class Answer(NamedTuple):
     ) -> Answer:
         body = form.refusal(error)
         fields = [
+            (b"Date", date()),
             (b"Content-Type", b"application/json"),
             (b"Content-Length", b"%d" % len(body)),
             *extra,
             *(() if keep_alive else ((b"Connection", b"close"),)),
         ]
         return Answer(keep_alive, headers.serialize(status_line(error.status), fields), body)
+
+    @staticmethod
+    def to_options(*, keep_alive: bool, extra: Sequence[headers.Field]) -> Answer:
+        """To an OPTIONS request that asks about this server itself (RFC 9110, section 9.3.7)."""
+        fields = [
+            (b"Date", date()),
+            (b"Allow", _ALLOW),
+            (b"Content-Length", b"0"),
+            *extra,
+            *(() if keep_alive else ((b"Connection", b"close"),)),
+        ]
+        return Answer(keep_alive, headers.serialize(status_line(200), fields))

@@ -43,6 +43,8 @@ class Outgoing(NamedTuple):
     chunked: bool
     idempotent: bool
     """Whether the request may be sent twice: its method is safe, or it has an Idempotency-Key (RFC 9110, 9.2.2)."""
+    interim: Callable[[ResponseHead], None]
+    """Called with each interim response (1xx)."""
 
 
 class Attempt:
@@ -152,7 +154,7 @@ class Attempt:
         assert connection is not None
         out = make(connection.protocol.requests > 0)
         self._idempotent = out.idempotent
-        connection.protocol.expect_head(out.method)
+        connection.protocol.expect_head(out.method, out.interim)
         size = sum(map(len, out.parts))
         at_once = size <= _MOST_AT_ONCE
         if at_once and out.parts:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import RequestError
 from ..wire import headers
-from .answers import Answer
 from .body import RequestBody
 from .hangups import Watch
 from .heads import RequestHead, RequestHeads
@@ -278,8 +277,7 @@ class DownstreamProtocol(asyncio.Protocol):
         self._server.requests_count += 1
         try:
             if isinstance(request, RequestError):
-                self._server.malformed(request)
-                answer = Answer.of(request)
+                answer = self._server.malformed(request)
             else:
                 try:
                     answer = await self._server.handle(request)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 MAX_RESPONSE_FIELDS = 200
 
 _BLANK_LINE = b"\r\n\r\n"
+# A request line up to its version. aiohttp's parser accepts only 1.0 and 1.1.
+_VERSION: Final = re.compile(rb"[!-~]+ [!-~]+ HTTP/([0-9])\.([0-9])")
+# A message of a later minor version means the same as one of 1.1 (RFC 9110, section 2.5).
+_LATER_MINORS: Final = b"23456789"
 # A byte in the `repr` of bytes.
 _BYTE: Final = re.compile(r"\\x..|\\?.")
 # Errors whose text is only a rule, if no quoted line follows.
@@ -61,11 +65,12 @@ class RequestHead:
         self.problem: RequestError | None = None
         self.keep_alive = not message.should_close
         try:
-            headers.check_request(self.version, self.fields)
-        except ProtocolError:
-            self.problem = RequestError("bad_request")
+            self.fields = headers.check_request(self.version, self.target, self.fields)
+        except ProtocolError as error:
+            self.problem = RequestError("bad_request", cause=str(error))
         if self.version not in ((1, 0), (1, 1)):
-            self.problem = RequestError("bad_request")
+            # A request line without a version cannot be told from one of HTTP/0.9.
+            self.problem = RequestError("version" if self.version > (1, 1) else "bad_request")
         # The parser's own decision is not used: it ignores a coding that is followed by white space.
         coded, length = self.fields.named(b"transfer-encoding"), message.headers.get("Content-Length")
         if coded and length is not None:
@@ -95,13 +100,15 @@ class RequestHeads:
     `size` is the number of bytes of the current head, or 0 between heads.
     """
 
-    __slots__ = ("_limits", "_loop", "_parser", "_protocol", "_tail", "size")
+    __slots__ = ("_limits", "_line", "_loop", "_parser", "_protocol", "_tail", "size")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, protocol: BaseProtocol, limits: Limits) -> None:
         self._loop = loop
         self._protocol = protocol
         self._limits = limits
         self._parser: HttpRequestParser | None = None
+        # The request line, as long as it has not ended.
+        self._line: bytes | None = b""
         self._tail = b""
         self.size = 0
 
@@ -121,25 +128,52 @@ class RequestHeads:
             self.size += blank
             start += blank
             if start == len(data):
-                self._check_size()
+                if self.size > self._limits.request_head:
+                    raise RequestError("head_too_large")
                 return None, start
             self._parser = self._new()
         end = self._end(data, start)
         part = data[start:end]
         self.size += len(part)
-        self._check_size()
+        if self.size > self._limits.request_head:
+            raise self._too_large(part)
+        message = self._parsed(part)
+        if message is None:
+            self._tail = (self._tail + part)[1 - len(_BLANK_LINE) :]
+            return None, end
+        head = RequestHead(message, self.size)
+        self._parser, self._line, self._tail, self.size = None, b"", b"", 0
+        return head, end
+
+    def _parsed(self, part: bytes) -> RawRequestMessage | None:
+        """The head, if `part` ends it."""
+        assert self._parser is not None
         try:
             messages, _, _ = self._parser.feed_data(part)
         except LineTooLong:
             raise RequestError("head_too_large") from None
         except (HttpProcessingError, ValueError) as error:
+            return self._parsed(self._as_1_1(part, error))
+        if messages:
+            message: RawRequestMessage = messages[0][0]
+            return message
+        if self._line is not None:
+            self._line = None if b"\n" in part else self._line + part
+        return None
+
+    def _as_1_1(self, part: bytes, error: Exception) -> bytes:
+        """The head as far as `part`, in HTTP/1.1, for another parser, where this one has refused a later version.
+
+        Raises `RequestError` if that was not the `error`.
+        """
+        begun = (self._line or b"") + part
+        version = None if self._line is None else _VERSION.match(begun)
+        if version is not None and version[1] > b"1":
+            raise RequestError("version") from None
+        if version is None or version[1] != b"1" or version[2] not in _LATER_MINORS:
             raise RequestError("bad_request", cause=rule_of(error)) from None
-        if not messages:
-            self._tail = (self._tail + part)[1 - len(_BLANK_LINE) :]
-            return None, end
-        head = RequestHead(messages[0][0], self.size)
-        self._parser, self._tail, self.size = None, b"", 0
-        return head, end
+        self._parser, self._line = self._new(), b""
+        return b"%b1%b" % (begun[: version.start(2)], begun[version.end(2) :])
 
     def _new(self) -> HttpRequestParser:
         return HttpRequestParser(
@@ -162,18 +196,20 @@ class RequestHeads:
         end = data.find(_BLANK_LINE, start)
         return end + len(_BLANK_LINE) if end >= 0 else len(data)
 
-    def _check_size(self) -> None:
-        if self.size > self._limits.request_head:
-            raise RequestError("head_too_large")
+    def _too_large(self, part: bytes) -> RequestError:
+        """What is wrong with a head that has become too large with `part`: its target, if that alone is too long."""
+        fits = part[: self._limits.request_head - self.size]
+        return RequestError("target_too_long" if self._line is not None and b"\n" not in fits else "head_too_large")
 
 
 class ResponseHead:
     """A response head, with the framing of the body."""
 
-    __slots__ = ("fields", "framing", "reason", "reusable", "status")
+    __slots__ = ("fields", "framing", "reason", "reusable", "status", "version")
 
     def __init__(self, method: str, message: RawResponseMessage) -> None:
         self.status = message.code
+        self.version: tuple[int, int] = message.version
         self.reason = message.reason.encode("utf-8", "surrogateescape")
         self.fields = headers.Fields(message.raw_headers)
         self.framing: Framing | None = response_framing(method, message.code, message.version, self.fields)
@@ -207,6 +243,8 @@ class ResponseHeads:
     def parse(self, raw: bytes) -> RawResponseMessage:
         """Parses one head. Raises `ProtocolError`, `ValueError`, or aiohttp's `HttpProcessingError`."""
         headers.check_head(raw)
+        if raw[7:8] in _LATER_MINORS and raw.startswith(b"HTTP/1."):
+            raw = b"HTTP/1.1" + raw[8:]
         parser = self._parser or self._new()
         # A parser cannot be used again after an error, a protocol switch, or a message that closes the connection.
         self._parser = None
@@ -216,6 +254,8 @@ class ResponseHeads:
         message: RawResponseMessage = messages[0][0]
         if message.code == 101 or message.version not in ((1, 0), (1, 1)):
             raise ProtocolError("the upstream switched protocols")
+        if message.code < 100:
+            raise ProtocolError("the status of the response has no class")
         if not message.should_close:
             self._parser = parser
         return message

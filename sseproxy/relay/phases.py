@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,7 @@ from ..errors import (
     ExchangeError,
     InternalError,
     Outcome,
+    ProtocolError,
     RequestError,
     StalledClient,
     UpstreamError,
@@ -37,7 +39,7 @@ from ..wire.request import RequestReader, Splice
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
 from . import routes
 from .admission import Ticket
-from .answers import Answer, status_line
+from .answers import Answer, date, status_line
 from .attempt import Attempt, Outgoing
 from .clock import Clock
 from .downstream import Request
@@ -62,6 +64,13 @@ _MAX_REPEATED: Final = 1024 * 1024
 # The safe methods (RFC 9110, section 9.2.1), except TRACE, which is not relayed.
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+# Statuses with which a Location says where to go on (RFC 9110, section 10.2.2).
+_WITH_LOCATION: Final = frozenset({201, 300, 301, 302, 303, 307, 308})
+
+
+def new_request_id() -> bytes:
+    """An id for a request whose client has none for it."""
+    return b"%016x" % random.getrandbits(64)
 
 
 class Relay:
@@ -77,9 +86,9 @@ class Relay:
         self._task = task
         self._loop = asyncio.get_running_loop()
         self._received_at = max(downstream.read_at, downstream.free_at)
-        # By which path, and as which dialect, its client reads an error.
+        # The path that was asked, and the name of its dialect: they tell which form of errors the client understands.
         self._asked_as = (request.target.partition("?")[0], "auto")
-        self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
+        self._request_id = headers.request_id(request.fields) or new_request_id()
         # Reads the whole body before the request is sent.
         self._read: RequestReader | None = None
         # Reads the body while it is being forwarded.
@@ -128,7 +137,9 @@ class Relay:
             try:
                 self._proxy.active.add(self)
                 self._downstream.on_gone = self._gone
-                await self._relay()
+                if (answer := await self._relay()) is not None:
+                    outcome = self._recorded().completed()
+                    return answer
                 # This waits here and not in `_relay`, so that the frames of `_relay` are freed: a stream may take long.
                 if self._pump is not None:
                     await self._pump.done
@@ -217,7 +228,9 @@ class Relay:
             exchange.begin()
             exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
             exchange.method = self._request.method
-            exchange.path = self._request.target.partition("?")[0]
+            target = self._request.target
+            # The host of an absolute target may have a user and a password before it.
+            exchange.path = (target if target[0] == "/" else routes.without_host(target)).partition("?")[0]
             exchange.traceparent = headers.traceparent(self._request.fields)
         return self._exchange
 
@@ -243,7 +256,7 @@ class Relay:
         if error.status in (429, 503):
             # Another replica, or the workers after a restart, can take the request.
             extra.append((b"Retry-After", b"1"))
-        misread = error.code in ("bad_request", "head_too_large")
+        misread = error.code in ("bad_request", "version", "head_too_large")
         if misread:
             # Other parsers may read such a request differently, so nothing after it can be trusted.
             self._downstream.read_no_more()
@@ -252,9 +265,13 @@ class Relay:
         form = form_of(routes.normal_path(path), name)
         return Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
-    async def _relay(self) -> None:
-        """Phases 1 to 5, and the beginning of 6."""
+    async def _relay(self) -> Answer | None:
+        """Phases 1 to 5, and the beginning of 6; or the answer, where the request is for this server itself."""
         self._admit()
+        if self._request.method == "OPTIONS" and self._ends_here():
+            self._recorded().status = 200
+            keep_alive = self._can_keep_alive()
+            return Answer.to_options(keep_alive=keep_alive, extra=[(b"X-Request-Id", self._request_id)])
         route, path, query = await self._route()
         proxy, request = self._proxy, self._request
         upstream = proxy.upstreams[route.upstream]
@@ -302,7 +319,10 @@ class Relay:
         # These are only needed to send the request. They are freed, because a stream may take long.
         del read
         request.answered()
+        if head.status in _WITH_LOCATION:
+            head.fields = upstream.rewrite_location(head.fields, route)
         self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
+        return None
 
     def _admit(self) -> None:
         """Phase 1: Admit."""
@@ -319,8 +339,28 @@ class Relay:
             raise problem
         if headers.passes(request.fields) > _MAX_PASSES:
             raise RequestError("loop")
-        if not {b"100-continue"}.issuperset(map(bytes.lower, request.fields.named(b"expect"))):
+        if not {b"100-continue"}.issuperset(request.fields.tokens(b"expect")):
             raise RequestError("expectation")
+        if request.target[0] != "/" and self._is_misdirected():
+            raise RequestError("misdirected")
+
+    def _is_misdirected(self) -> bool:
+        """Whether it is for a resource of https and did not come over TLS (RFC 9110, section 7.4)."""
+        told = self._request.target.lower().startswith("https:")
+        return told and not (self._downstream.is_tls or self._proxy.trusts(self._downstream.address))
+
+    def _ends_here(self) -> bool:
+        """Whether an OPTIONS request is for this server itself: it says so, or may not be forwarded any more."""
+        request = self._request
+        if routes.is_for_the_server(request.target):
+            return True
+        try:
+            fields = headers.one_hop_less(request.fields)
+        except ProtocolError as error:
+            raise RequestError("bad_request", cause=str(error)) from None
+        if fields is not None:
+            request.fields = fields
+        return fields is None
 
     async def _route(self) -> tuple[Route, str, str]:
         """Phase 2: Route. Returns the route, the path and the query."""
@@ -421,7 +461,7 @@ class Relay:
             rest = body if whole is None else None
             if rest is not None:
                 self._continue()
-            return Outgoing(request.method, head, parts, rest, framing == "chunked", idempotent)
+            return Outgoing(request.method, head, parts, rest, framing == "chunked", idempotent, self._interim)
 
         again = False
         while True:
@@ -441,6 +481,7 @@ class Relay:
             b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
             headers.to_upstream(
                 request.fields,
+                version=request.version,
                 host=upstream.host,
                 framing=framing_fields(framing),
                 peer=peer.encode() or b"unknown",
@@ -449,6 +490,40 @@ class Relay:
                 request_id=self._request_id,
                 credential=upstream.credential,
                 inspect=inspect,
+            ),
+        )
+
+    def _interim(self, head: ResponseHead) -> None:
+        """Forwards an interim response (RFC 9110, section 15.2)."""
+        request, transport = self._request, self._downstream.transport
+        # A client of HTTP/1.0 knows none, and one that was told to continue waits for no other 100.
+        if request.version == (1, 0) or (head.status == 100 and self._continued):
+            return
+        if transport is None or transport.is_closing():
+            return
+        self._continued = self._continued or head.status == 100
+        transport.write(self._head_in(head, framing=(), event_stream=False, connection=None, date=None))
+
+    def _head_in(
+        self,
+        head: ResponseHead,
+        *,
+        framing: Sequence[headers.Field] | None,
+        event_stream: bool,
+        connection: bytes | None,
+        date: bytes | None,
+    ) -> bytes:
+        """The head of a response as it goes to the client."""
+        return headers.serialize(
+            status_line(head.status, head.reason),
+            headers.to_downstream(
+                head.fields,
+                version=head.version,
+                framing=framing,
+                event_stream=event_stream,
+                request_id=self._request_id,
+                connection=connection,
+                date=date,
             ),
         )
 
@@ -495,16 +570,13 @@ class Relay:
             self._framing_out = "chunked" if request.version == (1, 1) else "close"
         self._keep_alive = self._can_keep_alive()
         option = b"close" if not self._keep_alive else b"keep-alive" if request.version == (1, 0) else None
-        head_out = headers.serialize(
-            status_line(head.status, head.reason),
-            headers.to_downstream(
-                head.fields,
-                # Responses to HEAD, and 304, have the length of a body that is not sent; a 204 has no such field.
-                framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
-                event_stream=event_stream,
-                request_id=self._request_id,
-                connection=option,
-            ),
+        head_out = self._head_in(
+            head,
+            # Responses to HEAD, and 304, have the length of a body that is not sent; a 204 has no such field.
+            framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
+            event_stream=event_stream,
+            connection=option,
+            date=date(),
         )
         self._head_sent = True
         exchange.head_received(head.status, event_stream)

@@ -14,7 +14,7 @@ from .admission import Admission, Connections, pending
 from .answers import Answer
 from .downstream import Request
 from .exchange import Exchange, Observer
-from .phases import Relay
+from .phases import Relay, new_request_id
 from .server import DownstreamServer
 from .upstream import Upstream
 
@@ -125,12 +125,13 @@ class Proxy:
         for upstream in self.upstreams.values():
             await upstream.close()
 
-    def _malformed(self, error: RequestError) -> None:
-        observer = self.observer("", "", routes.OTHER)
-        exchange = Exchange("", "", observer, "", perf_counter())
+    def _malformed(self, error: RequestError) -> Answer:
+        observer, request_id = self.observer("", "", routes.OTHER), new_request_id()
+        exchange = Exchange("", "", observer, request_id.decode(), perf_counter())
         exchange.status, exchange.reason, exchange.cause = error.status, error.code, error.cause
         try:
             exchange.begin()
             observer.rejected(error.reason)
         finally:
             exchange.finish(error.outcome)
+        return Answer.of(error, extra=[(b"X-Request-Id", request_id)])

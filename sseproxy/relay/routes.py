@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from ..errors import RequestError
+from ..wire.headers import ABSOLUTE
 
 if TYPE_CHECKING:
     from ..config import Route
@@ -33,7 +34,10 @@ _SEPARATOR: Final = re.compile("([&;])")
 _ENCODED: Final = re.compile("%[0-9A-Fa-f]{2}")
 # RFC 3986, section 2.3.
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_ABSOLUTE: Final = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+# Unicode's category Cc. All other characters occur in names of files.
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
+# ASCII in more bytes than it has in UTF-8 (RFC 3629, section 10); what is no UTF-8 stands here as Python escapes it.
+_OVERLONG: Final = re.compile("[\udcc0\udcc1][\udc80-\udcbf]|\udce0[\udc80\udc81]|\udcf0\udc80[\udc80\udc81]")
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -43,7 +47,7 @@ def split_target(target: str) -> tuple[str, str]:
     Raises `RequestError` for anything that is not a plain path.
     """
     if not target.startswith("/"):
-        absolute = _ABSOLUTE.match(target)
+        absolute = ABSOLUTE.match(target)
         if absolute is None:
             raise RequestError("bad_target")
         target = target[absolute.end() :]
@@ -53,11 +57,22 @@ def split_target(target: str) -> tuple[str, str]:
     if "#" in target:
         raise RequestError("bad_target")
     decoded = unquote(path, errors="surrogateescape").replace("\\", "/")
-    if not decoded.isprintable() or (
+    if (not decoded.isprintable() and (_CONTROL.search(decoded) or _OVERLONG.search(decoded))) or (
         "/." in decoded and any(segment.partition(";")[0] in (".", "..") for segment in decoded.split("/"))
     ):
         raise RequestError("bad_target")
     return path, mark + query
+
+
+def without_host(target: str) -> str:
+    """What may be told of a target that is no path: the path and the query of one in absolute form, or a `*`."""
+    absolute = ABSOLUTE.match(target)
+    return target if target == "*" else "" if absolute is None else target[absolute.end() :]
+
+
+def is_for_the_server(target: str) -> bool:
+    """Whether an OPTIONS request with this target asks about the server, not about a resource (RFC 9112, 3.2.4)."""
+    return target == "*" or (target[0] != "/" and ABSOLUTE.fullmatch(target) is not None)
 
 
 def check_method(method: str) -> None:
@@ -179,3 +194,13 @@ def model_label(globs: Sequence[str], model: str | None) -> str:
 def upstream_path(route: Route, base_path: str, path: str) -> str:
     """`path` with the route's prefix, in whatever spelling, replaced by the path of the upstream's URL."""
     return base_path + path[_length(path, len(_prefix(route))) :] or "/"
+
+
+def client_path(route: Route, base_path: str, path: str) -> str | None:
+    """The path that `upstream_path` makes `path` of the upstream from; None if there is none."""
+    base = normal_path(base_path)
+    if not (normal_path(path) + "/").startswith(base + "/"):
+        return None
+    here = _prefix(route) + path[_length(path, len(base)) :]
+    # Two slashes would begin a host, and browsers take a backslash for a slash.
+    return None if here[1:2] in ("/", "\\") else here or "/"

@@ -97,14 +97,14 @@ class _Accepted(asyncio.Protocol):
 class DownstreamServer:
     """All client connections.
 
-    `handle` answers a request. `malformed` is called with the error of a request that could not be parsed. `places`
-    counts and limits the connections.
+    `handle` answers a request. `malformed` answers one that could not be parsed. `places` counts and limits the
+    connections.
     """
 
     def __init__(
         self,
         handle: Callable[[Request], Awaitable[Answer]],
-        malformed: Callable[[RequestError], None],
+        malformed: Callable[[RequestError], Answer],
         limits: Limits,
         places: Connections,
     ) -> None:

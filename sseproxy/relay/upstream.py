@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import select
 import ssl
 from collections import deque
@@ -33,11 +34,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from ..errors import ProtocolError, RequestError, UpstreamError
+from ..wire import headers
+from ..wire.headers import check_beginning
 from .heads import ResponseHead, ResponseHeads, rule_of
 from .reads import BoundedReads, PlainReads
+from .routes import client_path
 
 if TYPE_CHECKING:
-    from ..config import Limits
+    from ..config import Limits, Route
     from ..config import Upstream as UpstreamConfig
     from ..ledger.table import Count
 
@@ -49,6 +53,9 @@ KEEPALIVE = 4.0
 _MAX_MODELS = 1024
 # Bytes of a body that may wait for the pump. The pump is attached one turn of the loop after the head was read.
 _HELD_LIMIT = 64 * 1024
+
+# A reference to a path, with or without its host (RFC 3986, section 4.2).
+_REFERENCE = re.compile(r"(?:(?:https?:)?//([^/?#]*)(?=[/?#]|$)|(?=/))([^?#]*)", re.IGNORECASE)
 
 _NO_TIMEOUT = ClientTimeout()
 _NO_QUEUE: deque[Any] = deque(maxlen=0)
@@ -82,6 +89,9 @@ class RelayProtocol(ResponseHandler):
         self.answer_begun = False
         """Whether any byte of the response to the last request has been received."""
         self._head: asyncio.Future[ResponseHead] | None = None
+        self._interim: Callable[[ResponseHead], None] | None = None
+        # Bytes of interim responses, together.
+        self._interim_size = 0
         self._answered = False
         self._held = b""
         self._sink: BodySink | None = None
@@ -98,9 +108,13 @@ class RelayProtocol(ResponseHandler):
         super().connection_made(transport)
         transport.set_protocol(self._reads)
 
-    def expect_head(self, method: str) -> None:
-        """Call this before a request with `method` is sent. Then `head` waits for the response head."""
+    def expect_head(self, method: str, interim: Callable[[ResponseHead], None]) -> None:
+        """Call this before a request with `method` is sent. Then `head` waits for the response head.
+
+        `interim` is called with each interim response (1xx) before it.
+        """
         self._method = method
+        self._interim, self._interim_size = interim, 0
         self.requests += 1
         self.answer_begun = False
         self._head = self._loop.create_future()
@@ -152,7 +166,7 @@ class RelayProtocol(ResponseHandler):
 
     def finish(self, *, reusable: bool) -> None:
         """The exchange has ended. The connection goes back to the pool only if it is `reusable`."""
-        self._head, self._answered = None, False
+        self._head, self._interim, self._answered = None, None, False
         self._take_back()
         if not reusable or self._held or self._reads.ahead:
             self._should_close = True
@@ -205,7 +219,10 @@ class RelayProtocol(ResponseHandler):
                 self.abort()
 
     def _read_head(self) -> None:
-        """Parses the head when all of it has been received. Interim responses (1xx) are dropped (RFC 9110, 15.2)."""
+        """Parses the head when all of it has been received.
+
+        All interim responses (1xx) before it together may be no longer than one head.
+        """
         awaited = self._head
         assert awaited is not None
         while not self._answered:
@@ -213,12 +230,19 @@ class RelayProtocol(ResponseHandler):
             if max(end, len(self._held) if end < 4 else 0) > self._heads.limit:
                 raise ProtocolError("the response head is too long")
             if end < 4:
+                check_beginning(self._held)
                 return
             raw, self._held = self._held[:end], self._held[end:]
-            message = self._heads.parse(raw)
-            if message.code >= 200:
-                awaited.set_result(ResponseHead(self._method, message))
-                self._head, self._answered = None, True
+            head = ResponseHead(self._method, self._heads.parse(raw))
+            if head.status >= 200:
+                awaited.set_result(head)
+                self._head, self._interim, self._answered = None, None, True
+            else:
+                self._interim_size += end
+                if self._interim_size > self._heads.limit:
+                    raise ProtocolError("there are too many interim responses")
+                if self._interim is not None:
+                    self._interim(head)
 
     def _fail_head(self, error: UpstreamError) -> None:
         if self._head is not None and not self._head.done():
@@ -327,6 +351,8 @@ class Upstream:
         self.credential = _credential(config)
         self.base_path = url.raw_path.rstrip("/")
         self.host = (url.host_port_subcomponent or "").encode("ascii")
+        # As which it may know itself: by the Host that it is sent, or with its port told all the same.
+        self._names = {self.host.decode().lower(), f"{url.host_subcomponent}:{url.port}".lower()}
         self._target = cast(ClientRequest, _Target(url, config.tls.context() if url.scheme == "https" else True))
         loop = asyncio.get_running_loop()
         # Without a limit. With one, requests would wait in a queue of aiohttp that no metric shows.
@@ -349,6 +375,23 @@ class Upstream:
         while len(self._stream_options) >= _MAX_MODELS:
             del self._stream_options[next(iter(self._stream_options))]
         self._stream_options[model] = taken
+
+    def rewrite_location(self, fields: headers.Fields, route: Route) -> headers.Fields:
+        """`fields`, with a Location that leads to this upstream led through `route`, as nginx's proxy_redirect does.
+
+        What is nowhere under the base URL has no address here, and stays as it is.
+        """
+        locations = fields.named(b"location")
+        if len(locations) != 1:
+            return fields
+        location = locations[0].decode("latin-1")
+        reference = _REFERENCE.match(location)
+        if reference is None or (reference[1] is not None and reference[1].lower() not in self._names):
+            return fields
+        here = client_path(route, self.base_path, reference[2])
+        if here is None:
+            return fields
+        return fields.with_only(b"Location", (here + location[reference.end() :]).encode("latin-1"))
 
     async def connect(self, on_abort: Callable[[], None], *, fresh: bool = False) -> UpstreamConnection:
         """A connection for one exchange, from the pool or new; with `fresh` always new.

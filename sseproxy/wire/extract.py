@@ -372,12 +372,12 @@ _decode_text: Final = msgspec.json.Decoder(str).decode
 class Gist:
     """Collects a JSON text that arrives in parts: the whole text if it is small, or else the wanted members."""
 
-    __slots__ = ("_members", "_parts", "_size", "extract")
+    __slots__ = ("_begun", "_members", "extract")
 
     def __init__(self, members: Members) -> None:
         self._members = members
-        self._parts: list[bytes] = []
-        self._size = 0
+        # In one piece: a text that comes in thousands of parts is read no more slowly for that.
+        self._begun = bytearray()
         self.extract: Extract | None = None
         """The extract, if the text is large."""
 
@@ -385,25 +385,22 @@ class Gist:
         if self.extract is not None:
             self.extract.feed(part)
             return
-        self._parts.append(part)
-        self._size += len(part)
-        if self._size > WHOLE:
+        self._begun += part
+        if len(self._begun) > WHOLE:
             self.extract = Extract(self._members)
-            for early in self._parts:
-                self.extract.feed(early)
-            self._parts.clear()
+            self.extract.feed(bytes(self._begun))
+            self._begun.clear()
 
     def so_far(self) -> bytes:
         """The extract of the text so far, even if it is not valid after that."""
         extract = self.extract
         if extract is None:
             extract = Extract(self._members)
-            for part in self._parts:
-                extract.feed(part)
+            extract.feed(bytes(self._begun))
         return extract.so_far()
 
     def text(self) -> bytes | None:
         """The small text, or the extract of the large one. None if it exceeds a limit; empty if it is not JSON."""
         if self.extract is None:
-            return b"".join(self._parts)
+            return bytes(self._begun)
         return None if self.extract.too_much else self.extract.text() or b""

@@ -82,8 +82,11 @@ _PROXY_ONLY: Final = frozenset(
 _CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key"})
 # To servers that pass fields as variables (CGI, RFC 3875, section 4.1.18, and WSGI), - and _ are the same.
 _FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-")
-# RFC 9110, section 7.6.3. A pseudonym is used, so no host name is disclosed.
-_VIA: Final = b"1.1 sseproxy"
+# RFC 9110, section 7.6.3: the version of the message that was received. A pseudonym is used, so no host name is
+# disclosed.
+_VIA: Final = {(1, 0): b"1.0 sseproxy", (1, 1): b"1.1 sseproxy"}
+# A larger Max-Forwards is lowered to this. No chain of proxies is as long.
+_MAX_FORWARDS: Final = 255
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 
 # RFC 9112, sections 2.2, 4, 5.1 and 5.2: a status line, then lines with a name and a colon, with no space between them.
@@ -92,6 +95,8 @@ _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 _HEAD: Final = re.compile(
     rb"(?:[\t\x20-\x7e\x80-\xff]++\r\n)(?:[\x21-\x39\x3b-\x7e]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*\r\n"
 )
+# RFC 9112, section 3.2.2: the scheme and the authority of a target in absolute form.
+ABSOLUTE: Final = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 # RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port. No user, no list, not empty.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -106,27 +111,31 @@ _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Fields:
-    """The fields of a head: `all` has them as they were received; methods find them by name."""
+    """The fields of a head: `all` has them as they were received; methods find them by name, in lower case."""
 
-    __slots__ = ("_by_name", "all")
+    __slots__ = ("all", "by_name")
 
     def __init__(self, fields: Sequence[Field]) -> None:
         self.all = fields
-        self._by_name: dict[bytes, list[bytes]] = {}
+        self.by_name: dict[bytes, list[bytes]] = {}
         for name, value in fields:
-            self._by_name.setdefault(name.lower(), []).append(value)
+            self.by_name.setdefault(name.lower(), []).append(value)
 
     def named(self, name: bytes) -> Sequence[bytes]:
         """The values of the field `name` (in lower case), in order."""
-        return self._by_name.get(name, ())
+        return self.by_name.get(name, ())
+
+    def with_only(self, name: bytes, value: bytes) -> Fields:
+        """These fields with one field `name`, which has this `value`, before all others."""
+        return Fields([(name, value), *[field for field in self.all if field[0].lower() != name.lower()]])
 
     def tokens(self, name: bytes) -> list[bytes]:
         """The members of the comma-separated list in the field `name`, in lower case."""
-        if name not in self._by_name:
+        if name not in self.by_name:
             return []
         return [
             member
-            for value in self._by_name[name]
+            for value in self.by_name[name]
             for token in value.split(b",")
             if (member := token.strip(b" \t").lower())
         ]
@@ -135,6 +144,7 @@ class Fields:
 def to_upstream(
     fields: Fields,
     *,
+    version: tuple[int, int],
     host: bytes,
     framing: Sequence[Field],
     peer: bytes,
@@ -144,7 +154,7 @@ def to_upstream(
     credential: Field | None,
     inspect: bool,
 ) -> list[Field]:
-    """The fields of the request to the upstream.
+    """The fields of the request to the upstream. The client's request came in `version`.
 
     `framing` has the fields for the request's body. `peer` is the client's address, or `unknown`; if it is `trusted`,
     its forwarding fields are kept. A `credential` replaces all credentials of the client. With `inspect`, no content
@@ -194,7 +204,7 @@ def to_upstream(
         out += [(b"X-Forwarded-Host", value) for value in fields.named(b"host")]
     out += [
         (b"X-Request-Id", request_id),
-        (b"Via", _VIA),
+        (b"Via", _VIA[version]),
     ]
     return out
 
@@ -216,11 +226,19 @@ def _quoted(text: bytes) -> bytes:
 
 
 def to_downstream(
-    fields: Fields, *, framing: Sequence[Field] | None, event_stream: bool, request_id: bytes, connection: bytes | None
+    fields: Fields,
+    *,
+    version: tuple[int, int],
+    framing: Sequence[Field] | None,
+    event_stream: bool,
+    request_id: bytes,
+    connection: bytes | None,
+    date: bytes | None,
 ) -> list[Field]:
-    """The fields of the response to the client.
+    """The fields of the response to the client. The upstream's response came in `version`.
 
-    `framing` has the fields for its body. None leaves a Content-Length unchanged, as needed for HEAD and 304.
+    `framing` has the fields for its body. None leaves a Content-Length unchanged, as needed for HEAD and 304. A
+    response without a Date gets `date`, unless that is None (RFC 9110, section 6.6.1).
     """
     drop = _HOP_BY_HOP.union(fields.tokens(b"connection"), () if framing is None else (b"content-length",))
     if event_stream:
@@ -228,9 +246,12 @@ def to_downstream(
     out = [field for field in fields.all if field[0].lower() not in drop]
     if event_stream:
         out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
-    if not any(name.lower() == b"x-request-id" for name, _ in out):
+    kept = fields.by_name.keys() - drop
+    if date is not None and b"date" not in kept:
+        out.append((b"Date", date))
+    if b"x-request-id" not in kept:
         out.append((b"X-Request-Id", request_id))
-    out.append((b"Via", _VIA))
+    out.append((b"Via", _VIA[version]))
     out += framing or ()
     if connection is not None:
         out.append((b"Connection", connection))
@@ -244,20 +265,55 @@ def serialize(start_line: bytes, fields: Iterable[Field]) -> bytes:
 
 def passes(fields: Fields) -> int:
     """How often the message has already passed through an sseproxy."""
-    return fields.tokens(b"via").count(_VIA)
+    members = fields.tokens(b"via")
+    return members.count(_VIA[1, 0]) + members.count(_VIA[1, 1])
 
 
-def check_request(version: tuple[int, int], fields: Fields) -> None:
-    """Raises `ProtocolError` for fields that other parsers may read differently.
+def one_hop_less(fields: Fields) -> Fields | None:
+    """`fields` with Max-Forwards lowered by one (RFC 9110, section 7.6.2), or None if it is 0.
 
-    These are: a transfer coding other than chunked, or any in HTTP/1.0 (RFC 9112, sections 6.1 and 6.3), and a Host
-    that is missing, repeated or not valid (section 3.2).
+    Raises `ProtocolError` if it is not one number.
+    """
+    values = fields.named(b"max-forwards")
+    if not values:
+        return fields
+    if len(values) > 1 or not values[0].isdigit():
+        raise ProtocolError("Max-Forwards is not one number")
+    digits = values[0].lstrip(b"0")
+    if not digits:
+        return None
+    # Python refuses to parse numbers of thousands of digits.
+    left = int(digits) - 1 if len(digits) <= len(str(_MAX_FORWARDS)) else _MAX_FORWARDS
+    return fields.with_only(b"Max-Forwards", b"%d" % min(left, _MAX_FORWARDS))
+
+
+def check_request(version: tuple[int, int], target: str, fields: Fields) -> Fields:
+    """Returns the fields of a request. With a target in absolute form, its host replaces Host (RFC 9112, 3.2.2).
+
+    Raises `ProtocolError` for fields that other parsers may read differently: a transfer coding other than chunked, or
+    any in HTTP/1.0 (sections 6.1 and 6.3); a Host that is missing, repeated or not valid (section 3.2); and a target
+    without a host, or with a user (RFC 9110, sections 4.2.1 and 4.2.4).
     """
     codings, hosts = fields.named(b"transfer-encoding"), fields.named(b"host")
     if codings and (fields.tokens(b"transfer-encoding") != [b"chunked"] or version == (1, 0)):
         raise ProtocolError("the transfer coding is not chunked")
     if len(hosts) > 1 or (not hosts and version != (1, 0)) or not all(map(_HOST.fullmatch, hosts)):
         raise ProtocolError("there is not one valid Host")
+    absolute = None if target[0] == "/" else ABSOLUTE.match(target)
+    if absolute is None:
+        return fields
+    host = absolute[2].encode("ascii", "replace")
+    if _HOST.fullmatch(host) is None:
+        raise ProtocolError("the target has no valid host")
+    return fields.with_only(b"Host", host)
+
+
+def check_beginning(part: bytes) -> None:
+    """Refuses what cannot become a response head, as far as it has come. Raises `ProtocolError`."""
+    if not part.startswith(b"HTTP/"[: len(part)]):
+        raise ProtocolError("the response does not begin with a status line")
+    if part.count(b"\n") != part.count(b"\r\n"):
+        raise ProtocolError("the response head has a bare LF")
 
 
 def check_head(head: bytes) -> None:
