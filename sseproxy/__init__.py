@@ -75,7 +75,8 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
       proxy           what a worker holds
       phases          the life of a request, in numbers
       admission       what connections and requests occupy, and the limits on it
-      routes          which route, which path upstream
+      globs           whether some globs match all that another one matches
+      routes          which route, which path upstream; which routes are never taken
       server          the connections of all clients, from being accepted on
       downstream      a client's connection: its requests, one after the other, and noticing that it left
       heads           request and response heads, by aiohttp's parser

@@ -210,7 +210,11 @@ def _discard_output() -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from .relay.routes import unreachable
+
     settings = config.load(options.file)
+    for route, why in unreachable(settings.routes):
+        sys.stderr.write(f"sseproxy: warning: {settings.place(route, options.file)}: {why}\n")
     if options.resolved:
         _print(config.resolved(settings))
         return 0

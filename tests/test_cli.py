@@ -50,6 +50,17 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path, capsys: pytest.Captur
     ]
 
 
+def test_a_route_that_no_request_can_take_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "shadow.yaml"
+    file.write_text(GOOD + '  - {name: any, match: {path: "/%761", methods: [GET]}, upstream: up}\n')
+    for arguments in ([], ["--resolved"]):
+        assert cli.main(["check-config", str(file), *arguments]) == 0
+        assert capsys.readouterr().err == (
+            f"sseproxy: warning: {file}:7:17: routes[1].match: no request can take this route: api takes its requests; "
+            "give it a higher place in the list, or remove it\n"
+        )
+
+
 def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "-c", "/nowhere/sseproxy.yaml"]) == 1
     assert capsys.readouterr().err == "sseproxy: /nowhere/sseproxy.yaml: cannot be read: No such file or directory\n"

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "process": {"relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
-    "cli": {"process", "demo", "demonstration", "observe.logs"} | EVERYWHERE,
+    "cli": {"process", "demo", "demonstration", "observe.logs", "relay.routes"} | EVERYWHERE,
     "__main__": {"cli"},
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
@@ -37,8 +37,16 @@ CONFIG = [
 ]
 # From the bottom up. What a module imports for its types alone is not counted: a connection knows its server's type.
 RELAY = [
-    *("relay.reads", "relay.hangups", "relay.answers", "relay.routes", "relay.heads", "relay.body", "relay.admission"),
-    *("relay.downstream", "relay.server", "relay.exchange", "relay.clock", "relay.inspect", "relay.upstream"),
+    *("relay.reads", "relay.hangups", "relay.answers", "relay.globs", "relay.routes", "relay.heads", "relay.body"),
+    *(
+        "relay.admission",
+        "relay.downstream",
+        "relay.server",
+        "relay.exchange",
+        "relay.clock",
+        "relay.inspect",
+        "relay.upstream",
+    ),
     *("relay.attempt", "relay.pump", "relay.phases", "relay.proxy"),
 ]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

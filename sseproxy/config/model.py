@@ -308,6 +308,16 @@ class Route(_Model):
     timeouts: Timeouts = Timeouts()
 
 
+class Places:
+    """Where the match of each route is in a file: `line:col`. The same options are equal wherever they are."""
+
+    def __init__(self, of_matches: Sequence[str] = ()) -> None:
+        self.of_matches = of_matches
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Places)
+
+
 class Config(_Model):
     """All that can be configured. Immutable, and picklable for worker processes."""
 
@@ -334,11 +344,19 @@ class Config(_Model):
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
 
     _variables: frozenset[str] = frozenset()
+    _places: Places = Places()
 
     @property
     def variables(self) -> frozenset[str]:
         """The environment variables whose values the file took. They may hold keys, which no worker needs again."""
         return self._variables
+
+    def place(self, route: Route, file: str | None) -> str:
+        """Where in the `file` that this was read from the match of `route` is: `file:line:col: routes[0].match`."""
+        index = self.routes.index(route)
+        loc = dotted(("routes", index, "match"))
+        places = self._places.of_matches
+        return f"{file}:{places[index]}: {loc}" if places else loc
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

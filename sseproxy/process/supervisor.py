@@ -31,6 +31,7 @@ from ..observe.logs import log_as
 from ..observe.metrics import Recorder
 from ..observe.registry import Registry
 from ..relay.heads import check_parser
+from ..relay.routes import unreachable
 from . import notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors
@@ -466,6 +467,8 @@ class Supervisor:
 
     def _loaded(self) -> None:
         """The configuration is in use."""
+        for unused, why in unreachable(self.config.routes):
+            log.warning("%s: %s", self.config.place(unused, self._path), why)
         for route in self.config.routes:
             # What seldom happens is 0 until it does, so that the first time is an increase that alerts can see.
             labels = route.name, route.upstream
