@@ -198,6 +198,8 @@ class Upstream(_Model):
     """Where the key is read from instead, at the start and at each reload."""
     api_key_header: FieldName = "Authorization"
     """The field that the key is sent in; in `Authorization` it is a bearer token, in others it stands alone."""
+    max_connection_age: DurationOrOff = None
+    """A connection that is so old, or up to a tenth less, takes no other request. What is on it is not cut."""
     tls: UpstreamTLS = UpstreamTLS()
 
     @model_validator(mode="after")

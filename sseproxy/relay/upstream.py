@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import random
 import select
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 # Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
 KEEPALIVE = 4.0
+# Connections that were made together end at different times, by up to this share of their age. As gRPC.
+_JITTER = 0.1
 # Models of one upstream of which it is remembered; clients name them.
 _MAX_MODELS = 1024
 # Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
@@ -66,7 +70,7 @@ class RelayProtocol(ResponseHandler):
     (`feed_to`). Bytes that come in any other state were not asked for, and end the connection.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, heads: ResponseHeads) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, heads: ResponseHeads, max_age: float | None = None) -> None:
         super().__init__(loop)
         # The base class's queue, which nobody reads from: one for all.
         self._buffer = _NO_QUEUE
@@ -85,10 +89,16 @@ class RelayProtocol(ResponseHandler):
         self._ended_in_order = False
         self._held_paused = False
         self._plain = False
+        self._old_at = None if max_age is None else perf_counter() + max_age * (1 - _JITTER * random.random())
 
     @property
     def should_close(self) -> bool:
         return self._should_close
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it has reached its age, and takes no other request."""
+        return self._old_at is not None and perf_counter() >= self._old_at
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -150,7 +160,7 @@ class RelayProtocol(ResponseHandler):
         """The exchange is over. Unless `reusable`, the connection will not be pooled."""
         self._head, self._answered = None, False
         self._take_back()
-        if not reusable or self._held or self._reads.ahead:
+        if not reusable or self._held or self._reads.ahead or self.is_old:
             self._should_close = True
         self._held = b""
         if not self._should_close:
@@ -324,7 +334,12 @@ class Upstream:
         self._stream_options: dict[str | None, bool] = {}
         self._connector._factory = cast(
             "functools.partial[ResponseHandler]",
-            functools.partial(RelayProtocol, loop=loop, heads=ResponseHeads(loop, limits.response_head)),
+            functools.partial(
+                RelayProtocol,
+                loop=loop,
+                heads=ResponseHeads(loop, limits.response_head),
+                max_age=config.max_connection_age,
+            ),
         )
         self._max_pending = limits.pending_connects
         self._pending = 0
@@ -353,8 +368,9 @@ class Upstream:
                 connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
                 try:
                     owned = UpstreamConnection(connection, on_abort)
+                    protocol = owned.protocol
                     # What has come on a reused one, or its end, would meet the next request.
-                    if not owned.protocol.requests or (not fresh and owned.protocol.is_quiet()):
+                    if not protocol.requests or not (fresh or protocol.is_old or not protocol.is_quiet()):
                         return owned
                 except BaseException:
                     connection.close()
