@@ -68,6 +68,8 @@ whatever reason, the exchange has exactly one outcome, and it is reported once.*
         media           OpenAI's audio and images
         assistants      OpenAI's Assistants
       extract         what is wanted of a large JSON text, found as it comes, in bounded time and memory
+      form            a form's model, found as it comes
+      coding          compressed bodies, read in steps
       request         what a request asks for: its model, and where usage can be asked for
       alike           events that mean the same as the one before, recognised by their bytes
       usage           asking for usage that the client did not ask for, and keeping it from the client

@@ -262,7 +262,8 @@ class Match(_Model):
     path: PathPrefix
     """Prefix of the path, on segment boundaries; the longest one wins. No trailing slash, except `/`, which is all."""
     model: Globs = ()
-    """Globs for the `model` of the request body, of which one has to match. None: any body."""
+    """Globs for the `model` of the request body, of which one has to match. None: any body. It is read in JSON and in
+    forms, also if they are compressed by gzip or deflate."""
     methods: Methods = ()
     """Upper-case HTTP methods. None: any method."""
 
@@ -333,8 +334,8 @@ class Config(_Model):
     """How long running streams may go on after SIGTERM, in seconds."""
     reload: Reload = Reload()
     max_body: Size = 32 << 20
-    """The largest request body that is read in advance, in bytes: where a route matches on its `model`, where usage is
-    asked for, and where models are labels."""
+    """The largest request body that is read in advance, in bytes, also when decompressed: where a route matches on its
+    `model`, where usage is asked for, and where models are labels."""
     trusted_proxies: Networks = ()
     """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to. From others they are replaced, and no
     other field passes that only a proxy says."""

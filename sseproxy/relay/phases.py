@@ -32,9 +32,11 @@ from ..errors import (
     UpstreamTimeout,
 )
 from ..wire import headers
+from ..wire.coding import READABLE, Inflater, coding_of
 from ..wire.dialects import Dialect, dialect_of, model_in
+from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
-from ..wire.request import RequestReader, Splice
+from ..wire.request import RequestReader, Splice, reader_of
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
 from . import routes
 from .admission import Ticket
@@ -79,10 +81,11 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._received_at = max(downstream.read_at, downstream.free_at)
         self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
+        self._coding = coding_of(request.fields.tokens(b"content-encoding"))
         # What is read of the request's body, once all of it has come.
-        self._read: RequestReader | None = None
+        self._read: RequestReader | FormReader | None = None
         # What is read of it while it is relayed.
-        self._passing: RequestReader | None = None
+        self._passing: RequestReader | FormReader | None = None
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -236,6 +239,9 @@ class Relay:
         if error.status in (429, 503):
             # Another replica, or this one's successor, takes it now.
             extra.append((b"Retry-After", b"1"))
+        if error.status == 415:
+            # RFC 9110, section 12.5.3.
+            extra.append((b"Accept-Encoding", b", ".join(READABLE)))
         misread = error.code in ("bad_request", "head_too_large")
         if misread:
             # A request that parsers may read differently ends the connection.
@@ -257,13 +263,15 @@ class Relay:
         known_as = routes.normal_path(target)
         dialect = dialect_of(known_as, route.dialect)
 
-        is_json = headers.is_json(request.fields) and not headers.is_encoded(request.fields)
-        wants_usage = route.usage.request and dialect.asks_usage and is_json
-        if wants_usage or (proxy.models and is_json):
+        is_json, plain = headers.is_json(request.fields), self._coding == b""
+        # Other forms are files, which have no model and may be large.
+        tells_model = is_json or (dialect.generates and headers.is_form(request.fields))
+        wants_usage = route.usage.request and dialect.asks_usage and is_json and plain
+        if wants_usage or (proxy.models and tells_model and self._coding is not None):
             await self._collect(clock, route.timeouts.body)
-        elif is_json and proxy.names_models and self._read is None and not self._read_what_came():
+        elif tells_model and plain and proxy.names_models and self._read is None and not self._read_what_came():
             # It is relayed as it comes, and read in passing.
-            self._passing = RequestReader()
+            self._passing = reader_of(request.fields)
             request.body.watched_by(self._passing.feed)
         read, self._read = self._read, None
         model = (None if read is None else read.model) or model_in(known_as)
@@ -318,6 +326,8 @@ class Relay:
         candidates = self._proxy.router.candidates(self._request.method, path)
         model: str | None = None
         if any(route.match.model for route in candidates):
+            if self._coding is None and self._request.framing:
+                raise RequestError("encoding")
             # Whichever of them it will be, it would wait no longer.
             silence = max(route.timeouts.body for route in candidates)
             totals = [route.timeouts.total for route in candidates]
@@ -345,26 +355,35 @@ class Relay:
             return
         clock.enter("body", perf_counter())
         self._continue()
-        read = RequestReader()
+        read = reader_of(self._request.fields)
+        inflater = Inflater(self._coding, most) if self._coding else None
         assert self._ticket is not None
         self._ticket.collects = True
         try:
             while size <= most and (part := await body.collect(patience)):
                 clock.touched = perf_counter()
-                read.feed(part)
                 size += len(part)
+                if inflater is None:
+                    read.feed(part)
+                    continue
+                for piece in inflater.pieces(part):
+                    read.feed(piece)
+                    # A few bytes may stand for many: others have their turns in between.
+                    await asyncio.sleep(0)
+                if inflater.too_much:
+                    return
         finally:
             self._ticket.collects = False
         if size <= most:
             self._read = read
 
     def _read_what_came(self) -> bool:
-        """Reads the body if all of it has come; returns whether it has."""
+        """Reads the body if all of it has come, and is not compressed; returns whether that is so."""
         whole = self._request.body.whole
-        if whole is None:
+        if whole is None or self._coding:
             return False
         if sum(map(len, whole)) <= self._proxy.max_body:
-            self._read = RequestReader()
+            self._read = reader_of(self._request.fields)
             for part in whole:
                 self._read.feed(part)
         return True

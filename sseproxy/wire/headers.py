@@ -276,6 +276,10 @@ def is_json(fields: Fields) -> bool:
     return _has_type(fields, b"application/json")
 
 
+def is_form(fields: Fields) -> bool:
+    return _has_type(fields, b"multipart/form-data")
+
+
 def is_encoded(fields: Fields) -> bool:
     """True if the body is compressed, and so cannot be read in passing."""
     return not {b"identity"}.issuperset(fields.tokens(b"content-encoding"))

@@ -1,4 +1,4 @@
-"""What a request in JSON asks for: its model, and whether usage could be asked for beside."""
+"""What a request asks for: its model, and in JSON whether usage could be asked for beside."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from .extract import Extract, Gist, wanted
+from .form import FormReader, boundary_of
+from .headers import Fields
 from .meaning import MAX_MODEL, NULL, UNREADABLE, text_of
 
 # Of JSON, a character has at most two escapes.
@@ -55,7 +57,7 @@ class Splice(NamedTuple):
 
 
 class RequestReader:
-    """Reads a request's body: `feed` takes its parts as they come, and keeps no more of them than some 64 KiB.
+    """Reads a request's body in JSON: `feed` takes its parts as they come, and keeps no more of them than some 64 KiB.
 
     What it tells is of the body so far. A body that is no JSON object has no model, and asks for nothing.
     """
@@ -132,6 +134,13 @@ class RequestReader:
 
 
 _NO_REQUEST: Final = _Request()
+
+
+def reader_of(fields: Fields) -> RequestReader | FormReader:
+    """What reads the body of a request with these `fields`. What is no form may be JSON, whatever its type is."""
+    types = fields.named(b"content-type")
+    boundary = boundary_of(types[0]) if len(types) == 1 else None
+    return RequestReader() if boundary is None else FormReader(boundary)
 
 
 def _model(request: _Request) -> str | None:
