@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator
 from math import inf
@@ -261,4 +262,15 @@ async def test_health_is_that_of_the_admin_listener(upstream: ScriptedUpstream) 
     status, _, errors = await run("healthcheck", "--admin", f"127.0.0.1:{served.admin}")
     assert status == 1
     assert errors.startswith(f"sseproxy: no answer from 127.0.0.1:{served.admin}: ")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-x\r\n")
+
+        port = other.getsockname()[1]
+        _, found = await asyncio.gather(asyncio.to_thread(answer), run("healthcheck", "--admin", f"127.0.0.1:{port}"))
+        assert found == (1, "", f"sseproxy: no answer from 127.0.0.1:{port}: it is no HTTP\n")
     assert await run("healthcheck", "--admin", "x") == (1, "", "sseproxy: --admin: expected HOST:PORT, got 'x'\n")
