@@ -118,7 +118,7 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
     executable.chmod(0o755)
     for unit in SYSTEMD.iterdir():
         text = unit.read_text().replace("/opt/sseproxy/bin/sseproxy", str(executable))
-        (tmp_path / unit.name).write_text(text.replace("Type=notify-reload", "Type=notify"))
+        (tmp_path / unit.name).write_text(text)
     found = subprocess.run(
         [
             analyze,
@@ -135,6 +135,15 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
     )
     complaints = [line for line in found.stderr.splitlines() if "sseproxy." in line]
     assert not complaints
+
+
+def test_the_unit_reloads_with_a_systemd_that_does_not_know_how_itself() -> None:
+    """Debian 12 has systemd 252. It knows no Type=notify-reload, and would neither wait for the start nor reload."""
+    service = (SYSTEMD / "sseproxy.service").read_text()
+    assert re.findall(r"^(?:Type|ExecReload)=.*$", service, re.M) == [
+        "Type=notify",
+        "ExecReload=/bin/kill -HUP $MAINPID",
+    ]
 
 
 def test_the_unit_waits_for_the_drain_and_names_a_socket_that_a_configuration_can() -> None:
