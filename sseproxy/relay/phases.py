@@ -356,26 +356,31 @@ class Relay:
         clock.enter("body", perf_counter())
         self._continue()
         read = reader_of(self._request.fields)
-        inflater = Inflater(self._coding, most) if self._coding else None
         assert self._ticket is not None
         self._ticket.collects = True
         try:
             while size <= most and (part := await body.collect(patience)):
                 clock.touched = perf_counter()
-                size += len(part)
-                if inflater is None:
+                if not self._coding:
                     read.feed(part)
-                    continue
+                size += len(part)
+        finally:
+            self._ticket.collects = False
+        if size <= most and (not self._coding or await self._inflate(self._coding, read, clock)):
+            self._read = read
+
+    async def _inflate(self, coding: bytes, read: RequestReader | FormReader, clock: Clock) -> bool:
+        """Reads the compressed body that was collected; False if it stands for more than is collected of one."""
+        inflater = Inflater(coding, self._proxy.max_body)
+        # One at a time: what it takes to inflate is more than a client has to send for it.
+        async with self._proxy.inflating:
+            for part in self._request.body.whole or ():
                 for piece in inflater.pieces(part):
                     read.feed(piece)
                     # A few bytes may stand for many: others have their turns in between.
+                    clock.touched = perf_counter()
                     await asyncio.sleep(0)
-                if inflater.too_much:
-                    return
-        finally:
-            self._ticket.collects = False
-        if size <= most:
-            self._read = read
+        return not inflater.too_much
 
     def _read_what_came(self) -> bool:
         """Reads the body if all of it has come, and is not compressed; returns whether that is so."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Final
 
 from .meaning import MAX_MODEL
@@ -25,6 +26,7 @@ _AFTER_DELIMITER: Final = re.compile(rb"--|[ \t]{0,256}(?=\r\n)")
 _MAY_COME: Final = re.compile(rb"-?|[ \t]{0,256}\r?")
 # The fields of a part: its name, its file's name and its type. Starlette takes as many parts.
 _MAX_HEAD: Final = 4 * 1024
+_MAX_PARAMETERS: Final = 16
 _MAX_PARTS: Final = 1000
 # Bytes of a name that may be a model's.
 _MAX_VALUE: Final = 4 * MAX_MODEL + 2
@@ -35,7 +37,7 @@ def boundary_of(content_type: bytes) -> bytes | None:
     media_type, mark, rest = content_type.partition(b";")
     if media_type.strip().lower() != b"multipart/form-data":
         return None
-    for name, value in _parameters(mark + rest):
+    for name, value in islice(_parameters(mark + rest), _MAX_PARAMETERS):
         if name == b"boundary":
             return value if _BOUNDARY.fullmatch(value) else None
     return None
@@ -122,7 +124,8 @@ class FormReader:
             self._give_up()
         disposition = _DISPOSITION.search(text, at, end)
         if disposition is not None:
-            parameters = dict(_parameters(text[disposition.end() : end].partition(b"\r\n")[0]))
+            found = _parameters(text[disposition.end() : end].partition(b"\r\n")[0])
+            parameters = dict(islice(found, _MAX_PARAMETERS))
             # What has the name of a file is one.
             if parameters.get(b"name") == b"model" and b"filename" not in parameters:
                 self._value = bytearray()
