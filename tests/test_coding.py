@@ -103,7 +103,8 @@ def test_what_is_broken_ends_with_what_was_sound(coding: bytes, data: st.DataObj
         ([b"br"], None),
         ([b"zstd"], None),
         ([b"gzip", b"gzip"], None),
-        ([b"none"], None),
+        ([b"none"], b""),
+        ([b"nonsense"], None),
     ],
 )
 def test_one_coding_is_read(tokens: list[bytes], coding: bytes | None) -> None:

@@ -11,6 +11,8 @@ from typing import Final
 
 READABLE: Final = (b"gzip", b"deflate")
 """The codings that are read."""
+# What is none; some write "none", which is no coding that is registered.
+_PLAIN: Final = frozenset({b"identity", b"none"})
 # The second name of gzip (section 8.4.1.3).
 _NAMES: Final = {b"gzip": b"gzip", b"x-gzip": b"gzip", b"deflate": b"deflate"}
 # What is looked at in a turn of the loop.
@@ -72,7 +74,7 @@ class Inflater:
 
 def coding_of(tokens: list[bytes]) -> bytes | None:
     """The coding of a body whose Content-Encoding has these `tokens`: empty for none; None if it is not read."""
-    codings = [token for token in tokens if token != b"identity"]
+    codings = [token for token in tokens if token not in _PLAIN]
     if not codings:
         return b""
     return _NAMES.get(codings[0]) if len(codings) == 1 else None
