@@ -93,6 +93,7 @@ def test_a_form_is_read_the_same_in_any_split(data: st.DataObject, parts: list[b
         (form(upload(b"file", b"\0" * FILE), field(b"model", b"whisper-1")), "whisper-1"),
         (form(field(b"model", b"a"), upload(b"file", b"x"), field(b"model", b"b")), "b"),
         (form(field(b"model", b"a"), upload(b"model", b"b")), "a"),
+        (form(field(b"model", b"a"), field(b"model", b"b", b"; filename*=UTF-8''c")), "a"),
         (form(field(b"model", "é😀".encode())), "é😀"),
         (form(field(b"model", b"a\r\nb")), "a\r\nb"),
         (form(field(b"model", b"")), ""),

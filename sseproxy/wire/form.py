@@ -20,6 +20,8 @@ _BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,.
 _PARAMETER: Final = re.compile(rb'[ \t]*;[ \t]*([^=;" \t]+)=(?:"((?:[^"\\]|\\.)*)"|([^;" \t]*))', re.DOTALL)
 _ESCAPED: Final = re.compile(rb"\\(.)", re.DOTALL)
 _DISPOSITION: Final = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data", re.IGNORECASE)
+# The second is for other characters than ASCII (RFC 5987).
+_FILE_NAMES: Final = frozenset({b"filename", b"filename*"})
 # What stands behind the delimiter, where the end or another part follows, and what may become that. Nobody writes the
 # white space, so there is little of it.
 _AFTER_DELIMITER: Final = re.compile(rb"--|[ \t]{0,256}(?=\r\n)")
@@ -112,22 +114,21 @@ class FormReader:
     def _head(self, text: bytes, at: int) -> tuple[int, bool]:
         """Reads the fields of a part, from the end of the delimiter's line on: where its content begins, and True."""
         end = text.find(b"\r\n\r\n", at)
-        # If it has not come, it is not before the last three bytes.
-        if (len(text) - 3 if end < 0 else end) - at > _MAX_HEAD or text.find(
-            self._delimiter, at, len(text) if end < 0 else end
-        ) >= 0:
+        head = text[at:] if end < 0 else text[at:end]
+        # Three bytes of a head that has not ended may be of its end.
+        if len(head) - (3 if end < 0 else 0) > _MAX_HEAD or self._delimiter in head:
             self._give_up()
         if end < 0:
             return at, False
         self._parts += 1
         if self._parts > _MAX_PARTS:
             self._give_up()
-        disposition = _DISPOSITION.search(text, at, end)
+        disposition = _DISPOSITION.search(head)
         if disposition is not None:
-            found = _parameters(text[disposition.end() : end].partition(b"\r\n")[0])
+            found = _parameters(head[disposition.end() :].partition(b"\r\n")[0])
             parameters = dict(islice(found, _MAX_PARAMETERS))
             # What has the name of a file is one.
-            if parameters.get(b"name") == b"model" and b"filename" not in parameters:
+            if parameters.get(b"name") == b"model" and not _FILE_NAMES & parameters.keys():
                 self._value = bytearray()
         self._heads = False
         # Where there is no content, the second of these line ends is that of the delimiter (RFC 2046, section 5.1.1).
