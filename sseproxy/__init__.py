@@ -2,132 +2,148 @@
 
 The promise
 -----------
-1. Every byte of a response body reaches the client as soon as it was read from the upstream, unchanged.
-2. When either side goes away, the other side is let go at once, in every phase of an exchange.
-3. When a stream ends, for whatever reason, it is known why: one outcome, one record, never a truncated answer that
-   looks complete.
-4. Time to first token, the gaps between tokens, and the token usage of every stream are on `/metrics`, exact by a
-   written definition.
+1. Every byte of a response body is sent to the client, unchanged, as soon as it has been read from the upstream.
+2. When one side closes its connection, sseproxy closes the connection to the other side immediately. This holds at
+   every point of a request's life.
+3. The reason why a stream ended is always known. Each exchange has one outcome and one record, and a truncated answer
+   never looks complete.
+4. `/metrics` has the time to first token, the gaps between tokens and the token usage of every stream. The definitions
+   are below, under *Words*.
 
 Processes
 ---------
     sseproxy serve -- supervisor: owns the listening sockets, the metrics registry and the admin listener (/metrics,
-                   |              /livez, /readyz, /-/reload); never touches client traffic
-                   +- generation: the workers of one configuration, started, replaced and retired together
+                   |              /livez, /readyz, /-/reload); never handles client traffic
+                   +- generation: the workers of one configuration; they start together and stop together
                       +- worker 1: uvloop, aiohttp's server and connector, one immutable configuration
                       +- worker N
 
-A worker is a fresh interpreter that inherits the listening sockets and one end of a socket pair. Down the pair comes
-its configuration, up go its reports: what has changed since the last one, each second, and at once when `/metrics` is
-asked for. The supervisor adds them up, so counters never fall when a worker ends, and a worker's gauges go with it. The
-end of the pair is the end of the other side: a worker whose supervisor died drains and goes. A worker that does not
-answer when it is asked is not ready, and in the end killed and replaced.
+A worker is a new interpreter process. It inherits the listening sockets and one end of a socket pair, the channel.
+Through the channel it receives its configuration, and sends reports. A report has the changes since the previous
+report. A worker reports once a second, and whenever `/metrics` is requested. The supervisor adds the reports up, so a
+counter never falls when a worker ends, while the gauges of that worker disappear. When one end of the channel is
+closed, its process has ended: a worker whose supervisor has died drains and exits. A worker that does not answer a
+request for a report is first treated as not ready. If it still does not answer, it is killed and replaced.
 
-What either writes for people goes through a thread, and is dropped if nobody takes it: no reader holds up a loop.
+All workers count in one table in shared memory, the ledger. Each worker writes its own row and reads all rows. So a
+limit is the limit of all workers together, also of those that are still finishing after a reload. Connections are
+shared evenly: a worker that has more than the least busy one stops listening for a moment, and the others accept.
 
-A reload starts a new generation on the same sockets. When all of it accepts, the old one is told to finish what it
-has, so that nothing is refused or cut, and no code in a worker ever changes a configuration. One that does not load, or
-whose workers do not come up, changes nothing. Of those that still finish only so many may be left.
+Access log and log lines are written by a thread. If nobody reads them, they are dropped, so a slow reader of the log
+never blocks an event loop.
 
-An upgrade is a reload with new code. The supervisor has the new code tried by a child. Then it executes the new code in
-its own place, and leaves it the sockets and the old workers, which accept until the new ones do. No reload mixes two
-versions: it is refused where the package on disk is not the code that runs.
+A reload starts a new generation on the same sockets. When all its workers accept connections, the old generation stops
+accepting, and finishes its exchanges. So no connection is refused, no stream is cut, and no code in a worker has to
+change a configuration while it runs. If the configuration is invalid, or its workers do not start, everything stays as
+it was. The number of old generations that are still finishing is limited.
+
+An upgrade is a reload with new code. The supervisor first starts a child process that tries the new code. Then it
+replaces itself with the new code (execve), and passes on the sockets and the old workers. The old workers accept until
+the new ones do. A reload never mixes two versions: it is refused if the package on disk is not the code that is
+running.
 
 The life of a request
 ---------------------
-*A request comes on a connection of `relay.downstream`, and `relay.phases` tells its life in numbers. `relay.admission`
-gives it its places, `relay.routes` a route, `wire.headers` takes its hop-by-hop fields off, and it leaves through an
-attempt in `relay.attempt`. Each chunk that comes back is written downstream unchanged by `relay.pump`, and only then
-shown to the inspector in `relay.inspect`, which reads it with `wire.sse` and `wire.dialects`. When the stream ends, for
-whatever reason, the exchange has exactly one outcome, and it is reported once.*
+*A request arrives on a connection of `relay.downstream`. `relay.phases` then goes through its life in numbered phases.
+`relay.admission` checks the limits, `relay.routes` finds the route, `wire.headers` removes the hop-by-hop fields, and
+an attempt of `relay.attempt` sends the request to the upstream. `relay.pump` writes each chunk of the response to the
+client, unchanged. Only then does it pass the chunk to the inspector in `relay.inspect`, which uses `wire.sse` and
+`wire.dialects` to find out what it means. When the stream ends, for whatever reason, the exchange has exactly one
+outcome and is reported once.*
 
-    cli             serve, check-config, demo
-    demo            a paced OpenAI-compatible backend
-    demonstration   `sseproxy demo`: what is special about the proxy, shown in front of that backend
-    config          a frozen, typed configuration, with file:line:col in every error
-      addresses       where to listen
-      files           how files are read, and certificates loaded
-      plain           what a worker is handed: the options without the model
-      values          durations, sizes, addresses, keys: how each is read, written, and its schema
+    cli             the commands: serve, check-config, healthcheck, schema, demo
+    demo            an OpenAI-compatible backend that sends tokens at a set rate
+    demonstration   `sseproxy demo`: shows what the proxy does, in front of that backend
+    config          a frozen, typed configuration; errors name file, line and column
+      addresses       listening addresses
+      files           reading files, loading certificates
+      plain           the configuration that a worker receives: the options without the pydantic model
+      values          durations, sizes, addresses, keys: how each is parsed and written, and its JSON schema
       named           the options that name a file
-      model           the options, and what has to fit together
-      document        YAML to plain data that knows where each of its parts stands
-      loading         files and flags, and what is wrong with them
-    errors          every exception we raise; the one table from an error to status, body and outcome
+      model           all options, and the rules between them
+      document        parses YAML, and keeps the position of each part
+      loading         builds a configuration from a file and from flags, and collects all errors
+    errors          every exception that sseproxy raises; the only table of status, body and outcome
+    ledger          counts that all workers share
+      table           a row for each worker, a column for each name, and a sketch for client addresses
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
-      headers         hop-by-hop, forwarding, credentials
+      headers         hop-by-hop fields, forwarding fields, credentials
       framing         where a body ends: chunked, by length, by close
-      sse             bytes to events, incremental, bounded
+      sse             an incremental parser of server-sent events, with bounded memory
       meaning         what an event can mean: content, usage, end, error; how counts are read
       dialects        each API in a file of its own: its paths, its events, its text
-        dialect         what tells one API from another
-        chat            chat completions, completions, and what looks like them
+        dialect         how one API differs from another
+        chat            chat completions, completions, and APIs with the same format
         responses       OpenAI's Responses
         messages        Anthropic's Messages
         gemini          Google's Gemini
         media           OpenAI's audio and images
         assistants      OpenAI's Assistants
-      extract         what is wanted of a large JSON text, found as it comes, in bounded time and memory
-      form            a form's model, found as it comes
-      coding          compressed bodies, read in steps
-      request         what a request asks for: its model, and where usage can be asked for
-      alike           events that mean the same as the one before, recognised by their bytes
-      usage           asking for usage that the client did not ask for, and keeping it from the client
+      extract         finds a few fields in a large JSON text as it arrives, in bounded time and memory
+      form            finds the model in a form (multipart/form-data) as it arrives
+      coding          decompresses request bodies in steps
+      request         what a request asks for: its model, and where usage can be requested
+      deltas          recognises, by its bytes, an event that differs from an earlier one only in its generated text
+      usage           requests usage that the client did not request, and removes it from the response
     relay           the life of an exchange
-      proxy           what a worker holds
-      phases          the life of a request, in numbers
-      admission       what connections and requests occupy, and the limits on it
-      globs           whether some globs match all that another one matches
-      routes          which route, which path upstream; which routes are never taken
-      server          the connections of all clients, from being accepted on
-      downstream      a client's connection: its requests, one after the other, and noticing that it left
-      heads           request and response heads, by aiohttp's parser
+      proxy           all parts of the relay in one worker
+      phases          the life of a request, in numbered phases
+      admission       limits on connections and requests
+      globs           whether some globs match everything that another glob matches
+      routes          finds the route of a request, and its path at the upstream; finds routes that are never used
+      server          all client connections, from accept on
+      downstream      one client connection: its requests, one after the other, and whether the client has left
+      heads           parses request and response heads with aiohttp's parser
       body            the one owner of a request's body
-      answers         what is answered here
-      hangups         noticing a hang-up where nothing is read
-      attempt         one try at an upstream: connection, request, response head
-      upstream        the API's side: connections, and their errors
+      answers         responses that sseproxy itself sends
+      hangups         notices a hang-up on a connection that is not being read
+      attempt         one attempt at an upstream: connection, request, response head
+      upstream        the upstream's side: connections, and their errors
       pump            the hot path
-      reads           what is read at once, and when: the one owner of a transport's reading
+      reads           how much is read from a transport at once, and when; the one owner of a transport's reading
       exchange        the record of an exchange
-      clock           its one timer
-      inspect         reading along: what a body means to the record
+      clock           the one timer of an exchange
+      inspect         follows a body as it passes, and records what it means
     observe         what an operator sees
-      metrics         every metric, and what a worker counts with
-      registry        all workers' numbers, and their exposition
-      telemetry       from what happens to numbers, and from worker to supervisor
-      access          a line for each exchange
-      logs            lines that nobody waits for
+      metrics         every metric, and the recorder that a worker counts with
+      registry        adds up the numbers of all workers, and writes the exposition format
+      telemetry       counts events of exchanges, and sends reports from a worker to the supervisor
+      access          the access log: one line for each exchange
+      logs            log lines that are written without blocking
     process
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration
-      upgrade         new code takes the place of this one
-      start           what a worker begins with: its imports
+      upgrade         replaces the running code with new code
+      start           imports what a worker needs, and starts it
       worker          one event loop, and how it ends
+      accepting       connections, evenly shared with the other workers
       listeners       listening sockets: TCP, Unix, passed by systemd
       admin           metrics, health, reload
-      notify          what systemd is told
+      notify          notifications to systemd
 
-Imports go one way: wire <- relay <- process <- cli; `observe` reads `relay.exchange`; everything may use `config` and
-`errors`. Within `config` it is files <- values <- named <- model <- loading. A worker imports neither the model nor a
-YAML parser, because nearly all that it takes to start are imports. Each command of `cli` imports what it needs when it
-runs, because a health check runs every few seconds. A test holds both.
+Imports go one way: wire <- relay <- process <- cli. `ledger` imports nothing else, and `observe` imports
+`relay.exchange`. Every module may import `config` and `errors`. Within `config` the order is files <- values <- named
+<- model <- loading. Imports take most of the time that a worker needs to start, so a worker imports neither the model
+nor a YAML parser. A health check runs every few seconds, so each command of `cli` imports what it needs only when it
+runs. `tests/test_imports.py` checks all this.
 
 One owner for each thing
 ------------------------
-What a request occupies is a `Ticket`, given back first in the last phase. Its body is a `RequestBody`, from the first
-byte that comes to the last that is sent, and read in one place only. Its deadlines are one `Clock`: those of connecting
-and of the head fail the attempt, the others the exchange. Its upstream connection is the attempt's, until the pump has
-it. Where several of these end, each does, whatever the others raise.
+A `Ticket` holds what a request occupies, and the last phase always releases it. A `RequestBody` owns the request's body
+from the first byte received to the last byte sent; no other code reads the body. A `Clock` owns all deadlines: the
+connect and response head deadlines fail the attempt, all others end the exchange. The upstream connection belongs to
+the attempt, until the pump takes it over. When several of these are closed together, each is closed even if closing
+another one raises.
 
 The hot path
 ------------
-aiohttp parses heads; bodies are ours. `RelayProtocol` receives from the upstream's transport and hands a body's bytes
-to the `Pump`, which writes them to the client's transport in the same call: no queue, no future, no task in between. A
-read that is exactly one HTTP chunk is forwarded as it came. Backpressure is the transports' own: when the client's
-write buffer is over its mark, reading from the upstream is paused. What the inspector does happens after the write; it
-says whether it saw progress, and the pump moves the clock. Bytes that are slow to look at are handed over in smaller
-pieces, and wait for another turn of the loop, so that no connection keeps the others waiting.
+aiohttp parses heads; sseproxy handles bodies itself. `RelayProtocol` receives data from the upstream's transport and
+passes the bytes of a body to the `Pump`. The pump writes them to the client's transport in the same call: there is no
+queue, no future and no task in between. A read that is exactly one HTTP chunk is forwarded as it is. For backpressure,
+the transports' own mechanism is used: when the client's write buffer is above its high-water mark, reading from the
+upstream is paused. The inspector runs after the write. It says whether the bytes were progress, and if so the pump
+resets the idle timeout. Data that takes long to inspect is processed in smaller pieces, over several turns of the event
+loop, so no connection makes the others wait.
 
 Words
 -----
@@ -135,16 +151,17 @@ downstream / upstream   the client's side / the API's side
 route                   a match rule, and what happens to requests that match it
 upstream (noun)         a named API with a base URL
 exchange                one request and its response
-chunk                   bytes as read
+chunk                   bytes as they were read from a connection; "HTTP chunk" where chunked framing is meant
 event                   one server-sent event
 delta                   generated content in an event
-TTFT                    time to first token: request head received to the first event with a non-empty generated delta
-                        written downstream
+TTFT                    time to first token: from the request head received, to the first event with a non-empty
+                        generated delta written downstream
 inter-token latency     the gap between consecutive events with a generated delta, at the time they were read
 TPOT                    (last - first generated event) / (output tokens - 1)
 usage                   the upstream's own token counts, the last non-null ones of a stream; never summed or estimated
 outcome                 why an exchange ended: one of `errors.Outcome`
-drain                   stop accepting, fail readiness, let streams finish until the deadline, then end them in-band
+drain                   stop accepting, fail readiness, and let streams finish; at the deadline, end the rest with an
+                        error event
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""The command line. Errors are one line on stderr and exit status 1; usage errors exit with 2, as argparse has it.
+"""The command line. Errors go to standard error, and the exit status is 1. Wrong usage exits with 2, from argparse.
 
-Each command imports what it needs when it runs. A health check runs every few seconds and must cost little; it needs
-neither the proxy nor the configuration's model. `tests/test_imports.py` holds what each command imports.
+Each command imports what it needs only when it runs. A health check runs every few seconds and must be cheap; it needs
+neither the proxy nor the model of the configuration. `tests/test_imports.py` checks what each command imports.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from .process.supervisor import Supervisor
     from .process.upgrade import Handover
 
-# Below what those who ask, Docker among them, give it.
+# Seconds. Less than what Docker and others give a health check, so that this command can still report the error.
 _HEALTH_TIMEOUT = 3.0
-# Of what makes it not ready, and of all that is read.
-_MAX_SAID = 1000
+# Bytes of the reason why the proxy is not ready, and of the whole answer.
+_MAX_REASON = 1000
 _MAX_ANSWER = 16 * 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command. Returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
     except SseproxyError as error:
-        # The status says it as well, should there be no room for the words.
+        # If the text cannot be written, for example to a full disk, the exit status still reports the failure.
         with suppress(OSError):
             sys.stderr.writelines(f"sseproxy: {line}\n" for line in str(error).splitlines())
         return 1
@@ -53,28 +53,28 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run the proxy", description="Run the proxy.")
     source = serve.add_mutually_exclusive_group(required=True)
-    source.add_argument("-c", "--config", metavar="FILE", help="the configuration")
-    source.add_argument("--upstream", metavar="URL", help="no configuration: everything goes to this API")
-    serve.add_argument("--workers", metavar="N", help="worker processes, or auto: one per core")
+    source.add_argument("-c", "--config", metavar="FILE", help="configuration file")
+    source.add_argument("--upstream", metavar="URL", help="no configuration file: send all requests to this API")
+    serve.add_argument("--workers", metavar="N", help="number of worker processes, or auto for one per core")
     _add_listeners(serve)
-    # With it, an upgrade tries the new code before it takes over.
+    # An upgrade tries the new code with this option, before the new code takes over.
     serve.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser(
         "check-config", help="check a configuration", description="Check a configuration and list all its problems."
     )
-    check.add_argument("file", metavar="FILE")
-    check.add_argument("--resolved", action="store_true", help="print it with every option; secrets are masked")
+    check.add_argument("file", metavar="FILE", help="configuration file")
+    check.add_argument("--resolved", action="store_true", help="print the effective configuration; secrets are masked")
     check.set_defaults(run=_check)
 
     health = commands.add_parser(
         "healthcheck",
-        help="ask whether the proxy of this machine is ready",
-        description="Ask the admin listener whether the proxy is ready; the exit status is 0 if it is, and 1 if not.",
+        help="check whether the proxy on this machine is ready",
+        description="Ask the admin listener whether the proxy is ready. The exit status is 0 if it is, and 1 if not.",
     )
     health.add_argument(
-        "--admin", default="127.0.0.1:9464", metavar="HOST:PORT", help="the admin listener (%(default)s)"
+        "--admin", default="127.0.0.1:9464", metavar="HOST:PORT", help="address of the admin listener (%(default)s)"
     )
     health.set_defaults(run=_healthcheck)
 
@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         help="see it work, without an API",
         description="Run the proxy in front of a built-in backend, and show what it does with streams.",
     )
-    demo.add_argument("--once", action="store_true", help="exit after the show")
-    # What is not given has the default of `Pace`, which lives beside the backend; importing that takes half a second.
+    demo.add_argument("--once", action="store_true", help="exit when the demonstration has ended")
+    # The defaults are those of `Pace`. The help texts repeat them, because importing `demo` takes half a second.
     demo.add_argument("--ttft", type=_not_negative, metavar="S", help="seconds to the first token (0.5)")
     demo.add_argument("--rate", type=_positive, metavar="N", help="tokens per second (30)")
     demo.add_argument("--tokens", type=_count, metavar="N", help="tokens per answer (60)")
@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_listeners(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--listen", metavar="HOST:PORT", help="where clients connect (127.0.0.1:8080)")
-    parser.add_argument("--admin", metavar="HOST:PORT", help="where /metrics and health are (127.0.0.1:9464)")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="address for clients (127.0.0.1:8080)")
+    parser.add_argument("--admin", metavar="HOST:PORT", help="address for /metrics and health checks (127.0.0.1:9464)")
 
 
 def _not_negative(text: str) -> float:
@@ -138,7 +138,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = read()
     if options.trial:
-        # What goes wrong is said in plain lines, for the log of the code that tries this one.
+        # Without logging, errors are plain lines. The process that started the trial writes them to its log.
         return uvloop.run(_try(settings, handover))
     set_up_logging()
     log_as(settings)
@@ -164,20 +164,20 @@ async def _run(settings: Config, reread: Callable[[], Config], path: str | None,
     supervisor = Supervisor(settings, reread, path, upgrade.command(), handover)
     supervisor.bind()
     await supervisor.start()
-    said = summary(supervisor)
+    banner = summary(supervisor)
     if sys.stdout.isatty():
         out = Lines(STANDARD_OUTPUT)
-        out.write(said.encode())
+        out.write(banner.encode())
         out.flush()
     else:
-        # Standard output has the access log alone.
-        for line in said.splitlines():
+        # Here standard output has only the access log, so programs can read it.
+        for line in banner.splitlines():
             logging.getLogger(__name__).info("%s", line.strip())
     return await supervisor.run()
 
 
 def summary(supervisor: Supervisor) -> str:
-    """Where the proxy listens and what goes where, in plain lines."""
+    """Plain lines that list the addresses of the proxy and its routes."""
     settings = supervisor.config
     width = max(len(route.match.path) for route in settings.routes)
     lines = [f"sseproxy {__version__} listens on {', '.join(supervisor.urls)}"]
@@ -192,12 +192,12 @@ def summary(supervisor: Supervisor) -> str:
 
 
 def _print(text: str) -> None:
-    """Writes to standard output. Raises `SseproxyError` if that is full."""
+    """Writes to standard output. Raises `SseproxyError` if that fails, for example because the disk is full."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read has seen enough.
+        # The reader, for example `head`, has ended. This is not an error.
         _discard_output()
     except OSError as error:
         _discard_output()
@@ -205,7 +205,7 @@ def _print(text: str) -> None:
 
 
 def _discard_output() -> None:
-    """What could not be written is not tried again at the end."""
+    """Discards what is still buffered. Otherwise the interpreter would try to write it again when it exits."""
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
 
@@ -233,23 +233,23 @@ def _healthcheck(options: argparse.Namespace) -> int:
         address = Address.parse(options.admin)
     except ValueError:
         raise SseproxyError(f"--admin: expected HOST:PORT, got {options.admin!r}") from None
-    # Where it listens on all interfaces, it does so on this one.
+    # A listener on all interfaces can be reached on the loopback interface.
     host = "127.0.0.1" if address.host in ("", "0.0.0.0", "::") else address.host
     answer = b""
     try:
         with socket.create_connection((host, address.port), timeout=_HEALTH_TIMEOUT) as connection:
-            # By hand: to import http.client takes as long as all the rest.
+            # Without http.client, whose import takes as much CPU as the rest of this command.
             connection.sendall(b"GET /readyz HTTP/1.0\r\nHost: localhost\r\n\r\n")
             while len(answer) < _MAX_ANSWER and (part := connection.recv(_MAX_ANSWER)):
                 answer += part
     except OSError as error:
         raise SseproxyError(f"no answer from {options.admin}: {error}") from None
-    head, _, said = answer.partition(b"\r\n\r\n")
+    head, _, reason = answer.partition(b"\r\n\r\n")
     protocol, _, status = head.partition(b" ")
     if not protocol.startswith(b"HTTP/1."):
-        raise SseproxyError(f"no answer from {options.admin}: it is no HTTP")
+        raise SseproxyError(f"no answer from {options.admin}: it is not HTTP")
     if status[:3] != b"200":
-        raise SseproxyError(f"not ready: {said[:_MAX_SAID].decode(errors='replace').strip()}")
+        raise SseproxyError(f"not ready: {reason[:_MAX_REASON].decode(errors='replace').strip()}")
     return 0
 
 

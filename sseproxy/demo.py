@@ -1,4 +1,4 @@
-"""An OpenAI-compatible backend without a model: every answer is the same text, at the pace of a model.
+"""An OpenAI-compatible backend without a model: every answer is the same text, sent at the speed of a model.
 
 `sseproxy demo`, the tests and the benchmarks run against it.
 """
@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 MODEL = "demo"
-# 60 words, which is one answer of the usual length: it ends where a sentence does.
+# 60 words. This is the default length of an answer, so it ends with a complete sentence.
 TEXT = (
     "A language model writes one token at a time, and streaming shows each token when it is written. "
     "The first token tells you how long you waited. The gaps after it tell you how fast the model is. "
@@ -48,7 +48,7 @@ _PACE = web.AppKey("pace", Pace)
 
 
 def backend(pace: Pace = _DEFAULT_PACE) -> web.Application:
-    """The backend. Run it with `handler_cancellation=True`, so that it stops at once for a client that has left."""
+    """The backend. Run it with `handler_cancellation=True`, so that it stops immediately when the client leaves."""
     app = web.Application(middlewares=[_errors], client_max_size=_MAX_BODY)
     app[_PACE] = pace
     app.router.add_post("/v1/chat/completions", partial(_complete, _Chat))
@@ -59,7 +59,7 @@ def backend(pace: Pace = _DEFAULT_PACE) -> web.Application:
 
 
 def answer(tokens: int) -> Iterator[str]:
-    """The text as so many tokens, from its start again after its end: words with the space before them."""
+    """Yields so many tokens. A token is a word with the space before it. After the end, the text starts again."""
     for index, word in enumerate(islice(cycle(TEXT.split()), tokens)):
         yield f" {word}" if index else word
 
@@ -72,7 +72,7 @@ _Limit = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class _Request(msgspec.Struct, kw_only=True):
-    """What the two endpoints have in common. Fields that are not named here have no effect."""
+    """The fields that both endpoints have. Other fields are ignored."""
 
     model: str = MODEL
     stream: bool | None = None
@@ -184,7 +184,7 @@ async def _complete(kind: type[_Chat | _Completion], request: web.Request) -> we
 
 
 async def _until(deadline: float) -> None:
-    """Waits until the loop's clock shows `deadline`, or not at all."""
+    """Waits until `deadline` on the clock of the event loop. Returns immediately if it has passed."""
     if (left := deadline - asyncio.get_running_loop().time()) > 0:
         await asyncio.sleep(left)
 
@@ -204,7 +204,7 @@ async def _model(request: web.Request) -> web.Response:
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Gives errors the body that OpenAI's have."""
+    """Gives errors the same JSON body that OpenAI's API uses."""
     try:
         return await handler(request)
     except web.HTTPError as error:

@@ -1,7 +1,7 @@
-"""`sseproxy demo`: the proxy in front of the built-in backend, and what is special about it, in three streams.
+"""`sseproxy demo`: the proxy in front of the built-in backend. Three streams show what is special about it.
 
-One answer streams to its end. Then a client leaves in mid-stream, and the backend's request is cancelled. Then the
-backend dies in mid-stream, and the client is told. The figures at the end are those of the proxy's own `/metrics`.
+The first answer streams to its end. In the second, the client leaves, and the request to the backend is cancelled. In
+the third, the backend dies, and the client receives an error. The figures at the end come from the proxy's `/metrics`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .wire.framing import ChunkedDecoder
 from .wire.sse import Event, EventParser
 
 _QUESTION = "What does a streaming proxy do?"
-# The second and the third answer end after so many tokens, or half of them: enough to see that it is a stream.
+# The second and the third answer end after so many tokens, or after half of their tokens if that is less.
 _TOKENS_BEFORE_AN_END = 12
 _EVENT_LIMIT = 1 << 20
-# A line of text that is easily read; narrower on a narrow terminal.
+# The width of text in characters: easy to read, and at most the width of the terminal.
 _MAX_WIDTH = 88
 _MIN_WIDTH = 40
 _INDENT = "   "
@@ -67,7 +67,10 @@ and see what it measured:
 
 
 async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, write: Callable[[str], None]) -> int:
-    """Runs the demonstration, whose text goes to `write`; returns the exit status. With `once` it ends by itself."""
+    """Runs the demonstration. `write` gets its text. Returns the exit status.
+
+    With `once` it returns when the demonstration has ended, and otherwise when a signal ends the proxy.
+    """
     for flag, address in (("--listen", listen), ("--admin", admin)):
         if address is not None and address.startswith(("unix:", "systemd")):
             raise SseproxyError(f"{flag}: the demonstration needs HOST:PORT")
@@ -81,7 +84,7 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, 
     await site.start()
     try:
         settings = config.single(f"http://127.0.0.1:{site.port}/v1", listen=listen, admin=admin, workers=1)
-        # A line for each exchange would stand in the middle of what is shown.
+        # Lines of the access log would appear in the middle of the text.
         settings = settings.model_copy(update={"access_log": AccessLog(exchanges="off")})
         supervisor = _bound(settings, screen)
         await supervisor.start()
@@ -101,7 +104,7 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, 
 
 
 def _bound(settings: Config, screen: _Screen) -> Supervisor:
-    """A supervisor that listens; on other ports than asked for if those are taken."""
+    """A supervisor that listens. If a port is in use, another one is chosen."""
     try:
         supervisor = Supervisor(settings)
         supervisor.bind()
@@ -115,7 +118,7 @@ def _bound(settings: Config, screen: _Screen) -> Supervisor:
 
 
 class _Screen:
-    """Text in paragraphs; in colour on a terminal, unless NO_COLOR is set (no-color.org)."""
+    """Writes text in paragraphs. It is in colour on a terminal, unless NO_COLOR is set (no-color.org)."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self.raw = write
@@ -143,12 +146,12 @@ class _Screen:
         self.raw(f"{_INDENT}{what:<20}{self._styled(f'{value:>10}', 'bold')}   {note}\n")
 
     def event(self, kind: str, data: str) -> None:
-        """An event of a stream, as it was received; only its line of data is wrapped."""
+        """Shows a received event as it is. Only its data line is wrapped."""
         width = self._width - len(_INDENT)
         self.lines(f"event: {kind}", *textwrap.wrap(f"data: {data}", width, subsequent_indent="      "), style="red")
 
     def token(self, text: str) -> None:
-        """A token of an answer, at once. It begins another line where it does not fit into this one."""
+        """Shows a token of an answer immediately. If it does not fit into the line, it begins a new one."""
         if not self._column or self._column + len(text) > self._width:
             self.raw(("\n" if self._column else "") + _INDENT)
             self._column = len(_INDENT)
@@ -157,22 +160,22 @@ class _Screen:
         self.raw(text)
 
     def end_of_answer(self, mark: str = "") -> None:
-        """The end of what `token` has begun; `mark` says why it is not the answer's end."""
+        """Ends the text of an answer. `mark` says why the answer is not complete."""
         self._column = 0
         self.raw(f"\n{_INDENT}{self._styled(f'[{mark}]', 'red')}\n\n" if mark else "\n\n")
 
     def commands(self, template: str, **values: str) -> None:
-        """Commands to copy: without an indent, which shells and Python would take for a part of them."""
+        """Shows commands to copy. They are not indented, because Python would not accept that."""
         self.raw(template.format(**values, **self._styles))
 
 
 class _Backend:
-    """The backend's own view of its latest request."""
+    """Observes the latest request in the backend."""
 
     def __init__(self) -> None:
         self._request: web.Request | None = None
         self.ended: asyncio.Future[float | None]
-        """When the request was cancelled, by `time.perf_counter`; `None` if it was answered to its end."""
+        """When the request was cancelled, by `time.perf_counter`. `None` if it was answered completely."""
 
     @web.middleware
     async def watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -187,14 +190,14 @@ class _Backend:
         return response
 
     def die(self) -> None:
-        """Breaks the connection of the request, as a backend does whose process is killed."""
+        """Resets the connection of the request, as if the process of the backend was killed."""
         assert self._request is not None
         if self._request.transport is not None:
             self._request.transport.abort()
 
 
 class _Client(asyncio.Protocol):
-    """A client of one event stream. It keeps what came before a connection broke, which HTTP libraries throw away."""
+    """A client of one event stream. Unlike HTTP libraries, it keeps what it received before a connection broke."""
 
     def __init__(self) -> None:
         self._head = b""
@@ -202,13 +205,13 @@ class _Client(asyncio.Protocol):
         self._parser = EventParser(_EVENT_LIMIT)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._transport: asyncio.Transport | None = None
-        # The status line, if it is not that of a success.
+        # The status line, if the status is not 200.
         self._refused: str | None = None
 
     @classmethod
     @asynccontextmanager
     async def asking(cls, url: str, request: dict[str, Any]) -> AsyncIterator[_Client]:
-        """A client that has sent `request`. It leaves at the end, if it has not yet."""
+        """A client that has sent `request`. It closes its connection at the end of the block."""
         target = URL(url)
         assert target.host is not None and target.port is not None
         body = msgspec.json.encode(request)
@@ -245,7 +248,7 @@ class _Client(asyncio.Protocol):
 
     @property
     def complete(self) -> bool:
-        """The body has come to its end, which is its last chunk."""
+        """Whether the last chunk of the body has been received."""
         return self._body.done
 
     def leave(self) -> None:
@@ -253,23 +256,26 @@ class _Client(asyncio.Protocol):
         self._transport.close()
 
     async def events(self) -> AsyncIterator[tuple[str, str]]:
-        """Types and data of all events, until the body ends or breaks off. Raises `SseproxyError` if there is none."""
+        """Type and data of each event, until the body ends or breaks off.
+
+        Raises `SseproxyError` if the response has another status than 200.
+        """
         while (event := await self._events.get()) is not None:
             kind, data = event
             yield kind.decode(), (data or b"").decode()
         if self._refused is not None:
-            raise SseproxyError(f"the demonstration was answered {self._refused}")
+            raise SseproxyError(f"the request of the demonstration failed: {self._refused}")
 
 
 def _text(kind: str, data: str) -> str:
-    """The text that an event adds to the answer."""
+    """The text that an event adds to the answer, or an empty string."""
     if kind or data == "[DONE]":
         return ""
     return "".join(choice["delta"].get("content") or "" for choice in msgspec.json.decode(data)["choices"])
 
 
 class _Show:
-    """What is shown, part by part."""
+    """The parts of the demonstration, in their order."""
 
     def __init__(self, supervisor: Supervisor, screen: _Screen, watched: _Backend, pace: Pace) -> None:
         self._url = supervisor.urls[0]
@@ -303,7 +309,7 @@ class _Show:
         self._screen.end_of_answer()
 
     async def _first_tokens(self, events: AsyncIterator[tuple[str, str]]) -> str:
-        """Shows the first tokens of an answer; says how many they are, and of how many."""
+        """Shows the first tokens of an answer. Returns how many, in words: `12 of 60 tokens`."""
         wanted = max(1, min(_TOKENS_BEFORE_AN_END, self._pace.tokens // 2))
         shown = 0
         async for event in events:
@@ -332,14 +338,14 @@ class _Show:
 
     async def _backend_dies(self) -> None:
         self._screen.heading("3. The backend dies in the middle of an answer")
-        told = ""
+        error = ""
         async with self._asking() as client:
             events = client.events()
             so_far = await self._first_tokens(events)
             self._watched.die()
             async for kind, data in events:
                 if kind == "error":
-                    told = data
+                    error = data
                 elif text := _text(kind, data):
                     self._screen.token(text)
         if client.complete:
@@ -348,10 +354,10 @@ class _Show:
             return
         self._screen.end_of_answer("the backend's connection breaks")
         self._screen.paragraph(f"The backend died after {so_far}. The proxy told the client:")
-        self._screen.event("error", told)
+        self._screen.event("error", error)
         self._screen.paragraph(
-            "Then it closed the connection without the last chunk of the body. Client libraries raise an error: "
-            "nobody takes half an answer for a whole one.",
+            "Then it closed the connection without the last chunk of the body. Client libraries raise an error, so "
+            "no application takes half an answer for a whole one.",
             "green",
         )
 
@@ -364,7 +370,7 @@ class _Show:
         self._screen.lines(f"requests: {figures.requests()}")
 
     async def _measured(self) -> _Figures:
-        """The figures, once all three exchanges are in them."""
+        """Waits until all three exchanges are in the metrics, and returns the figures."""
         async with ClientSession() as session:
             while True:
                 async with session.get(f"{self._admin}/metrics") as response:
@@ -375,7 +381,7 @@ class _Show:
 
 
 class _Figures:
-    """What an exposition says, in words."""
+    """The figures in a metrics exposition, as text."""
 
     def __init__(self, exposition: str) -> None:
         self.outcomes: dict[str, float] = defaultdict(float)

@@ -1,23 +1,23 @@
-"""Every exception sseproxy raises, and the one table from an error to what becomes of the exchange.
+"""Every exception that sseproxy raises, and the only table of status, body and outcome.
 
     SseproxyError
-     +-- ConfigError                    the operator's configuration cannot be used
-     +-- ListenError                    an address cannot be listened on
+     +-- ConfigError                    the configuration is not valid
+     +-- ListenError                    cannot listen on an address
      +-- ParserError                    aiohttp was installed without its C parser
-     +-- ReloadError                    another configuration, or other code, cannot take over now
-     +-- ProtocolError                  bytes that break a wire format (raised by `sseproxy.wire`)
-     |    +-- BrokenBodyError           in a body, after some that do not
-     +-- ExchangeError                  an exchange cannot go on; carries status, code and outcome
-          +-- RequestError              the client's fault: never sent upstream
+     +-- ReloadError                    a new configuration, or new code, cannot take over now
+     +-- ProtocolError                  bytes that violate a wire format (raised by `sseproxy.wire`)
+     |    +-- BrokenBodyError           in the framing of a body; has the payload before it
+     +-- ExchangeError                  ends an exchange; has status, code and outcome
+          +-- RequestError              the request is refused, and not sent to the upstream
           +-- UpstreamError             the upstream's fault
-          |    +-- UpstreamTimeout      it was given the time of its phase and did not use it
-          |    +-- Truncated            it left after its response head
-          +-- StalledClient             the client neither takes nor sends what it is to
-          +-- Draining                  this process ends before the exchange does
-          +-- InternalError             a defect of sseproxy
+          |    +-- UpstreamTimeout      the upstream did not meet a deadline
+          |    +-- Truncated            the upstream closed the connection before the end of the response
+          +-- StalledClient             the client does not read, or does not send
+          +-- Draining                  the drain timeout has passed
+          +-- InternalError             a fault in sseproxy
 
-Foreign exceptions (aiohttp's, OSError) are translated where they are first seen, in `relay.upstream`, so that
-everything above it handles only these. A client that leaves is not an error but a cancellation.
+Exceptions of libraries (aiohttp's, OSError) are translated where they first appear, in `relay.upstream`. All other code
+handles only the exceptions above. A client that leaves is not an error: it cancels the task of its request.
 """
 
 from __future__ import annotations
@@ -33,39 +33,40 @@ UpstreamErrorType = Literal["dns", "connect", "tls", "timeout", "reset", "protoc
 
 
 class Outcome(enum.StrEnum):
-    """Why an exchange ended. Closed: every exchange has exactly one, and it is a metric label."""
+    """Why an exchange ended. Every exchange has exactly one outcome. It is a metric label, so the set is closed."""
 
     COMPLETED = "completed"
-    """The response reached its end: the body's framing said so, or the stream's end marker was forwarded."""
+    """The response is complete: by the framing of its body, or by the end marker of the stream."""
     CLIENT_GONE_BEFORE_HEAD = "client_gone_before_head"
     CLIENT_GONE_BEFORE_FIRST_TOKEN = "client_gone_before_first_token"
     CLIENT_GONE_MID_STREAM = "client_gone_mid_stream"
     UPSTREAM_ERROR = "upstream_error"
-    """No usable response: unreachable, reset before its head, broken framing, or an error event in the stream."""
+    """The upstream was unreachable, closed the connection before a response head, sent invalid framing, or sent an
+    error event."""
     UPSTREAM_TIMEOUT_CONNECT = "upstream_timeout_connect"
     UPSTREAM_TIMEOUT_HEAD = "upstream_timeout_head"
     UPSTREAM_TIMEOUT_FIRST_TOKEN = "upstream_timeout_first_token"
     UPSTREAM_TIMEOUT_IDLE = "upstream_timeout_idle"
     UPSTREAM_TIMEOUT_TOTAL = "upstream_timeout_total"
     TRUNCATED = "truncated"
-    """The upstream's connection ended before its body did."""
+    """The upstream closed the connection before the end of the response body."""
     STALLED_CLIENT = "stalled_client"
     REJECTED = "rejected"
-    """Answered here, never sent upstream."""
+    """sseproxy itself answered the request, and did not send it to an upstream."""
     DRAINED = "drained"
-    """Still running at the end of the drain."""
+    """The drain timeout passed before the end of the exchange."""
     PROXY_ERROR = "proxy_error"
-    """A defect of sseproxy, or a worker that died with the exchange in its hands."""
+    """A fault in sseproxy, or the death of the worker."""
 
 
 class SseproxyError(Exception):
-    """Root of everything raised on purpose."""
+    """The base class of all exceptions of sseproxy."""
 
 
 class ConfigError(SseproxyError):
-    """The configuration cannot be used.
+    """The configuration is not valid.
 
-    `problems` holds one line each, in the order of their places: `file:line:col: path: expected ...`.
+    `problems` has one line for each problem, in the order of their positions: `file:line:col: path: expected ...`.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -74,10 +75,11 @@ class ConfigError(SseproxyError):
 
 
 class ListenError(SseproxyError):
-    """A listening socket cannot be had. `option` is where its address is configured."""
+    """Cannot listen on an address. `option` is the option that has the address."""
 
     def __init__(self, option: str, address: str, cause: OSError) -> None:
-        # A name that does not resolve has a negative number of its own; what bind() says repeats the address.
+        # `getaddrinfo` errors have negative numbers, and only a text. For others the text is made from the number,
+        # because the text of `bind` would repeat the address.
         reason = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause.strerror)
         super().__init__(f"{option}: cannot listen on {address}: {reason.lower()}")
         self.option = option
@@ -85,22 +87,22 @@ class ListenError(SseproxyError):
 
 
 class ParserError(SseproxyError):
-    """Heads would be parsed by other rules than those that were tested."""
+    """aiohttp has no C parser. Its Python parser follows other rules, which sseproxy is not tested with."""
 
     def __init__(self) -> None:
         super().__init__("aiohttp has no C parser here; install one of its wheels, and unset AIOHTTP_NO_EXTENSIONS")
 
 
 class ReloadError(SseproxyError):
-    """A configuration that is right in itself, or new code, cannot take over; what was there before goes on."""
+    """A new configuration, although valid, or new code cannot take over now. The old one stays in use."""
 
 
 class ProtocolError(SseproxyError):
-    """Bytes that break a wire format. The text names the rule, never the bytes."""
+    """Bytes violate a wire format. The text names the rule and never has the bytes, which may be secret."""
 
 
 class BrokenBodyError(ProtocolError):
-    """The framing of a body breaks; `payload` came before that in the same bytes."""
+    """The framing of a body is invalid. `payload` is the valid payload before it in the same bytes."""
 
     def __init__(self, rule: str, payload: bytes) -> None:
         super().__init__(rule)
@@ -108,10 +110,10 @@ class BrokenBodyError(ProtocolError):
 
 
 class ExchangeError(SseproxyError):
-    """An exchange cannot go on.
+    """Ends an exchange.
 
-    `status` is the HTTP status if no response head was sent yet, `code` and `type` go into the OpenAI-shaped
-    error body or error event, `outcome` is what is recorded.
+    `status` is the HTTP status, if no response head was sent yet. `code` and `type` are fields of the error body or
+    error event, which have the format of OpenAI's API. `outcome` is what is recorded.
     """
 
     status: int = 502
@@ -119,7 +121,7 @@ class ExchangeError(SseproxyError):
     type: str = "upstream_error"
     outcome: Outcome = Outcome.UPSTREAM_ERROR
     cause: str | None = None
-    """What exactly failed, for the log: addresses and certificates are nothing that a client is told."""
+    """What exactly failed, for the access log. Clients do not get it: it may name addresses and certificates."""
 
     @property
     def message(self) -> str:
@@ -134,11 +136,10 @@ class ExchangeError(SseproxyError):
         return json.dumps({"error": self.document()}).encode() + b"\n"
 
     def event(self, sequence_number: int | None = None) -> bytes:
-        """The error as an event within a stream.
+        """The error as an event of a stream.
 
-        `event: error` together with a nested `error` is the one form on which every SDK of OpenAI and Anthropic
-        raises, whatever follows it on the connection. With a `sequence_number` it is the Responses API's as well,
-        which has the same fields at the top level.
+        All SDKs of OpenAI and Anthropic raise an error for this form: `event: error` with a nested `error`. With a
+        `sequence_number` the event has the format of the Responses API, too, which has the fields at the top level.
         """
         event: dict[str, object] = {"type": "error", "error": self.document()}
         if sequence_number is not None:
@@ -148,7 +149,7 @@ class ExchangeError(SseproxyError):
 
 
 class RequestError(ExchangeError):
-    """The request is refused here. `reason` is its label in `sseproxy_requests_rejected_total`."""
+    """sseproxy refuses the request. `reason` is the label in `sseproxy_requests_rejected_total`."""
 
     type = "invalid_request_error"
     outcome = Outcome.REJECTED
@@ -185,7 +186,7 @@ class RequestError(ExchangeError):
 
 
 class UpstreamError(ExchangeError):
-    """The upstream could not be used. `kind` is its label in `sseproxy_upstream_errors_total`."""
+    """The upstream has failed. `kind` is the label `type` in `sseproxy_upstream_errors_total`."""
 
     _TABLE: ClassVar[dict[UpstreamErrorType, tuple[int, str, str]]] = {
         "dns": (502, "upstream_unresolvable", "The upstream's name could not be resolved."),
@@ -207,7 +208,7 @@ Phase = Literal["connect", "head", "first_token", "idle", "total"]
 
 
 class UpstreamTimeout(UpstreamError):
-    """The upstream did not do in `seconds` what `phase` waits for."""
+    """The upstream did not finish `phase` within `seconds`."""
 
     _WAITED_FOR: ClassVar[dict[Phase, str]] = {
         "connect": "accept a connection",
@@ -225,7 +226,7 @@ class UpstreamTimeout(UpstreamError):
 
 
 class Truncated(UpstreamError):
-    """The upstream's connection ended after its response head and before the end of its body."""
+    """The upstream's connection ended after the response head, and before the end of the body."""
 
     outcome = Outcome.TRUNCATED
 
@@ -234,7 +235,9 @@ class Truncated(UpstreamError):
 
 
 class StalledClient(ExchangeError):
-    """For `seconds` the client `took` nothing of the response, or `sent` nothing, or too `little`, of its request."""
+    """The client is too slow. For `seconds` it has read nothing of the response (`took`), sent nothing of its request
+    (`sent`), or sent too little of it (`little`).
+    """
 
     status = 408
     code = type = "stalled_client"
@@ -251,7 +254,7 @@ class StalledClient(ExchangeError):
 
 
 class Draining(ExchangeError):
-    """This process stops and its drain timeout is over."""
+    """The process is stopping, and the drain timeout has passed."""
 
     status = 503
     code = "draining"
@@ -263,7 +266,7 @@ class Draining(ExchangeError):
 
 
 class InternalError(ExchangeError):
-    """A defect of sseproxy; the log has the details."""
+    """A fault in sseproxy. The log has the traceback."""
 
     status = 500
     code = "internal_error"

@@ -57,7 +57,7 @@ When = Literal["before", "after", "cancelled"]
 # --- what does not fail ---
 
 NO_FAULTS = {
-    "Lateness": "belongs to no request",
+    "LoopLag": "belongs to no request",
     "DownstreamProtocol.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
     "DownstreamProtocol.connection_made": "only has `_begin` do it, and ends the connection if that fails",
     "DownstreamServer.__call__": "only constructs; uvloop accepts nothing any more if it fails",
@@ -78,11 +78,11 @@ NOT_BEFORE = {
     "BoundedReads.get_buffer": ROOT,
     "BoundedReads.take": ROOT,
     "Clock._fire": ROOT,
-    "Connections.gone": COUNTS,
+    "Connections.remove": COUNTS,
     "DownstreamProtocol._serve": ROOT,
     "DownstreamProtocol.connection_lost": ROOT,
     "DownstreamProtocol.data_received": ROOT,
-    "DownstreamServer._agreed": COUNTS,
+    "DownstreamServer._handshake_ended": COUNTS,
     "DownstreamServer._check_empty": COUNTS,
     "DownstreamServer._forget": COUNTS,
     "DownstreamServer.lost": COUNTS,
@@ -549,11 +549,11 @@ def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[as
         "places of connections": server.places.open,
         "addresses": +server.places._of,
         "watches": server.hangups._watched,
-        "places of requests": admission._under_way,
-        "places on routes": +admission._on_route,
+        "places of requests": admission._active.own,
+        "places on routes": {name for name, count in admission._on_route.items() if count.own},
         "bytes held": admission._held,
         "who holds bytes": admission._holders,
-        "connecting": upstream._pending or relay.upstreams["down"]._pending,
+        "connecting": upstream._pending.own or relay.upstreams["down"]._pending.own,
         "upstream connections in use": in_use,
         "upstream connections of nobody": scripted.open - idle,
         "gauges": [key for key, value in gauges.items() if value and "active" in key[0] + "".join(key[1])],
@@ -595,12 +595,11 @@ class Stage:
     async def close(self) -> None:
         """Ends all of it, whatever is left."""
         worker = self.proxy.worker
-        for server in worker._servers:
-            server.close()
+        worker._accepting.stop()
         for connection in list(worker.proxy.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-        worker.proxy.lateness.stop()
+        worker.proxy.loop_lag.stop()
         worker.proxy.server.hangups.close()
         for upstream in worker.proxy.upstreams.values():
             await upstream.close()

@@ -214,7 +214,7 @@ async def no_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         ("no TLS", "upstream_tls", r"127\.0\.0\.1:\d+: .*(wrong version number|record layer failure).*"),
         ("no HTTP", "upstream_protocol", r"Bad status line: Expected HTTP/, RTSP/ or ICE/, at the byte S"),
         ("no chunk", "upstream_protocol", r"a chunk size is not hexadecimal"),
-        ("closes", "upstream_disconnected", r"it ended in order"),
+        ("closes", "upstream_disconnected", r"the connection was closed"),
     ],
 )
 async def test_a_line_says_what_exactly_failed(

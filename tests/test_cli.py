@@ -272,5 +272,5 @@ async def test_health_is_that_of_the_admin_listener(upstream: ScriptedUpstream) 
 
         port = other.getsockname()[1]
         _, found = await asyncio.gather(asyncio.to_thread(answer), run("healthcheck", "--admin", f"127.0.0.1:{port}"))
-        assert found == (1, "", f"sseproxy: no answer from 127.0.0.1:{port}: it is no HTTP\n")
+        assert found == (1, "", f"sseproxy: no answer from 127.0.0.1:{port}: it is not HTTP\n")
     assert await run("healthcheck", "--admin", "x") == (1, "", "sseproxy: --admin: expected HOST:PORT, got 'x'\n")

@@ -537,7 +537,7 @@ def test_a_configuration_knows_the_variables_whose_values_it_took() -> None:
     models = "metrics: {models: ['${EMPTY:-a}', '${NONE:-b}', $$]}"
     text = f"listen: 'h:${{PORT}}'\n{models}\n{upstream('api_key: ${KEY}')}"
     loaded = config.parse(text, "f", env)
-    assert loaded.variables == config.override(loaded, workers=2).share(2).variables == {"PORT", "KEY", "EMPTY"}
+    assert loaded.variables == config.override(loaded, workers=2).variables == {"PORT", "KEY", "EMPTY"}
     assert "variables" not in config.resolved(loaded) + repr(loaded) + json.dumps(config.schema())
     assert config.single("http://h").variables == frozenset()
 
@@ -1020,7 +1020,7 @@ def test_it_may_be_written_later(tmp_path: Path) -> None:
 def test_a_pipe_that_nobody_writes_into_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes | None
 ) -> None:
-    monkeypatch.setattr(files, "_PIPE_PATIENCE", 0.1)
+    monkeypatch.setattr(files, "_PIPE_TIMEOUT", 0.1)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     # Both ends at once, so that nobody waits for the other.

@@ -227,7 +227,7 @@ async def test_an_answer_other_than_a_stream_is_told() -> None:
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/chat/completions"
     async with server, asyncio.timeout(DEADLINE):
         async with _Client.asking(url, {}) as client:
-            with pytest.raises(SseproxyError, match=r"was answered HTTP.1.1 503"):
+            with pytest.raises(SseproxyError, match=r"failed: HTTP.1.1 503"):
                 await anext(client.events())
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sseproxy.wire.alike import alike
+from sseproxy.wire.deltas import delta_matcher
 from sseproxy.wire.dialects.chat import CHAT, read_completion
 from sseproxy.wire.dialects.responses import RESPONSES
 from sseproxy.wire.framing import frame, payload_of, whole_chunks
@@ -296,7 +296,7 @@ def written(document: object, *, spaced: bool, ascii_only: bool) -> bytes:
 
 
 @given(st.lists(st.tuples(KEYS, TEXT), min_size=2, max_size=2), st.booleans(), st.booleans(), st.booleans())
-def test_alike_is_only_what_means_a_delta_and_nothing_else(
+def test_a_matcher_accepts_a_delta_and_nothing_else(
     deltas: list[tuple[str, str]], spaced: bool, ascii_only: bool, finished: bool
 ) -> None:
     first, second = (
@@ -310,9 +310,9 @@ def test_alike_is_only_what_means_a_delta_and_nothing_else(
         )
         for last, (key, text) in enumerate(deltas)
     )
-    found = alike(first, CHAT.text)
-    if found is not None and found.size_of(frame(second)):
-        assert found.size_of(frame(second)) == len(second)
+    matcher = delta_matcher(first, CHAT.text)
+    if matcher is not None and matcher.size_of(frame(second)):
+        assert matcher.size_of(frame(second)) == len(second)
         assert means(second) == [DELTA]
         assert not finished
 
@@ -324,37 +324,39 @@ def means(event: bytes) -> list[Meaning]:
 @given(
     st.binary(min_size=1, max_size=40), st.integers(0, 150), st.booleans(), st.sampled_from([{}, {"obfuscation": "aB"}])
 )
-def test_alike_is_nothing_that_is_read_otherwise(inserted: bytes, at: int, inside: bool, more: dict[str, str]) -> None:
-    found = alike(delta("Hi", **more), CHAT.text)
-    assert found is not None
+def test_a_matcher_accepts_nothing_that_is_read_otherwise(
+    inserted: bytes, at: int, inside: bool, more: dict[str, str]
+) -> None:
+    matcher = delta_matcher(delta("Hi", **more), CHAT.text)
+    assert matcher is not None
     plain = delta("Ho ho", **more) if inside else frame(delta("Ho ho", **more))
     at %= len(plain)
     changed = plain[:at] + inserted + plain[at:]
     changed = frame(changed) if inside else changed
-    if found.size_of(changed):
+    if matcher.size_of(changed):
         assert whole_chunks(changed) == [changed]
         assert means(payload_of(changed)) == [DELTA]
 
 
-def test_alike_are_chunks_with_another_plain_text() -> None:
-    found = alike(delta("Hi"), CHAT.text)
-    assert found is not None
-    assert found.size_of(frame(delta("ho"))) == len(delta("ho"))
+def test_a_matcher_accepts_chunks_with_another_plain_text() -> None:
+    matcher = delta_matcher(delta("Hi"), CHAT.text)
+    assert matcher is not None
+    assert matcher.size_of(frame(delta("ho"))) == len(delta("ho"))
     for other in ('"', "a\\", "\n", ""):
-        assert not found.size_of(frame(delta(other)))
-    assert not found.size_of(frame(delta("ho"))[:-1])
-    assert not found.size_of(frame(delta("ho") + delta("ho")))
-    assert not found.size_of(frame(delta("ho")) + frame(delta("ho")))
-    assert not found.size_of(frame(delta("ho" * 4096)))
-    assert alike(delta(""), CHAT.text) is None
-    assert alike(DONE, CHAT.text) is None
+        assert not matcher.size_of(frame(delta(other)))
+    assert not matcher.size_of(frame(delta("ho"))[:-1])
+    assert not matcher.size_of(frame(delta("ho") + delta("ho")))
+    assert not matcher.size_of(frame(delta("ho")) + frame(delta("ho")))
+    assert not matcher.size_of(frame(delta("ho" * 4096)))
+    assert delta_matcher(delta(""), CHAT.text) is None
+    assert delta_matcher(DONE, CHAT.text) is None
 
 
-def test_padding_is_alike_in_any_length() -> None:
-    found = alike(delta("Hi", obfuscation="aB3"), CHAT.text)
-    assert found is not None
+def test_a_matcher_accepts_padding_of_any_length() -> None:
+    matcher = delta_matcher(delta("Hi", obfuscation="aB3"), CHAT.text)
+    assert matcher is not None
     for padding in ("", "x", "xyZ0" * 9):
-        assert found.size_of(frame(delta("ho", obfuscation=padding)))
+        assert matcher.size_of(frame(delta("ho", obfuscation=padding)))
     for other in (
         delta("ho"),
         delta("", obfuscation="x"),
@@ -364,10 +366,10 @@ def test_padding_is_alike_in_any_length() -> None:
         delta("ho", obfuscation="x", usage={"prompt_tokens": 1}),
         delta("ho", usage={"prompt_tokens": 1}, obfuscation="x"),
     ):
-        assert not found.size_of(frame(other))
+        assert not matcher.size_of(frame(other))
 
 
-def test_numbers_are_alike_in_any_place() -> None:
+def test_a_matcher_accepts_any_number() -> None:
     def numbered(number: object, text: str, padding: str) -> bytes:
         return b"event: response.output_text.delta\ndata: " + (
             json.dumps(
@@ -377,20 +379,20 @@ def test_numbers_are_alike_in_any_place() -> None:
             + b"\n\n"
         )
 
-    found = alike(numbered(9, "Hi", "abc"), RESPONSES.text)
-    assert found is not None
+    matcher = delta_matcher(numbered(9, "Hi", "abc"), RESPONSES.text)
+    assert matcher is not None
     for number in (0, 10, 12345):
-        assert found.size_of(frame(numbered(number, " ho", "xy")))
+        assert matcher.size_of(frame(numbered(number, " ho", "xy")))
     for other in (numbered(-1, "a", "b"), numbered(1.5, "a", "b"), numbered("1", "a", "b"), numbered(1, "", "b")):
-        assert not found.size_of(frame(other))
-    assert not found.size_of(frame(numbered(77, "a", "b").replace(b"77", b"07")))
+        assert not matcher.size_of(frame(other))
+    assert not matcher.size_of(frame(numbered(77, "a", "b").replace(b"77", b"07")))
 
 
-def test_without_its_framing_nothing_is_alike() -> None:
-    found = alike(delta("Hi"), CHAT.text)
-    assert found is not None
+def test_a_matcher_accepts_nothing_without_its_framing() -> None:
+    matcher = delta_matcher(delta("Hi"), CHAT.text)
+    assert matcher is not None
     # Of whatever length, also of those that no chunk has.
     for length in range(1, 1024):
         text = delta("o" * length)
-        assert not found.size_of(text)
-        assert not found.size_of(text + b"\r\n")
+        assert not matcher.size_of(text)
+        assert not matcher.size_of(text + b"\r\n")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from sseproxy import config
 from sseproxy.errors import ExchangeError, RequestError
-from sseproxy.relay.admission import Ticket, connections_within, told
+from sseproxy.relay.admission import Ticket, connections_within, extra_connections
 from sseproxy.relay.body import RequestBody
 from sseproxy.relay.hangups import HangupWatch
 
@@ -182,7 +182,7 @@ async def test_a_silent_handshake_has_a_place_as_any_connection(
     limits = config.Limits(connections=8, request_head_time=2 * SHORT)
     proxy = await start(upstream.url, listener_tls=tls, limits=limits)
     silent = [await proxy.connect() for _ in range(9)]
-    # One more than are told is closed at once.
+    # One more than these is closed immediately.
     assert await (await proxy.connect()).rest() == (b"", "fin")
     # The others have a time.
     for peer in silent:
@@ -210,7 +210,7 @@ async def test_a_client_that_sends_much_before_its_handshake_is_refused_at_once(
     start: StartProxy, upstream: ScriptedUpstream, tls: config.TLS, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = await start(upstream.url, listener_tls=tls, limits=config.Limits(request_head_time=60.0))
-    proxy.worker._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
+    proxy.worker._accepting._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
     with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         # More than TLS takes at once is there before it is asked.
         client.sendall(b"no TLS" * 100_000)
@@ -356,8 +356,8 @@ async def test_connections_of_a_unix_socket_are_nobodys(start: StartProxy, play:
 @given(st.integers(min_value=3, max_value=10_000_000))
 def test_what_is_served_and_told_fits_the_descriptors(descriptors: int) -> None:
     connections = connections_within(descriptors)
-    assert 2 * connections + told(connections) <= descriptors
-    assert 2 * (connections + 2) + told(connections + 2) > descriptors - 2
+    assert 2 * connections + extra_connections(connections) <= descriptors
+    assert 2 * (connections + 2) + extra_connections(connections + 2) > descriptors - 2
 
 
 # --- bodies that are collected ---
@@ -471,7 +471,7 @@ async def test_a_body_in_tiny_reads_takes_no_more_memory_than_is_counted(reads: 
 
     total = 30_000
     body = RequestBody(total + 1, config.Limits(), lambda: None)
-    body.held_in(Room())
+    body.charge_to(Room())
     body.keeps = total
     gc.collect()
     tracemalloc.start()

@@ -13,7 +13,7 @@ from .harness import STREAM_HEAD, RunningProxy, ScriptedUpstream, begin, chunk, 
 
 PACKAGE = str(Path(sseproxy.__file__).parent)
 CHUNKS = 200
-# What an event that is like the one before costs: _Run.data_received, Alike.size_of, Exchange.generated. They call into
+# The calls for one delta in a run: _Run.data_received, DeltaMatcher.size_of, Exchange.generated. They call into
 # C: the clock, lengths, and the bytes, the transport and the list that are their work. For some there are samples.
 CALLS = 3
 CALLS_INTO_C = 10
@@ -65,5 +65,5 @@ async def counted(
             await client.read_until(piece)
     finally:
         sys.setprofile(None)
-    del called["Lateness._fired"], called["Lateness._begin"]
+    del called["LoopLag._fired"], called["LoopLag._begin"]
     return called, into_c

@@ -114,7 +114,7 @@ def test_a_reader_that_has_gone_is_noticed_once_and_what_it_missed_is_told_to_th
             os.close(writer)
             assert drain(again).splitlines() == [
                 b"one",
-                b"3 lines were dropped: nobody took them",
+                b"3 lines were dropped: nobody read them",
                 b"two",
             ]
 
@@ -197,7 +197,7 @@ async def test_nobody_reads_standard_error_and_everybody_is_served(upstream: Scr
         )
         os.close(writer)
         try:
-            await until_true(socket_path.exists)
+            await until_true(admin_path.exists)
 
             async def ask(where: Path, method: str, path: str) -> int:
                 async with asyncio.timeout(DEADLINE):

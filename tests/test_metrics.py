@@ -18,7 +18,7 @@ from sseproxy.observe import metrics
 from sseproxy.observe.metrics import METRICS, Metric, Recorder, Report
 from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, Telemetry, encode_report
-from sseproxy.relay.proxy import Lateness
+from sseproxy.relay.proxy import LoopLag
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
@@ -398,10 +398,10 @@ async def test_the_last_report_has_what_was_left(telemetry: Telemetry, channel: 
 
 
 async def test_a_worker_measures_how_late_its_timers_are(telemetry: Telemetry, channel: Channel) -> None:
-    lateness = Lateness(asyncio.get_running_loop(), telemetry.lagged)
+    loop_lag = LoopLag(asyncio.get_running_loop(), telemetry.lagged)
     assert (await channel.observed())[metrics.LOOP_LAG.name] == 1
     assert (await channel.observed())[metrics.LOOP_LAG.name] > 1
-    lateness.stop()
+    loop_lag.stop()
 
 
 @pytest.mark.parametrize(("size", "shown"), [(8, True), (118, True), (119, False), (128, False)])

@@ -16,13 +16,16 @@ import pytest
 
 from sseproxy import config
 from sseproxy.errors import SseproxyError
+from sseproxy.ledger.table import Ledger
 from sseproxy.observe.metrics import Recorder
 from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, encode_report
+from sseproxy.process import accepting
 from sseproxy.process.generation import cores, environment
 from sseproxy.process.listeners import listen
 from sseproxy.process.supervisor import Supervisor
-from sseproxy.process.worker import encode_config
+from sseproxy.process.worker import Instructions
+from sseproxy.relay.admission import counted
 
 from .conftest import StartProxy
 from .harness import (
@@ -205,7 +208,7 @@ async def test_a_worker_that_is_not_understood_is_replaced(upstream: ScriptedUps
     arguments = ("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1")
     async with serve(*arguments, **python_runs_first(OTHER_VERSION, tmp_path)) as served:
         await served.until("worker_restarts_total", 1)
-        assert "a worker says what this version does not understand" in served.stderr
+        assert "a worker sent a report that this version cannot decode" in served.stderr
         await served.until("workers", 1)
         await finish_stream(*await begin_stream(served, upstream))
 
@@ -219,7 +222,7 @@ async def test_a_worker_that_stands_still_is_not_ready_until_it_goes_on(upstream
         await served.until("workers", 0)
         status, _, reason = await served.get("/readyz")
         assert (status, reason) == (503, "no worker accepts connections\n")
-        assert f"the worker {worker} has said nothing for 5 s: it is not ready" in served.stderr
+        assert f"worker {worker} has sent no report for 5 s: it is treated as not ready" in served.stderr
         os.kill(worker, signal.SIGCONT)
         await served.until("workers", 1)
         assert (await served.get("/readyz"))[0] == 200
@@ -234,7 +237,7 @@ IMPATIENT = """
 import signal, sys
 if "serve" in sys.orig_argv:
     from sseproxy.process import generation
-    generation._ASKED_EVERY = 0.05
+    generation._REPORT_REQUEST_INTERVAL = 0.05
 if "sseproxy.process.start" in sys.orig_argv:
     def hang(*_):
         while True:
@@ -260,7 +263,7 @@ async def test_a_worker_that_hangs_is_killed_and_replaced(
         await served.until("workers", 2)
         assert not set(workers) & set(served.workers)
         for worker in workers:
-            assert f"the worker {worker} has said nothing for 20 s: it is killed" in served.stderr
+            assert f"worker {worker} has sent no report for 20 s: it is killed" in served.stderr
         assert await served.sample(r'requests_total\{.*outcome="proxy_error".*\}') == 1
         assert (await served.get("/readyz"))[0] == 200
         await finish_stream(*await begin_stream(served, upstream))
@@ -312,14 +315,14 @@ async def test_nobody_is_killed_because_all_stood_still(upstream: ScriptedUpstre
         await served.until(r'requests_total\{.*outcome="completed".*\}', 1)
         await served.until("workers", 2)
         assert served.workers == family[1:]
-        assert "has said nothing" not in served.stderr
+        assert "has sent no report" not in served.stderr
 
 
 @pytest.mark.parametrize("lag", [None, 0.1, 3.5])
 async def test_a_worker_is_given_more_time_where_more_lag_is_allowed(
     upstream: ScriptedUpstream, lag: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sseproxy.process.generation._ASKED_EVERY", 0.02)
+    monkeypatch.setattr("sseproxy.process.generation._REPORT_REQUEST_INTERVAL", 0.02)
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
     supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere, limits=config.Limits(lag=lag)))
     supervisor.bind()
@@ -333,7 +336,7 @@ async def test_a_worker_is_given_more_time_where_more_lag_is_allowed(
         await supervisor.close()
     patience = 4 if lag == 3.5 else 1
     (killed,) = [record.getMessage() for record in caplog.records if "it is killed" in record.getMessage()]
-    assert killed == f"the worker {worker} has said nothing for {20 * patience} s: it is killed"
+    assert killed == f"worker {worker} has sent no report for {20 * patience} s: it is killed"
 
 
 def python_that_works(times: int, directory: Path) -> str:
@@ -350,7 +353,7 @@ def python_that_works(times: int, directory: Path) -> str:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers have 3 s to come up, two of them."""
-    monkeypatch.setattr("sseproxy.process.supervisor._TO_COME_UP", 1.0)
+    monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 1.0)
 
 
 @pytest.mark.usefixtures("hurried")
@@ -362,7 +365,9 @@ async def test_a_start_without_any_worker_is_an_error(
     supervisor.bind()
     before = children(os.getpid())
     monkeypatch.setattr(sys, "executable", python_that_works(0, tmp_path))
-    with pytest.raises(SseproxyError, match=r"^nothing is served: 2 of 2 new workers .*: one ended with status 3$"):
+    with pytest.raises(
+        SseproxyError, match=r"^no worker accepts connections: 2 of 2 new workers .*: one ended with status 3$"
+    ):
         await supervisor.start()
     assert set(children(os.getpid())) <= set(before)
 
@@ -383,7 +388,7 @@ async def test_a_start_goes_on_with_the_workers_that_there_are(
             await supervisor.start()
         assert supervisor._unready() is None
         assert any(
-            "1 of 2 new workers did not come to accept connections: one ended with status 3" in record.getMessage()
+            "1 of 2 new workers did not start to accept connections: one ended with status 3" in record.getMessage()
             for record in caplog.records
         )
     finally:
@@ -552,12 +557,14 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
     configured = settings(upstream.url)
     (listener,) = listen("listen", configured.listen[0])
     with theirs, listener:
-        fds = [theirs.fileno(), listener.fileno()]
+        ledger = Ledger()
+        columns = ledger.columns([*accepting.NAMES, *counted(configured)], ())
+        fds = [theirs.fileno(), ledger.fd, listener.fileno()]
         port = listener.getsockname()[1]
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "sseproxy.process.start", *map(str, fds)), pass_fds=fds
         )
-    ours.sendall(encode_config(configured))
+    ours.sendall(Instructions(configured, ledger.take_row(), columns, 100).encoded())
     try:
         client = Peer(*await asyncio.open_connection("127.0.0.1", port))
         client.send(b"GET /nowhere HTTP/1.1\r\nHost: p\r\n\r\n")

@@ -271,7 +271,7 @@ async def test_workers_that_do_not_come_up_change_nothing(
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", "/bin/false")
             with pytest.raises(
-                ReloadError, match="2 of 2 new workers did not come to accept connections: one ended with status 1"
+                ReloadError, match="2 of 2 new workers did not start to accept connections: one ended with status 1"
             ):
                 await supervisor.reload()
         assert workers <= set(children(os.getpid()))
@@ -286,7 +286,7 @@ async def test_workers_that_do_not_come_up_change_nothing(
 async def test_workers_of_which_only_some_come_up_change_nothing(
     upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sseproxy.process.supervisor._TO_COME_UP", 1.0)
+    monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 1.0)
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
     supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
     supervisor.bind()
@@ -296,7 +296,7 @@ async def test_workers_of_which_only_some_come_up_change_nothing(
         workers = set(children(os.getpid())).difference(before)
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", python_that_works(1, tmp_path))
-            with pytest.raises(ReloadError, match=r"^1 of 2 new workers did not come .*: one ended with status 3$"):
+            with pytest.raises(ReloadError, match=r"^1 of 2 new workers did not start .*: one ended with status 3$"):
                 await supervisor.reload()
         assert set(children(os.getpid())).difference(before) == workers
         await supervisor.reload()
@@ -307,7 +307,7 @@ async def test_workers_of_which_only_some_come_up_change_nothing(
 async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
     upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sseproxy.process.supervisor._TO_COME_UP", 0.5)
+    monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 0.5)
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
     supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere))
     supervisor.bind()
@@ -319,7 +319,7 @@ async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
         workers = children(os.getpid())
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", str(hangs))
-            with pytest.raises(ReloadError, match=r"^1 of 1 new workers did not come to accept connections$"):
+            with pytest.raises(ReloadError, match=r"^1 of 1 new workers did not start to accept connections$"):
                 await supervisor.reload()
         assert children(os.getpid()) == workers
     finally:
@@ -376,7 +376,7 @@ async def test_earlier_configurations_that_finish_are_bounded(upstream: Scripted
         for client in clients[:-2]:
             received, _ = await client.rest()
             assert b'"code": "draining"' in received
-        assert served.stderr.count("the exchanges of the oldest end") == 4
+        assert served.stderr.count("the streams of the oldest are ended") == 4
         assert await served.sample("workers_finishing") == 2
         await served.until(r'requests_total\{.*outcome="drained".*\}', 4)
         assert await served.sample(r"streams_active\{.*\}") == 2

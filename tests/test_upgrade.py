@@ -270,7 +270,7 @@ async def test_exchanges_from_before_an_upgrade_are_bounded_as_those_from_before
 async def test_an_old_worker_that_hangs_is_killed(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
-    installed.change("process/generation.py", "_ASKED_EVERY = 1.0", "_ASKED_EVERY = 0.05")
+    installed.change("process/generation.py", "_REPORT_REQUEST_INTERVAL = 1.0", "_REPORT_REQUEST_INTERVAL = 0.05")
     async with ConfigFile(tmp_path, upstream).serve(**installed.environment) as served:
         client, api = await streaming(served, upstream)
         (old,) = served.workers
@@ -279,8 +279,8 @@ async def test_an_old_worker_that_hangs_is_killed(
         await api.gone()
         await client.rest()
         await served.until("workers_finishing", 0)
-        assert f"the worker {old} has said nothing for 20 s: it is killed" in served.messages
-        assert "a worker of the earlier code ended with status -9" in served.messages
+        assert f"worker {old} has sent no report for 20 s: it is killed" in served.messages
+        assert "a worker of the previous version ended with status -9" in served.messages
         assert none_is_a_zombie(served)
 
 
@@ -292,7 +292,7 @@ async def test_an_old_worker_that_hangs_is_killed(
             "process/worker.py",
             "    set_up_logging()\n",
             "    raise RuntimeError('the new code is broken')\n",
-            ["RuntimeError: the new code is broken", "1 of 1 new workers did not come to accept connections"],
+            ["RuntimeError: the new code is broken", "1 of 1 new workers did not start to accept connections"],
         ),
         (
             "config/model.py",
@@ -301,7 +301,7 @@ async def test_an_old_worker_that_hangs_is_killed(
             ["sseproxy.yaml:6:1: drain_timeout: unknown key"],
         ),
         ("cli.py", '"--trial"', '"--before-there-were-upgrades"', ["unrecognized arguments: --trial"]),
-        ("cli.py", "    import uvloop\n", "    import time; time.sleep(60)\n", ["did not come up within 2 s"]),
+        ("cli.py", "    import uvloop\n", "    import time; time.sleep(60)\n", ["did not start within 2 s"]),
     ],
     ids=["syntax", "worker", "configuration", "older", "hangs"],
 )
@@ -315,7 +315,7 @@ async def test_code_that_does_not_work_changes_nothing(
     reasons: list[str],
 ) -> None:
     if "within" in reasons[0]:
-        installed.change("process/upgrade.py", "_TRIAL = 60.0", "_TRIAL = 2.0")
+        installed.change("process/upgrade.py", "_TRIAL_TIMEOUT = 60.0", "_TRIAL_TIMEOUT = 2.0")
     file = ConfigFile(tmp_path, upstream, drain_timeout="20s")
     async with file.serve(**installed.environment) as served:
         client, api = await streaming(served, upstream)
@@ -575,9 +575,11 @@ async def test_where_no_new_worker_comes_up_after_all_the_old_ones_go_on_until_o
         # One, as in the trial, comes up.
         start = f"sys.executable if self.size == 1 or os.path.exists({str(well)!r}) else '/bin/false'"
         installed.change("process/generation.py", "*(sys.executable,", f"*({start},")
-        installed.change("process/supervisor.py", "_TO_COME_UP = 30.0", "_TO_COME_UP = 1.0")
+        installed.change("process/supervisor.py", "_START_TIMEOUT = 30.0", "_START_TIMEOUT = 1.0")
         served.process.send_signal(signal.SIGUSR2)
-        await until_true(lambda: any("those of the code before go on" in message for message in served.messages))
+        await until_true(
+            lambda: any("the workers of the previous version continue" in message for message in served.messages)
+        )
         assert (await served.get("/readyz"))[0] == 200
         assert await served.sample(r'build_info\{.*version="0.9.1"\}') == 1
         await answers_as(await served.connect(), __version__)
@@ -599,11 +601,11 @@ async def test_signals_that_come_while_the_code_is_exchanged_are_not_lost(
         slow = "import sys, time\nif 'serve' in sys.argv:\n    time.sleep(1)\n"
         installed.change("__init__.py", "__version__", f"{slow}__version__")
         served.process.send_signal(signal.SIGUSR2)
-        await until_true(lambda: any("is tried" in message for message in served.messages))
+        await until_true(lambda: any("trying the installed code" in message for message in served.messages))
         reloading = asyncio.get_running_loop().create_task(reload(served))
-        await until_true(lambda: any("this process becomes" in message for message in served.messages))
+        await until_true(lambda: any("executes the installed code" in message for message in served.messages))
         # Who has asked before is answered.
-        upgrading = "the proxy is being upgraded, and reads the configuration again as it starts\n"
+        upgrading = "the proxy is being upgraded; the new version reads the configuration when it starts\n"
         assert await reloading == (503, upgrading)
         for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGTERM):
             served.process.send_signal(number)
@@ -623,7 +625,7 @@ async def test_signals_ask_for_one_upgrade_at_a_time_and_the_end_ends_it(
         await until_true(lambda: len(served.workers) == 2)
         (trial,) = set(served.workers) - set(workers)
         served.process.send_signal(signal.SIGUSR2)
-        await until_true(lambda: "an upgrade is under way already" in served.messages)
+        await until_true(lambda: "an upgrade is already in progress" in served.messages)
         served.process.terminate()
         assert await served.ended() == 0
         assert not alive(trial)
@@ -632,7 +634,7 @@ async def test_signals_ask_for_one_upgrade_at_a_time_and_the_end_ends_it(
 @pytest.mark.parametrize(
     ("handed_over", "status", "said"),
     [
-        ("nonsense", 1, "sseproxy: SSEPROXY_HANDOVER, which an upgrade sets, is not understood: JSON is malformed"),
+        ("nonsense", 1, "sseproxy: SSEPROXY_HANDOVER, which an upgrade sets, cannot be decoded: JSON is malformed"),
         ('{"version": "0.9.1", "pid": 1, "workers": [[[1, 77]]]}', 1, "sseproxy: --upstream: "),
     ],
     ids=["garbled", "somebody else's"],

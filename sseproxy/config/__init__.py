@@ -1,4 +1,4 @@
-"""The configuration: a frozen, typed model, and how it is read, with file:line:col in every error."""
+"""The configuration: a frozen, typed model, and the code that reads it. Every error has file:line:col."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _ADDRESSES = frozenset({"Address", "Listen", "PassedSocket", "UnixAddress"})
 
 
 def __getattr__(name: str) -> object:
-    """Imports what is asked for: a worker, which reads and checks nothing, has neither pydantic nor a YAML parser."""
+    """Imports a name when it is first used. So a worker, which reads no file, does not import pydantic and PyYAML."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "loading" if name in _READING else "addresses" if name in _ADDRESSES else "model"

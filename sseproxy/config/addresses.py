@@ -1,4 +1,4 @@
-"""Where to listen."""
+"""Listening addresses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_UNIX_PATH = 107
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen. An empty host is all interfaces, port 0 any free port."""
+    """A TCP address. An empty host means all interfaces; port 0 means any free port."""
 
     host: str
     port: int
@@ -37,7 +37,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class UnixAddress:
-    """Where to listen in the file system. `mode` are the socket's permissions, which are needed to connect."""
+    """A Unix socket. `mode` has the permissions of its file; a client needs write permission to connect."""
 
     path: str
     mode: int = 0o660
@@ -56,7 +56,7 @@ class UnixAddress:
 
 @dataclass(frozen=True, slots=True)
 class PassedSocket:
-    """Sockets that the service manager listens on: those of `name`, or all that it passes (sd_listen_fds(3))."""
+    """Sockets that the service manager passes (sd_listen_fds(3)): those called `name`, or all."""
 
     name: str | None = None
 

@@ -1,7 +1,7 @@
-"""A YAML document as plain data that knows where each of its parts stands.
+"""A YAML document as plain data, with the position of each part.
 
-Everything wrong with it is collected, each problem with its place. What is shown of a value is the document's own
-spelling, from before `${VAR}` was expanded, so no problem contains the value of an environment variable.
+All problems are collected, each with its position. A message shows a value as it is written in the document, before
+`${VAR}` was expanded. So no message contains the value of an environment variable.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .values import Loc, dotted, quoted, shortened
 
 _SHARED = "!shared"
 _STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
-# The configuration has five levels; what goes much deeper is meant to exhaust somebody's stack.
+# A configuration has five levels. Much deeper documents could exhaust the stack of the parser.
 _MAX_DEPTH = 32
 INVALID: Final = object()
-"""Stands for a value whose problem is already reported."""
+"""Stands for a value with a problem that has already been reported."""
 
 _VARIABLE = re.compile(
     r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?)", re.A
@@ -28,7 +28,7 @@ _VARIABLE = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes, tagging aliases and what has an anchor as `_SHARED`: nothing is ever expanded."""
+    """Composes nodes. Aliases, and nodes with an anchor, get the tag `_SHARED`; so no alias is ever expanded."""
 
     depth = 0
 
@@ -51,14 +51,14 @@ class _Loader(yaml.SafeLoader):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a document: where it is named (by its key, or as an item of a list), its node and its value."""
+    """A part of a document. `place` is the position of its key, or of itself if it is an item of a list."""
 
     place: yaml.Mark
     node: yaml.Node
     value: object
 
     def kind(self) -> str:
-        """What the document has here, without its words: where a structure is expected, text may hold a secret."""
+        """The kind of the value, for messages. The value itself is not shown, because it may hold a secret."""
         if isinstance(self.node, yaml.MappingNode):
             return "a mapping"
         if isinstance(self.node, yaml.SequenceNode):
@@ -73,7 +73,7 @@ class Part:
         return "text"
 
     def spelled(self) -> str:
-        """What the document has here, in its own words."""
+        """The value as it is written in the document, shortened, for messages."""
         match self.value:
             case str():
                 return quoted(self.node.value)
@@ -83,9 +83,10 @@ class Part:
 
 
 class Document:
-    """A YAML document: `data` (None if it is no mapping), its `parts` by where they are, and its `problems`.
+    """A YAML document: `data` (None if it is not a mapping), its `parts` by their locations, and its `problems`.
 
-    A problem is ((line, column), text), counted from 1. `${VAR}` comes from `env`; `variables` are those that did.
+    A problem is ((line, column), text), counted from 1. The values of `${VAR}` come from `env`. `variables` has the
+    names of the variables whose values were used.
     """
 
     def __init__(self, text: str, env: Mapping[str, str]) -> None:
@@ -100,7 +101,7 @@ class Document:
         except yaml.reader.ReaderError as error:
             self.problems.append((position(text[: error.position]), "not valid YAML: unprintable character"))
         except yaml.MarkedYAMLError as error:
-            # A tag handle is text of the document, which may be secret.
+            # PyYAML quotes the tag handle, which is text of the document and may be secret. So it is cut off.
             problem = str(error.problem).partition(" handle ")[0]
             context = f" ({error.context})" if error.context else ""
             mark = error.problem_mark
@@ -108,7 +109,7 @@ class Document:
             self.problems.append((place, f"not valid YAML: {problem}{context}"))
 
     def report(self, loc: Loc, message: str, mark: yaml.Mark | None = None) -> None:
-        """Adds a problem of the part at `loc`; its place is `mark`, or else where the part is named."""
+        """Adds a problem of the part at `loc`. Its position is `mark`, or else the `place` of the part."""
         mark = mark or self.parts[loc].place
         path = dotted(loc)
         self.problems.append(((mark.line + 1, mark.column + 1), f"{path}: {message}" if path else message))
@@ -192,7 +193,7 @@ class Document:
         return text
 
     def _expand(self, loc: Loc, text: str) -> str | None:
-        """`text` with its variables replaced, or `None` after reporting those that cannot be."""
+        """`text` with its variables replaced. `None` if one cannot be replaced; this is reported."""
         problems: list[str] = []
 
         def replacement(match: re.Match[str]) -> str:
@@ -219,5 +220,5 @@ class Document:
 
 
 def position(before: str) -> tuple[int, int]:
-    """Line and column, from 1, of what follows the text `before`."""
+    """Line and column, from 1, of the position after the text `before`."""
     return before.count("\n") + 1, len(before) - before.rfind("\n")

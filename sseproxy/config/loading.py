@@ -1,7 +1,7 @@
-"""How a configuration is read from YAML and from command-line flags, written again, and described to editors.
+"""Reads a configuration from YAML and from command-line flags, writes it as YAML, and makes the JSON Schema.
 
-Everything wrong with a document is reported at once: what `document` finds, what the model does not take, and what does
-not fit together.
+All problems of a document are reported together: those of the YAML (`document`), those of single options (the model),
+and conflicts between options.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def schema() -> dict[str, object]:
     described = Config.model_json_schema()
     properties = {name: part["properties"] for name, part in [("Config", described), *described["$defs"].items()]}
     for name, option, text in _docstrings():
-        # In the order in which pydantic has them.
+        # Sorted as pydantic sorts them.
         properties[name][option] = dict(sorted({**properties[name][option], "description": text}.items()))
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
@@ -47,9 +47,10 @@ def schema() -> dict[str, object]:
 
 
 def _docstrings() -> Iterator[tuple[str, str, str]]:
-    """Each class of the model, its options and what is written below them.
+    """For each option of the model: the name of its class, its name, and its docstring.
 
-    pydantic can read these as well, but does so whenever the model is imported, which takes a quarter of that time.
+    pydantic could read the docstrings, too. But it would do so at every import of the model, and take a quarter of the
+    time of that import.
     """
     for part in ast.parse(inspect.getsource(sys.modules[Config.__module__])).body:
         for option, below in pairwise(part.body if isinstance(part, ast.ClassDef) else ()):
@@ -63,7 +64,7 @@ def _docstrings() -> Iterator[tuple[str, str, str]]:
 
 
 def resolved(config: Config) -> str:
-    """`config` as a file, every option with its value. What is secret is not in it."""
+    """`config` as the text of a file that has every option. Secrets are masked."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
     return text
 
@@ -171,7 +172,10 @@ _TYPE_PROBLEMS = {
 
 
 def _report_invalid(document: Document, kind: str, loc: Loc, message: str) -> None:
-    """Add the problem that pydantic calls `kind`, unless there is one already: conflicts are found without it."""
+    """Adds the problem that pydantic calls `kind` to `document`.
+
+    Nothing is added for a conflict, which `_validate` has already reported, or for a value whose problem is known.
+    """
     if kind == "conflict":
         return
     if kind == "missing":
@@ -201,7 +205,7 @@ def _report_invalid(document: Document, kind: str, loc: Loc, message: str) -> No
 
 
 def _validate(document: Document) -> Config | None:
-    """The configuration, or `None` after adding to `problems` what keeps the data from being one."""
+    """The configuration in `document`. `None` if it is not valid; the problems are added to `document`."""
     data = document.data
     if data is None:
         return None
@@ -215,7 +219,7 @@ def _validate(document: Document) -> Config | None:
         _valid_size(data.get("limits", {}), Limits, "held"),
         spell=lambda loc, value: _spelled(document, loc, value),
     ):
-        # What is not written down has no place; `held` conflicts with a `max_body` that is.
+        # A default has no position. If `held` is one, the conflict is reported at `max_body`.
         document.report(loc, message, document.parts[loc if loc in document.parts else ("max_body",)].place)
     try:
         return Config.model_validate(data, context=DOCUMENT)
@@ -252,7 +256,7 @@ def _spelled(document: Document, loc: Loc, value: str | int) -> str:
 
 
 def _valid_size(options: object, model: type[BaseModel], name: str) -> int | None:
-    """The size `name` among the `options` of `model`, or its default."""
+    """The size `name` in `options`, or its default in `model`. `None` if it is not valid."""
     if not isinstance(options, dict):
         return None
     size = options.get(name, model.model_fields[name].default)

@@ -1,7 +1,4 @@
-"""The options: a frozen, typed model, and what has to fit together in it.
-
-It reads no YAML, so that a worker, which is handed its configuration, does not import a parser for it.
-"""
+"""All options: a frozen, typed model, and the rules between options."""
 
 from __future__ import annotations
 
@@ -62,11 +59,11 @@ class _Model(BaseModel):
     _kind: ClassVar[type[Options]] = Options
 
     def plain(self) -> Self:
-        """The same, as a worker is handed it."""
-        return cast("Self", self._kind({name: _plain(getattr(self, name)) for name in self._handed()}))
+        """The same options in the form that a worker receives (`config.plain`)."""
+        return cast("Self", self._kind({name: _plain(getattr(self, name)) for name in self._plain_fields()}))
 
     @classmethod
-    def _handed(cls) -> Iterable[str]:
+    def _plain_fields(cls) -> Iterable[str]:
         return cls.model_fields
 
 
@@ -78,77 +75,66 @@ def _plain(value: object) -> object:
     return value.plain() if isinstance(value, _Model) else value
 
 
-def _part(limit: int | None, workers: int) -> int | None:
-    return None if limit is None else -(-limit // workers)
-
-
 class Limits(_Model):
-    """What is accepted and held at most. Numbers of things are for all workers together; each has its share of them."""
+    """Upper limits. Counts are for all workers together, old ones that are still finishing included. Sizes are in
+    bytes."""
 
     connections: Count = 10_000
-    """Clients' connections; requests on more are answered 503."""
+    """Client connections. Requests on further connections are answered 503."""
     connections_per_client: CountOrOff = None
-    """Connections from one client, an IPv4 address or a /64 of IPv6; requests on more are answered 429.
-    With TLS, more are closed before the handshake."""
+    """Connections from one client: an IPv4 address, or a /64 network of IPv6. Requests on further connections are
+    answered 429. With TLS, further connections are closed before the handshake."""
     active_requests: CountOrOff = None
-    """Exchanges under way; more are answered 503."""
+    """Requests that are being answered. Further requests are answered 503."""
     lag: DurationOrOff = 1.0
-    """A worker whose timers fire so late has more to do than it can; requests are answered 503 until it catches up."""
+    """If the timers of a worker fire this late, the worker is overloaded. Until it catches up, requests are answered
+    503."""
     pending_connects: Count = 1_000
-    """Connections to one upstream that are being made; requests that want more are answered 503."""
+    """Connections to one upstream that are being established. Requests that need another one are answered 503."""
     request_head: Size = 32 << 10
-    """A request line and its fields; larger ones are answered 431."""
+    """The request line and the header fields. Larger ones are answered 431."""
     request_fields: Count = 100
-    """Fields of a request; more are answered 400."""
+    """Header fields of a request. Requests with more are answered 400."""
     request_head_time: Duration = 10.0
-    """From the first byte of a request head to its last; slower ones are answered 408."""
+    """Seconds from the first byte of a request head to its last. Slower requests are answered 408."""
     request_body: SizeOrOff = 1 << 30
-    """A request body; larger ones are answered 413, also while they are relayed."""
+    """A request body. Larger ones are answered 413, even if a part has been relayed already."""
     request_body_rate: SizeOrOff = 240
-    """Bytes a second that a client has to send of its body on average, once it has had `timeouts.body` to begin."""
+    """The average bytes per second that a client has to send of its body, after `timeouts.body` has passed."""
     held: Size = 64 << 20
-    """Request bodies that are read in advance, in bytes, for each worker; requests that need more are answered 503."""
+    """Memory for request bodies that are read in advance, for each worker. Requests that need more are answered 503."""
     response_head: Size = 32 << 10
-    """An upstream's response head; larger ones are answered 502."""
+    """The head of an upstream's response. Larger ones are answered 502."""
     event: Size = 4 << 20
-    """Events that are read in passing, six times that where they may carry images; larger ones pass all the same."""
-
-    def share(self, workers: int) -> Limits:
-        """What one of `workers` accepts and holds at most: its part of the whole, rounded up."""
-        names = ("connections", "connections_per_client", "active_requests", "pending_connects")
-        shared = self.model_copy(update={name: _part(getattr(self, name), workers) for name in names})
-        # What was set stays so, and what was not.
-        shared.__pydantic_fields_set__ = self.model_fields_set
-        return shared
+    """An event that is inspected; six times as much for APIs whose events may have images. Larger events are forwarded
+    without inspection."""
 
 
 class RouteLimits(_Model):
-    """What a route has of the whole."""
+    """Limits of one route, in addition to the general limits."""
 
     active_requests: CountOrOff = None
-    """Exchanges under way; more are answered 503."""
-
-    def share(self, workers: int) -> RouteLimits:
-        return self.model_copy(update={"active_requests": _part(self.active_requests, workers)})
+    """Requests of this route that are being answered. Further requests are answered 503."""
 
 
 class Admin(_Model):
-    """The listener for metrics and health, apart from the clients' one."""
+    """The listener for metrics and health checks. It is separate from the listener for clients."""
 
     listen: ListenAddress = Address("127.0.0.1", 9464)
     hosts: HostNames = ()
-    """Names in `Host` that are served, beside IP addresses, `localhost` and this machine's name."""
+    """Further host names that requests may have in `Host`. IP addresses, `localhost` and the name of this machine are
+    always allowed."""
 
 
 class UpstreamTLS(_Model):
-    """How an `https` upstream is verified, and how this side is."""
+    """TLS with an `https` upstream."""
 
     ca_file: CAFile = None
-    """The certificates of the authorities that are trusted; `None` are the system's."""
+    """The CA certificates that are trusted, in PEM. `None` means the system's."""
     cert_file: FilePath = None
-    """The certificate, with its chain, that is shown to an upstream that asks for one."""
+    """The client certificate with its chain, in PEM, for upstreams that request one."""
     key_file: FilePath = None
-    """Its private key; `None` if it is in `cert_file` as well."""
+    """The private key of the certificate. `None` if it is in `cert_file`."""
 
     _kind: ClassVar = PlainUpstreamTLS
 
@@ -161,17 +147,17 @@ class UpstreamTLS(_Model):
         return self
 
     def context(self) -> ssl.SSLContext:
-        """For connections to an upstream. Raises `OSError`, or `ValueError` for a key with a password."""
+        """A context for connections to an upstream. Raises `OSError`, or `ValueError` for a key with a password."""
         return for_upstream(self.ca_file, self.cert_file, self.key_file)
 
 
 class TLS(_Model):
-    """How clients' connections are encrypted."""
+    """TLS with clients."""
 
     cert_file: RequiredPath
-    """The certificate, with its chain, in PEM."""
+    """The server certificate with its chain, in PEM."""
     key_file: FilePath = None
-    """Its private key; `None` if it is in `cert_file` as well."""
+    """The private key of the certificate. `None` if it is in `cert_file`."""
     min_version: TLSVersion = "1.2"
 
     _kind: ClassVar = PlainTLS
@@ -182,24 +168,24 @@ class TLS(_Model):
         return self
 
     def context(self) -> ssl.SSLContext:
-        """For listeners. Raises `OSError`, or `ValueError` for a key with a password."""
+        """A context for listeners. Raises `OSError`, or `ValueError` for a key with a password."""
         return for_clients(self.cert_file, self.key_file, self.min_version)
 
 
 class Upstream(_Model):
-    """A server that requests are relayed to."""
+    """A named API with a base URL."""
 
     name: Name
     url: URLText
-    """Canonical, without trailing slash. Its path takes the place of the matched prefix."""
+    """The base URL. Its path replaces the prefix that `match.path` of the route has matched."""
     api_key: ApiKey = None
-    """Sent instead of the client's credentials."""
+    """The API key that is sent instead of the client's credentials."""
     api_key_file: ApiKeyFile = None
-    """Where the key is read from instead, at the start and at each reload."""
+    """A file with the API key, as an alternative to `api_key`. It is read at the start and at each reload."""
     api_key_header: FieldName = "Authorization"
-    """The field that the key is sent in; in `Authorization` it is a bearer token, in others it stands alone."""
+    """The header field for the API key. `Authorization` gets `Bearer` and the key, other fields get only the key."""
     max_connection_age: DurationOrOff = None
-    """A connection that is so old, or up to a tenth less, takes no other request. What is on it is not cut."""
+    """A connection of this age, or up to a tenth less, gets no further requests. Running responses are not cut."""
     tls: UpstreamTLS = UpstreamTLS()
 
     @model_validator(mode="after")
@@ -209,103 +195,106 @@ class Upstream(_Model):
         return self
 
     @classmethod
-    def _handed(cls) -> Iterable[str]:
+    def _plain_fields(cls) -> Iterable[str]:
         return (*(name for name in cls.model_fields if name not in ("api_key", "api_key_file")), "key")
 
     @property
     def key(self) -> SecretStr | None:
-        """The key, from wherever it is."""
+        """The API key, from `api_key` or `api_key_file`."""
         return self.api_key_file.key if self.api_key_file is not None else self.api_key
 
 
 class Reload(_Model):
-    """How a new configuration, or new code, takes the place of the old one."""
+    """How a new configuration, or new code, replaces the old one."""
 
     watch: DurationOrOff = None
-    """Look at the content of the file, and of the files it names, this often, and reload when it has changed."""
+    """Seconds between two checks of the configuration file, and the files that it names. If the content of one has
+    changed, the configuration is reloaded. `None` means no checks."""
     drain_timeout: DurationOrOff = None
-    """How long exchanges that began on the old configuration may go on; `None` is to their end."""
+    """Seconds that exchanges of the old configuration may go on. `None` means no limit."""
     generations: Count = 4
-    """Earlier configurations that may still be finishing; where there are more, the exchanges of the oldest end."""
+    """How many earlier configurations may have exchanges. If there are more, the exchanges of the oldest are ended."""
 
 
 class Log(_Model):
-    """What the processes say of themselves, on standard error: as JSON where the access log is JSON."""
+    """The log on standard error. Its lines are JSON if those of the access log are."""
 
     level: LogLevel = "info"
-    """The least that is written."""
+    """Only lines of this level and above are written."""
 
 
 class AccessLog(_Model):
-    """A line for each exchange, on standard output."""
+    """The access log on standard output: one line for each exchange."""
 
     exchanges: Exchanges = "all"
-    """Which are written; `errors` are those that did not complete, or were answered 400 and above."""
+    """Which exchanges are logged. `errors` means those that did not complete, or whose status is 400 or higher."""
     sample: Share = 1.0
-    """The share of those without an error that is written."""
+    """The share of the exchanges without an error that is logged."""
     format: LogFormat = "auto"
-    """`auto` is `text` on a terminal, and `json` elsewhere."""
+    """`auto` means `text` on a terminal, and `json` otherwise."""
     path: LoggedPaths = "known"
-    """`known`: words of known APIs are written, any other segment is `*`; `all`: the path as it came; or `off`."""
+    """How a path is logged. `known`: with `*` for each segment that is not a word of a known API. `all`: as it was
+    received. `off`: not at all."""
 
 
 class Metrics(_Model):
-    """What is measured beyond what always is."""
+    """Metrics that are off by default."""
 
     models: Globs = ()
-    """Globs for models; the first that takes a request's model is its label, as it is written. The rest is `other`."""
+    """Globs for models. The first glob that matches the model of a request is its label `model`. Requests that no glob
+    matches have the label `other`."""
 
 
 class Match(_Model):
-    """The requests that belong to a route."""
+    """The conditions of a route. A request must meet all of them."""
 
     path: PathPrefix
-    """Prefix of the path, on segment boundaries; the longest one wins. No trailing slash, except `/`, which is all."""
+    """A prefix of the path, in whole segments. The longest prefix wins. `/` matches all paths."""
     model: Globs = ()
-    """Globs for the `model` of the request body, of which one has to match. None: any body. It is read in JSON and in
-    forms, also if they are compressed by gzip or deflate."""
+    """Globs for the `model` in the request body. One of them has to match. An empty list matches any body. The model is
+    read in JSON and in forms, also if they are compressed with gzip or deflate."""
     methods: Methods = ()
-    """Upper-case HTTP methods. None: any method."""
+    """HTTP methods. An empty list matches any method."""
 
 
 class Timeouts(_Model):
-    """How long each phase of an exchange may take, in seconds."""
+    """Timeouts for the phases of an exchange, in seconds."""
 
     connect: Duration = 10.0
-    """DNS, TCP and TLS to the upstream."""
+    """To connect to the upstream: DNS, TCP and TLS."""
     body: Duration = 30.0
-    """A client that sends nothing of its request body for that long is cut."""
+    """How long a client may send no byte of its request body. Then it is disconnected."""
     head: Duration = 600.0
-    """From the request being sent to the response head, which reasoning models may hold for minutes."""
+    """From the request sent to the response head received. Reasoning models may take minutes."""
     first_token: Duration = 900.0
-    """From the request head being received to the first generated token of an event stream."""
+    """From the request head received to the first generated token of an event stream."""
     idle: Duration = 300.0
-    """The longest silence: after the first token between data events (comments do not count), for bodies other than
-    event streams between reads."""
+    """In an event stream, between two data events after the first token; comments do not count. In other bodies,
+    between two reads."""
     total: DurationOrOff = None
-    """The whole exchange; `None` is without limit."""
+    """For the whole exchange. `None` means no limit."""
     write: Duration = 60.0
-    """A client that takes no byte for that long is cut."""
+    """How long a client may accept no byte. Then it is disconnected."""
 
 
 class UsageOptions(_Model):
-    """What is done for the sake of token counts."""
+    """Options for token counts."""
 
     request: bool = False
-    """Ask the upstream for the usage of streams whose request does not, and keep it from the client."""
+    """Request the usage of a stream from the upstream if the client has not, and remove it from the response."""
 
 
 class Route(_Model):
-    """Sends the requests that `match` to an upstream."""
+    """Sends requests that match to an upstream."""
 
     name: Name
     match: Match
     upstream: str
     """The name of an upstream."""
     dialect: DialectName = "auto"
-    """As what responses are read; `auto` goes by the path on the upstream's side."""
+    """The API whose format responses have. `auto` finds it by the path of the request to the upstream."""
     heartbeat: DurationOrOff = None
-    """Write a comment into an event stream that has been silent for so long, in seconds; `None` writes none."""
+    """Send a comment to the client when an event stream has been silent for so many seconds. `None` sends none."""
     usage: UsageOptions = UsageOptions()
     limits: RouteLimits = RouteLimits()
     timeouts: Timeouts = Timeouts()
@@ -322,23 +311,23 @@ class Places:
 
 
 class Config(_Model):
-    """All that can be configured. Immutable, and picklable for worker processes."""
+    """The whole configuration. It is immutable, and can be pickled for workers."""
 
     listen: ListenAddresses = (Address("127.0.0.1", 8080),)
     tls: TLS | None = None
-    """`None` is plain text."""
+    """TLS with clients. `None` means no TLS."""
     admin: Admin = Admin()
     workers: Workers = "auto"
-    """Worker processes; `auto` is one per usable core."""
+    """The number of worker processes. `auto` means one per usable core."""
     drain_timeout: Duration = 30.0
-    """How long running streams may go on after SIGTERM, in seconds."""
+    """Seconds that exchanges may go on after SIGTERM."""
     reload: Reload = Reload()
     max_body: Size = 32 << 20
-    """The largest request body that is read in advance, in bytes, also when decompressed: where a route matches on its
-    `model`, where usage is asked for, and where models are labels."""
+    """The largest request body that is read in advance, in bytes, before and after decompression. A body is read in
+    advance if a route matches on its `model`, if usage is requested, or if the model is a label."""
     trusted_proxies: Networks = ()
-    """Where clients' `Forwarded` and `X-Forwarded-*` are believed, and added to. From others they are replaced, and no
-    other field passes that only a proxy says."""
+    """Networks of the proxies in front of sseproxy. Their `Forwarded` and `X-Forwarded-*` are believed and extended.
+    From other clients these fields are replaced, and further fields that only proxies send are removed."""
     log: Log = Log()
     access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
@@ -351,7 +340,7 @@ class Config(_Model):
 
     @property
     def variables(self) -> frozenset[str]:
-        """The environment variables whose values the file took. They may hold keys, which no worker needs again."""
+        """The environment variables that the file uses. They may hold keys, so workers do not inherit them."""
         return self._variables
 
     def place(self, route: Route, file: str | None) -> str:
@@ -379,13 +368,8 @@ class Config(_Model):
             raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
         return self
 
-    def share(self, workers: int) -> Config:
-        """The configuration of one of `workers`, with its share of the limits."""
-        routes = tuple(route.model_copy(update={"limits": route.limits.share(workers)}) for route in self.routes)
-        return self.model_copy(update={"limits": self.limits.share(workers), "routes": routes})
-
     def files(self) -> list[str]:
-        """The files that this configuration was read from, beside its own."""
+        """The files that this configuration names, as certificates and keys."""
         named = [self.tls.cert_file, self.tls.key_file] if self.tls is not None else []
         for upstream in self.upstreams:
             key = upstream.api_key_file
@@ -393,7 +377,7 @@ class Config(_Model):
         return [path for path in named if path is not None]
 
     def upstream(self, name: str) -> Upstream:
-        """Raises `KeyError` for a name that no upstream has; those of routes always exist."""
+        """The upstream called `name`. Raises `KeyError` if there is none; for the names in routes there always is."""
         for upstream in self.upstreams:
             if upstream.name == name:
                 return upstream
@@ -409,10 +393,11 @@ def conflicts(
     held: int | None,
     spell: Callable[[Loc, str | int], str],
 ) -> Iterator[tuple[Loc, str]]:
-    """What is wrong between the parts: repeated names and matches, names of upstreams (`uses`) that do not exist, and a
-    body that would never fit.
+    """Conflicts between options, as locations and messages.
 
-    `None` stands for a part that is itself wrong. `spell` gives a name or a size as it may be shown.
+    These are: names and matches that occur twice, upstreams of routes (`uses`) that do not exist, and a `max_body` that
+    is larger than `limits.held`. `None` stands for an option that is not valid by itself. `spell` returns a name or a
+    size as a message may show it.
     """
     identities = [match and (match.path, frozenset(match.model), frozenset(match.methods)) for match in matches]
     columns: tuple[tuple[str, str, Sequence[object]], ...] = (

@@ -1,4 +1,4 @@
-"""Options that name a file: what is in it is checked when the configuration is read."""
+"""Options that name a file. The file is read and checked when the configuration is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .values import API_KEY, NONE, TEXT, Option, expected
 if TYPE_CHECKING:
     import ssl
 
-# No key is longer; a file that is was named by mistake.
+# Bytes. No key is longer, so a larger file was named by mistake.
 _MAX_KEY_FILE = 16 << 10
 
 
@@ -39,7 +39,7 @@ def _api_key_file(value: object) -> KeyFile | None:
     try:
         text = read_file(value, _MAX_KEY_FILE).decode("ascii").strip()
     except OSError as error:
-        # What it is not shown for: it may be the key itself.
+        # The value is not shown, because somebody may have put the key itself there.
         raise expected(f"a readable file with an API key ({_why(error)})", show=False) from None
     except UnicodeDecodeError:
         text = ""
@@ -62,14 +62,14 @@ def _ca_file(value: object) -> str | None:
             trusting(value)
             return value
         except OSError as error:
-            # An SSLError is one as well.
+            # ssl.SSLError is a subclass of OSError.
             why = "no certificate is in it" if isinstance(error, ssl.SSLError) else _why(error)
             raise expected(f"a readable file of PEM certificates ({why})") from None
     raise expected("the path of a file of PEM certificates")
 
 
 def check_certificate(load: Callable[[], ssl.SSLContext]) -> None:
-    """Raises what is wrong with a certificate that `load` loads, as pydantic wants it."""
+    """Calls `load`, and turns its errors about a certificate into errors for pydantic."""
     import ssl
 
     try:

@@ -1,7 +1,7 @@
-"""A configuration as a worker is handed it: the same options, without what it takes to read and check them.
+"""The configuration that a worker receives: the same options as in the model, without pydantic.
 
-A worker checks nothing, and pydantic would add half to the CPU that it takes to start. What the model makes of
-itself here has its names and values, so that whoever uses a configuration need not know which of the two it has.
+A worker does not validate options, and to import pydantic would add half to the CPU that its start takes. The classes
+here have the same attributes as those of the model. So code that uses a configuration works with both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Secret:
-    """A key, which nothing shows by mistake."""
+    """A key. Its `repr` does not contain the key, so it does not get into a log by mistake."""
 
     __slots__ = ("_value",)
 
@@ -58,5 +58,6 @@ class UpstreamTLS(Options):
         return _for_upstreams(self.ca_file, self.cert_file, self.key_file)
 
 
-# A worker has one configuration, so that a file is what it was; to read the system's authorities takes 20 ms.
+# Cached, because to load the system's CA certificates takes 20 ms. A worker has one configuration for all its life, so
+# it does not need to read the files again.
 _for_upstreams = functools.cache(for_upstream)

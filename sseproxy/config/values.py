@@ -1,6 +1,6 @@
-"""The values of options: how each kind is read, how it is written again, and its schema.
+"""The types of options: how a value of each type is read, how it is written, and its JSON schema.
 
-What is not as it should be is an `expected` error, which says what should be there. None of them shows what may be
+A value that is not valid raises an `expected` error, which says what was expected. No error shows a value that may be
 secret.
 """
 
@@ -30,12 +30,12 @@ from yarl import URL
 from .addresses import Address, Listen, PassedSocket, UnixAddress
 
 DOCUMENT: Final = object()
-"""Validation context of text written by an operator: there, numbers need a unit."""
+"""Validation context for values from a file. In a file, durations and sizes need a unit; in code they are numbers."""
 
 API_KEY = re.compile(r"[!-~]+")
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
-# A method, and the name of a field (RFC 9110, section 5.6.2).
+# A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -45,7 +45,7 @@ _SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def expected(what: str, *, show: bool = True) -> PydanticCustomError:
-    """The error of a value that is not `what`. `show` tells whether a message may contain the value."""
+    """The error for a value that is not `what`. With `show`, the message may contain the value."""
     return PydanticCustomError("expected" if show else "expected_secret", "expected {what}", {"what": what})
 
 
@@ -163,7 +163,7 @@ def _dialect(value: object) -> str:
 
 
 def _dialect_names() -> tuple[str, ...]:
-    # Imported only where a configuration names one: the readers of all APIs are as much as a fifth of a check.
+    # Imported only if a configuration names a dialect, because this import takes a fifth of the time of a check.
     from ..wire.dialects import DIALECT_NAMES
 
     return DIALECT_NAMES
@@ -219,7 +219,7 @@ def _path(value: object) -> str:
 
 
 def _one_of(*names: str) -> Callable[[object], str]:
-    """Reads one of `names`. What YAML 1.1 reads as False is spelled `off`."""
+    """A reader that accepts one of `names`. YAML 1.1 reads a plain `off` as False; this is `off` again."""
 
     def read(value: object) -> str:
         if value in names or (value is False and "off" in names):
@@ -236,7 +236,7 @@ def _share(value: object) -> float:
 
 
 def read_url(value: object) -> str:
-    """A canonical URL. Userinfo and queries hold secrets, so a URL that might have one is never shown."""
+    """A canonical URL. A message never shows a URL that may have userinfo or a query, because these hold secrets."""
     text = value if isinstance(value, str) and value.isprintable() and " " not in value else ""
     show = not (isinstance(value, str) and re.search("[@?#]", value))
     try:
@@ -290,7 +290,7 @@ def _enum(*values: str | bool) -> JsonSchemaValue:
     return {"enum": list(values)}
 
 
-# YAML 1.1 reads a plain off as false.
+# YAML 1.1 reads a plain `off` as false.
 _OFF: Final = _enum("off", False)
 
 
@@ -299,9 +299,9 @@ def _one_or_more(item: JsonSchemaValue) -> JsonSchemaValue:
 
 
 class Option:
-    """How an option is `read`, what it may look like to an editor, and how it is written again (`spell`).
+    """A type of option: `read` validates a value, `schemas` describe it to editors, and `spell` writes it.
 
-    A schema that takes something to know is a function, which is called when somebody asks for the schema.
+    A schema that needs an import is a function, which is called only when the schema is printed.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ class Option:
         spell: Callable[..., object] | None = None,
     ) -> None:
         self._reader = BeforeValidator(read)
-        # Text from the environment may stand in the place of any value.
+        # Any value may also be text with ${VAR}.
         self._schemas = list(schemas) if TEXT in schemas else [*schemas, _VARIABLE]
         self._spell = spell
 
@@ -363,12 +363,12 @@ ApiKey = Annotated[SecretStr | None, Option(_api_key, TEXT, NONE)]
 FieldName = Annotated[str, Option(_header, TEXT)]
 
 RequiredPath = Annotated[str, Option(_file_path, TEXT)]
-"""The path of a file, from the working directory if it is relative."""
+"""The path of a file. A relative path starts at the working directory."""
 
 FilePath = Annotated[str | None, Option(_file_path_or_none, TEXT, NONE)]
 
 Name = Annotated[str, Option(_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"})]
-"""Names are metric label values, hence short and plain."""
+"""A name is the value of a metric label, so it is short and has no special characters."""
 
 PathPrefix = Annotated[str, Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
 
@@ -400,17 +400,19 @@ LogFormat = Annotated[
 ]
 
 
-# What a message shows of a place and of a value.
+# How messages show locations and values.
 
 Loc = tuple[str | int, ...]
-"""Where a part of a configuration is: keys and indices, from the top."""
+"""The location of a part of a configuration: keys and indices, from the top."""
 
 _NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def dotted(loc: Loc) -> str:
-    """`path.to[0].key`. Of a key that is no plain word only the start is shown, and nothing that is below an api_key:
-    either may contain the key itself, as in `{api_key:secret}`.
+    """A location as text: `path.to[0].key`.
+
+    Only the first word of a key is shown, and nothing below an `api_key`, because both may contain a secret: the YAML
+    `{api_key:secret}` has one key that includes it.
     """
     path = ""
     for key in loc:

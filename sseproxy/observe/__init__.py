@@ -1,1 +1,1 @@
-"""What an operator sees."""
+"""What an operator sees: metrics, the access log, the log."""

@@ -1,6 +1,6 @@
 """The access log: one line for each exchange that has ended. Never content, keys or queries.
 
-Lines are collected, and handed to a thread every so often, so that writing them holds up no exchange.
+Lines are collected, and regularly given to a thread that writes them. So writing never blocks an exchange.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .logs import STANDARD_OUTPUT, Lines, wants_text
 if TYPE_CHECKING:
     from ..config import AccessLog as Options
 
-# Of what a client or an upstream calls something. All of a line has room in a write that nobody splits (`logs`).
+# Characters of names, causes and paths in a line. With these limits, a line fits into one atomic write (`logs`).
 _MAX_NAME: Final = 128
 _MAX_CAUSE: Final = 300
 _MAX_PATH: Final = 512
-# The segments of the known APIs' paths, which never are anybody's.
+# The fixed segments in the paths of known APIs. Other segments may be ids or names of users.
 _WORDS: Final = frozenset(
     (
         "v1 v1beta v1alpha v2 api openai anthropic chat completions responses embeddings models files uploads batches "
@@ -40,7 +40,7 @@ _WORDS: Final = frozenset(
 
 
 def _shown(said_by_others: str | None, most: int = _MAX_NAME) -> str | None:
-    """What a client or an upstream calls something, so that it is harmless in a line."""
+    """Text from a client or an upstream, shortened, and without control characters."""
     if said_by_others is None:
         return None
     return "".join(c if c.isprintable() else "?" for c in said_by_others[:most])
@@ -50,15 +50,15 @@ def _whole_path(path: str) -> str | None:
     return _shown(path, _MAX_PATH)
 
 
-# Few paths are many requests.
+# Cached, because most requests have one of a few paths.
 @functools.lru_cache(maxsize=64)
 def _known_path(path: str) -> str:
-    """`path`, with a `*` for each segment that is no word of a known API: it may be an id, a name, or a secret."""
+    """`path` with `*` for each segment that is not in `_WORDS`, because it may be an id, a name or a secret."""
     return "/".join(map(_known_segment, path[:_MAX_PATH].split("/")))
 
 
 def _known_segment(segment: str) -> str:
-    # Gemini's are a model and what it is to do.
+    # A segment of Gemini's API may be `MODEL:METHOD`.
     name, colon, verb = segment.partition(":")
     return (name if name in _WORDS or not name else "*") + (colon + (verb if verb in _WORDS else "*") if colon else "")
 
@@ -71,9 +71,9 @@ _PATHS: Final[Mapping[str, Callable[[str], str | None]]] = {
 
 
 def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_path) -> dict[str, Any]:
-    """What a line says of `exchange`, in its order; what is not known is not in it. Durations are in seconds.
+    """The fields of the line for `exchange`, in their order, without unknown ones. Durations are in seconds.
 
-    `paths` says how much of a path is told.
+    `paths` turns the path into what may be logged of it.
     """
     received_at = exchange.received_at
 
@@ -113,13 +113,13 @@ def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_pat
 
 
 def _json(at: datetime, said: Mapping[str, object]) -> bytes:
-    """One JSON object, beginning with the time at which the exchange ended (RFC 3339)."""
+    """A JSON object. Its first field is the time at which the exchange ended (RFC 3339)."""
     time = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return msgspec.json.encode({"time": time, **said})
 
 
 def _text(at: datetime, said: Mapping[str, Any]) -> bytes:
-    """For people who watch a terminal."""
+    """A line for a terminal."""
     if "dropped" in said:
         return f"{at:%H:%M:%S} {said['dropped']} lines were dropped: nobody read them".encode()
     usage = said.get("usage", {})
@@ -139,7 +139,7 @@ def _text(at: datetime, said: Mapping[str, Any]) -> bytes:
 
 
 class AccessLog:
-    """Writes what `options` want to know to `descriptor`."""
+    """Writes the access log to `descriptor`, as `options` say."""
 
     def __init__(self, options: Options, descriptor: int = STANDARD_OUTPUT) -> None:
         self._all = options.exchanges == "all"
@@ -149,7 +149,7 @@ class AccessLog:
         self._lines = Lines(descriptor, lambda number: self._line({"dropped": number}).decode())
 
     def ended(self, exchange: Exchange) -> None:
-        """An exchange has its outcome."""
+        """Writes the line for an exchange that has ended, unless `options` leave it out."""
         if exchange.outcome is Outcome.COMPLETED and (exchange.status or 0) < 400:
             if not self._all or (self._sample < 1 and random.random() >= self._sample):
                 return
@@ -159,14 +159,14 @@ class AccessLog:
         return self._spell(datetime.now(UTC), said)
 
     def flush(self) -> None:
-        """What was collected is to be written; it is written by a thread."""
+        """Lets the thread write the collected lines."""
         self._lines.flush()
 
     def close(self) -> None:
-        """Waits a moment for the last lines to be taken."""
+        """Waits up to a second until the last lines are written."""
         self._lines.finish()
 
 
 def to_standard_output(options: Options) -> AccessLog | None:
-    """The access log of a process; None if none is wanted."""
+    """The access log on standard output. None if it is off."""
     return None if options.exchanges == "off" else AccessLog(options)

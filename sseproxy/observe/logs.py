@@ -1,9 +1,9 @@
-"""What a process writes for people to read, so that nobody who reads it slowly, or not at all, ever holds it up.
+"""Writes log lines without ever blocking a process, even if nobody reads them.
 
-The supervisor and its workers write to the same pipe, socket or file. Each write to it has whole lines, and at most
-`PIPE_BUF` bytes: what several processes write so never mixes within a line. Of a pipe that is promised (pipe(7)); the
-kernel queues so few bytes on a Unix stream socket, such as journald's, as one buffer; and it locks a file that it
-writes to.
+The supervisor and its workers write to the same pipe, socket or file. Each write has whole lines, and at most
+`PIPE_BUF` bytes, so lines of several processes are never mixed. For a pipe this is guaranteed (pipe(7)). On a Unix
+stream socket, such as journald's, the kernel queues so few bytes as one buffer. A file is locked by the kernel during a
+write.
 """
 
 from __future__ import annotations
@@ -27,33 +27,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Bytes that wait for a reader that does not read; what is more is dropped, and counted.
+# Bytes of lines that may wait for the reader. Further lines are dropped and counted.
 _MAX_WAITING: Final = 1 << 20
-# How long the end of the process waits for the last lines to be taken.
+# Seconds that the process waits at its end until the last lines are written.
 _LAST_LINES: Final = 1.0
 _CUT: Final = b" [...]"
-_DROPPED: Final = "{} lines were dropped: nobody took them"
+_DROPPED: Final = "{} lines were dropped: nobody read them"
 
 STANDARD_OUTPUT: Final = 1
 _STANDARD_ERROR: Final = 2
 
 
 class Lines(io.RawIOBase):
-    """Collects lines; a thread writes them to `descriptor` when they are flushed. `write` and `flush` never wait.
+    """Collects lines. When they are flushed, a thread writes them to `descriptor`. `write` and `flush` never block.
 
-    `say_dropped` makes a line of how many were dropped before it, because the reader was too slow or there was none.
+    If lines had to be dropped, because the reader was too slow or there was none, `say_dropped` makes a line of their
+    number.
     """
 
     def __init__(self, descriptor: int, say_dropped: Callable[[int], str] = _DROPPED.format) -> None:
         self._descriptor = descriptor
         self._say_dropped = say_dropped
-        # Guards what follows. A finalizer or a signal that logs while it is held may do so: the lock is reentrant.
+        # Guards the attributes below. It is reentrant: a finalizer or a signal handler may log while it is held.
         self._changed = threading.Condition(threading.RLock())
         self._lines: list[bytes] = []
         self._size = 0
         self._dropped = 0
         self._begun = b""
-        # Lines are to be written, or are being written.
+        # Whether there are lines to write, or lines that are being written.
         self._due = False
         self._failing = False
         threading.Thread(target=self._run, name=f"lines-{descriptor}", daemon=True).start()
@@ -68,12 +69,12 @@ class Lines(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
-        """Takes UTF-8. What does not end with a line end waits for the rest of its line."""
+        """Takes UTF-8 text. An incomplete last line is kept until its end is written."""
         with self._changed:
             *lines, self._begun = (self._begun + data).split(b"\n")
             for line in lines:
                 self._take(line)
-            # No line is longer.
+            # A line is cut to this length, so more need not be kept.
             self._begun = self._begun[:PIPE_BUF]
         return len(data)
 
@@ -87,14 +88,14 @@ class Lines(io.RawIOBase):
         self._size += len(line) + 1
 
     def flush(self) -> None:
-        """What was collected is to be written now."""
+        """Lets the thread write the collected lines now."""
         with self._changed:
             if self._lines:
                 self._due = True
                 self._changed.notify_all()
 
     def finish(self) -> None:
-        """Waits until everything was written, if somebody takes it in time."""
+        """Waits until everything is written, at most `_LAST_LINES` seconds."""
         with self._changed:
             if self._begun:
                 self.write(b"\n")
@@ -111,28 +112,28 @@ class Lines(io.RawIOBase):
                 if not self._written(batch):
                     with self._changed:
                         self._dropped += batch.count(b"\n")
-            # After the lines that were waiting when there was no room for more.
+            # The dropped lines came after the lines above, so the notice about them does, too.
             if dropped and not self._failing and self._written(self._say_dropped(dropped).encode() + b"\n"):
                 with self._changed:
                     self._dropped -= dropped
             with self._changed:
-                # What came meanwhile as well.
+                # Further lines may have been collected meanwhile.
                 self._due = bool(self._lines)
                 self._changed.notify_all()
 
     def _written(self, batch: bytes) -> bool:
-        """Writes `batch`, however long that takes; False if that cannot be done."""
+        """Writes `batch`, however long that takes. Returns False if it cannot be written."""
         try:
             while batch:
                 try:
                     batch = batch[os.write(self._descriptor, batch) :]
                 except BlockingIOError:
-                    # Somebody who has it as well has made it so.
+                    # Another process that shares the file description has made it non-blocking.
                     poll = select.poll()
                     poll.register(self._descriptor, select.POLLOUT)
                     poll.poll()
         except OSError as error:
-            # Whoever read has gone, or the disk is full.
+            # The reader has ended, or the disk is full.
             if not self._failing:
                 self._failing = True
                 log.warning("nothing can be written to descriptor %d: %s", self._descriptor, error.strerror)
@@ -142,7 +143,7 @@ class Lines(io.RawIOBase):
 
 
 def _batches(lines: Sequence[bytes]) -> Iterator[bytes]:
-    """`lines` in as few writes as there may be."""
+    """`lines` joined to batches of at most `PIPE_BUF` bytes."""
     batch = b""
     for line in lines:
         if len(batch) + len(line) > PIPE_BUF:
@@ -153,14 +154,14 @@ def _batches(lines: Sequence[bytes]) -> Iterator[bytes]:
 
 
 class _Text(logging.Formatter):
-    """A line for people: when, how grave, who says it, what. A traceback follows in lines of its own."""
+    """A plain line: time, level, logger, message. A traceback follows in further lines."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return moment(record.created)
 
 
 class _Json(logging.Formatter):
-    """One JSON object, short enough to be a line that nobody cuts."""
+    """One JSON object, short enough that the line is not cut."""
 
     def format(self, record: logging.LogRecord) -> str:
         said = {
@@ -172,7 +173,7 @@ class _Json(logging.Formatter):
         if record.exc_info:
             said["exception"] = _unicode(self.formatException(record.exc_info))
         line = msgspec.json.encode(said)
-        # Every character may take six bytes. Of a traceback, the end says most.
+        # A character may take six bytes. The end of a traceback is kept, because it says most.
         if len(line) >= PIPE_BUF:
             said["message"] = said["message"][: PIPE_BUF // 24]
             if "exception" in said:
@@ -182,12 +183,12 @@ class _Json(logging.Formatter):
 
 
 def _unicode(text: str) -> str:
-    """`text`, whatever bytes somebody has made it of."""
+    """`text` with escapes for what cannot be encoded, such as the surrogates of invalid UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def moment(created: float) -> str:
-    """The point in time `created`, in seconds since 1970, as RFC 3339 has it."""
+    """The time `created`, in seconds since 1970, in the format of RFC 3339."""
     return datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -196,12 +197,12 @@ _JSON: Final = _Json()
 
 
 def wants_text(form: str) -> bool:
-    """Whether lines in the format `form` (`access_log.format`) are for people: by default, on a terminal."""
+    """Whether the format `form` (`access_log.format`) means plain text. `auto` does on a terminal."""
     return form == "text" or (form == "auto" and os.isatty(STANDARD_OUTPUT))
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes what is logged to standard error, by way of `Lines`."""
+    """Writes log lines to standard error through `Lines`."""
 
     def say_dropped(self, number: int) -> str:
         said = {"name": __name__, "levelname": "WARNING", "msg": _DROPPED.format(number)}
@@ -209,12 +210,12 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 def set_up_logging() -> None:
-    """From now on nothing that this process logs, or writes to `sys.stderr`, waits for whoever reads it."""
+    """Sets up the log on standard error. From now on neither logging nor writing to `sys.stderr` can block."""
     for descriptor in range(_STANDARD_ERROR + 1):
         try:
             os.fstat(descriptor)
         except OSError:
-            # It was started without: a socket must not get its number.
+            # The process was started with this descriptor closed. Without this, a socket could get its number.
             os.open(os.devnull, os.O_RDWR)
     handler = _Handler()
     lines = Lines(_STANDARD_ERROR, handler.say_dropped)
@@ -229,14 +230,14 @@ def set_up_logging() -> None:
 
 
 def finish() -> None:
-    """Waits until what was logged was written, if somebody takes it in time."""
+    """Waits until all log lines are written, at most `_LAST_LINES` seconds."""
     lines = getattr(sys.stderr, "buffer", None)
     if isinstance(lines, Lines):
         lines.finish()
 
 
 def log_as(config: Config) -> None:
-    """What is logged from now on, and how, is as `config` has it."""
+    """Sets the level and the format of the log as `config` says."""
     for handler in logging.root.handlers:
         if isinstance(handler, _Handler):
             handler.setFormatter(_TEXT if wants_text(config.access_log.format) else _JSON)

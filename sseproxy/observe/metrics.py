@@ -1,7 +1,7 @@
-"""Every metric: its name, labels, buckets and meaning, and what a worker counts with.
+"""Every metric with its name, labels, buckets and meaning, and the `Recorder` that a worker counts with.
 
-A worker counts into a `Recorder` of its own, and sends what has changed as a `Report`; the supervisor adds the reports
-up in its `registry`.
+A worker counts into its own `Recorder`, and sends the changes as a `Report`. The supervisor adds up the reports of all
+workers in its `registry`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BETWEEN_TOKENS: Final = (
 DURATION: Final = (
     0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0,
 )  # fmt: skip
-# The proxy's own share: from tens of microseconds, where it belongs, to what would wake somebody up.
+# Delays that sseproxy itself causes: from the usual tens of microseconds to values that need an alert.
 OWN_DELAY: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0)
 
 Labels = tuple[str, ...]
@@ -33,7 +33,7 @@ Labels = tuple[str, ...]
 class Metric(NamedTuple):
     """One metric family. `labels` take values from the configuration and from closed sets only.
 
-    Gauges of several workers are added up; a `state` is a gauge of which the last word counts, whoever said it.
+    The gauges of several workers are added up. A `state` is a gauge whose latest value counts, from whichever worker.
     """
 
     name: str
@@ -241,32 +241,35 @@ class ExemplarValue(msgspec.Struct, array_like=True):
 
 
 class Histogram(msgspec.Struct, array_like=True):
-    """Counts per bucket, the last one for what is above every bound, and the sum of what was observed."""
+    """Counts per bucket, and the sum of all values. The last bucket has the values above all bounds."""
 
     counts: list[int]
     sum: float = 0.0
     exemplars: dict[int, ExemplarValue] = {}
 
     def add(self, other: Histogram, *, later: bool = True) -> None:
-        """Adds what `other` counted. The latest exemplars count: those of `other`, if it is the `later` one."""
+        """Adds the counts of `other`. The exemplars of the later histogram are kept: of `other`, if it is `later`."""
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
         self.sum += other.sum
         self.exemplars = self.exemplars | other.exemplars if later else other.exemplars | self.exemplars
 
 
 class Report(msgspec.Struct, array_like=True):
-    """What has changed in one worker since its last report; gauges as they are now. Keys are (metric, labels)."""
+    """The changes in one worker since its last report, and the current values of gauges.
+
+    Each entry is (metric, labels, value).
+    """
 
     counters: list[tuple[str, Labels, float]]
     gauges: list[tuple[str, Labels, float]]
     states: list[tuple[str, Labels, float]]
     histograms: list[tuple[str, Labels, Histogram]]
     asked: bool = False
-    """The supervisor has asked for it."""
+    """Whether the supervisor has requested this report."""
 
 
 class HistogramRecorder:
-    """A histogram while it is being counted into. `observe` is on the hot path: a value is kept until it `settles`."""
+    """A histogram in a worker. `observe` is on the hot path: it only appends the value; `settle` sorts the values."""
 
     __slots__ = ("_bounds", "_settled", "_values", "observe")
 
@@ -277,7 +280,7 @@ class HistogramRecorder:
         self.observe: Callable[[float], None] = self._values.append
 
     def example(self, value: float, request_id: str, at: float) -> None:
-        """Says which exchange has made the latest observation of its bucket."""
+        """Sets the exemplar of the bucket of `value`: the exchange with `request_id`."""
         self._open().exemplars[bisect_left(self._bounds, value)] = ExemplarValue(value, request_id, at)
 
     def _open(self) -> Histogram:
@@ -286,7 +289,7 @@ class HistogramRecorder:
         return self._settled
 
     def settle(self) -> None:
-        """Counts what was observed."""
+        """Sorts the observed values into buckets."""
         if not self._values:
             return
         values = sorted(self._values)
@@ -296,18 +299,18 @@ class HistogramRecorder:
         self._open().add(Histogram(counts, sum(values)))
 
     def take(self) -> Histogram | None:
-        """What was observed since it was taken last; None for nothing."""
+        """The observations since the last call of `take`. None if there are none."""
         self.settle()
         taken, self._settled = self._settled, None
         return taken
 
     def take_back(self, taken: Histogram) -> None:
-        """`taken` could not be sent."""
+        """Adds `taken` again, because it could not be sent."""
         self._open().add(taken, later=False)
 
 
 class Recorder:
-    """A worker's numbers since its last report."""
+    """The numbers of a worker since its last report."""
 
     def __init__(self) -> None:
         self._counters: dict[tuple[str, Labels], float] = {}
@@ -320,12 +323,12 @@ class Recorder:
         self._counters[key] = self._counters.get(key, 0) + amount
 
     def move(self, metric: Metric, labels: Labels, by: int) -> None:
-        """Moves a gauge up or down."""
+        """Changes a gauge by `by`."""
         key = (metric.name, labels)
         self._gauges[key] = self._gauges.get(key, 0) + by
 
     def is_moved(self, metric: Metric) -> bool:
-        """Whether a gauge of `metric` is not where it began."""
+        """Whether a gauge of `metric` is not 0."""
         return any(value for (name, _), value in self._gauges.items() if name == metric.name)
 
     def set(self, metric: Metric, labels: Labels, value: float) -> None:
@@ -333,19 +336,19 @@ class Recorder:
         of[(metric.name, labels)] = value
 
     def histogram(self, metric: Metric, labels: Labels) -> HistogramRecorder:
-        """The histogram to count into; the same one for the same labels."""
+        """The histogram with these labels. The same labels get the same histogram."""
         key = (metric.name, labels)
         if key not in self._histograms:
             self._histograms[key] = HistogramRecorder(metric.buckets)
         return self._histograms[key]
 
     def settle(self) -> None:
-        """Does a part of the next report's work."""
+        """Sorts the observed values of all histograms into buckets, so that less is left for the next report."""
         for histogram in self._histograms.values():
             histogram.settle()
 
     def report(self, *, asked: bool = False) -> Report:
-        """What has changed; counting starts anew."""
+        """The changes since the last report. Counters and histograms start at 0 again."""
         counters, self._counters = self._counters, {}
         states, self._states = self._states, {}
         return Report(
@@ -359,7 +362,7 @@ class Recorder:
         )
 
     def take_back(self, report: Report) -> None:
-        """`report` could not be sent; what it says is in the next one."""
+        """Adds `report` to the next one, because it could not be sent."""
         for name, labels, amount in report.counters:
             self._counters[name, labels] = self._counters.get((name, labels), 0) + amount
         for name, labels, value in report.states:

@@ -1,6 +1,6 @@
-"""The registry that `/metrics` is written from: all workers' numbers, added up.
+"""The registry behind `/metrics`: the numbers of all workers, added up.
 
-It is the supervisor's, and outlives workers, so that counters never fall.
+It belongs to the supervisor and outlives the workers, so counters never fall.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OPENMETRICS: Final = "application/openmetrics-text"
 
 
 class Registry(Collector):
-    """All workers' numbers, added up. Gauges are kept by worker, and go with it."""
+    """The numbers of all workers, added up. Gauges are kept for each worker, and dropped when it ends."""
 
     def __init__(self) -> None:
         self._counters: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
@@ -43,18 +43,18 @@ class Registry(Collector):
             total.add(delta)
 
     def gauge(self, worker: int, metric: Metric, labels: Labels = ()) -> float:
-        """What `worker` says of a gauge; 0 if nothing."""
+        """The value of a gauge of `worker`, or 0."""
         return self._gauges.get(worker, {}).get((metric.name, labels), 0)
 
     def drop(self, worker: int) -> dict[Labels, int]:
-        """`worker` is gone, and its gauges with it. How many exchanges were on it then, by (route, upstream)."""
+        """Drops the gauges of `worker`, which has ended. Returns its active exchanges, by (route, upstream)."""
         gauges = self._gauges.pop(worker, {})
         return {
             labels: int(value) for (name, labels), value in gauges.items() if name == REQUESTS_ACTIVE.name and value > 0
         }
 
     def forget_states(self, gone: Iterable[str]) -> None:
-        """The configuration no longer has what is called so by the first label of a state."""
+        """Drops the states whose first label is one of `gone`, because the configuration no longer has these names."""
         for name in gone:
             for states in self._states.values():
                 for labels in [labels for labels in states if labels[0] == name]:
@@ -90,11 +90,11 @@ class Registry(Collector):
 
 
 def exposition(registry: Registry, accept: str) -> tuple[bytes, str]:
-    """What `/metrics` says, and its content type, in the format that `accept` asks for."""
+    """The body of `/metrics` and its content type, in a format that the `Accept` field `accept` allows."""
     served = CollectorRegistry()
     served.register(registry)
     ProcessCollector(registry=served)
-    # The library fails on versions that are no numbers, and answers with whatever version it is asked for.
+    # The library raises on a version in `Accept` that is not a number, so only the name of the format is passed to it.
     encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accept else "")
     return encode(served), content_type
 
@@ -102,7 +102,7 @@ def exposition(registry: Registry, accept: str) -> tuple[bytes, str]:
 def _cumulative(
     bounds: tuple[float, ...], counted: Histogram
 ) -> Iterator[tuple[str, float] | tuple[str, float, Exemplar]]:
-    """(le, count, exemplar) of each bucket, as the exposition formats want them."""
+    """(le, cumulative count, exemplar) of each bucket, for the exposition formats."""
     total = 0
     for index, le in enumerate((*map(repr, bounds), "+Inf")):
         total += counted.counts[index]

@@ -1,7 +1,7 @@
-"""From what happens in exchanges to numbers, and from a worker to its supervisor.
+"""Counts what happens in exchanges, and sends the numbers from a worker to its supervisor.
 
-Reports on the channel between the two are frames: a four-byte length and that many bytes of msgpack. Down the same
-channel the supervisor asks for one now.
+A worker sends reports through its channel. A report is a frame: a length of four bytes, and so many bytes of msgpack.
+In the other direction, the supervisor sends a byte to request a report now.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from . import metrics
 from .access import AccessLog
 from .metrics import Labels, Recorder, Report
 
-# Unasked, so often; it is what a worker that dies has not told yet. Each report is a pause of half a millisecond, where
-# the supervisor has no core of its own.
+# Seconds between two reports that were not requested. A worker that dies loses the numbers since its last report. Each
+# report takes half a millisecond of a core, which the supervisor and the worker may share.
 REPORT_INTERVAL = 1.0
-# The more was observed, the longer sorting it holds up the bytes.
+# Seconds between two sortings of observed values into buckets. To sort more values at once would block the loop longer.
 _SETTLE_INTERVAL = 0.1
-# nginx's status for a client that closed the connection before it was answered.
+# nginx's status code for a client that closed the connection before it got a response.
 _CLIENT_CLOSED_REQUEST = 499
-# OpenMetrics allows an exemplar's label names and values 128 characters together; clients may choose longer ids.
+# Characters. OpenMetrics allows 128 for the label names and values of an exemplar. Clients may choose longer ids.
 _EXEMPLAR_ID = 128 - len("request_id")
 
 _HEADER = struct.Struct("!I")
@@ -42,9 +42,9 @@ def encode_report(report: Report) -> bytes:
 
 
 class Reports:
-    """The reports of one worker, to be iterated over, until it closes its end of the channel or dies.
+    """Iterates over the reports of one worker, until the worker closes its end of the channel.
 
-    Read by `reader`; `write` is for what the worker is asked.
+    `reader` reads from the channel, `write` writes to it.
     """
 
     def __init__(self, reader: asyncio.StreamReader, write: Callable[[bytes], object]) -> None:
@@ -53,7 +53,7 @@ class Reports:
         self._answered = asyncio.Event()
         self._answered.set()
         self.number = 0
-        """How many have come."""
+        """How many reports have been received."""
 
     async def __aiter__(self) -> AsyncIterator[Report]:
         try:
@@ -70,21 +70,21 @@ class Reports:
             self._answered.set()
 
     def ask(self) -> None:
-        """Asks the worker for a report, unless it still has to answer."""
+        """Requests a report from the worker, unless the last request has not been answered yet."""
         if self._answered.is_set():
             self._answered.clear()
             self._write(b"?")
 
     async def latest(self) -> None:
-        """Asks the worker for a report; returns when it has been iterated over, or when there are no more."""
+        """Requests a report. Returns when the iteration has passed it, or when there are no more reports."""
         self.ask()
         await self._answered.wait()
 
 
 class Telemetry:
-    """A worker's numbers. `send` takes a report, and says False if it cannot take one now.
+    """The numbers of a worker. `send` sends a report; it returns False if it cannot send one now.
 
-    `connections()` yields (upstream, in use, idle) when a report is made.
+    `connections` returns (upstream, in use, idle) for each upstream. It is called for each report.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Telemetry:
         self._lag = self.recorder.histogram(metrics.LOOP_LAG, ())
 
     def observer(self, route: str, upstream: str, model: str) -> RouteObserver:
-        """What the exchanges of `route` and `upstream`, for the models that are called `model`, are recorded by."""
+        """The observer of exchanges with these labels. The same labels get the same observer."""
         key = (route, upstream, model)
         found = self._observers.get(key)
         if found is None:
@@ -114,7 +114,7 @@ class Telemetry:
         return found
 
     def changed(self) -> None:
-        """A report is due within `REPORT_INTERVAL`, and sooner if the last one is longer ago."""
+        """Schedules a report: `REPORT_INTERVAL` after the last one, or soon if that has passed."""
         if self._settling is None:
             self._settling = self._loop.call_later(_SETTLE_INTERVAL, self._settle)
 
@@ -129,7 +129,7 @@ class Telemetry:
             self.changed()
 
     def report(self, *, asked: bool = False) -> None:
-        """Sends what has changed. `asked`: the supervisor waits for it."""
+        """Sends what has changed. `asked`: the supervisor has requested it."""
         self._asked = self._asked or asked
         self._report_due = perf_counter() + REPORT_INTERVAL
         if self.access is not None:
@@ -144,7 +144,7 @@ class Telemetry:
         else:
             self.recorder.take_back(report)
         if self.recorder.is_moved(metrics.REQUESTS_ACTIVE) or not sent:
-            # What happens inside an exchange does not ask for a report of its own.
+            # Events within an exchange do not schedule a report, so an active exchange keeps them going.
             self.changed()
 
     def close(self) -> None:
@@ -156,13 +156,13 @@ class Telemetry:
             self.access.close()
 
     def lagged(self, seconds: float) -> None:
-        """A timer has fired so late."""
+        """Records that a timer of the event loop has fired so many seconds late."""
         self._lag.observe(seconds)
         self.changed()
 
 
 class RouteObserver:
-    """Implements `relay.exchange.Observer` for one route, upstream and label of a model."""
+    """Implements `relay.exchange.Observer` for one route, upstream and model label."""
 
     __slots__ = (
         "_first_token",
@@ -256,7 +256,7 @@ class RouteObserver:
 
 
 def _why_without_usage(exchange: Exchange) -> str:
-    """`not_reported` by an upstream that had the chance to, else why it had not, or why it was not seen."""
+    """The `reason` label of `streams_without_usage`. `not_reported`: the stream was complete and had no usage."""
     if exchange.unread is not None:
         return "not_read"
     if exchange.outcome is Outcome.COMPLETED:

@@ -1,1 +1,1 @@
-"""Supervisor and workers: who owns which socket, who starts and ends whom."""
+"""The processes: the supervisor owns the sockets, and starts and ends the workers."""

@@ -1,7 +1,8 @@
-"""The admin listener: metrics and health. It has a port of its own, so that no client can reach it.
+"""The admin listener: metrics, health, reload. It has a port of its own, so clients of the proxy cannot reach it.
 
-Browsers of people who can reach it might be told to by any page that they look at. So what changes something is served
-under known names only, because a name may be made to lead here (DNS rebinding), and never for another site.
+The browser of somebody who can reach it may send requests that any web page asks for. Two checks protect `/-/reload`.
+Requests from pages of other sites are refused. And the `Host` must be a known name, because a foreign name can be made
+to resolve to this address (DNS rebinding), and then the page would not count as one of another site.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from yarl import URL
 from ..errors import ReloadError, SseproxyError
 from ..observe.registry import Registry, exposition
 
-# Whoever reads these learns nothing that he could not see otherwise, and probes name whatever host they like.
+# These are read-only, and anybody who reaches the listener may read them. Probes send all kinds of `Host` fields.
 _UNDER_ANY_NAME = frozenset({"/metrics", "/livez", "/readyz"})
 
 
@@ -42,7 +43,10 @@ def known(authority: str, hosts: Collection[str]) -> bool:
 
 
 def of_another_site(request: web.Request) -> bool:
-    """Whether a browser says that another site's page is behind `request` (Fetch Metadata; RFC 6454, section 7)."""
+    """Whether a page of another site has caused `request`, according to the browser.
+
+    Browsers say so in `Sec-Fetch-Site` (Fetch Metadata) and `Origin` (RFC 6454, section 7).
+    """
     origin = request.headers.get(hdrs.ORIGIN)
     site = request.headers.get("Sec-Fetch-Site", "none")
     own = f"{request.scheme}://{request.headers.get(hdrs.HOST, '')}"
@@ -55,20 +59,21 @@ def application(
     reload: Callable[[], Awaitable[None]],
     hosts: Callable[[], Collection[str]],
 ) -> web.Application:
-    """`/metrics`, `/livez`, `/readyz` and, to POST to, `/-/reload`.
+    """Serves `GET /metrics`, `/livez` and `/readyz`, and `POST /-/reload`.
 
-    `ready` tells why requests should not come here, or None if they should. `reload` raises what is in its way. `hosts`
-    are further names under which everything is served.
+    `ready` returns why this proxy is not ready, or None if it is. `reload` raises `SseproxyError` if it fails. `hosts`
+    returns further host names (`admin.hosts`) that are allowed.
     """
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in _UNDER_ANY_NAME and not known(request.headers.get(hdrs.HOST, ""), hosts()):
             return web.Response(
-                status=421, text="This name is not served; use an address, localhost, or list it in admin.hosts.\n"
+                status=421,
+                text="This host name is not allowed. Use an IP address or localhost, or add the name to admin.hosts.\n",
             )
         if request.method == hdrs.METH_POST and of_another_site(request):
-            return web.Response(status=403, text="Another site's page may not do this.\n")
+            return web.Response(status=403, text="Pages of other sites are not allowed to do this.\n")
         return await handler(request)
 
     async def metrics(request: web.Request) -> web.Response:

@@ -1,10 +1,11 @@
-"""A generation: the workers of one configuration, started together, replaced when they end unasked, retired together.
+"""A generation: the workers of one configuration. They start together and stop together.
 
-A worker that ends unasked is replaced, at once the first time, later and later if its successors end early as well.
-What it had under way counts as lost. One that says nothing, although it was asked, is ended so that it is replaced: it
-stands still, and so do the clients that it has accepted.
+A worker that ends without having been told to is replaced: immediately the first time, then with a growing delay if its
+successors end early as well. Its exchanges are counted as lost. A worker that does not answer requests for a report is
+killed, and so replaced: it hangs, and so do its clients.
 
-After an upgrade there are workers of the earlier code as well: `Predecessors`. Only their signals are known.
+After an upgrade there are also workers of the previous version, `Predecessors`. They understand the same signals, but
+their reports are not read.
 """
 
 from __future__ import annotations
@@ -16,44 +17,48 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import ceil
 from time import perf_counter
 
 from ..config import Config
 from ..errors import Outcome, ReloadError
+from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.metrics import Recorder, Report
 from ..observe.registry import Registry
 from ..observe.telemetry import Reports
 from ..relay.admission import connections_within
-from .worker import encode_config
+from .worker import Instructions
 
 log = logging.getLogger(__name__)
 
 # A worker that lived this long was not part of a crash loop.
 _HEALTHY_AFTER = 10.0
 _BACKOFF_MIN, _BACKOFF_MAX = 0.1, 10.0
-# A worker is asked so often whether it is there, if it does not say so unasked.
-_ASKED_EVERY = 1.0
-# So often in a row it says nothing until it counts as not ready, and until it is killed, where `limits.lag` is a second
-# or less; more is given where that is more. A turn of a worker's loop takes milliseconds, and in one that is overloaded
-# as long as `limits.lag` allows. A kill cuts streams, and is for what will not get better: gunicorn waits 30 seconds.
+# Seconds without a report after which a worker is asked for one.
+_REPORT_REQUEST_INTERVAL = 1.0
+# So many unanswered requests in a row until a worker is treated as not ready, and until it is killed. This holds if
+# `limits.lag` is at most a second; for a larger lag the numbers are multiplied (`_lag_factor`). One turn of a worker's
+# loop takes milliseconds; in an overloaded worker it takes as long as `limits.lag` allows. A kill cuts streams, so it
+# is only for workers that will not recover. gunicorn waits 30 seconds.
 _UNREADY_AFTER, _KILLED_AFTER = 5, 20
-# In the same count, until it accepts: it takes a sixth of a second of CPU, and on a small machine many start at once.
+# The same for a worker that has not reported yet. A start takes a sixth of a second of CPU, and on a small machine many
+# workers start at the same time.
 _STARTED_AFTER = 60
-# What a worker has besides connections.
+# File descriptors that a worker needs besides its connections.
 _DESCRIPTORS_OF_ITS_OWN = 50
-# What the interpreter and its libraries go by themselves; a file may have used it for a path.
-_NEEDED = frozenset(
+# Variables that the interpreter and its libraries read. A worker keeps them even if the configuration uses them, for
+# example ${HOME} in a path.
+_KEPT_VARIABLES = frozenset(
     {"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ"}
     | {"SSL_CERT_DIR", "SSL_CERT_FILE"}
 )
 
 
 def cores() -> int:
-    """The cores this process may use: its affinity, and its control group's quota, rounded up."""
+    """How many cores this process may use: its affinity, limited by the CPU quota of its control group, rounded up."""
     available = len(os.sched_getaffinity(0))
     try:
         with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
@@ -63,68 +68,70 @@ def cores() -> int:
         return available
 
 
-def within_descriptors(config: Config) -> Config:
-    """`config`, of a worker, with no more connections than there may be descriptors for.
+def connections_of_a_worker(config: Config, workers: int) -> int:
+    """How many client connections each of `workers` can have with its file descriptors, at most `limits.connections`.
 
-    This process and its children may have as many as the system lets them from now on.
+    Also raises this process's limit of descriptors to the hard limit. Its children inherit that.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     wanted = config.limits.connections
+    if most == resource.RLIM_INFINITY:
+        return wanted
     possible = max(1, connections_within(most - _DESCRIPTORS_OF_ITS_OWN))
-    if most == resource.RLIM_INFINITY or wanted <= possible:
-        return config
-    if "connections" in config.limits.model_fields_set:
+    if workers * possible < wanted and "connections" in config.limits.model_fields_set:
         log.warning(
-            "a worker takes %d connections instead of %d: it may have %d descriptors (ulimit -n)",
-            possible,
+            "there can be %d connections instead of %d: each worker may have %d descriptors (ulimit -n)",
+            workers * possible,
             wanted,
             most,
         )
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"connections": possible})})
+    return min(possible, wanted)
 
 
 def environment(config: Config) -> dict[str, str]:
-    """What a worker inherits: not the variables that `config` took its keys from, which are handed to it."""
-    return {name: value for name, value in os.environ.items() if name not in config.variables - _NEEDED}
+    """A worker's environment: without the variables that `config` used, because the worker receives their values."""
+    return {name: value for name, value in os.environ.items() if name not in config.variables - _KEPT_VARIABLES}
 
 
-def _patience(config: Config) -> int:
-    """By how much a worker is given more time than where little lag is allowed."""
+def _lag_factor(config: Config) -> int:
+    """The factor by which the waiting times for a worker's report grow with `limits.lag`; 1 for up to a second."""
     return ceil(max(1.0, config.limits.lag or 0.0))
 
 
 class _Workers:
-    """What workers are told, by signals. Nothing here waits until they have heard it."""
+    """Controls workers by signals. No method waits until the workers have reacted."""
 
     finishing = False
-    """Others have taken over."""
+    """Whether newer workers have taken over, and these only finish their exchanges."""
 
-    def _tell(self, number: signal.Signals) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         raise NotImplementedError
 
     def retire(self) -> None:
-        """No more accepting; exchanges go on as `reload.drain_timeout` has it."""
+        """Stops accepting. Exchanges may go on for `reload.drain_timeout`."""
         self.finishing = True
-        self._tell(signal.SIGHUP)
+        self._signal(signal.SIGHUP)
 
     def expire(self) -> None:
-        """No more accepting; exchanges are ended."""
-        self._tell(signal.SIGINT)
+        """Stops accepting, and ends all exchanges."""
+        self._signal(signal.SIGINT)
 
     def drain(self) -> None:
-        """No more accepting; exchanges go on as `drain_timeout` has it."""
-        self._tell(signal.SIGTERM)
+        """Stops accepting. Exchanges may go on for `drain_timeout`."""
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        self._tell(signal.SIGKILL)
+        self._signal(signal.SIGKILL)
 
 
 class Generation(_Workers):
-    """The workers of `config`, which accept on `sockets` until they are told otherwise.
+    """The workers of `config`. They accept on `sockets` until a method of `_Workers` is called.
 
-    `numbers` tells the workers of all generations apart in the registry; `changed` is called when one is ready, or
-    has ended. Before one is replaced, `same_code` raises `ReloadError` if the code on disk is not the one that runs.
+    `numbers` gives each worker a number that is unique among all generations; the registry uses it. Each worker has a
+    row in `ledger`, and `columns` are the columns that it uses. `changed` is called when a worker becomes ready or has
+    ended. `check_code` is called before a worker is replaced; it raises `ReloadError` if the code on disk is not the
+    code that is running.
     """
 
     def __init__(
@@ -132,37 +139,42 @@ class Generation(_Workers):
         config: Config,
         sockets: Sequence[socket.socket],
         numbers: Iterator[int],
+        ledger: Ledger,
+        columns: dict[str, int],
         registry: Registry,
         recorder: Recorder,
         changed: Callable[[], None],
-        same_code: Callable[[], Awaitable[None]],
+        check_code: Callable[[], Awaitable[None]],
     ) -> None:
         self.config = config
         self.size = cores() if config.workers == "auto" else config.workers
         self.ready: set[int] = set()
-        """The workers that accept, by their numbers."""
+        """The numbers of the workers that accept."""
         self.last_exit = ""
-        """How the latest worker ended that did so unasked."""
-        self._of_a_worker = config.share(self.size)
+        """How the last worker ended that was not told to end, in words. Empty if there was none."""
         self._sockets = sockets
         self._numbers = numbers
+        self._ledger = ledger
+        self._columns = columns
+        self._most_connections = 0
+        self._rows: dict[int, int] = {}
         self._registry = registry
         self._recorder = recorder
         self._changed = changed
-        self._same_code = same_code
+        self._check_code = check_code
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._channels: dict[int, socket.socket] = {}
         self._spawning = 0
-        # Of the workers that report, which they do once they accept.
+        # The reports of each worker that has reported. A worker reports for the first time when it accepts.
         self._reports: dict[int, Reports] = {}
         self._keepers: list[asyncio.Task[None]] = []
-        # What workers that have just been started are to be told as well.
-        self._told: signal.Signals | None = None
+        # The last signal that was sent to all workers. Workers that were just being started get it, too.
+        self._last_signal: signal.Signals | None = None
         self._closing = asyncio.Event()
 
     def start(self) -> None:
-        """Starts the workers; `ready` tells which of them accept."""
-        self._of_a_worker = within_descriptors(self._of_a_worker)
+        """Starts the workers. Returns before they accept: see `ready` and `complete`."""
+        self._most_connections = connections_of_a_worker(self.config, self.size)
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.size)]
 
@@ -171,47 +183,57 @@ class Generation(_Workers):
         return len(self.ready) == self.size
 
     def missing(self) -> str:
-        """Who does not accept, and what is known of why."""
+        """An error text: how many workers do not accept, and how the last one ended."""
         why = f": one {self.last_exit}" if self.last_exit else ""
-        return f"{self.size - len(self.ready)} of {self.size} new workers did not come to accept connections{why}"
+        return f"{self.size - len(self.ready)} of {self.size} new workers did not start to accept connections{why}"
 
-    def _tell(self, number: signal.Signals) -> None:
-        self._told = number
+    def _signal(self, number: signal.Signals) -> None:
+        self._last_signal = number
         self._closing.set()
         for process in self._processes.values():
-            # One that has just ended is still among them.
+            # A worker that has just ended may still be in the table.
             with suppress(ProcessLookupError):
                 process.send_signal(number)
 
     def settled(self) -> bool:
-        """Whether no worker is being started, nor has ended without its supervisor having heard so."""
+        """Whether every worker process has reported, so none is being started and none has just ended."""
         return not self._spawning and self._processes.keys() == self._reports.keys()
 
     def channels(self) -> list[tuple[int, int]]:
-        """The process id of each worker, and the descriptor of its channel, or -1 if that is closed."""
+        """Of each worker, the process id and the descriptor of its channel, or -1 if the channel is closed."""
         return [(process.pid, self._channels[number].fileno()) for number, process in self._processes.items()]
 
+    @property
+    def names(self) -> set[str]:
+        """The names in the ledger that its workers count under."""
+        return set(self._columns)
+
+    def rows(self) -> dict[int, int]:
+        """The row of each worker in the ledger, by its process id."""
+        return {process.pid: self._rows[number] for number, process in self._processes.items()}
+
     async def report(self) -> None:
-        """Waits until the registry has what each worker knows now."""
+        """Asks all workers for a report, and waits until the registry has all of them."""
         await asyncio.gather(*(reports.latest() for reports in self._reports.values()))
 
     async def ended(self) -> None:
-        """Waits until every worker has ended, after they were told to."""
+        """Waits until every worker has ended. Call `drain`, `retire`, `expire` or `kill` first."""
         await asyncio.wait(self._keepers)
 
     async def _keep_worker(self) -> None:
-        """Keeps one worker running."""
+        """Runs one worker, and replaces it when it ends, until the generation is closed."""
         backoff = 0.0
         replaces = False
         while not self._closing.is_set():
             started = perf_counter()
             try:
                 if replaces:
-                    await self._same_code()
+                    await self._check_code()
                 last_exit = f"ended with status {await self._run_worker()}"
                 ended = True
             except (OSError, ReloadError) as error:
-                # Out of descriptors, processes or memory; there may be some again. Or the code on disk is another.
+                # OSError: no descriptors, processes or memory are left now, but there may be some later.
+                # ReloadError: the code on disk is not the code that is running.
                 last_exit, ended = f"could not be started ({error})", False
             replaces = True
             if self._closing.is_set():
@@ -229,10 +251,17 @@ class Generation(_Workers):
                 continue
 
     async def _run_worker(self) -> int:
-        """Runs one worker to its end; returns its exit status. Raises `OSError` if there is no starting one."""
+        """Runs one worker until it ends, and returns its exit status. Raises `OSError` if it cannot be started."""
+        row = self._ledger.take_row()
+        try:
+            return await self._run_worker_on(row)
+        finally:
+            self._ledger.free_row(row)
+
+    async def _run_worker_on(self, row: int) -> int:
         ours, theirs = socket.socketpair()
         number = next(self._numbers)
-        fds = [theirs.fileno(), *(sock.fileno() for sock in self._sockets)]
+        fds = [theirs.fileno(), self._ledger.fd, *(sock.fileno() for sock in self._sockets)]
         self._spawning += 1
         with theirs:
             try:
@@ -240,7 +269,7 @@ class Generation(_Workers):
                     *(sys.executable, "-P", "-m", "sseproxy.process.start", *map(str, fds)),
                     env=environment(self.config),
                     pass_fds=fds,
-                    # The terminal's Ctrl-C goes to a whole process group; what it means is decided here.
+                    # Ctrl-C in a terminal sends SIGINT to a whole process group. Only the supervisor must get it.
                     start_new_session=True,
                 )
             except OSError:
@@ -250,14 +279,15 @@ class Generation(_Workers):
                 self._spawning -= 1
         self._processes[number] = process
         self._channels[number] = ours
-        if self._told is not None:
+        self._rows[number] = row
+        if self._last_signal is not None:
             with suppress(ProcessLookupError):
-                process.send_signal(self._told)
+                process.send_signal(self._last_signal)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        writer.write(encode_config(self._of_a_worker))
+        writer.write(Instructions(self.config, row, self._columns, self._most_connections).encoded())
 
         def ask(question: bytes) -> None:
-            # One that has reset its end has no answer, and may hang all the same.
+            # A worker that has closed its end cannot answer. It may still hang, so `_watch` goes on.
             if not writer.transport.is_closing():
                 writer.write(question)
 
@@ -266,26 +296,26 @@ class Generation(_Workers):
         try:
             await self._follow(number, reports)
         except Exception:
-            # As it is where the package on disk has become another one while the worker was started.
-            log.exception("a worker says what this version does not understand: it is killed")
+            # This happens when the package on disk was replaced while the worker was starting.
+            log.exception("a worker sent a report that this version cannot decode: the worker is killed")
             process.kill()
         self.ready.discard(number)
         self._reports.pop(number, None)
         status = await process.wait()
         watch.cancel()
         writer.close()
-        del self._processes[number], self._channels[number]
+        del self._processes[number], self._channels[number], self._rows[number]
         self._changed()
         for labels, lost in self._registry.drop(number).items():
             self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
         return status
 
     async def _follow(self, number: int, reports: Reports) -> None:
-        """Keeps what a worker reports, until it reports no more."""
+        """Adds a worker's reports to the registry, until the worker closes its channel."""
         async for report in reports:
             self._reports[number] = reports
             if self.finishing:
-                # What a state is now, those say who have the configuration that is in use.
+                # Only workers of the current configuration report the current state of upstreams.
                 report.states.clear()
             self._add(number, report)
 
@@ -297,52 +327,63 @@ class Generation(_Workers):
             self._changed()
 
     async def _watch(self, number: int, process: asyncio.subprocess.Process, reports: Reports) -> None:
-        """Notices when a worker says nothing, and kills it when it goes on so.
+        """Notices when a worker sends no reports. If it does not recover, kills it.
 
-        What is counted are turns of this process in which it heard nothing, not time: while the whole machine sleeps,
-        or this process stands still, nobody is at fault.
+        This counts intervals in which this process ran and received nothing, and not the time. So a worker is not
+        blamed for a time in which the whole machine, or this process, was suspended.
         """
         silent = 0
-        patience = _patience(self.config)
-        killed_after = _KILLED_AFTER * patience
+        factor = _lag_factor(self.config)
+        killed_after = _KILLED_AFTER * factor
         while True:
             heard = reports.number
-            await asyncio.sleep(_ASKED_EVERY)
+            await asyncio.sleep(_REPORT_REQUEST_INTERVAL)
             if reports.number != heard:
                 silent = 0
                 continue
             reports.ask()
             silent += 1
-            if silent == _UNREADY_AFTER * patience and number in self.ready:
-                log.warning("the worker %d has said nothing for %d s: it is not ready", process.pid, silent)
-                # What it said last does not hold; it is ready again when it says so.
+            if silent == _UNREADY_AFTER * factor and number in self.ready:
+                log.warning("worker %d has sent no report for %d s: it is treated as not ready", process.pid, silent)
+                # Its last report says that it accepts. It becomes ready again with its next report.
                 self._add(number, Report([], [(metrics.WORKERS.name, (), 0)], [], []))
             if silent == (killed_after if reports.number else max(killed_after, _STARTED_AFTER)):
-                log.error("the worker %d has said nothing for %d s: it is killed", process.pid, silent)
+                log.error("worker %d has sent no report for %d s: it is killed", process.pid, silent)
                 with suppress(ProcessLookupError):
                     process.kill()
 
 
 class Predecessors(_Workers):
-    """Workers of one configuration that the code before an upgrade has started. They are not replaced when they end.
+    """Workers of one configuration that the previous version has started. They are not replaced when they end.
 
-    `workers` are their process ids, and the descriptors of their channels, or -1. What they report is thrown away,
-    because it is of another version; but one that reports nothing, although it was asked, is killed.
+    `workers` has their process ids and the descriptors of their channels, or -1. `rows` has their rows in `ledger` by
+    process id, if that is known. Their reports are dropped, because another version wrote them. But a worker that does
+    not answer requests for a report is killed.
     """
 
     def __init__(
-        self, workers: Sequence[tuple[int, int]], config: Config, recorder: Recorder, changed: Callable[[], None]
+        self,
+        workers: Sequence[tuple[int, int]],
+        config: Config,
+        ledger: Ledger,
+        rows: Mapping[int, int],
+        recorder: Recorder,
+        changed: Callable[[], None],
     ) -> None:
         self.ready = {pid for pid, _ in workers}
-        """Those that may still accept."""
+        """The process ids of the workers that may still accept."""
         self._channels = dict(workers)
-        self._killed_after = _KILLED_AFTER * _patience(config)
+        self._ledger = ledger
+        self._rows = {pid: rows[pid] for pid, _ in workers if pid in rows}
+        self.names = ledger.names if self._rows else set()
+        """The names in the ledger that they may count under."""
+        self._killed_after = _KILLED_AFTER * _lag_factor(config)
         self._recorder = recorder
         self._changed = changed
         self._keepers: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Listens to them."""
+        """Starts to read their channels."""
         self._recorder.move(metrics.WORKERS, (), len(self._channels))
         self._keepers = [
             asyncio.get_running_loop().create_task(self._follow(pid, fd)) for pid, fd in self._channels.items()
@@ -354,18 +395,21 @@ class Predecessors(_Workers):
     def channels(self) -> list[tuple[int, int]]:
         return [*self._channels.items()]
 
+    def rows(self) -> dict[int, int]:
+        return self._rows
+
     def retire(self) -> None:
         self._recorder.move(metrics.WORKERS, (), -len(self._channels))
         self._recorder.move(metrics.WORKERS_FINISHING, (), len(self._channels))
         super().retire()
 
-    def _tell(self, number: signal.Signals) -> None:
-        # None has been waited for, so its id is still its own.
+    def _signal(self, number: signal.Signals) -> None:
+        # These processes have not been reaped yet, so no other process can have got one of their ids.
         for pid in self._channels:
             os.kill(pid, number)
 
     async def report(self) -> None:
-        """Waits for nothing: they are not counted."""
+        """Returns immediately: their numbers are not in the registry."""
 
     async def ended(self) -> None:
         await asyncio.wait(self._keepers)
@@ -373,27 +417,29 @@ class Predecessors(_Workers):
     async def _follow(self, pid: int, fd: int) -> None:
         if fd >= 0:
             await self._until_closed(pid, fd)
-        # The process id is its own until it is taken from here as well.
+        # WNOWAIT leaves the process unreaped: its id must not be reused while it is in `_channels`.
         await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         self._forget(pid)
 
     def _forget(self, pid: int) -> None:
         _, status = os.waitpid(pid, 0)
         del self._channels[pid]
+        if pid in self._rows:
+            self._ledger.free_row(self._rows.pop(pid))
         self.ready.discard(pid)
         self._recorder.move(metrics.WORKERS_FINISHING if self.finishing else metrics.WORKERS, (), -1)
         self._changed()
         if status:
-            log.error("a worker of the earlier code ended with status %d", os.waitstatus_to_exitcode(status))
+            log.error("a worker of the previous version ended with status %d", os.waitstatus_to_exitcode(status))
 
     async def _until_closed(self, pid: int, fd: int) -> None:
-        """Waits until a worker closes its channel. As in `Generation`, turns are counted in which it says nothing."""
+        """Waits until a worker closes its channel. Kills it if it hangs, as `Generation._watch` does."""
         reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=fd))
         silent = 0
         with suppress(ConnectionError):
             while True:
                 try:
-                    async with asyncio.timeout(_ASKED_EVERY):
+                    async with asyncio.timeout(_REPORT_REQUEST_INTERVAL):
                         if not await reader.read(65536):
                             break
                 except TimeoutError:
@@ -401,14 +447,14 @@ class Predecessors(_Workers):
                     if not writer.transport.is_closing():
                         writer.write(b"?")
                     if silent == self._killed_after:
-                        log.error("the worker %d has said nothing for %d s: it is killed", pid, silent)
+                        log.error("worker %d has sent no report for %d s: it is killed", pid, silent)
                         os.kill(pid, signal.SIGKILL)
                     continue
                 silent = 0
                 if self.finishing:
-                    # It has had its turn since it was told to stop accepting.
+                    # It has run since it received the signal to retire, so it has stopped accepting.
                     self.ready.discard(pid)
                     self._changed()
-        # Should it be handed over once more.
+        # -1 tells the next version that the channel is closed, should there be another upgrade.
         self._channels[pid] = -1
         writer.close()

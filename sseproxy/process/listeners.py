@@ -18,9 +18,9 @@ _LISTEN_FDS_START = 3
 
 
 def listen(option: str, address: Listen) -> list[socket.socket]:
-    """Listening sockets on `address`, which `option` configures: one, or as many as were passed.
+    """Listening sockets on `address`: one, or for `PassedSocket` as many as were passed.
 
-    An empty host means every interface, IPv6 included where there is one. Raises `ListenError`.
+    An empty host means every interface, with IPv6 if the machine has it. Raises `ListenError`, which names `option`.
     """
     try:
         match address:
@@ -57,7 +57,7 @@ def _listen_unix(address: UnixAddress) -> socket.socket:
 
 
 def _remove_abandoned(path: str) -> None:
-    """Removes the socket that a process left behind which no longer listens; raises OSError if one does."""
+    """Removes the socket at `path` if no process listens on it. Raises `OSError` (EADDRINUSE) if a process does."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
@@ -81,19 +81,22 @@ def _passed(address: PassedSocket) -> list[socket.socket]:
     ]
     if not fds:
         raise OSError(0, "no such socket was passed by the service manager")
-    # The descriptors stay as they are for who asks again: these are copies.
+    # Copies, so that a later reload can use the passed descriptors again.
     return [socket.socket(fileno=os.dup(fd)) for fd in fds]
 
 
 def refuse(address: Listen, sockets: Iterable[socket.socket]) -> None:
-    """No connection is made to `sockets` of ours from now on, not even while a process that has one is still ending."""
+    """Stops `sockets` from accepting connections, even if other processes still have them open.
+
+    Sockets that the service manager has passed are left alone, because they are its own as well.
+    """
     if not isinstance(address, PassedSocket):
         for sock in sockets:
             sock.shutdown(socket.SHUT_RDWR)
 
 
 def clean_up(addresses: Iterable[Listen]) -> None:
-    """Removes what sockets on `addresses`, closed by now, have left in the file system, unless others listen there."""
+    """Removes the files of Unix sockets on `addresses`, unless another process listens on them."""
     for address in addresses:
         if isinstance(address, UnixAddress):
             with suppress(OSError):
@@ -101,7 +104,7 @@ def clean_up(addresses: Iterable[Listen]) -> None:
 
 
 def url(sock: socket.socket, scheme: str = "http") -> str:
-    """Where `sock` is reached: an URL, or unix: and its path."""
+    """The address of `sock`: a URL, or `unix:` and a path."""
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     host, port, *_ = sock.getsockname()

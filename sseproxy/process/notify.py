@@ -1,4 +1,4 @@
-"""What the service manager is told, if there is one that listens (sd_notify(3))."""
+"""Notifications to the service manager (sd_notify(3)). Without a service manager they do nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from time import CLOCK_MONOTONIC, clock_gettime_ns
 
 
 def notify(*assignments: str) -> None:
-    """Sends `assignments` such as READY=1. Nothing fails if they cannot be sent."""
+    """Sends `assignments` such as READY=1. Errors are ignored."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
@@ -24,7 +24,7 @@ def ready(status: str) -> None:
 
 
 def reloading() -> None:
-    """systemd wants to know when it began, to tell this reload from the one before."""
+    """A reload has begun. systemd needs the time, to tell this reload from an earlier one."""
     notify("RELOADING=1", f"MONOTONIC_USEC={clock_gettime_ns(CLOCK_MONOTONIC) // 1000}")
 
 

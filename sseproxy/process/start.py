@@ -1,7 +1,7 @@
-"""What a worker begins with: `python -m sseproxy.process.start CHANNEL LISTENER...`.
+"""Starts a worker: `python -m sseproxy.process.start CHANNEL LEDGER LISTENER...`.
 
-Nearly all that it takes to start a worker are imports, and every reload starts as many as there are cores. So what
-imports do that a worker has no use for is left out.
+Imports take most of the time that a worker needs to start, and every reload starts one worker per core. So this module
+skips the part of the imports that a worker does not need.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import Callable
 
 
 def load() -> Callable[[], None]:
-    """The worker's `main`, imported. Nothing is collected until it has frozen what was imported."""
-    # Objects that live as long as the process are what collections would look at.
+    """Imports the worker, and returns its `main`. Garbage collection is off until `main` has frozen these objects."""
+    # Collections would visit the imported objects again and again, although they live as long as the process.
     gc.disable()
-    # aiohttp makes two TLS contexts as it is imported, and reads all of the system's authorities for each, which is a
-    # fifth of the CPU that the imports take. A worker makes its own (`config.files`); these trust nobody.
+    # aiohttp creates two TLS contexts when it is imported, and loads the system's CA certificates into each. This takes
+    # a fifth of the CPU of all imports. A worker creates its own contexts (`config.files`). The ones that aiohttp
+    # creates now trust no certificate.
     ssl.SSLContext.set_default_verify_paths = lambda self: None  # type: ignore[method-assign]
     try:
         from .worker import main
     finally:
-        # The class has it from its base again.
+        # Now the method of the base class is visible again.
         del ssl.SSLContext.set_default_verify_paths
     return main
 

@@ -1,8 +1,9 @@
 """The supervisor: owns the sockets, the registry and the admin listener; starts, reloads and drains generations.
 
-It never touches client traffic. A reload starts the workers of the new configuration beside those of the old one, on
-the same sockets, and only when all of them accept are the old ones told to finish: nothing is refused, nothing is cut.
-An upgrade is the same with new code: it is tried, and then this process becomes it (`upgrade`).
+It never handles client traffic. A reload starts workers with the new configuration on the same sockets. Only when all
+of them accept connections, the old workers stop accepting and finish their exchanges. So no connection is refused, and
+no stream is cut. An upgrade is a reload with new code: this process tries the new code, and then executes it in its own
+place (`upgrade`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import os
 import platform
 import signal
 import socket
@@ -26,15 +28,17 @@ from .. import __version__
 from ..config import Address, Config, Listen
 from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
+from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.logs import log_as
 from ..observe.metrics import Recorder
 from ..observe.registry import Registry
+from ..relay.admission import counted
 from ..relay.heads import check_parser
 from ..relay.routes import unreachable
-from . import notify, upgrade
+from . import accepting, notify, upgrade
 from .admin import application
-from .generation import Generation, Predecessors
+from .generation import Generation, Predecessors, cores
 from .listeners import clean_up, listen, refuse, url
 from .upgrade import Handover, RunningCode
 
@@ -42,27 +46,31 @@ log = logging.getLogger(__name__)
 
 _Sockets = dict[Listen, list[socket.socket]]
 
-# What a draining worker may take beyond the drain timeout before it is killed.
+# Seconds that a draining worker may take after the drain timeout, before it is killed.
 _DRAIN_GRACE = 5.0
 _ENDING = "the proxy is shutting down"
-_UPGRADING = "the proxy is being upgraded, and reads the configuration again as it starts"
-# Of a file that is watched; larger ones are not read as what they are either.
+_UPGRADING = "the proxy is being upgraded; the new version reads the configuration when it starts"
+# Bytes that are read of a watched file: the limit for configurations and certificates in `config.files`.
 _MAX_FILE = 4 << 20
-_SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
-# For what a reload waits at most until workers have stopped accepting; it takes them a turn of their loop.
-_TAKE_OVER = 5.0
-# For what a start or a reload waits at most until workers accept: this, and a second for each. A worker takes half a
-# second of CPU, and all begin at once.
-_TO_COME_UP = 30.0
-# For what a scrape waits at most until a worker has told what it knows; one that is not overloaded takes a millisecond.
-_ANSWER = 1.0
+# Status codes and outcomes of requests that are rare. They are reported as 0 before the first one.
+_RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
+# Seconds that a reload waits for the old workers to stop accepting. They need one turn of their loops.
+_TAKE_OVER_TIMEOUT = 5.0
+# Seconds that a start or a reload waits until the workers accept, plus one second for each worker. A worker needs half
+# a second of CPU to start, and all workers start at the same time.
+_START_TIMEOUT = 30.0
+# Rows of the ledger, for the workers of all generations. A row that is not used takes no memory.
+_ROWS, _ROWS_PER_CORE = 256, 8
+# Seconds that a scrape waits for the reports of workers. A worker that is not overloaded takes a millisecond.
+_REPORT_TIMEOUT = 1.0
 
 
 class Supervisor:
-    """The parent of the workers. `bind` and `start` it, then `run` it until its end.
+    """The parent of the workers. Call `bind`, `start` and `run`, in this order.
 
-    `reread` gives the configuration as it is now; `path` is the file that it comes from, if it is one. `command` runs
-    the code that is installed; without it there are no upgrades. `handover` is what the code before an upgrade left.
+    `reread` reads the configuration again. `path` is its file, or None if it does not come from a file. `command` is
+    the command line that runs the installed code; without it there are no upgrades. `handover` is what the previous
+    version has left, if this process is the result of an upgrade.
     """
 
     def __init__(
@@ -82,32 +90,33 @@ class Supervisor:
         self._sockets: _Sockets = {}
         self._admin_sockets: _Sockets = {}
         served = application(self.registry, self._unready, self.reload, lambda: self.config.admin.hosts)
-        self._admin = web.AppRunner(served, access_log=None, shutdown_timeout=_ANSWER)
+        self._admin = web.AppRunner(served, access_log=None, shutdown_timeout=_REPORT_TIMEOUT)
         self._admin_sites: dict[socket.socket, web.SockSite] = {}
-        # What the code before an upgrade listened on and this configuration does not.
+        # Sockets that the previous version listened on and this configuration does not, for clients and for admin.
         self._unused: tuple[_Sockets, _Sockets] = {}, {}
         self._recorder = Recorder()
         self._registry = Registry()
+        self._ledger: Ledger
         self._numbers = itertools.count(1)
         self._generation: Generation | None = None
-        # The oldest first. Those before the present one are among them until their last worker has ended.
+        # All generations that still have a worker, the oldest first. `_generation` is the current one.
         self._generations: list[Generation | Predecessors] = []
         self._reloading = asyncio.Lock()
-        # The reload that whoever wants one now waits for, until it begins.
+        # A reload that has been requested and has not begun. All who request one meanwhile share it.
         self._next_reload: asyncio.Task[None] | None = None
         self._upgrading: asyncio.Task[None] | None = None
-        # What was in the files when they were last read.
-        self._seen: list[bytes] = []
+        # Digests of the configuration's files when they were last read.
+        self._digests: list[bytes] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self.stopping = asyncio.Event()
-        """Set once a signal, or `close`, has asked for the end."""
+        """Set when a signal or `close` has asked this process to end."""
         self._forced: signal.Signals | None = None
 
     @property
     def urls(self) -> list[str]:
-        """Where clients connect to, once `bind` was called."""
+        """Where clients connect. Call `bind` first."""
         scheme = "https" if self.config.tls is not None else "http"
         return [url(sock, scheme) for sockets in self._sockets.values() for sock in sockets]
 
@@ -118,12 +127,12 @@ class Supervisor:
 
     @property
     def workers(self) -> int:
-        """How many there are to be."""
+        """How many workers the current configuration has."""
         assert self._generation is not None
         return self._generation.size
 
     def bind(self) -> None:
-        """Binds all listeners. Raises `ListenError`, and what was bound is closed then, or `ParserError`."""
+        """Binds all listeners. Raises `ListenError`, after closing what it had bound, or `ParserError`."""
         check_parser()
         if self._handover is not None:
             self._sockets = upgrade.opened(self._handover.clients)
@@ -133,7 +142,7 @@ class Supervisor:
         self._sockets, self._admin_sockets = clients, admin
 
     def _bound(self, config: Config) -> tuple[_Sockets, _Sockets]:
-        """The sockets that `config` listens on, for clients and for administration: open ones, and new ones."""
+        """The sockets of `config`, for clients and for admin. Sockets that are open already are used again."""
         clients, admin = _Sockets(), _Sockets()
         try:
             for option, addresses, known, wanted in (
@@ -143,7 +152,7 @@ class Supervisor:
                 for address in addresses:
                     wanted[address] = known[address] if address in known else listen(option, address)
         except ListenError:
-            _give_up(_without(clients, self._sockets))
+            _close_and_unlink(_without(clients, self._sockets))
             raise
         return clients, admin
 
@@ -157,57 +166,76 @@ class Supervisor:
             loop.add_signal_handler(signal.SIGUSR2, self.upgrade)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, upgrade.HELD_BACK)
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
-        # What has not happened yet is 0, so that the first time is an increase.
+        # Counters start at 0, so that the first event is an increase that an alert can see.
         self._recorder.count(metrics.RESTARTS, (), 0)
         for result in ("success", "failure"):
             self._recorder.count(metrics.RELOADS, (result,), 0)
+        rows = self._open_ledger()
         for workers in self._handover.workers if self._handover is not None else ():
-            predecessors = Predecessors(workers, self.config, self._recorder, self._changed.set)
+            predecessors = Predecessors(workers, self.config, self._ledger, rows, self._recorder, self._changed.set)
             self._generations.append(predecessors)
             predecessors.start()
         await self._admin.setup()
         await self._administer(self._admin_sockets)
         async with self._reloading:
-            self._seen = await asyncio.to_thread(self._content)
+            self._digests = await asyncio.to_thread(self._read_digests)
             generation = self._generation = self._generate(self.config, self._sockets)
-            if not await self._come_up(generation, lambda: False):
+            if not await self._wait_for_start(generation, lambda: False):
                 if self._unready() is not None:
                     self._kill()
                     await self.close()
-                    raise SseproxyError(f"nothing is served: {generation.missing()}")
-                go_on = "those that do are all there is" if generation.ready else "those of the code before go on"
+                    raise SseproxyError(f"no worker accepts connections: {generation.missing()}")
+                go_on = (
+                    "the other workers serve" if generation.ready else "the workers of the previous version continue"
+                )
                 log.error("%s; %s", generation.missing(), go_on)
             self._loaded()
         if self._handover is not None:
-            succeeding = self._begin(self._succeed(self._handover.version))
+            succeeding = self._begin(self._take_over_from_predecessors(self._handover.version))
             if generation.ready:
                 await asyncio.wait((succeeding,))
         notify.ready(f"{self.workers} workers")
 
-    async def _succeed(self, version: str) -> None:
-        """The workers of the code before an upgrade finish, as soon as one of this code accepts."""
+    def _open_ledger(self) -> dict[int, int]:
+        """Opens the ledger that the previous version has handed over, or creates one.
+
+        Returns the rows of the workers of the previous version, by process id.
+        """
+        if self._handover is not None and self._handover.ledger >= 0:
+            rows = self._handover.rows
+            try:
+                self._ledger = Ledger.left(self._handover.ledger, rows.values())
+                return rows
+            except ValueError:
+                os.close(self._handover.ledger)
+                log.warning("limits do not include the requests that workers of the previous version still have")
+        self._ledger = Ledger(max(_ROWS, _ROWS_PER_CORE * cores()))
+        return {}
+
+    async def _take_over_from_predecessors(self, version: str) -> None:
+        """Waits until one worker of this version accepts. Then the workers of the previous version finish."""
         await self._until(lambda: self._generation is not None and bool(self._generation.ready))
         await self._take_over(*self._unused)
         log.info("upgraded from version %s to %s: %d workers", version, __version__, self.workers)
         await self._end_oldest()
 
     async def run(self) -> int:
-        """Runs until a signal ends it; returns the exit status."""
+        """Runs until a signal ends it. Returns the exit status."""
         await self.stopping.wait()
-        log.info("draining for at most %gs; a second signal ends at once", self.config.drain_timeout)
+        log.info("draining for at most %gs; a second signal kills the workers immediately", self.config.drain_timeout)
         await self.close()
         return 128 + self._forced if self._forced is not None else 0
 
     async def reload(self) -> None:
-        """Reads the configuration anew, and replaces the workers by such as have it.
+        """Reads the configuration again, and replaces the workers.
 
-        All who ask while a reload is under way get one more, together: what it has read may not be what they mean.
-        Raises `SseproxyError` if it cannot be done; everything stays as it was then.
+        Requests during a reload share one more reload, because the current one may have read the files before they
+        changed. Raises `SseproxyError` if the reload fails; then everything stays as it was.
         """
         if self._next_reload is None:
             self._next_reload = self._begin(self._reload_once())
         reloading = self._next_reload
-        # Whoever asked may leave, and does not end it for the others.
+        # `wait` does not cancel the reload when this call is cancelled: others may be waiting for it.
         await asyncio.wait((reloading,))
         if reloading.cancelled():
             raise ReloadError(_ENDING if self.stopping.is_set() else _UPGRADING)
@@ -226,7 +254,11 @@ class Supervisor:
                 notify.ready(f"{self.workers} workers")
             self._recorder.count(metrics.RELOADS, ("success",))
             earlier = len(self._generations) - 1
-            log.info("configuration reloaded: %d workers; %d earlier ones finish their streams", self.workers, earlier)
+            log.info(
+                "configuration reloaded: %d workers; the streams of %d earlier configurations are finishing",
+                self.workers,
+                earlier,
+            )
             await self._end_oldest()
 
     def _refused(self, what: str, error: SseproxyError) -> None:
@@ -236,14 +268,15 @@ class Supervisor:
             log.error("not %s: %s", what, line)
 
     def upgrade(self) -> None:
-        """Begins to try the code that is installed, and to become it. If it cannot be done, everything stays as it was.
+        """Starts an upgrade: tries the installed code, and then executes it in place of this process.
 
-        It is a reload with other code, and counted as one if it fails. If it does not, all counting begins anew.
+        If that fails, everything stays as it was, and it is counted as a failed reload. If it succeeds, all counters
+        start at 0 again.
         """
         if self._upgrading is None or self._upgrading.done():
             self._upgrading = self._begin(self._upgrade())
         else:
-            log.warning("an upgrade is under way already")
+            log.warning("an upgrade is already in progress")
 
     async def _upgrade(self) -> None:
         async with self._reloading:
@@ -251,7 +284,7 @@ class Supervisor:
             try:
                 if self.stopping.is_set():
                     raise ReloadError(_ENDING)
-                log.info("upgrading: the code that is installed is tried")
+                log.info("upgrading: trying the installed code")
                 await upgrade.try_out(self._command, self._handed_over())
                 await self._hand_over()
             except SseproxyError as error:
@@ -260,55 +293,63 @@ class Supervisor:
                 notify.ready(f"{self.workers} workers")
 
     async def _hand_over(self) -> None:
-        """Becomes the code that is installed. Raises `ReloadError` if it cannot be done."""
+        """Executes the installed code in place of this process. Raises `ReloadError` if it fails."""
         if self._next_reload is not None:
-            # It would wait for this upgrade, which reads the configuration anew itself.
+            # It is not needed: the new code reads the configuration again when it starts.
             self._next_reload.cancel()
             self._next_reload = None
         try:
-            # Sites close their sockets.
+            # A site closes its socket, so the sockets are duplicated.
             kept = {address: [sock.dup() for sock in bound] for address, bound in self._admin_sockets.items()}
         except OSError as error:
             raise ReloadError(f"the admin listener cannot be handed over: {error.strerror}") from None
         self._admin_sockets = kept
         self._admin_sites.clear()
         try:
-            # Requests that the admin listener has begun to answer end. Who connects from now on waits for the new code.
+            # Waits for admin requests that have begun. New connections wait in the backlog for the new code.
             await self._admin.cleanup()
-            async with asyncio.timeout(_TO_COME_UP):
+            async with asyncio.timeout(_START_TIMEOUT):
                 await self._until(lambda: self.stopping.is_set() or all(each.settled() for each in self._generations))
             if self.stopping.is_set():
                 raise ReloadError(_ENDING)
-            log.info("upgrading: this process becomes the code that is installed")
-            upgrade.execute(self._command, self._handed_over([each.channels() for each in self._generations]))
+            log.info("upgrading: this process executes the installed code")
+            upgrade.execute(self._command, self._handed_over_with_workers())
         except TimeoutError:
-            raise ReloadError("workers are being started all the time") from None
+            raise ReloadError(f"workers were still starting after {_START_TIMEOUT:g} s") from None
         except OSError as error:
             raise ReloadError(f"{self._command[0]} cannot be executed: {error.strerror}") from None
         finally:
             await self._admin.setup()
             await self._administer(self._admin_sockets)
 
-    def _handed_over(self, workers: Sequence[list[tuple[int, int]]] = ()) -> Handover:
+    def _handed_over(self) -> Handover:
+        """What is listened on."""
         return Handover(
             version=__version__,
             clients=upgrade.described(self._sockets),
             admin=upgrade.described(self._admin_sockets),
-            workers=[each for each in workers if each],
         )
 
-    async def trial(self) -> None:
-        """Starts a worker as `start` would, of which no client knows, and ends it. Raises `SseproxyError`.
+    def _handed_over_with_workers(self) -> Handover:
+        handover = self._handed_over()
+        handover.workers = [channels for each in self._generations if (channels := each.channels())]
+        handover.ledger = self._ledger.leave()
+        handover.rows = {pid: row for each in self._generations for pid, row in each.rows().items()}
+        return handover
 
-        What was handed over stays as it is; what was bound beside that is closed again.
+    async def trial(self) -> None:
+        """Tries whether this code can serve: starts one worker on a port of its own, and ends it.
+
+        Raises `SseproxyError`. Sockets that were handed over stay open, those that `bind` has added are closed.
         """
         known = self._handover.listening() if self._handover is not None else set()
         await self._admin.setup()
+        self._ledger = Ledger()
         anywhere = Address("127.0.0.1", 0)
         try:
             sockets: _Sockets = {anywhere: listen("listen", anywhere)}
             worker = self._generate(self.config.model_copy(update={"workers": 1}), sockets)
-            if not await self._come_up(worker, lambda: bool(worker.last_exit)):
+            if not await self._wait_for_start(worker, lambda: bool(worker.last_exit)):
                 raise ReloadError(worker.missing())
         finally:
             self._kill()
@@ -316,10 +357,10 @@ class Supervisor:
                 await generation.ended()
             await self._admin.cleanup()
             for bound in (self._sockets, self._admin_sockets):
-                _give_up({address: sockets for address, sockets in bound.items() if str(address) not in known})
+                _close_and_unlink({address: sockets for address, sockets in bound.items() if str(address) not in known})
 
     async def close(self) -> None:
-        """Drains: not ready, no accepting, workers told; returns when all have ended."""
+        """Drains: fails readiness, stops accepting, and ends the workers. Returns when all of them have ended."""
         self._stop()
         for task in self._tasks:
             task.cancel()
@@ -334,11 +375,12 @@ class Supervisor:
         await self._admin.cleanup()
         _close(self._admin_sockets)
         clean_up([*self._sockets, *self._admin_sockets])
+        self._ledger.close()
 
     async def registry(self) -> Registry:
-        """All numbers, as they are now; those of a worker that does not answer as it told them last."""
+        """The current numbers of all workers. For a worker that does not answer in time, those of its last report."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER):
+            async with asyncio.timeout(_REPORT_TIMEOUT):
                 await asyncio.gather(*(generation.report() for generation in self._generations))
         self._registry.add(0, self._recorder.report())
         return self._registry
@@ -354,14 +396,22 @@ class Supervisor:
             await site.start()
 
     def _generate(self, config: Config, sockets: _Sockets) -> Generation:
+        """Starts the workers of `config`. Raises `ReloadError` if there is too much to count."""
+        in_use = set[str]().union(*(each.names for each in self._generations))
+        try:
+            columns = self._ledger.columns([*accepting.NAMES, *counted(config)], in_use)
+        except OSError as error:
+            raise ReloadError(f"the ledger: {error.strerror}") from None
         generation = Generation(
             config,
             _flat(sockets),
             self._numbers,
+            self._ledger,
+            columns,
             self._registry,
             self._recorder,
             self._changed.set,
-            self._same_code_or_upgrade,
+            self._check_code_or_upgrade,
         )
         self._generations.append(generation)
         generation.start()
@@ -370,28 +420,28 @@ class Supervisor:
     async def _replace(self) -> None:
         if self.stopping.is_set():
             raise ReloadError(_ENDING)
-        self._seen = await asyncio.to_thread(self._content)
-        await self._same_code()
-        # It may take a while to read, and this process has others to answer.
+        self._digests = await asyncio.to_thread(self._read_digests)
+        await self._check_code()
+        # In a thread, because reading may take long, and the admin listener must answer meanwhile.
         config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
         new = self._generate(config, clients)
-        # If not even one accepts, the others will not either.
-        came_up = await self._come_up(new, lambda: bool(new.last_exit) and not new.ready)
+        # If a worker ends before any has accepted, the others will fail as well.
+        came_up = await self._wait_for_start(new, lambda: bool(new.last_exit) and not new.ready)
         try:
             if not came_up:
                 raise ReloadError(new.missing())
-            # It may have been replaced while they started.
-            await self._same_code()
+            # The code may have been replaced while the workers started.
+            await self._check_code()
         except ReloadError:
             if came_up:
-                # They have accepted clients by now.
+                # These workers may have accepted clients by now.
                 new.retire()
                 self._begin(self._end(new))
             else:
                 new.kill()
                 await self._end(new)
-            _give_up(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
+            _close_and_unlink(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
             raise
         await self._administer(_without(admin, self._admin_sockets))
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
@@ -403,43 +453,43 @@ class Supervisor:
         self._loaded()
 
     async def _take_over(self, unused: _Sockets, unused_admin: _Sockets) -> None:
-        """The present generation accepts: those before it finish, and nobody listens on what is unused any more."""
+        """Retires all generations but the current one, which accepts by now, and closes sockets that are not used."""
         earlier = [each for each in self._generations if each is not self._generation and not each.finishing]
         for generation in earlier:
             generation.retire()
             self._begin(self._end(generation))
         with suppress(TimeoutError):
-            async with asyncio.timeout(_TAKE_OVER):
+            async with asyncio.timeout(_TAKE_OVER_TIMEOUT):
                 await self._until(lambda: not any(each.ready for each in earlier) or self.stopping.is_set())
         for address, sockets in unused.items():
             refuse(address, sockets)
         for sock in _flat(unused_admin):
             if sock in self._admin_sites:
                 await self._admin_sites.pop(sock).stop()
-        _give_up(unused | unused_admin)
+        _close_and_unlink(unused | unused_admin)
 
-    async def _same_code(self) -> None:
-        """Raises `ReloadError` if the code on disk is not the one that runs: workers would not be of one version."""
+    async def _check_code(self) -> None:
+        """Raises `ReloadError` if the code on disk is not the code that is running. New workers would run it."""
         if (replaced := await asyncio.to_thread(self._code.replaced)) is not None:
             raise ReloadError(f"{replaced}: {'send SIGUSR2' if self._command else 'restart'} to upgrade")
 
-    async def _same_code_or_upgrade(self) -> None:
-        """For a worker that is to be replaced, which can only be done with the code on disk."""
+    async def _check_code_or_upgrade(self) -> None:
+        """As `_check_code`, for a worker that has to be replaced. If the code on disk differs, starts an upgrade."""
         try:
-            await self._same_code()
+            await self._check_code()
         except ReloadError:
             if self._command and (self._upgrading is None or self._upgrading.done()):
                 log.warning("a worker has ended, and the code that it ran is no longer installed: upgrading")
                 self.upgrade()
             raise
 
-    async def _come_up(self, generation: Generation, failed: Callable[[], bool]) -> bool:
-        """Waits until all of `generation` accept, and no longer if it `failed`, or when everything is to end.
+    async def _wait_for_start(self, generation: Generation, failed: Callable[[], bool]) -> bool:
+        """Waits until all workers of `generation` accept, until `failed`, until a timeout, or until this process ends.
 
-        Tells whether it may go on: False if workers are missing.
+        Returns False if workers are missing.
         """
         with suppress(TimeoutError):
-            async with asyncio.timeout(_TO_COME_UP + generation.size):
+            async with asyncio.timeout(_START_TIMEOUT + generation.size):
                 await self._until(lambda: generation.complete() or failed() or self.stopping.is_set())
         return generation.complete() or self.stopping.is_set()
 
@@ -448,12 +498,14 @@ class Supervisor:
         self._generations.remove(generation)
 
     async def _end_oldest(self) -> None:
-        """No more earlier configurations finish than may; what is left of the oldest ones is ended."""
+        """Ends the oldest generations if more than `reload.generations` are finishing."""
         allowed = self.config.reload.generations
         oldest = [generation for generation in self._generations if generation is not self._generation]
         del oldest[max(0, len(oldest) - allowed) :]
         for generation in oldest:
-            log.warning("more than %d earlier configurations are finishing: the exchanges of the oldest end", allowed)
+            log.warning(
+                "more than %d earlier configurations are finishing: the streams of the oldest are ended", allowed
+            )
             generation.expire()
         for generation in oldest:
             try:
@@ -466,13 +518,13 @@ class Supervisor:
             await self.reload()
 
     def _loaded(self) -> None:
-        """The configuration is in use."""
+        """Called when the configuration is in use: sets the metrics about it, and starts to watch its files."""
         for unused, why in unreachable(self.config.routes):
             log.warning("%s: %s", self.config.place(unused, self._path), why)
         for route in self.config.routes:
-            # What seldom happens is 0 until it does, so that the first time is an increase that alerts can see.
+            # Counters start at 0, so that the first event is an increase that an alert can see.
             labels = route.name, route.upstream
-            for code, outcome in _SELDOM:
+            for code, outcome in _RARE_OUTCOMES:
                 self._recorder.count(metrics.REQUESTS, (*labels, code, outcome.value), 0)
             for kind in get_args(UpstreamErrorType):
                 self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
@@ -482,14 +534,14 @@ class Supervisor:
             self._watching = self._begin(self._watch())
 
     async def _watch(self) -> None:
-        """Reloads when a file says something new, until a configuration wants no more of that."""
+        """Reloads when a file has changed. Ends when `reload.watch` is off."""
         while (interval := self.config.reload.watch) is not None:
             await asyncio.sleep(interval)
-            if await asyncio.to_thread(self._content) != self._seen:
+            if await asyncio.to_thread(self._read_digests) != self._digests:
                 await self._reload_unattended()
 
-    def _content(self) -> list[bytes]:
-        """What the configuration's files say, in short. A file that cannot be read says nothing."""
+    def _read_digests(self) -> list[bytes]:
+        """The digests of the configuration's files. That of a file that cannot be read is empty."""
         paths = [self._path, *self.config.files()] if self._path is not None else self.config.files()
         digests = []
         for path in paths:
@@ -528,12 +580,12 @@ class Supervisor:
 
 
 def _used(config: Config) -> set[tuple[str, str]]:
-    """The upstreams that requests go to: name and URL."""
+    """The names and URLs of the upstreams that routes use."""
     return {(name, config.upstream(name).url) for name in (route.upstream for route in config.routes)}
 
 
 def _without(sockets: _Sockets, others: _Sockets) -> _Sockets:
-    """Those on addresses that are not among `others`."""
+    """The sockets on addresses that are not in `others`."""
     return {address: bound for address, bound in sockets.items() if address not in others}
 
 
@@ -546,7 +598,7 @@ def _close(sockets: _Sockets) -> None:
         sock.close()
 
 
-def _give_up(sockets: _Sockets) -> None:
-    """Nothing of them is left, nor in the file system."""
+def _close_and_unlink(sockets: _Sockets) -> None:
+    """Closes `sockets`, and removes those of the file system."""
     _close(sockets)
     clean_up(sockets)

@@ -1,10 +1,10 @@
-"""New code takes the place of this one: same process, same sockets, and workers that finish what they have.
+"""An upgrade: new code replaces the running code, in the same process and with the same sockets.
 
-execve(2) keeps the process id, the descriptors that are inheritable and the children. So the supervisor executes the
-command that it was started with again, and tells it in an environment variable what it has been given. The workers of
-the old code go on accepting until those of the new code do.
+execve(2) keeps the process id, the inheritable descriptors and the child processes. So the supervisor executes the
+command again that it was started with. An environment variable tells the new code which descriptors and workers it
+takes over. The old workers accept connections until the new ones do; then they finish their exchanges.
 
-Before that the new code is tried: the same command with `--trial` must bring up a worker on the same configuration.
+Before that, the new code is tried: the same command with `--trial` must start a worker with the same configuration.
 """
 
 from __future__ import annotations
@@ -31,33 +31,37 @@ from ..observe import logs
 
 _VARIABLE = "SSEPROXY_HANDOVER"
 _PACKAGE = Path(__file__).parent.parent
-# Longer than a supervisor waits for one worker to accept, so that it can say what is wrong.
-_TRIAL = 60.0
-# What is said of a trial that failed: a traceback, and the line that sums it up.
+# Seconds for a trial. Longer than a supervisor waits for one worker, so that the trial itself can report what is wrong.
+_TRIAL_TIMEOUT = 60.0
+# How much of the output of a failed trial goes to the log: enough for a traceback and the error message.
 _LAST_LINES = 20
 _LAST_BYTES = 8192
 # TASK_COMM_LEN without its final zero byte (proc(5)).
 _NAME_SIZE = 15
-# They are held back while the process is neither the old code nor the new: they would end it. Once the new code has its
-# handlers, they arrive.
+# Signals that are blocked between the old code and the handlers of the new code: in between they would end the process.
 HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
 
 
 class Handover(msgspec.Struct, kw_only=True):
-    """What the code before an upgrade leaves to the code after it: descriptors, and the process ids of its workers.
+    """What the previous version passes to the next one: descriptors of sockets, and its workers.
 
-    Other versions read it. So fields keep their meaning, new ones have a default, and unknown ones are ignored.
+    It is read by other versions. So fields keep their meaning, new fields have a default, and unknown ones are ignored.
     """
 
     version: str
     """The version that hands over."""
     pid: int = msgspec.field(default_factory=os.getpid)
-    """The process that hands over: the one that this becomes, or the parent of one in which it is tried."""
+    """The process that hands over. It is this process after the upgrade, and the parent process during the trial."""
     clients: dict[str, list[int]] = {}
-    """The listening sockets for clients, by their addresses as they are configured."""
+    """For each configured address of `listen`, the descriptors of its listening sockets."""
     admin: dict[str, list[int]] = {}
+    """The same for `admin.listen`."""
     workers: list[list[tuple[int, int]]] = []
-    """Of each configuration, the oldest first: process id, and the channel's descriptor, or -1 if it is closed."""
+    """For each generation, the oldest first, its workers: process id and descriptor of the channel (-1 if closed)."""
+    ledger: int = -1
+    """The descriptor of the ledger's file, or -1 if there is none."""
+    rows: dict[int, int] = {}
+    """The row of each worker in the ledger, by process id."""
 
     def listening(self) -> set[str]:
         """The addresses of all listening sockets."""
@@ -65,11 +69,12 @@ class Handover(msgspec.Struct, kw_only=True):
 
     def descriptors(self) -> list[int]:
         listening = [fd for found in (self.clients, self.admin) for fds in found.values() for fd in fds]
-        return listening + [fd for workers in self.workers for _, fd in workers if fd >= 0]
+        others = [self.ledger, *(fd for workers in self.workers for _, fd in workers)]
+        return listening + [fd for fd in others if fd >= 0]
 
 
 def described(sockets: Mapping[Listen, Iterable[socket.socket]]) -> dict[str, list[int]]:
-    """Listening sockets as a `Handover` has them."""
+    """Listening sockets in the form of a `Handover`."""
     return {str(address): [sock.fileno() for sock in bound] for address, bound in sockets.items()}
 
 
@@ -79,9 +84,10 @@ def opened(listening: Mapping[str, Iterable[int]]) -> dict[Listen, list[socket.s
 
 
 def receive() -> Handover | None:
-    """What the code before has left, or None if this process is no upgrade. Nobody inherits it from here.
+    """What the previous version has handed over, or None if this process was not started by an upgrade.
 
-    Raises `ReloadError` if what it has left is not understood.
+    Child processes inherit neither the variable nor the descriptors. Raises `ReloadError` if the variable cannot be
+    decoded.
     """
     text = os.environ.pop(_VARIABLE, None)
     if text is None:
@@ -89,9 +95,9 @@ def receive() -> Handover | None:
     try:
         handover = msgspec.json.decode(text, type=Handover)
     except msgspec.MsgspecError as error:
-        raise ReloadError(f"{_VARIABLE}, which an upgrade sets, is not understood: {error}") from None
+        raise ReloadError(f"{_VARIABLE}, which an upgrade sets, cannot be decoded: {error}") from None
     if handover.pid not in (os.getpid(), os.getppid()):
-        # Somebody has copied the environment of a process that was upgraded.
+        # The environment was copied from another process that was upgraded.
         return None
     for fd in handover.descriptors():
         os.set_inheritable(fd, False)
@@ -100,8 +106,8 @@ def receive() -> Handover | None:
 
 def command() -> list[str]:
     """The command that this process was started with: a script, or the interpreter and its arguments."""
-    # Where the kernel has found the interpreter in a script, it has named the process after the script. `pgrep` goes by
-    # that name, so it is kept.
+    # If the kernel has started the interpreter because of a script's first line (#!), the process has the name of the
+    # script. `pgrep` finds it by that name, so the script is executed again.
     if sys.orig_argv[1:2] == sys.argv[:1] and _process_name() == os.path.basename(sys.argv[0])[:_NAME_SIZE]:
         return [*sys.argv]
     return [sys.executable, *sys.orig_argv[1:]]
@@ -119,9 +125,9 @@ def _environment(handover: Handover) -> dict[str, str]:
 
 
 async def try_out(command: Sequence[str], handover: Handover) -> None:
-    """Runs `command` with `--trial`. Raises `ReloadError`, with the last that it said, if it does not come up."""
+    """Runs `command` with `--trial`. Raises `ReloadError` with the end of its output if the trial fails."""
     environment = _environment(handover)
-    # It is not the service.
+    # The trial must not send notifications in the name of the service.
     environment.pop("NOTIFY_SOCKET", None)
     try:
         process = await asyncio.create_subprocess_exec(
@@ -136,27 +142,27 @@ async def try_out(command: Sequence[str], handover: Handover) -> None:
     except OSError as error:
         raise ReloadError(f"{command[0]} cannot be executed: {error.strerror}") from None
     assert process.stderr is not None
-    said = b""
+    output = b""
     try:
-        async with asyncio.timeout(_TRIAL):
+        async with asyncio.timeout(_TRIAL_TIMEOUT):
             while part := await process.stderr.read(_LAST_BYTES):
-                said = (said + part)[-_LAST_BYTES:]
+                output = (output + part)[-_LAST_BYTES:]
             status = await process.wait()
-        why = f"the new code ended its trial with status {status}"
+        why = f"the trial of the new code ended with status {status}"
     except TimeoutError:
-        status, why = 1, f"the new code did not come up within {_TRIAL:g} s"
+        status, why = 1, f"the new code did not start within {_TRIAL_TIMEOUT:g} s"
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
     if status:
-        raise ReloadError("\n".join([why, *said.decode(errors="replace").splitlines()[-_LAST_LINES:]]))
+        raise ReloadError("\n".join([why, *output.decode(errors="replace").splitlines()[-_LAST_LINES:]]))
 
 
 def execute(command: Sequence[str], handover: Handover) -> NoReturn:
-    """Becomes `command`, which is left `handover`. Raises `OSError` if it cannot be executed; nothing has changed then.
+    """Executes `command` in place of this process, and passes `handover` to it. On success it does not return.
 
-    If it can, nothing of this code runs afterwards, not even a `finally`.
+    Raises `OSError` if `command` cannot be executed; then nothing has changed.
     """
     logs.finish()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
@@ -171,13 +177,13 @@ def execute(command: Sequence[str], handover: Handover) -> NoReturn:
 
 
 class RunningCode:
-    """The code of this package as it was on disk when the process started, which is the code that runs."""
+    """The running code: a digest of this package's files when the process started."""
 
     def __init__(self) -> None:
         self._digest = _digest()
 
     def replaced(self) -> str | None:
-        """In words, that other code is installed by now. None if it is still the same."""
+        """An error text if other code is installed now than is running, or else None."""
         if _digest() == self._digest:
             return None
         try:
@@ -191,9 +197,9 @@ class RunningCode:
 
 
 def _digest() -> bytes:
-    """Of the names and contents of the package's files. It takes a few milliseconds."""
+    """A digest of the names and contents of the package's files. It takes a few milliseconds."""
     digest = hashlib.sha256()
-    # Unlike `Path.rglob`, it takes directories that vanish while it looks.
+    # Unlike `Path.rglob`, `os.walk` does not fail if a directory disappears meanwhile.
     found = (os.path.join(directory, name) for directory, _, names in os.walk(_PACKAGE) for name in names)
     for path in sorted(path for path in found if path.endswith(".py")):
         try:

@@ -1,9 +1,13 @@
 """A worker: one event loop, one immutable configuration, the relay.
 
-Started by the supervisor by way of `start`, with CHANNEL LISTENER... as arguments, which are inherited file
-descriptors. The configuration comes as the first frame of the channel; reports go back over it. The end of the
-channel is the end of the supervisor, and then the worker drains and goes, as it does on SIGTERM. On SIGHUP it does so
-as well, but as a worker whose successor has already taken over: in its own time. On SIGINT it ends what it still has.
+The supervisor starts it by way of `start`, with CHANNEL LEDGER LISTENER... as arguments. These are inherited file
+descriptors. The worker receives its instructions as the first frame of the channel, and then sends reports through the
+channel.
+
+    SIGTERM, or the channel is closed   drains: exchanges may take `drain_timeout`, then they are ended
+    SIGHUP                              retires, because new workers have taken over: exchanges may take
+                                        `reload.drain_timeout`, then they are ended
+    SIGINT                              ends its exchanges now
 """
 
 from __future__ import annotations
@@ -19,84 +23,97 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import uvloop
 
+from ..ledger.table import Row, opened
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
 from ..observe.logs import log_as, set_up_logging
 from ..observe.metrics import Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
-from .listeners import BACKLOG
+from .accepting import Accepting
 
 if TYPE_CHECKING:
     from ..config import Config
 
 log = logging.getLogger(__name__)
 
-# Reports that wait for a supervisor that does not read; beyond it the worker adds up, and sends later.
-_UNREAD_REPORTS = 1024 * 1024
-# How long exchanges that were ended at the drain's deadline may take to write their last bytes.
-_LAST_WORDS = 2.0
+# Bytes of reports that wait for a supervisor that does not read. Above that, the worker sends no report: the next one
+# that can be sent includes the changes of those that were not.
+_MAX_UNREAD_REPORTS = 1024 * 1024
+# Seconds for exchanges that were ended at the deadline of a drain to write their last bytes.
+_FLUSH_TIMEOUT = 2.0
 
 _HEADER = struct.Struct("!I")
 
 
-def encode_config(config: Config) -> bytes:
-    """The frame that a worker is started with. Only ever read back by a child of this process."""
-    body = pickle.dumps(config.plain())
-    return _HEADER.pack(len(body)) + body
+class Instructions(NamedTuple):
+    """What a worker needs to start."""
+
+    config: Config
+    row: int
+    """The row of the worker in the ledger."""
+    columns: dict[str, int]
+    """The columns of the ledger that it uses, by name."""
+    most_connections: int
+    """How many client connections it has file descriptors for."""
+
+    def encoded(self) -> bytes:
+        """The first frame of a worker's channel. It is a pickle, which only a child of this process ever reads."""
+        body = pickle.dumps((self.config.plain(), *self[1:]))
+        return _HEADER.pack(len(body)) + body
 
 
-async def _read_config(reader: asyncio.StreamReader) -> Config:
+async def _read_instructions(reader: asyncio.StreamReader) -> Instructions:
     (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-    return cast("Config", pickle.loads(await reader.readexactly(size)))
+    return Instructions(*pickle.loads(await reader.readexactly(size)))
 
 
 class Worker:
-    """The relay on its sockets. `send` takes a report, and says False if it cannot take one now."""
+    """The relay, on listening `sockets`. `send` sends a report; it returns False if it cannot send one now.
+
+    `row` is the worker's row in the ledger. It can have `most_connections` client connections.
+    """
 
     def __init__(
         self,
         config: Config,
         sockets: Sequence[socket.socket],
         send: Callable[[Report], bool],
+        row: Row,
+        most_connections: int,
         access: AccessLog | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._config = config
-        self._sockets = sockets
-        self._servers: list[asyncio.Server] = []
         self.telemetry = Telemetry(loop, send, self._connections, access)
-        self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged)
+        self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged, row, most_connections)
+        tls = config.tls.context() if config.tls is not None else None
+        self._accepting = Accepting(sockets, functools.partial(self.proxy.server, tls), row)
 
     def _stop_accepting(self) -> None:
-        for server in self._servers:
-            server.close()
-        self._accepts(False)
+        self._accepting.stop()
+        self._report_accepting(False)
 
-    def _accepts(self, accepts: bool) -> None:
-        """Tells the supervisor which it is."""
-        self.telemetry.recorder.set(metrics.WORKERS, (), int(accepts))
-        self.telemetry.recorder.set(metrics.WORKERS_FINISHING, (), int(not accepts))
+    def _report_accepting(self, accepting: bool) -> None:
+        """Reports to the supervisor whether this worker accepts connections."""
+        self.telemetry.recorder.set(metrics.WORKERS, (), int(accepting))
+        self.telemetry.recorder.set(metrics.WORKERS_FINISHING, (), int(not accepting))
         self.telemetry.report()
 
     def _connections(self) -> list[tuple[str, int, int]]:
         return [(name, *upstream.connections()) for name, upstream in self.proxy.upstreams.items()]
 
     async def start(self) -> None:
-        """Accepts, and reports so."""
-        loop = asyncio.get_running_loop()
-        tls = self._config.tls.context() if self._config.tls is not None else None
-        for sock in self._sockets:
-            server = await loop.create_server(functools.partial(self.proxy.server, tls), sock=sock, backlog=BACKLOG)
-            self._servers.append(server)
-        self._accepts(True)
+        """Starts to accept connections, and reports it."""
+        await self._accepting.start()
+        self._report_accepting(True)
 
     async def retire(self, over: asyncio.Event) -> None:
-        """Stops accepting, and lets exchanges end, as long as a reload allows, or until it is `over`."""
+        """Stops accepting, and waits until all exchanges have ended: for `reload.drain_timeout`, or until `over`."""
         self._stop_accepting()
         self.proxy.retire()
         waiting = [asyncio.ensure_future(event.wait()) for event in (self.proxy.server.empty, over)]
@@ -105,7 +122,10 @@ class Worker:
             waiter.cancel()
 
     async def drain(self, seconds: float | None = None) -> None:
-        """Stops accepting, lets exchanges end for `seconds` (`drain_timeout`), then ends them and closes everything."""
+        """Stops accepting, and waits for exchanges for `seconds`; the default is `drain_timeout`.
+
+        Then ends those that are left, and closes everything.
+        """
         self._stop_accepting()
         self.proxy.drain()
         try:
@@ -115,12 +135,12 @@ class Worker:
             log.warning("%d exchanges are ended by the drain timeout", len(self.proxy.active))
             self.proxy.end_exchanges()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.proxy.server.empty.wait(), _LAST_WORDS)
+                await asyncio.wait_for(self.proxy.server.empty.wait(), _FLUSH_TIMEOUT)
         await self.proxy.close()
         self.telemetry.close()
 
 
-async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
+async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -> None:
     loop = asyncio.get_running_loop()
     retiring, over, ending = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -135,49 +155,50 @@ async def _serve(channel_fd: int, listener_fds: Sequence[int]) -> None:
     loop.add_signal_handler(signal.SIGTERM, end)
     loop.add_signal_handler(signal.SIGINT, expire)
     loop.add_signal_handler(signal.SIGHUP, retiring.set)
-    # It asks for an upgrade, and is the supervisor's; but whoever sends it may send it to all.
+    # SIGUSR2 asks the supervisor for an upgrade. It may also be sent to all processes of the service.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
-    config = await _read_config(reader)
+    config, number, columns, most_connections = await _read_instructions(reader)
     log_as(config)
+    row = opened(ledger_fd, number, columns)
 
     def send(report: Report) -> bool:
         if writer.transport.is_closing():
-            # The supervisor is gone, and with it whoever could be told.
+            # The supervisor has ended. Nobody needs the report, so it counts as sent.
             return True
-        if writer.transport.get_write_buffer_size() > _UNREAD_REPORTS and not ending.is_set():
+        if writer.transport.get_write_buffer_size() > _MAX_UNREAD_REPORTS and not ending.is_set():
             return False
         writer.write(encode_report(report))
         return True
 
     sockets = [socket.socket(fileno=fd) for fd in listener_fds]
-    worker = Worker(config, sockets, send, to_standard_output(config.access_log))
+    worker = Worker(config, sockets, send, row, most_connections, to_standard_output(config.access_log))
     await worker.start()
-    # What was imported and built so far lives as long as the process; collections need not look at it, not even once.
+    # The objects that exist now live as long as the process. Frozen, they are not visited by any collection.
     gc.freeze()
     gc.enable()
 
-    async def heed_supervisor() -> None:
+    async def watch_supervisor() -> None:
         try:
             while await reader.read(1):
                 worker.telemetry.report(asked=True)
         finally:
-            # A supervisor that died with reports unread is a reset, not an end.
+            # In a `finally`: if the supervisor died with unread reports, `read` raises ConnectionResetError.
             end()
 
-    watch = loop.create_task(heed_supervisor())
+    watch = loop.create_task(watch_supervisor())
     await retiring.wait()
     if not ending.is_set():
         await worker.retire(over)
     await worker.drain(None if ending.is_set() else 0.0)
     watch.cancel()
     writer.close()
-    # The supervisor may be gone, or take nothing.
+    # The supervisor may have ended, or may not read.
     with suppress(OSError, TimeoutError):
-        await asyncio.wait_for(writer.wait_closed(), _LAST_WORDS)
+        await asyncio.wait_for(writer.wait_closed(), _FLUSH_TIMEOUT)
 
 
 def main() -> None:
     set_up_logging()
-    channel, *listeners = map(int, sys.argv[1:])
-    uvloop.run(_serve(channel, listeners))
+    channel, ledger, *listeners = map(int, sys.argv[1:])
+    uvloop.run(_serve(channel, ledger, listeners))

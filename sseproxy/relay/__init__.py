@@ -1,1 +1,1 @@
-"""The life of an exchange, from the request's head to its one outcome."""
+"""The life of an exchange, from the request head to its one outcome."""

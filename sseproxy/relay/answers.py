@@ -1,4 +1,4 @@
-"""What is answered here instead of by an upstream."""
+"""Responses that sseproxy itself sends."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def status_line(status: int, reason: bytes | None = None) -> bytes:
 
 
 class Answer(NamedTuple):
-    """What is left to do for a request: to send an error made here, or nothing where the response was already sent.
+    """What is left to send for a request: an error response, or nothing if the response was already sent.
 
-    It is bytes, because a proxy invents no Server, Date or Content-Type for others.
+    It consists of bytes and not of an aiohttp response, which would add fields such as Server and Date.
     """
 
     keep_alive: bool

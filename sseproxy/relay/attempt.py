@@ -1,7 +1,7 @@
-"""One attempt at an upstream: a connection, the request on it, and the head of the response.
+"""One attempt at an upstream: it connects, sends the request, and receives the response head.
 
-Deadlines of these phases fail the attempt, not the exchange. An attempt ends its connection on the way out, unless a
-pump, or the pool, took it over before.
+A deadline of these phases fails the attempt, not the exchange. `Attempt.end` closes the connection, unless the
+connection was given back to the pool before.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from .upstream import Upstream, UpstreamConnection
 
 log = logging.getLogger(__name__)
 
-# What is written together with the head, and of a large body at once: the pace of the upstream is waited for.
+# Bytes. A body up to this size is written together with the head. Larger ones are written in parts of this size, and
+# each part waits until the upstream accepts more.
 _MOST_AT_ONCE: Final = 64 * 1024
-# An upstream whose connection ends so soon after it was written to had closed it before: nobody generates yet.
+# Seconds. If a reused connection ends so soon after the request was written, the upstream had probably closed it before
+# the request arrived, so it has not begun to generate.
 _STALE_WITHIN: Final = 1.0
 
 
 class Outgoing(NamedTuple):
-    """A request as it goes upstream. Of the body, `parts` are sent before what is read of the client's, if any is."""
+    """A request as it is sent to the upstream.
+
+    First the `parts` of the body are sent. Then the bytes that are read from `body`, if there is one.
+    """
 
     method: str
     head: bytes
@@ -37,14 +42,14 @@ class Outgoing(NamedTuple):
     body: RequestBody | None
     chunked: bool
     idempotent: bool
-    """Sent twice it does no more than once (RFC 9110, section 9.2.2), by its method or as the client says."""
+    """Whether the request may be sent twice: its method is safe, or it has an Idempotency-Key (RFC 9110, 9.2.2)."""
 
 
 class Attempt:
-    """One try of `exchange` at `upstream`.
+    """One attempt to send the request of `exchange` to `upstream`.
 
-    `failed` is told of what is wrong with the client's body, which ends the exchange; `released` is called when the
-    connection is aborted.
+    `failed` is called with the error if the client's body is invalid; this ends the exchange. `released` is called when
+    the connection is aborted.
     """
 
     __slots__ = (
@@ -82,12 +87,13 @@ class Attempt:
         self.connection: UpstreamConnection | None = None
 
     async def head(self, outgoing: Callable[[bool], Outgoing], *, fresh: bool) -> ResponseHead:
-        """Phases 3 to 5: the response's head.
+        """Phases 3 to 5. Returns the response head.
 
-        `outgoing` makes the request once there is a connection, and is told whether that is a reused one; it never is
-        if it is to be `fresh`. Raises `UpstreamError`, or `RequestError` if too many connections are being made.
+        `outgoing` builds the request. It is called when there is a connection, and its argument says whether that
+        connection was used before; with `fresh` it never was. Raises `UpstreamError`, or `RequestError` if too many
+        connections are being established.
         """
-        # No name for the task: one that is cancelled would refer to this frame, and the frame to it.
+        # The task is not a local variable: a cancelled task refers to this frame, so this would be a reference cycle.
         self._task = asyncio.current_task()
         assert self._task is not None
         cancelled = self._task.cancelling()
@@ -102,7 +108,7 @@ class Attempt:
             self._task = None
 
     def fail(self, error: ExchangeError) -> bool:
-        """Ends the wait for the head with `error`; returns whether it was still waited for."""
+        """Ends `head` with `error`. Returns False if `head` has already returned."""
         if self._task is None:
             return False
         if self._error is None:
@@ -112,23 +118,24 @@ class Attempt:
 
     @property
     def can_be_repeated(self) -> bool:
-        """After it failed: whether the upstream cannot have acted on it, or may act on it twice.
+        """After a failure: whether the request can safely be sent again.
 
-        So it is on a reused connection that brought not one byte of an answer: the upstream may have closed it while
-        the request was on its way (RFC 9112, section 9.3.1).
+        It can on a reused connection that ended without one byte of a response, because the upstream may have closed
+        the connection while the request was on its way (RFC 9112, section 9.3.1). In addition, the request must be
+        idempotent, or so recent that the upstream cannot have acted on it.
         """
         connection, written_at = self.connection, self._written_at
-        if connection is None or not connection.reused or connection.protocol.heard or self._error is not None:
+        if connection is None or not connection.reused or connection.protocol.answer_begun or self._error is not None:
             return False
         return written_at is None or self._idempotent or perf_counter() - written_at < _STALE_WITHIN
 
     @property
     def uploads(self) -> bool:
-        """Whether something of the request's body is still to be sent."""
+        """Whether a part of the request's body has not been sent yet."""
         return self._upload is not None and not self._upload.done()
 
     def end(self) -> None:
-        """Neither the response is wanted any more, nor the rest of the request sent."""
+        """Stops sending the request, and aborts the connection."""
         if self._upload is not None:
             self._upload.cancel()
         if self.connection is not None:
@@ -161,7 +168,7 @@ class Attempt:
             self._clock.enter("body", self._written_at)
             sending = self._send_rest(connection, [] if at_once else out.parts, out.body, chunked=out.chunked)
             self._upload = asyncio.get_running_loop().create_task(sending)
-        # No name for it: one that fails would refer to this frame, and the frame to it.
+        # The future is not a local variable: its exception refers to this frame, so this would be a reference cycle.
         return await connection.protocol.head()
 
     async def _send_rest(
@@ -174,8 +181,8 @@ class Attempt:
                     await self._send_part(connection, part[start : start + _MOST_AT_ONCE], chunked=chunked)
             while body is not None:
                 self._waits_for("body")
-                part = await body.read(self._clock.patience)
-                # The upstream's time to answer begins when it has what it is to answer.
+                part = await body.read(self._clock.body_timeout)
+                # The head timeout starts when the upstream has received the last part of the request.
                 self._waits_for("head")
                 if not part:
                     break
@@ -183,13 +190,13 @@ class Attempt:
             if chunked:
                 await connection.protocol.send(LAST_CHUNK)
         except ConnectionError:
-            # One side is gone. If it is the upstream, its response, or that there is none, is about to say so.
+            # One side has closed its connection. If it is the upstream, `head` reports the error.
             return
         except ExchangeError as error:
             self._failed(error)
         except Exception:
-            # The exchange ends here, also from a mistake of ours: nobody else waits for this task.
-            log.exception("a request's body could not be sent on")
+            # Nothing awaits this task, so an unexpected error must end the exchange here.
+            log.exception("internal error while a request body was being forwarded")
             self._failed(InternalError())
 
     async def _send_part(self, connection: UpstreamConnection, part: bytes, *, chunked: bool) -> None:

@@ -1,7 +1,8 @@
-"""The body of a request, which has one owner: from the client's connection, which feeds it, to whoever sends it on.
+"""The body of a request. A `RequestBody` owns it, from the bytes that the client's connection feeds to the upstream.
 
-It is read once, in order. Before that it may be collected, where something depends on all of it; after that, what was
-read may be kept, so that it can be sent again. Both are held in a place that has its bounds.
+The body is read once, in order. Before that, it can be collected, if the route or the request depends on its content.
+After that, it can be kept, so that it can be sent again. The bytes that are collected or kept count against a memory
+budget.
 """
 
 from __future__ import annotations
@@ -18,31 +19,32 @@ from ..wire.framing import BodyDecoder, Framing, decoder
 if TYPE_CHECKING:
     from ..config import Limits
 
-# Bytes that wait for whoever reads, before no more is taken from the client.
+# Bytes that may wait to be read. Above that, reading from the client is paused.
 READ_BUFFER: Final = 32 * 1024
-# Parts are joined up to so many bytes: each is an object, whose own size nobody counts.
+# Small parts are joined up to so many bytes: each part is an object, and the overhead of objects is not counted.
 _SMALL: Final = 4 * 1024
 
 
-class Place(Protocol):
-    """Room for what is held of a body."""
+class MemoryBudget(Protocol):
+    """Limits the memory for a body."""
 
     def hold(self, size: int) -> bool:
-        """Whether there is room for `size` bytes more; they are held then."""
+        """Reserves `size` bytes. Returns False, and reserves nothing, if there is no room."""
 
     def release(self, size: int) -> None:
-        """Of what is held, `size` bytes are not any more."""
+        """Releases `size` reserved bytes."""
 
 
 class RequestBody:
-    """A request's body, framed by `framing`; None is a request without one.
+    """The body of a request. `framing` is its framing, or None if the request has no body.
 
-    `more` is called when there is room again for what the client sends.
+    `more` is called when there is room again for bytes from the client.
     """
 
     __slots__ = (
         "_ahead",
         "_begun",
+        "_budget",
         "_closed",
         "_decoder",
         "_kept",
@@ -51,7 +53,6 @@ class RequestBody:
         "_look",
         "_more",
         "_parts",
-        "_place",
         "_problem",
         "_size",
         "_waited",
@@ -67,36 +68,37 @@ class RequestBody:
         self._decoder: BodyDecoder | None = decoder(framing) if framing else None
         self._limits = limits
         self._more = more
-        # What has come and was not read; no more than a connection may hold.
+        # Received and not read yet. `READ_BUFFER` limits them, so they are not charged to the budget.
         self._parts: list[bytes] = []
         self._size = 0
-        # What was collected and not read, and what was read, as long as that is all that was. The place holds both.
+        # `_ahead`: collected and not read yet. `_kept`: all that was read, or None if it was not kept. Both are charged
+        # to the budget.
         self._ahead: deque[bytes] = _NOTHING
         self._kept: list[bytes] | None = None
         self._kept_size = 0
         self._begun = False
-        self._place: Place | None = None
+        self._budget: MemoryBudget | None = None
         self._look: Callable[[bytes], None] | None = None
         self._problem: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
         self._waited = 0.0
-        # What `waited` and `received` were when the pace was last found good.
+        # The values of `waited` and `received` when the rate was last checked.
         self._window = (0.0, 0)
         self._closed = False
         self.ended = self._decoder is None
-        """All of it has come from the client."""
+        """Whether all of it has been received from the client."""
         self.received = 0
-        """Bytes that have come from the client."""
+        """Bytes received from the client, without framing."""
         self.keeps = 0
-        """How many bytes are kept at most of what is read."""
+        """How many of the bytes that are read may be kept."""
         if isinstance(framing, int) and limits.request_body is not None and framing > limits.request_body:
             self._problem = RequestError("body_too_large")
 
     # --- the client's connection ---
 
     def feed(self, data: bytes) -> int:
-        """Takes what the client has sent; returns how many bytes at the end of `data` are not of this body."""
+        """Takes bytes from the client. Returns how many bytes at the end of `data` do not belong to this body."""
         body = self._decoder
         assert body is not None
         try:
@@ -119,45 +121,45 @@ class RequestBody:
 
     @property
     def full(self) -> bool:
-        """More waits to be read than is good."""
+        """Whether reading from the client should be paused, because too many bytes wait to be read."""
         return self._size >= READ_BUFFER and not self._closed
 
     @property
     def broken(self) -> bool:
-        """Its framing is broken: nobody knows where it ends."""
+        """Whether its framing is invalid, so the end of the body is unknown."""
         return self._problem is not None and self._problem.reason == "bad_request"
 
     # --- the exchange ---
 
     @property
     def problem(self) -> RequestError | None:
-        """Why it cannot be sent on, as far as that is known: its framing is broken, or it is too large."""
+        """Why the body cannot be forwarded: its framing is invalid, or it is too large. None if all is well so far."""
         return self._problem
 
     @property
     def waited(self) -> float:
-        """Seconds for which the client was waited for."""
+        """Seconds spent waiting for the client."""
         return self._waited + (perf_counter() - self._waiting_since if self._waiter is not None else 0.0)
 
     def watched_by(self, look: Callable[[bytes], None]) -> None:
-        """`look` is shown what has come and was not read, and whatever comes, as it comes."""
+        """Calls `look` with all bytes that have not been read yet, and with all further bytes when they arrive."""
         for part in (*self._ahead, *self._parts):
             look(part)
         self._look = look
 
-    def held_in(self, place: Place) -> None:
-        """What is collected and kept is held in `place`. Before this there is no room for it."""
-        self._place = place
+    def charge_to(self, budget: MemoryBudget) -> None:
+        """Sets the budget for bytes that are collected or kept. Without a budget there is no room for any."""
+        self._budget = budget
 
-    async def collect(self, patience: float) -> bytes:
-        """Waits for more of the body, which stays to be read. Returns what came, empty at the end.
+    async def collect(self, grace: float) -> bytes:
+        """Waits for more of the body, and returns it; empty at the end. It can still be read later.
 
-        Raises as `read` does, and `RequestError` if there is no room.
+        Raises the same errors as `read`, and `RequestError` if there is no room.
         """
-        part = await self._next(patience)
+        part = await self._next(grace)
         if not part:
             return part
-        if self._place is None or not self._place.hold(len(part)):
+        if self._budget is None or not self._budget.hold(len(part)):
             raise RequestError("held")
         if self._ahead is _NOTHING:
             self._ahead = deque()
@@ -165,9 +167,9 @@ class RequestBody:
         return part
 
     def hold(self) -> bool:
-        """Holds what has come and was not read, so that it can be read again. Returns False if there is no room."""
+        """Charges the bytes that have not been read yet to the budget. Returns False if there is no room."""
         if self._size:
-            if self._place is None or not self._place.hold(self._size):
+            if self._budget is None or not self._budget.hold(self._size):
                 return False
             self._ahead = deque((*self._ahead, *self._parts))
             self._parts, self._size = [], 0
@@ -175,13 +177,13 @@ class RequestBody:
 
     @property
     def whole(self) -> list[bytes] | None:
-        """All of the body, in parts, if all of it has come and none of it was read."""
+        """The whole body, in parts. None unless all of it has been received and none has been read."""
         if not self.ended or self._problem is not None or self._closed or self._begun:
             return None
         return [*self._ahead, *self._parts]
 
     def take(self) -> list[bytes]:
-        """Reads all of a body that is `whole`, at once."""
+        """Reads a `whole` body at once, and returns its parts."""
         ahead, came = self._ahead, self._parts
         self._ahead, self._parts, self._size = _NOTHING, [], 0
         for part in ahead:
@@ -190,23 +192,23 @@ class RequestBody:
             self._keep(part, held=False)
         return [*ahead, *came]
 
-    async def read(self, patience: float) -> bytes:
-        """The next bytes, empty at the end.
+    async def read(self, grace: float) -> bytes:
+        """Waits for the next bytes, and returns them; empty at the end.
 
-        `patience` are the seconds within which a client must have sent what `limits.request_body_rate` asks for.
-        Raises `RequestError` if the body is broken or too large, `StalledClient` if it comes too slowly, and
-        ConnectionError if it was closed: a body that was cut short never ends.
+        The rate of the client is checked each time when the client has been waited for `grace` seconds. Raises
+        `RequestError` if the framing is invalid or the body is too large, `StalledClient` if the rate is lower than
+        `limits.request_body_rate`, and `ConnectionError` if the body was closed.
         """
         if self._ahead:
             part = self._ahead.popleft()
             self._keep(part, held=True)
         else:
-            part = await self._next(patience)
+            part = await self._next(grace)
             self._keep(part, held=False)
         return part
 
     def begin_again(self) -> bool:
-        """What was read is read once more, from the beginning. False if that is not kept."""
+        """Starts to read the body again, from its beginning. Returns False if what was read has not been kept."""
         if self._closed or (self._begun and self._kept is None):
             return False
         if self._kept is not None:
@@ -216,28 +218,28 @@ class RequestBody:
         return True
 
     def forget(self) -> None:
-        """What was read, and what is read from now on, is not needed again."""
+        """Drops what was kept, and keeps nothing from now on."""
         self.keeps = 0
-        if self._place is not None and self._kept_size:
-            self._place.release(self._kept_size)
+        if self._budget is not None and self._kept_size:
+            self._budget.release(self._kept_size)
         self._kept, self._kept_size = None, 0
 
     def close(self) -> None:
-        """Nobody reads it any more; what still comes is dropped."""
+        """Stops reading. Bytes that still arrive are dropped."""
         self._closed = True
         self._look = None
         self.forget()
-        if self._place is not None:
-            self._place.release(sum(map(len, self._ahead)))
-            self._place = None
+        if self._budget is not None:
+            self._budget.release(sum(map(len, self._ahead)))
+            self._budget = None
         self._ahead = _NOTHING
         self._parts, self._size = [], 0
         self._wake()
         if not self.ended:
             self._more()
 
-    async def _next(self, patience: float) -> bytes:
-        """The next bytes that come from the client, empty at the end."""
+    async def _next(self, grace: float) -> bytes:
+        """Waits for the next bytes from the client, and returns them; empty at the end."""
         if not self._parts and not self.ended and self._problem is None and not self._closed:
             self._waiting_since = perf_counter()
             self._waiter = asyncio.get_running_loop().create_future()
@@ -250,7 +252,7 @@ class RequestBody:
             raise self._problem
         if self._closed:
             raise ConnectionAbortedError("the body is closed")
-        self._check_pace(patience)
+        self._check_pace(grace)
         parts = self._parts
         if not parts:
             return b""
@@ -260,29 +262,29 @@ class RequestBody:
             self._more()
         return part
 
-    def _check_pace(self, patience: float) -> None:
+    def _check_pace(self, grace: float) -> None:
         rate, (waited, received) = self._limits.request_body_rate, self._window
         took = self._waited - waited
-        if rate is None or took <= patience:
+        if rate is None or took <= grace:
             return
         if self.received - received < rate * took:
             raise StalledClient("little", took)
         self._window = (self._waited, self.received)
 
     def _keep(self, part: bytes, *, held: bool) -> None:
-        """`part` was read; the place may hold it already."""
-        size, place = len(part), self._place
+        """Keeps `part`, which was read. If it cannot, drops all that was kept. `held`: the budget has it already."""
+        size, budget = len(part), self._budget
         if not size:
             return
         first, self._begun = not self._begun, True
-        keeps = place is not None and (first or self._kept is not None) and self._kept_size + size <= self.keeps
-        if place is not None and keeps and (held or place.hold(size)):
+        keeps = budget is not None and (first or self._kept is not None) and self._kept_size + size <= self.keeps
+        if budget is not None and keeps and (held or budget.hold(size)):
             self._kept = self._kept or []
             _add(part, self._kept)
             self._kept_size += size
             return
-        if place is not None and held:
-            place.release(size)
+        if budget is not None and held:
+            budget.release(size)
         self.forget()
 
     def _wake(self) -> None:
@@ -291,7 +293,7 @@ class RequestBody:
 
 
 def _add(part: bytes, parts: list[bytes] | deque[bytes]) -> None:
-    """`part` is the last of `parts`, or of the last of them."""
+    """Appends `part` to `parts`, or to the last one of `parts` if both are small."""
     if parts and len(parts[-1]) + len(part) <= _SMALL:
         parts[-1] += part
     else:

@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """The one timer of an exchange: the deadline of its present phase, of a client that blocks it, and of the whole.
+    """The one timer of an exchange. It has the deadlines of the current phase, of a blocked client, and of the whole.
 
-    Moving a deadline is an assignment; the timer looks where it stands now when it fires, so that a chunk costs
-    nothing here. `fail` is called with the error of the deadline that passed.
+    To move a deadline is only an assignment: when the timer fires, it checks whether the deadline has moved. So a chunk
+    does not have to reset a timer. `fail` is called with the error when a deadline has passed.
     """
 
     __slots__ = (
@@ -41,7 +41,7 @@ class Clock:
         self, loop: asyncio.AbstractEventLoop, timeouts: Timeouts, started: float, fail: Callable[[ExchangeError], None]
     ) -> None:
         self.touched = started
-        """When the phase's progress was last seen; its time counts from here."""
+        """When the current phase last made progress. Its timeout counts from here."""
         self._timeouts = timeouts
         self._loop = loop
         self._fail = fail
@@ -54,35 +54,35 @@ class Clock:
         self._handle: asyncio.TimerHandle | None = None
 
     def enter(self, phase: Phase | Literal["body"], since: float) -> None:
-        """`phase` begins; its time counts from `since`. In `body` it is the client's request that is waited for."""
+        """`phase` begins, and its timeout counts from `since`. The phase `body` waits for the client's request body."""
         self._phase = phase
         self._limit = getattr(self._timeouts, phase)
         self.touched = since
         self._arm()
 
     def client_blocked(self, stalled: Callable[[], bool]) -> None:
-        """The client does not take what it is sent, and the phase's time stands still.
+        """The client does not read. Until it does, the timeout of the phase is suspended and the write timeout counts.
 
-        `stalled` tells whether it has taken nothing since asked last.
+        `stalled` returns whether the client has read nothing since its last call.
         """
         self._stalled = stalled
         self._blocked_at = perf_counter()
         self._arm()
 
     def client_unblocked(self) -> None:
-        """The client takes again what it is sent; the phase's time counts anew."""
+        """The client reads again. The timeout of the phase starts again."""
         self._stalled = None
         self.touched = perf_counter()
         self._arm()
 
     def only_client(self, stalled: Callable[[], bool]) -> None:
-        """Nothing is waited for any more but that the client takes the last bytes."""
+        """The response is complete. From now on only the write timeout counts, for the last bytes to the client."""
         self._total_due = float("inf")
         self.client_blocked(stalled)
 
     @property
-    def patience(self) -> float:
-        """Seconds that the client may take to send something of its request's body."""
+    def body_timeout(self) -> float:
+        """`timeouts.body` of the route, in seconds."""
         return self._timeouts.body
 
     def stop(self) -> None:
@@ -108,8 +108,8 @@ class Clock:
         try:
             self._check()
         except Exception:
-            # Nobody else would end what waits.
-            log.exception("a deadline could not be kept")
+            # Without this, the exchange would never end.
+            log.exception("internal error in the timer of an exchange")
             self._fail(InternalError())
 
     def _check(self) -> None:

@@ -1,7 +1,8 @@
-"""A client's connection: the requests that come on it, one after the other, and noticing that the client left.
+"""A client connection: it receives requests, one after the other, and notices when the client leaves.
 
-A client that ends its sending side (FIN) while its request is answered is gone: so nginx sees it, and HAProxy if
-asked to (abortonclose), and so do we, because waiting for the next write to fail keeps a model generating for nobody.
+A client that closes its sending side (FIN) during a response counts as gone. nginx does the same, and so does HAProxy
+with `abortonclose`. The alternative would be to wait until a write fails, and meanwhile the model would generate tokens
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# nginx's keepalive_timeout.
+# Seconds, as nginx's keepalive_timeout.
 KEEPALIVE = 75.0
-# Bytes of a response that wait for the client before the upstream is paused. With the read that may follow, and all
-# else that an exchange holds, that is measured to be less than 128 KiB (bench/memory.py).
+# Bytes of a response that may wait for the client. Above that, reading from the upstream is paused. Together with one
+# more read, and everything else that an exchange holds, this is less than 128 KiB (measured by bench/memory.py).
 WRITE_BUFFER = 32 * 1024
-# Requests that a client may send ahead of their responses.
+# Requests that a client may send before it has received the responses to earlier ones.
 MAX_PIPELINED = 4
-# A close that waits for a client, to take the last bytes or to stop sending, waits so long at most: as nginx
-# (lingering_time) and Apache httpd (MAX_SECS_TO_LINGER).
+# Seconds that a close waits until the client has read the last bytes, or has stopped sending. As nginx (lingering_time)
+# and Apache httpd (MAX_SECS_TO_LINGER).
 LINGER = 30.0
-# One that has sent nothing for so long has stopped (Apache httpd's SECONDS_TO_LINGER).
+# Seconds without a byte from the client after which it has stopped sending (Apache httpd's SECONDS_TO_LINGER).
 SILENCE = 2.0
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -52,14 +53,14 @@ def address_of(transport: asyncio.BaseTransport) -> str:
 
 
 class FlowControlled(Protocol):
-    """Writes into a downstream and is told when to stop."""
+    """A writer to the client. It is paused while the client's write buffer is full."""
 
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
 
 
 class Request:
-    """A request on a `connection`: what its head says, and its `body` as it comes."""
+    """A request on a `connection`: the parsed head, and the `body` that is being received."""
 
     __slots__ = (
         "body",
@@ -87,13 +88,12 @@ class Request:
         self.body = body
 
     def answered(self) -> None:
-        """Forgets the fields, which are needed only until there is a response; a stream may be long."""
+        """Drops the header fields. They are not needed after the response head, and a stream may take long."""
         self.fields = _NO_FIELDS
 
 
 class DownstreamProtocol(asyncio.Protocol):
-    """One client connection. `on_gone` is called, once, the moment the client is seen gone while a request of its is
-    being answered."""
+    """One client connection. `on_gone` is called once, when the client leaves while its request is being answered."""
 
     __slots__ = (
         "_body",
@@ -134,16 +134,17 @@ class DownstreamProtocol(asyncio.Protocol):
         self._fd = -1
         self._task: asyncio.Task[None] | None = None
         self.refused: RequestError | None = None
-        """Why no request of this connection is taken, if none is."""
+        """The error for every request on this connection, if it is above a limit."""
         self._heads = RequestHeads(loop, server.parsed_for, server.limits)
         # The body that is being received.
         self._body: RequestBody | None = None
-        # Requests that wait to be answered, and, as the last, what could not become one.
+        # Requests that wait to be answered. The last one may be the error of a request that could not be parsed.
         self._requests: list[Request | RequestError] = []
-        # Whether the last request has come, and whether bytes came, or are to be expected, after that.
+        # `_ends`: no request is read after the current one. `_surplus`: bytes have arrived after that request, or may
+        # be about to arrive.
         self._ends = False
         self._surplus = False
-        # What was read and waits for a place among the requests.
+        # Bytes that were read and not parsed yet, because `MAX_PIPELINED` requests are waiting.
         self._unread = b""
         self._reads: BoundedReads | None = None
         self._watch: Watch | None = None
@@ -157,11 +158,11 @@ class DownstreamProtocol(asyncio.Protocol):
         self.read_at = 0.0
         """When bytes were last read from the client."""
         self.address = ""
-        """The client's, without its port; empty if it has none."""
+        """The client's address, without its port. Empty if it has none, on a Unix socket."""
         self.free_at = 0.0
-        """When the exchange before this one ended, or the connection began."""
+        """When the previous exchange ended, or when the connection was accepted."""
         self.gone_at: float | None = None
-        """When the client was seen gone, if that was during an exchange."""
+        """When the client left, if that was during an exchange."""
         self.on_gone: Callable[[], None] | None = None
         self.pump: FlowControlled | None = None
 
@@ -172,12 +173,12 @@ class DownstreamProtocol(asyncio.Protocol):
         try:
             self._begin(transport)
         except BaseException:
-            # uvloop would leave it open.
+            # uvloop would leave the connection open.
             self._broke()
             raise
 
     def _broke(self) -> None:
-        """Nothing is read any more, and whatever was on the connection ends."""
+        """Ends the connection and its requests after an internal error."""
         if self.transport is not None:
             self.transport.abort()
             self.connection_lost(None)
@@ -198,17 +199,17 @@ class DownstreamProtocol(asyncio.Protocol):
         self._task = self._loop.create_task(self._serve())
         self._idle_timer = self._loop.call_later(KEEPALIVE, self._close_if_unused)
         if self._unread:
-            # With TLS, the first request may come before this.
+            # With TLS, bytes may arrive before `connection_made`.
             self._advance()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self.transport is None:
-            # It was lost before it was made.
+            # It has been called already, or the connection ended before `connection_made`.
             return
         self.transport = self._reads = None
-        # A task that was cancelled refers to its frames, and they to this object.
+        # A cancelled task refers to its frames, and they refer to this object: this breaks the cycle.
         task, self._task = self._task, None
-        # Each of these happens, the last one first, whatever the others raise.
+        # All of these run, the last one first, even if another one raises.
         with ExitStack() as ends:
             ends.callback(self._server.lost, self, task)
             if task is not None:
@@ -238,12 +239,12 @@ class DownstreamProtocol(asyncio.Protocol):
             self.transport.abort()
 
     def eof_received(self) -> None:
-        """The client has ended its side; the transport closes unless this returns something else than None."""
+        """The client has closed its sending side. Returning None makes the transport close the connection."""
         if self._busy:
             self._gone()
 
     async def _serve(self) -> None:
-        """Answers one request after the other, for as long as the connection may stay."""
+        """Answers one request after the other, as long as the connection stays open."""
         try:
             while self.transport is not None:
                 request = await self._next()
@@ -272,7 +273,7 @@ class DownstreamProtocol(asyncio.Protocol):
         return request
 
     async def _answer(self, request: Request | RequestError) -> bool:
-        """Has `request` answered; returns whether the connection may stay. Raises ConnectionError if it is gone."""
+        """Answers `request`. Returns whether the connection stays open. Raises `ConnectionError` if the client left."""
         self._busy = True
         self._server.requests_count += 1
         try:
@@ -283,7 +284,7 @@ class DownstreamProtocol(asyncio.Protocol):
                 try:
                     answer = await self._server.handle(request)
                 except Exception:
-                    # It may have been answered, or have begun to be: nothing can be added to that.
+                    # A part of a response may have been sent already, so no error response is possible.
                     log.exception("an exchange failed outside its own error handling")
                     self.cut(flush=False)
                     return False
@@ -302,13 +303,14 @@ class DownstreamProtocol(asyncio.Protocol):
             self._busy = False
 
     def _has_unread_input(self) -> bool:
-        """Whether the client has sent, or is about to send, what is not read."""
+        """Whether the client has sent bytes, or is about to send some, that will not be read as a request."""
         return self._surplus or bool(self._unread) or bool(self._heads.size) or self._body is not None
 
     async def _discard(self) -> None:
-        """Tells the client that nothing more comes, and reads what it still sends, until it closes or is silent.
+        """Closes the sending side, and discards what the client still sends, until it closes or stops sending.
 
-        A close with bytes unread would be a reset, which can overtake the answer (RFC 9112, section 9.6).
+        To close a socket with unread bytes would reset the connection, and the client could lose the response (RFC
+        9112, section 9.6).
         """
         self._stop_timers()
         self._requests.clear()
@@ -318,7 +320,7 @@ class DownstreamProtocol(asyncio.Protocol):
         if transport is not None and transport.can_write_eof() and not transport.is_closing():
             transport.write_eof()
         now = began = perf_counter()
-        # The end of the connection ends this task.
+        # `connection_lost` cancels this task.
         while (end := min(max(self.read_at, began) + SILENCE, began + LINGER)) > now:
             await asyncio.sleep(end - now)
             now = perf_counter()
@@ -334,19 +336,19 @@ class DownstreamProtocol(asyncio.Protocol):
             try:
                 self._advance()
             except BaseException:
-                # uvloop reads on in TLS, and what follows would be taken for what was lost.
+                # With TLS, uvloop would go on reading, and the next bytes would be parsed as if none were missing.
                 self._broke()
                 raise
 
     def _advance(self) -> None:
-        """Reads heads and bodies from what has come, as far as there is room for them."""
+        """Parses heads and bodies from the received bytes, as far as there is room for them."""
         data, self._unread = self._unread, b""
         at, end = 0, len(data)
         while at < end:
             if self._body is not None:
                 at = self._read_body(self._body, data, at)
             elif self._ends:
-                # What follows the last request is nobody's.
+                # Bytes after the last request are ignored.
                 self._surplus = True
                 break
             elif len(self._requests) >= MAX_PIPELINED:
@@ -387,7 +389,7 @@ class DownstreamProtocol(asyncio.Protocol):
         if not body.ended:
             self._body = body
         self._ends = not request.keep_alive
-        # A body may follow that others would see.
+        # After an invalid head, other parsers might expect a body.
         self._surplus = head.problem is not None
         self._enqueue(request)
         return at
@@ -398,13 +400,13 @@ class DownstreamProtocol(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _refuse(self, error: RequestError) -> None:
-        """What comes cannot become a request. Those that wait before it are still answered."""
+        """Answers invalid input with `error`, after the requests that are waiting, and reads no more requests."""
         self._stop_head_timer()
         self.read_no_more()
         self._enqueue(error)
 
     def read_no_more(self) -> None:
-        """No request after this one is read, whatever comes."""
+        """Reads no request after the current one. Further bytes are discarded."""
         self._ends = self._surplus = True
 
     def _stop_head_timer(self) -> None:
@@ -413,7 +415,7 @@ class DownstreamProtocol(asyncio.Protocol):
             self._head_timer = None
 
     def _more(self) -> None:
-        """There is room again in the body that is being received."""
+        """Called when the body that is being received has room again."""
         if not self._unread:
             self._resume_reading()
 
@@ -440,14 +442,14 @@ class DownstreamProtocol(asyncio.Protocol):
             self._idle_timer = self._loop.call_later(KEEPALIVE - (unused or 0.0), self._close_if_unused)
 
     def _unused_for(self) -> float | None:
-        """Seconds for which there was no request, nor a part of a head; None if there is one."""
+        """Seconds since the connection was last in use. None if it is in use: by a request or a part of a head."""
         if self._busy or self._requests or self._heads.begun or self._discards:
             return None
-        # Empty lines are no part of a head, and keep nothing open.
+        # Empty lines before a request are no part of a head, so they do not keep the connection open.
         return perf_counter() - self.free_at
 
     def close_if_idle(self, seconds: float) -> None:
-        """Closes the connection if no request is on it, nor a part of a head, and none has been for so long."""
+        """Closes the connection if it has not been in use for so many `seconds`."""
         unused = self._unused_for()
         if unused is not None and unused >= seconds:
             self._close()
@@ -457,7 +459,7 @@ class DownstreamProtocol(asyncio.Protocol):
             self.transport.close()
 
     def end(self) -> None:
-        """Ends the connection now, and what is on it; nobody has left."""
+        """Ends the connection and its request now. This does not count as the client leaving."""
         if self._task is not None:
             self._task.cancel()
             self._task.add_done_callback(self._abort)
@@ -481,7 +483,7 @@ class DownstreamProtocol(asyncio.Protocol):
             self.pump.resume_writing()
 
     async def flushed(self) -> None:
-        """Waits until the client's kernel, or ours, has taken every byte. Raises ConnectionError if it is gone."""
+        """Waits until the kernel has accepted every byte. Raises `ConnectionError` if the client has left."""
         transport = self.transport
         if transport is None or not transport.get_write_buffer_size():
             return
@@ -495,7 +497,7 @@ class DownstreamProtocol(asyncio.Protocol):
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
 
     def stall_detector(self) -> Callable[[], bool]:
-        """A function that tells whether the client has taken nothing since it was last asked."""
+        """A function that returns whether the client has read nothing since the last call."""
         transport = self.transport
         assert transport is not None
         waiting = transport.get_write_buffer_size()
@@ -508,10 +510,10 @@ class DownstreamProtocol(asyncio.Protocol):
         return stalled
 
     def cut(self, *, flush: bool) -> None:
-        """Ends the connection so that the client cannot take what it has for the whole response.
+        """Ends the connection so that the client notices that the response is not complete.
 
-        With `flush` the bytes on their way are still delivered: the framing that the head announced shows that the end
-        is missing. Without, only a reset can tell.
+        With `flush`, bytes in the buffer are still delivered; the response's framing shows that its end is missing. If
+        the framing cannot show it, use `flush=False`, which resets the connection.
         """
         transport = self.transport
         if transport is None:

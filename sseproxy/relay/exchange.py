@@ -1,7 +1,7 @@
 """The record of one exchange.
 
-An `Exchange` is created when a request head was received and finished exactly once. What happens in between it tells
-to an `Observer` at the moment it happens.
+An `Exchange` is created when a request head has been received, and finished exactly once. In between, it calls its
+`Observer` whenever something happens.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Literal, Protocol
 from ..errors import ExchangeError, Outcome, StalledClient
 from ..wire.meaning import DELTA, Meaning, Usage
 
-# Of so many, or half of them, the median is told well enough.
+# At most so many gaps are kept for the median. Between 16 and 32 are enough for a good estimate.
 _MAX_GAPS = 32
 
 
 class Observer(Protocol):
-    """What an exchange tells while it lives. Durations are in seconds."""
+    """Receives what happens in an exchange. Durations are in seconds."""
 
     def started(self) -> None: ...
     def rejected(self, reason: str) -> None: ...
@@ -33,7 +33,7 @@ class Observer(Protocol):
 
 
 class Exchange:
-    """One request and its response, as an operator wants to know it. Instants are `perf_counter` readings."""
+    """The record of one request and its response. Times are values of `perf_counter`."""
 
     __slots__ = (
         "_passed_over",
@@ -81,16 +81,16 @@ class Exchange:
         self.received_at = received_at
         self.client = self.method = self.api = ""
         self.model: str | None = None
-        """As the request has it."""
+        """The model that the request names."""
         self.traceparent: str | None = None
         self.reason: str | None = None
-        """The code of the error that ended it."""
+        """The code of the error that ended the exchange."""
         self.cause: str | None = None
-        """What exactly failed then, where more is known."""
+        """What exactly failed, in words, if it is known."""
         self.path = ""
-        """That of the request, as it came, without its query."""
+        """The path of the request as it was received, without the query."""
         self.upstream_request_id: bytes | None = None
-        """What the upstream calls the request."""
+        """The id that the upstream has given to the request."""
         self.head_at: float | None = None
         self.first_event_at: float | None = None
         self.first_token_at: float | None = None
@@ -99,7 +99,8 @@ class Exchange:
         self.longest_gap = 0.0
         """The longest gap between deltas, in seconds."""
         self.gaps: list[float] = []
-        """The gaps between deltas, in seconds; of more than a few, every other, every fourth, and so on."""
+        """A sample of the gaps between deltas, in seconds. As a stream gets longer: every gap, every second, every
+        fourth, and so on."""
         self._passed_over = 0
         self.ended_at: float | None = None
         self.status: int | None = None
@@ -111,14 +112,14 @@ class Exchange:
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
         self.marker_seen = False
-        """The dialect's end was seen, and forwarded."""
+        """Whether the end marker of the dialect was seen and forwarded."""
         self.stream_error = False
         self.unread: Literal["encoded", "oversize", "failed"] | None = None
-        """Why the body, or a part of it, could not be read in passing."""
+        """Why the body, or a part of it, could not be inspected."""
         self.outcome: Outcome | None = None
 
     def begin(self) -> None:
-        """From now on it is under way, until it is finished."""
+        """Counts the exchange as active, until `finish`."""
         self.observer.started()
 
     def head_received(self, status: int, event_stream: bool) -> None:
@@ -130,7 +131,7 @@ class Exchange:
         self.observer.response_head(self.head_at - self.received_at)
 
     def happened(self, meaning: Meaning, read_at: float) -> None:
-        """An event, read at `read_at`, was written downstream."""
+        """Records an event that was read at `read_at` and has been written to the client."""
         if meaning.delta and self.first_token_at is not None:
             self.generated(0, read_at)
         else:
@@ -150,7 +151,7 @@ class Exchange:
             self.garbled += 1
 
     def _begins(self, meaning: Meaning, read_at: float) -> None:
-        """The first event, the first token, or what comes before it or means none."""
+        """Records an event before the first token, the first token itself, or a later event without a delta."""
         self.events += 1
         if self.first_event_at is None:
             self.first_event_at = perf_counter()
@@ -161,7 +162,7 @@ class Exchange:
             self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
 
     def generated(self, size: int, read_at: float) -> None:
-        """A delta that is not the first one, in an event of `size` bytes of which nothing is counted yet."""
+        """Records a delta after the first one, in an event of `size` bytes. `size` is 0 if they are counted already."""
         self.events = events = self.events + 1
         self.response_bytes += size
         gap, observe = read_at - self.last_delta_at, self.observer.gap
@@ -179,11 +180,11 @@ class Exchange:
             self._passed_over = 2 * self._passed_over + 1
 
     def completed(self) -> Outcome:
-        """The outcome if all of the response was forwarded."""
+        """The outcome if the whole response was forwarded."""
         return Outcome.UPSTREAM_ERROR if self.stream_error else Outcome.COMPLETED
 
     def failed(self, error: ExchangeError) -> Outcome:
-        """The outcome if `error` ends it now. What follows the end marker concerns nobody."""
+        """The outcome if `error` ends the exchange now. After the end marker, most errors do not matter any more."""
         return self.completed() if self.marker_seen and not isinstance(error, StalledClient) else error.outcome
 
     def client_left(self) -> Outcome:

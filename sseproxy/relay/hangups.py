@@ -1,4 +1,4 @@
-"""Seeing that a peer hung up while nothing is read from its socket."""
+"""Notices that a peer has closed its connection, although the socket is not being read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 
 
 class Watch:
-    """A socket that is watched. Descriptors are used again, so that a number alone does not tell whose it is."""
+    """A watched socket. It is an object, because the kernel reuses the numbers of file descriptors."""
 
     __slots__ = ("fd", "hung_up")
 
@@ -19,10 +19,10 @@ class Watch:
 
 
 class HangupWatch:
-    """An event loop learns of a FIN by reading. Where reading is paused, an epoll set of its own tells it, which waits
-    for nothing but hang-ups (epoll_ctl(2), EPOLLRDHUP).
+    """Watches sockets for hang-ups while reading is paused. An event loop otherwise notices a FIN only by reading.
 
-    A socket may be closed while it is watched: the kernel forgets it then, and its number may already be another's.
+    This is an epoll set of its own, which waits only for hang-ups (epoll_ctl(2), EPOLLRDHUP). If a watched socket is
+    closed, the kernel removes it from the set, and its number may be reused by another socket.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -32,20 +32,20 @@ class HangupWatch:
         loop.add_reader(self._epoll.fileno(), self._ready)
 
     def add(self, fd: int, hung_up: Callable[[], None]) -> Watch:
-        """Calls `hung_up`, once, when the peer of `fd` hangs up, until the watch that is returned is removed."""
+        """Calls `hung_up` once when the peer of `fd` hangs up, unless the returned watch is removed before."""
         watch = self._watched[fd] = Watch(fd, hung_up)
         try:
             self._epoll.register(fd, select.EPOLLRDHUP)
         except FileExistsError:
-            # Its socket is watched still.
+            # The socket is already being watched.
             self._epoll.modify(fd, select.EPOLLRDHUP)
         except OSError:
-            # It is closed, which its transport is about to say.
+            # The socket is closed. Its transport will report that.
             pass
         return watch
 
     def remove(self, watch: Watch) -> None:
-        """Does nothing if it was removed before, or its socket is closed; never touches another's watch."""
+        """Removes `watch`. Does nothing if it was removed before or its socket is closed."""
         if self._watched.get(watch.fd) is watch:
             del self._watched[watch.fd]
             with suppress(OSError):

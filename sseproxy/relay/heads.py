@@ -1,7 +1,7 @@
-"""Message heads, parsed by aiohttp's C parser: requests from clients, responses from upstreams.
+"""Parses message heads with aiohttp's C parser: requests from clients, responses from upstreams.
 
-The parser sees heads only. Where a head ends is found here, and where a body ends is decided by `wire.framing`, so that
-no two parsers can disagree about it.
+aiohttp's parser gets only heads. This module finds the end of a head, and `wire.framing` finds the end of a body. So no
+two parsers can disagree about where a message ends.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ if TYPE_CHECKING:
 MAX_RESPONSE_FIELDS = 200
 
 _BLANK_LINE = b"\r\n\r\n"
-# As Python spells it.
+# A byte in the `repr` of bytes.
 _BYTE: Final = re.compile(r"\\x..|\\?.")
-# Errors whose text is a rule, where it has no line behind it.
-_TELL_A_RULE: Final = (ProtocolError, BadHttpMessage, BadHttpMethod)
-# How much of a body aiohttp would buffer, had it one to parse.
+# Errors whose text is only a rule, if no quoted line follows.
+_HAVE_A_RULE: Final = (ProtocolError, BadHttpMessage, BadHttpMethod)
+# How many bytes of a body aiohttp would buffer. It never gets a body.
 _UNUSED_LIMIT = 2**16
 
 
 def check_parser() -> None:
-    """Raises `ParserError` if aiohttp has no other parser than the one in Python, which is lax, and slow."""
+    """Raises `ParserError` if aiohttp has only its parser in Python, which is less strict, and slow."""
     if HttpRequestParser is HttpRequestParserPy:
         raise ParserError
 
 
 class RequestHead:
-    """A request head. `problem` tells why the request cannot be taken as it is, if so: others may read it otherwise."""
+    """A request head. `problem` is the error if the request must be refused, because other parsers may read it
+    differently.
+    """
 
     __slots__ = ("fields", "framing", "keep_alive", "method", "problem", "size", "target", "version")
 
@@ -64,7 +66,7 @@ class RequestHead:
             self.problem = RequestError("bad_request")
         if self.version not in ((1, 0), (1, 1)):
             self.problem = RequestError("bad_request")
-        # Not what the parser makes of the coding: to it, one with white space behind it is none.
+        # The parser's own decision is not used: it ignores a coding that is followed by white space.
         coded, length = self.fields.named(b"transfer-encoding"), message.headers.get("Content-Length")
         if coded and length is not None:
             self.problem = RequestError("bad_request")
@@ -73,14 +75,14 @@ class RequestHead:
 
 
 def rule_of(error: Exception) -> str:
-    """What is wrong with bytes that are no HTTP: the rule, and the byte that breaks it.
+    """What is wrong with bytes that are not valid HTTP, in words: the rule, and the byte that violates it.
 
-    The parser's own text quotes the line, or the target, which may have a key in it.
+    The text of the parser's error is not used as it is: it quotes the line or the target, which may contain a key.
     """
     text = str(getattr(error, "message", None) or error)
     rule, _, quoted = text.partition("\n\n")
-    if not quoted and type(error) not in _TELL_A_RULE:
-        return "the target is no URL" if isinstance(error, InvalidURLError) else "it is no HTTP"
+    if not quoted and type(error) not in _HAVE_A_RULE:
+        return "the target is not a valid URL" if isinstance(error, InvalidURLError) else "the head is not valid HTTP"
     rule = " ".join(line.strip() for line in rule.splitlines()).rstrip(":")
     line, _, mark = quoted.partition("\n")
     byte = _BYTE.match(line, mark.find("^")) if mark.strip() == "^" else None
@@ -88,9 +90,9 @@ def rule_of(error: Exception) -> str:
 
 
 class RequestHeads:
-    """Reads the heads of one connection's requests, one at a time; `feed` takes bytes in any split.
+    """Parses the request heads of one connection. `feed` takes bytes, however they are split.
 
-    `size` counts the bytes of the head that has begun; it is 0 between heads.
+    `size` is the number of bytes of the current head, or 0 between heads.
     """
 
     __slots__ = ("_limits", "_loop", "_parser", "_protocol", "_tail", "size")
@@ -105,13 +107,13 @@ class RequestHeads:
 
     @property
     def begun(self) -> bool:
-        """Whether more than empty lines has come of a head."""
+        """Whether a head has begun. Empty lines before a head do not count."""
         return self._parser is not None
 
     def feed(self, data: bytes, start: int) -> tuple[RequestHead | None, int]:
-        """The head that ends in `data`, or None, and where in `data` what follows it begins.
+        """Parses `data` from `start`. Returns the head that ends in it, or None, and the position after it.
 
-        Raises `RequestError` as soon as what has come cannot become a head.
+        Raises `RequestError` as soon as the bytes cannot become a valid head.
         """
         if self._parser is None:
             # RFC 9112, section 2.2: empty lines before a request line are ignored.
@@ -152,7 +154,7 @@ class RequestHeads:
         )
 
     def _end(self, data: bytes, start: int) -> int:
-        """Where in `data` the head may end that is being read at `start`."""
+        """The end of the current head in `data`, or the end of `data`. `start` is where to search from."""
         if self._tail:
             end = (self._tail + data[start : start + len(_BLANK_LINE) - 1]).find(_BLANK_LINE)
             if end >= 0:
@@ -166,7 +168,7 @@ class RequestHeads:
 
 
 class ResponseHead:
-    """A response head and how its body is framed."""
+    """A response head, with the framing of the body."""
 
     __slots__ = ("fields", "framing", "reason", "reusable", "status")
 
@@ -175,12 +177,13 @@ class ResponseHead:
         self.reason = message.reason.encode("utf-8", "surrogateescape")
         self.fields = headers.Fields(message.raw_headers)
         self.framing: Framing | None = response_framing(method, message.code, message.version, self.fields)
-        # An upstream may send a body where none may be, after HEAD, 204 or 304; it must not meet the next request.
+        # After a response without a body (HEAD, 204, 304) the connection is not reused: an upstream may send a body by
+        # mistake, and it would be taken for the next response.
         self.reusable = not message.should_close and self.framing is not None and self.framing != "close"
 
 
 class ResponseHeads:
-    """Reads whole response heads of at most `limit` bytes, one after the other, for all connections of an upstream."""
+    """Parses whole response heads of at most `limit` bytes, for all connections to an upstream."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self.limit = limit
@@ -195,17 +198,17 @@ class ResponseHeads:
             max_line_size=self.limit,
             max_field_size=self.limit,
             max_headers=MAX_RESPONSE_FIELDS,
-            # Only heads are fed to it; every message ends with its head.
+            # The parser gets only heads, so for the parser every message ends with its head.
             response_with_body=False,
             read_until_eof=False,
             auto_decompress=False,
         )
 
     def parse(self, raw: bytes) -> RawResponseMessage:
-        """Raises `ProtocolError`, ValueError, or aiohttp's `HttpProcessingError`."""
+        """Parses one head. Raises `ProtocolError`, `ValueError`, or aiohttp's `HttpProcessingError`."""
         headers.check_head(raw)
         parser = self._parser or self._new()
-        # One that has raised, switched protocols, or read the end of a connection, reads no other head.
+        # A parser cannot be used again after an error, a protocol switch, or a message that closes the connection.
         self._parser = None
         messages, _, _ = parser.feed_data(raw)
         if len(messages) != 1:

@@ -1,61 +1,62 @@
-"""Inspectors: what reads along with a body that is forwarded elsewhere.
+"""Inspectors: they get the bytes of a body after these have been forwarded, and find out what they mean.
 
-They tell the exchange what they read, and the pump whether it is progress.
+They record the meaning in the exchange, and tell the pump whether the bytes are progress.
 """
 
 from __future__ import annotations
 
 from ..errors import ExchangeError
-from ..wire.alike import Alike, alike
+from ..wire.deltas import DeltaMatcher, delta_matcher
 from ..wire.dialects import Dialect
 from ..wire.extract import Gist
 from ..wire.meaning import DELTA, NOTHING
 from ..wire.sse import EventParser
 from .exchange import Exchange
 
-# A stream whose events have not been alike for so many is none whose events are.
+# So many matchers are made in a row without a match. If none of them has matched, the events of this stream differ too
+# much, and no more matchers are made.
 _TRIES = 8
 
 
 class Inspector:
-    """Reads along with a body, and tells the exchange what it meant. This one reads nothing: any byte is progress.
+    """Inspects a body, and records its meaning in the exchange. This base class reads nothing: any byte is progress.
 
-    It can neither stop nor delay the bytes: what it cannot follow it counts, and lets go.
+    An inspector can neither stop nor delay the bytes. It counts what it does not understand, and ignores it.
     """
 
     __slots__ = ("_exchange",)
 
     awaits_token = False
-    """Whether the body has a first token, which is the first progress."""
-    alike: Alike | None = None
-    """Recognises reads that are like the one that was looked at last, and need not be: each is another delta."""
+    """Whether the first token has still to come. Until then, only the first token is progress."""
+    matcher: DeltaMatcher | None = None
+    """Matches reads that are one delta like the last one. Such reads need not be passed to `look`."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
     def look(self, payload: bytes, read_at: float) -> bool:
-        """`payload` was written downstream, read from the upstream at `read_at`. Returns whether it is progress."""
+        """Inspects `payload`, which was read at `read_at` and has been forwarded. Returns whether it is progress."""
         return True
 
     def end(self) -> None:
-        """The body is complete."""
+        """Called when the body is complete."""
 
     def failed(self) -> Inspector:
-        """What looks on where this one raised an exception."""
+        """Called after an exception. Returns the inspector that replaces this one."""
         self._exchange.unread = "failed"
         return Inspector(self._exchange)
 
     def heartbeat(self) -> bytes:
-        """What may be forwarded now to show that the body goes on; empty where nothing may."""
+        """The bytes of a heartbeat, or none if a heartbeat cannot be inserted here."""
         return b""
 
     def farewell(self, error: ExchangeError) -> bytes:
-        """What may still be forwarded to say that `error` ends the body; empty where nothing can be understood."""
+        """The bytes of an error event that ends the body, or none if an event cannot be inserted here."""
         return b""
 
 
 class EventInspector(Inspector):
-    """An event stream in `dialect`, of which only is known where its events begin and end."""
+    """Follows an event stream only to know where its events begin and end. `numbered` is that of the dialect."""
 
     __slots__ = ("_numbered", "_parser")
 
@@ -69,8 +70,8 @@ class EventInspector(Inspector):
         return True
 
     def heartbeat(self) -> bytes:
-        # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`. Put
-        # between a CR and its LF, it would make that LF a blank line.
+        # The comment has no blank line after it: with one, openai for Python fails on streams that have used `id`. It
+        # must not be inserted between a CR and its LF, because then the LF would be a blank line.
         parser = self._parser
         harmless = parser.at_boundary and not parser.in_line_end and not self._exchange.marker_seen
         return b": heartbeat\n" if harmless else b""
@@ -82,9 +83,9 @@ class EventInspector(Inspector):
 
 
 class StreamInspector(EventInspector):
-    """An event stream in `dialect`; of an event, at most so many bytes as `max_event` and the dialect allow."""
+    """Inspects an event stream in `dialect`. `max_event` is the limit in bytes of an event (`limits.event`)."""
 
-    __slots__ = ("_alike_since", "_read", "_text", "_tries", "alike", "awaits_token")
+    __slots__ = ("_matcher_made_at", "_read", "_text", "_tries", "awaits_token", "matcher")
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
         parser = EventParser(dialect.max_event(max_event), dialect.members)
@@ -92,15 +93,15 @@ class StreamInspector(EventInspector):
         self._read = dialect.read
         self._text = dialect.text
         self.awaits_token = dialect.generates
-        # For how many events more it is worth to make an `alike`, and how many there had been at the last one.
+        # How many more matchers may be made, and the number of events when the last one was made.
         self._tries = _TRIES
-        self._alike_since = 0
-        self.alike = None
+        self._matcher_made_at = 0
+        self.matcher = None
 
     def look(self, payload: bytes, read_at: float) -> bool:
         exchange, parser = self._exchange, self._parser
         fresh, meaning = parser.fresh, NOTHING
-        if self.alike is not None and exchange.events > self._alike_since:
+        if self.matcher is not None and exchange.events > self._matcher_made_at:
             self._tries = _TRIES
         events = parser.feed(payload)
         for kind, data in events:
@@ -108,24 +109,24 @@ class StreamInspector(EventInspector):
                 exchange.unread = "oversize"
             meaning = NOTHING if data is None else self._read(kind, data)
             exchange.happened(meaning, read_at)
-        self.alike = None
+        self.matcher = None
         if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
             self._tries -= 1
-            self._alike_since = exchange.events
-            self.alike = alike(payload, self._text)
+            self._matcher_made_at = exchange.events
+            self.matcher = delta_matcher(payload, self._text)
         if self.awaits_token:
             self.awaits_token = exchange.first_token_at is None
             return not self.awaits_token
         return bool(events)
 
     def failed(self) -> Inspector:
-        # The parser has had all that came: where the stream stands is known.
+        # The parser has got all bytes so far, so it still knows where events begin and end.
         self._exchange.unread = "failed"
         return EventInspector(self._exchange, self._parser, numbered=self._numbered)
 
 
 class JsonInspector(Inspector):
-    """A JSON body in `dialect`."""
+    """Inspects a JSON body in `dialect`."""
 
     __slots__ = ("_gist", "_read")
 

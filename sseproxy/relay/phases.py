@@ -1,16 +1,15 @@
-"""The life of a request, in numbered phases, of which the last always runs and records.
+"""The life of a request, in numbered phases. The last phase always runs, and records the exchange.
 
-1. *Admit*: the request takes its place among those under way; its head is checked.
-2. *Route*: the route is found; where something depends on the model, the body is collected for it.
-3. *Connect*: a connection to the upstream, pooled or new.
-4. *Send*: the head at once, the body as it comes.
-5. *Head*: the upstream's response head is awaited, and sent downstream before any byte of the body.
-6. *Body*: the pump moves it.
-7. *End*: whatever happened, all that was occupied is given back, both sides are released, and the exchange gets its one
-   outcome.
+1. *Admit*: checks the limits and the head of the request.
+2. *Route*: finds the route. If it depends on the model, the body is collected first.
+3. *Connect*: gets a connection to the upstream, pooled or new.
+4. *Send*: sends the request head immediately, and the body as it arrives.
+5. *Head*: waits for the response head, and sends it to the client before any byte of the body.
+6. *Body*: the pump forwards the body.
+7. *End*: releases everything that the request occupies, and both connections, and records the one outcome.
 
-Phases 3 to 5 are an *attempt*. A client that leaves cancels whichever phase it is in; a deadline or the end of a drain
-makes it fail.
+Phases 3 to 5 are an *attempt*. If the client leaves, the current phase is cancelled. If a deadline passes, or the drain
+timeout, the current phase fails.
 """
 
 from __future__ import annotations
@@ -56,19 +55,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a backend says of an option that it does not know is short.
+# Bytes of an error response that are searched for a refused option. Such responses are short.
 _MAX_REFUSAL: Final = 64 * 1024
-# A request may come through here more than once on purpose; this often it goes in circles.
+# A request may pass through sseproxy several times on purpose. More often than this, it is a loop.
 _MAX_PASSES: Final = 8
-# Of a body that is sent as it comes, so much is kept in case that it has to be sent again.
+# Bytes of a body that are kept while it is forwarded, in case it has to be sent again.
 _MAX_REPEATED: Final = 1024 * 1024
-# Methods that change nothing (RFC 9110, section 9.2.1), of those that are relayed.
+# The safe methods (RFC 9110, section 9.2.1), except TRACE, which is not relayed.
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Relay:
-    """One exchange under way. `run` it once."""
+    """One active exchange. Call `run` once."""
 
     def __init__(self, proxy: Proxy, request: Request) -> None:
         downstream = request.connection
@@ -82,9 +81,9 @@ class Relay:
         self._received_at = max(downstream.read_at, downstream.free_at)
         self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
         self._coding = coding_of(request.fields.tokens(b"content-encoding"))
-        # What is read of the request's body, once all of it has come.
+        # Reads the whole body before the request is sent.
         self._read: RequestReader | FormReader | None = None
-        # What is read of it while it is relayed.
+        # Reads the body while it is being forwarded.
         self._passing: RequestReader | FormReader | None = None
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
@@ -99,7 +98,7 @@ class Relay:
         self._error: ExchangeError | None = None
 
     def fail(self, error: ExchangeError) -> None:
-        """Ends the exchange from outside, with `error`. The first error counts."""
+        """Ends the exchange with `error`, from another task or a callback. Only the first error counts."""
         if self._error is not None:
             return
         if self._pump is None or self._flushing:
@@ -109,14 +108,14 @@ class Relay:
             self._pump.fail(error)
             self._error = error
 
-    def _missed(self, error: ExchangeError) -> None:
-        """A deadline has passed: that of the attempt, or of the exchange."""
+    def _deadline_passed(self, error: ExchangeError) -> None:
+        """Fails the attempt, if `error` is about one of its deadlines, or else the exchange."""
         of_attempt = isinstance(error, UpstreamTimeout) and error.phase in ("connect", "head")
         if not (of_attempt and self._attempt is not None and self._attempt.fail(error)):
             self.fail(error)
 
     def _gone(self) -> None:
-        """The client is gone."""
+        """Called when the client has left."""
         if self._attempt is not None:
             self._attempt.end()
         if self._pump is not None:
@@ -131,7 +130,7 @@ class Relay:
                 self._proxy.active.add(self)
                 self._downstream.on_gone = self._gone
                 await self._relay()
-                # What the phases before it needed is gone by now, and a stream may be long.
+                # This waits here and not in `_relay`, so that the frames of `_relay` are freed: a stream may take long.
                 if self._pump is not None:
                     await self._pump.done
                 await self._flush()
@@ -148,16 +147,19 @@ class Relay:
                 outcome = self._failed(self._error)
                 return self._refuse(self._error)
         except Exception:
-            # The client gets an answer, and the exchange its outcome, also from a mistake of ours, wherever that is.
-            log.exception("an exchange failed in a way that nobody foresaw")
+            # Even after an internal error, the client gets a response, and the exchange gets an outcome.
+            log.exception("internal error in an exchange")
             return self._refuse(InternalError())
         finally:
             self._end(outcome)
 
     def _cancelled(self) -> Outcome:
-        """The outcome if the client is gone, unless the body had ended and this task was only about to hear of it."""
+        """The outcome when this task was cancelled. Usually the client has left.
+
+        If the body had already ended and this task had not noticed yet, it is the outcome of the body.
+        """
         if self._downstream.gone_at is None:
-            # Nobody left: the worker's end does not wait for this exchange.
+            # The client has not left: the worker is ending.
             return Outcome.DRAINED
         body = self._pump.done if self._pump is not None else None
         if body is None or not body.done() or body.cancelled() or self._flushing:
@@ -178,9 +180,9 @@ class Relay:
         return outcome
 
     def _end(self, outcome: Outcome) -> None:
-        """Phase 7: End. Raises nothing: the answer has been given."""
+        """Phase 7: End. Raises nothing, because the response has been sent already."""
         try:
-            # Each of these happens, the last one first, whatever the others raise.
+            # All of these run, the last one first, even if another one raises.
             with ExitStack() as ends:
                 ends.callback(self._record, outcome)
                 if self._clock is not None:
@@ -193,8 +195,8 @@ class Relay:
                 if self._ticket is not None:
                     ends.callback(self._ticket.give_back)
         except Exception:
-            log.exception("the end of an exchange failed")
-        # These refer to this object in turn: together they would wait for the garbage collector.
+            log.exception("internal error at the end of an exchange")
+        # This breaks reference cycles, so that all these objects are freed now, without the garbage collector.
         del self._task
         self._ticket = self._clock = self._attempt = self._pump = None
 
@@ -208,7 +210,7 @@ class Relay:
         exchange.finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
-        """The exchange's record, begun here if it has not got so far as to have one."""
+        """The record of the exchange. Creates it if there is none yet."""
         if self._exchange is None:
             observer = self._proxy.observer(route, upstream, routes.OTHER)
             exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
@@ -221,7 +223,10 @@ class Relay:
         return self._exchange
 
     def _can_keep_alive(self) -> bool:
-        """The connection can take another request: this one has come to its end, and its response is framed."""
+        """Whether the connection can be used for another request.
+
+        It can if all of this request has been received and the end of its response does not close the connection.
+        """
         return (
             self._request.keep_alive
             and not (self._proxy.draining or self._proxy.retiring)
@@ -230,21 +235,21 @@ class Relay:
         )
 
     def _refuse(self, error: ExchangeError) -> Answer:
-        """The response if its head was not sent yet; otherwise the connection is cut short of a clean end."""
+        """The error response. If a response head was sent already, breaks the connection instead."""
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(keep_alive=False)
         self._recorded().status = error.status
         extra = [(b"X-Request-Id", self._request_id)]
         if error.status in (429, 503):
-            # Another replica, or this one's successor, takes it now.
+            # Another replica, or the workers after a restart, can take the request.
             extra.append((b"Retry-After", b"1"))
         if error.status == 415:
             # RFC 9110, section 12.5.3.
             extra.append((b"Accept-Encoding", b", ".join(READABLE)))
         misread = error.code in ("bad_request", "head_too_large")
         if misread:
-            # A request that parsers may read differently ends the connection.
+            # Other parsers may read such a request differently, so nothing after it can be trusted.
             self._downstream.read_no_more()
         last = misread or self._downstream.refused is not None
         return Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
@@ -270,7 +275,7 @@ class Relay:
         if wants_usage or (proxy.models and tells_model and self._coding is not None):
             await self._collect(clock, route.timeouts.body)
         elif tells_model and plain and proxy.names_models and self._read is None and not self._read_what_came():
-            # It is relayed as it comes, and read in passing.
+            # The body is forwarded as it arrives, and read at the same time.
             self._passing = reader_of(request.fields)
             request.body.watched_by(self._passing.feed)
         read, self._read = self._read, None
@@ -281,23 +286,23 @@ class Relay:
         if wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
             asking = read.with_usage()
             if asking is not None and not upstream.takes_stream_options(model) and not request.body.hold():
-                # If it were refused, the client's own body could not be sent.
+                # If the upstream refused the option, there would be no copy of the client's own body to send.
                 asking = None
 
-        # Anything else is fetched, not generated, and may come as compressed as the client wants it.
+        # Responses to other requests are not generated. They are not inspected, so the upstream may compress them.
         inspect = dialect.generates or request.method == "POST"
         target += query if upstream.credential is None else routes.without_key(query)
         head = await self._ask(upstream, target, asking, model, clock, inspect=inspect)
         if asking is not None and await self._refuses_stream_options(head, clock):
             asking = None
             head = await self._ask(upstream, target, None, model, clock, inspect=inspect)
-            # A refusal may only quote what the client wrote, or take the request for one without a stream;
-            # that it streams without proves what was refused.
+            # The error may have had another reason, and only quote the option. If the same request streams without the
+            # option, the upstream has refused the option.
             if head.status < 300 and headers.is_event_stream(head.fields):
                 upstream.remember_stream_options(model, taken=False)
         elif asking is not None and head.status < 300:
             upstream.remember_stream_options(model, taken=True)
-        # What only the way upstream has needed is forgotten: a stream may be long.
+        # These are only needed to send the request. They are freed, because a stream may take long.
         del read
         request.answered()
         self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
@@ -321,14 +326,14 @@ class Relay:
             raise RequestError("expectation")
 
     async def _route(self) -> tuple[Route, str, str]:
-        """Phase 2: Route. The route, the path and the query."""
+        """Phase 2: Route. Returns the route, the path and the query."""
         path, query = routes.split_target(self._request.target)
         candidates = self._proxy.router.candidates(self._request.method, path)
         model: str | None = None
         if any(route.match.model for route in candidates):
             if self._coding is None and self._request.framing:
                 raise RequestError("encoding")
-            # Whichever of them it will be, it would wait no longer.
+            # The route is not known yet, so the longest timeouts of all candidates hold.
             silence = max(route.timeouts.body for route in candidates)
             totals = [route.timeouts.total for route in candidates]
             total = None if None in totals else max(total for total in totals if total is not None)
@@ -345,11 +350,11 @@ class Relay:
     def _start_clock(self, timeouts: Timeouts) -> Clock:
         if self._clock is not None:
             self._clock.stop()
-        self._clock = Clock(self._loop, timeouts, self._received_at, self._missed)
+        self._clock = Clock(self._loop, timeouts, self._received_at, self._deadline_passed)
         return self._clock
 
-    async def _collect(self, clock: Clock, patience: float) -> None:
-        """Waits for the body, and reads it, unless it is larger than what is collected of one."""
+    async def _collect(self, clock: Clock, grace: float) -> None:
+        """Waits for the whole body, and reads it, unless it is larger than `max_body`."""
         body, most, size = self._request.body, self._proxy.max_body, 0
         if self._read is not None or self._read_what_came():
             return
@@ -359,7 +364,7 @@ class Relay:
         assert self._ticket is not None
         self._ticket.collects = True
         try:
-            while size <= most and (part := await body.collect(patience)):
+            while size <= most and (part := await body.collect(grace)):
                 clock.touched = perf_counter()
                 if not self._coding:
                     read.feed(part)
@@ -383,7 +388,7 @@ class Relay:
         return not inflater.too_much
 
     def _read_what_came(self) -> bool:
-        """Reads the body if all of it has come, and is not compressed; returns whether that is so."""
+        """Reads the body if all of it has been received and it is not compressed. Returns whether that is so."""
         whole = self._request.body.whole
         if whole is None or self._coding:
             return False
@@ -394,7 +399,7 @@ class Relay:
         return True
 
     def _continue(self) -> None:
-        """Tells a client that asked to, once, that it may send its body (RFC 9110, section 10.1.1)."""
+        """Sends `100 Continue`, once, to a client that expects it before its body (RFC 9110, section 10.1.1)."""
         request, transport = self._request, self._downstream.transport
         if (
             request.fields.named(b"expect")
@@ -408,14 +413,16 @@ class Relay:
     async def _ask(
         self, upstream: Upstream, target: str, asking: Splice | None, model: str | None, clock: Clock, *, inspect: bool
     ) -> ResponseHead:
-        """Phases 3 to 5: one attempt, or two if the first met a connection that was already dead.
+        """Phases 3 to 5. Returns the response head.
 
-        The client's body is sent, with `asking` put into it if there is such a change.
+        This takes one attempt, or two if the first one met a pooled connection that the upstream had already closed. If
+        there is an `asking`, it is spliced into the client's body.
         """
         request, body, ticket = self._request, self._request.body, self._ticket
         exchange = self._recorded()
         assert ticket is not None
-        # Whether the upstream takes what is asked for is known afterwards; if it does not, the client's own is sent.
+        # As long as it is not known whether the upstream accepts the option, the body may have to be sent again without
+        # it.
         ticket.spare = asking is None or upstream.takes_stream_options(model) is True
         idempotent = request.method in _SAFE_METHODS or bool(request.fields.named(b"idempotency-key"))
 
@@ -447,7 +454,7 @@ class Relay:
                 again = True
 
     def _head_out(self, upstream: Upstream, target: str, framing: Framing | None, *, inspect: bool) -> bytes:
-        """The head of the request as it goes upstream."""
+        """The request head for the upstream."""
         request, peer = self._request, self._downstream.address
         return headers.serialize(
             b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
@@ -470,7 +477,7 @@ class Relay:
             self._recorded().observer.released(perf_counter() - gone_at)
 
     async def _refuses_stream_options(self, head: ResponseHead, clock: Clock) -> bool:
-        """Whether the response says so; it is given up then, and otherwise still to be forwarded."""
+        """Whether the response refuses `stream_options`. If it does, the attempt is ended; if not, nothing is lost."""
         assert self._attempt is not None
         connection = self._attempt.connection
         assert connection is not None
@@ -483,14 +490,14 @@ class Relay:
             return False
         if peek.whole and not self._attempt.uploads:
             connection.release(reusable=head.reusable)
-        # What still uploads, writes on the connection.
+        # If the request is still being sent, the connection cannot be reused, and is aborted.
         self._attempt.end()
         return True
 
     def _respond(
         self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None, *, strip: bool
     ) -> None:
-        """Sends the head downstream, and begins phase 6, Body."""
+        """Sends the response head to the client, and begins phase 6, Body."""
         request, downstream, transport = self._request, self._downstream, self._downstream.transport
         attempt, exchange = self._attempt, self._exchange
         assert attempt is not None
@@ -511,7 +518,7 @@ class Relay:
             status_line(head.status, head.reason),
             headers.to_downstream(
                 head.fields,
-                # A HEAD and a 304 tell the length of what they do not carry; a 204 has none to tell.
+                # Responses to HEAD, and 304, have the length of a body that is not sent; a 204 has no such field.
                 framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
                 event_stream=event_stream,
                 request_id=self._request_id,
@@ -546,7 +553,7 @@ class Relay:
             self._pump.start(head_out)
 
     async def _flush(self) -> None:
-        """The end of phase 6: the client takes the last bytes."""
+        """The end of phase 6: waits until the client has read the last bytes."""
         downstream, transport = self._downstream, self._downstream.transport
         if transport is not None and transport.get_write_buffer_size():
             assert self._clock is not None
@@ -560,6 +567,6 @@ class Relay:
         elif event_stream:
             return StreamInspector(exchange, dialect, self._proxy.limits.event)
         elif self._request.method == "POST" and headers.is_json(head.fields):
-            # What a GET fetches was counted when it was generated.
+            # A GET may return an earlier response, whose tokens have been counted already.
             return JsonInspector(exchange, dialect)
         return Inspector(exchange)

@@ -1,4 +1,4 @@
-"""What a worker holds: its routes, its upstreams, its clients' connections, and the exchanges that are under way."""
+"""The relay of one worker: its routes, upstreams, client connections and active exchanges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import Draining, RequestError
 from ..wire import headers
 from . import routes
-from .admission import Admission
+from .admission import Admission, Connections, pending
 from .answers import Answer
 from .downstream import Request
 from .exchange import Exchange, Observer
@@ -20,26 +20,28 @@ from .upstream import Upstream
 
 if TYPE_CHECKING:
     from ..config import Config
+    from ..ledger.table import Row
 
-# Once others take the requests: a client that has sent none for so long is not about to.
+# Seconds. When new workers have taken over, a client connection without a request for so long is closed: its client is
+# unlikely to be just about to use it.
 _IDLE_BEFORE_CLOSE = 5.0
-# Often enough to see an overload begin, and end, within a second or so.
-_LATENESS_INTERVAL = 0.25
+# Seconds between two measurements: the beginning and the end of an overload are noticed within a second or so.
+_LAG_INTERVAL = 0.25
 
 
-class Lateness:
-    """How late the timers of a loop fire. `measured` is told each time, in seconds."""
+class LoopLag:
+    """Measures how late the timers of an event loop fire. `measured` is called with each value, in seconds."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, measured: Callable[[float], None]) -> None:
         self._loop = loop
         self._measured = measured
         self._latest = 0.0
         self.lasting = 0.0
-        """Of the latest two timers the one that was less late: a single pause is no overload."""
+        """The smaller one of the last two values, in seconds: a single pause is not an overload."""
         self._begin()
 
     def _begin(self) -> None:
-        self._timer = self._loop.call_later(_LATENESS_INTERVAL, self._fired, perf_counter() + _LATENESS_INTERVAL)
+        self._timer = self._loop.call_later(_LAG_INTERVAL, self._fired, perf_counter() + _LAG_INTERVAL)
 
     def _fired(self, due: float) -> None:
         before, self._latest = self._latest, max(0.0, perf_counter() - due)
@@ -54,61 +56,71 @@ class Lateness:
 class Proxy:
     """The relay of one worker.
 
-    `observer(route, upstream, model)` gives what these labels are recorded by; the first two are empty where there is
-    no route. `lagged` is told how late the loop is. Create, and close, in the running loop.
+    `observer(route, upstream, model)` returns the observer for an exchange with these labels. Without a route, the
+    first two are empty. `lagged` is called with the lag of the loop, in seconds. `row` is the worker's row in the
+    ledger. It can have `most_connections` client connections. Create and close the `Proxy` in the running loop.
     """
 
     def __init__(
-        self, config: Config, observer: Callable[[str, str, str], Observer], lagged: Callable[[float], None]
+        self,
+        config: Config,
+        observer: Callable[[str, str, str], Observer],
+        lagged: Callable[[float], None],
+        row: Row,
+        most_connections: int,
     ) -> None:
-        self.lateness = Lateness(asyncio.get_running_loop(), lagged)
+        self.loop_lag = LoopLag(asyncio.get_running_loop(), lagged)
         self.limits = config.limits
         self.max_body = config.max_body
         self.models = config.metrics.models
         self.names_models = config.access_log.exchanges != "off"
         self.router = routes.Router(config.routes)
         self.observer = observer
-        self.upstreams = {upstream.name: Upstream(upstream, config.limits) for upstream in config.upstreams}
-        self.admission = Admission(config, lambda: self.lateness.lasting)
+        self.upstreams = {
+            upstream.name: Upstream(upstream, config.limits, row.count(pending(upstream.name)))
+            for upstream in config.upstreams
+        }
+        self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.active: set[Relay] = set()
         self.inflating = asyncio.Lock()
         self.retiring = False
         self.draining = False
         self._closing_idle: asyncio.TimerHandle | None = None
-        self.server = DownstreamServer(self.handle, self._malformed, self.limits)
+        places = Connections(self.limits, row, most_connections)
+        self.server = DownstreamServer(self.handle, self._malformed, self.limits, places)
 
     def handle(self, request: Request) -> Coroutine[None, None, Answer]:
         return Relay(self, request).run()
 
     def trusts(self, address: str) -> bool:
-        """Whether a client at `address` is believed where its requests come from."""
+        """Whether a client at `address` is a trusted proxy, whose forwarding fields are believed."""
         return bool(self._trusted) and headers.is_within(address, self._trusted)
 
     def retire(self) -> None:
-        """Others take what comes from now on, and there is no hurry: `server.empty` tells when all has ended.
+        """Ends all connections without haste, because other workers have taken over. `server.empty` is set at the end.
 
-        A client that was promised that its connection stays may be about to use it, so such connections end after
-        their next response, which says so, or when they have been idle for a while.
+        The client of a keep-alive connection may be just about to send a request. So such a connection is closed after
+        its next response, which says `Connection: close`, or when it has been idle for a while.
         """
         self.retiring = True
         self.server.close_idle_for(_IDLE_BEFORE_CLOSE)
         self._closing_idle = asyncio.get_running_loop().call_later(_IDLE_BEFORE_CLOSE / 5, self.retire)
 
     def drain(self) -> None:
-        """Connections end after the exchange that is on them, idle ones now; `server.empty` tells when all have."""
+        """Closes idle connections now, and others after their current exchange. `server.empty` is set at the end."""
         self.draining = True
         self.server.close_idle_for(0.0)
 
     def end_exchanges(self) -> None:
-        """The drain is over: what is still under way ends with an error."""
+        """Ends all active exchanges with an error, because the drain timeout has passed."""
         for relay in list(self.active):
             relay.fail(Draining())
 
     async def close(self) -> None:
         if self._closing_idle is not None:
             self._closing_idle.cancel()
-        self.lateness.stop()
+        self.loop_lag.stop()
         await self.server.shutdown(1.0)
         self.server.hangups.close()
         for upstream in self.upstreams.values():

@@ -1,9 +1,9 @@
-"""The hot path: a response body from the upstream's transport to the client's, with no task in between.
+"""The hot path: forwards a response body from the upstream's transport to the client's, with no task in between.
 
-A read that is whole HTTP chunks, which is what LLM servers send, is validated and written as it came. Everything else
-is unframed and framed anew. Only then is the payload shown to the inspector. Reads that are like the one before, as
-those of tokens are, are recognised as they are, and make a `_Run`. Whatever happens, `done` is resolved once: with
-nothing when the body is complete, or with the `ExchangeError` that ended it.
+A read that consists of whole HTTP chunks, as LLM servers send them, is validated and written as it is. For everything
+else, the framing is removed and a new one is added. Only after the write, the inspector gets the payload. When a read
+was one delta, a `_Run` recognises similar reads by their bytes. `Pump.done` is resolved once: with None when the body
+is complete, or with the `ExchangeError` that ended it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from ..errors import BrokenBodyError, ExchangeError, InternalError, Truncated, UpstreamError
-from ..wire.alike import Alike
+from ..wire.deltas import DeltaMatcher
 from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, payload_of, whole_chunks
 from ..wire.usage import UsageStripper
 from .clock import Clock
@@ -27,14 +27,14 @@ from .upstream import RelayProtocol, UpstreamConnection
 log = logging.getLogger(__name__)
 
 
-# In a run, it is measured for one of so many reads how long it took to forward it.
+# In a run, the forwarding time is measured for one of so many reads.
 _MEASURED = 16
 
 
 class _Run(PlainReads):
-    """Reads that are alike, each a chunk with another delta and nothing else, from one transport to the other."""
+    """A run of similar reads: each is one HTTP chunk with one delta and nothing else, and is forwarded as it is."""
 
-    __slots__ = ("_broke", "_clock", "_exchange", "_upstream", "_write", "alike")
+    __slots__ = ("_broke", "_clock", "_exchange", "_upstream", "_write", "matcher")
 
     def __init__(
         self,
@@ -50,16 +50,16 @@ class _Run(PlainReads):
         self._exchange = exchange
         self._clock = clock
         self._broke = broke
-        self.alike: Alike
+        self.matcher: DeltaMatcher
 
     def data_received(self, data: bytes) -> None:
         try:
             read_at = perf_counter()
-            size = self.alike.size_of(data)
+            size = self.matcher.size_of(data)
             if not size:
                 self._upstream.read_bounded().take(data)
                 return
-            # A bound name is called faster than what is in a slot.
+            # Python 3.11 calls a local variable faster than an attribute that is a slot.
             write, exchange = self._write, self._exchange
             write(data)
             if not exchange.events % _MEASURED:
@@ -67,15 +67,15 @@ class _Run(PlainReads):
             self._clock.touched = read_at
             exchange.generated(size, read_at)
         except Exception:
-            log.exception("a body could not be moved")
+            log.exception("internal error while a response body was being forwarded")
             self._broke()
 
 
 class Pump:
-    """Moves one body. `framing_in` is the upstream's framing, `framing_out` the client's.
+    """Forwards one body. `framing_in` is the framing from the upstream, `framing_out` the one to the client.
 
-    With a `heartbeat`, an event stream that was silent for so many seconds gets a comment from us. With a `stripper`,
-    what the client did not ask for is taken out.
+    With a `heartbeat`, a comment is added to an event stream when it has been silent for so many seconds. With a
+    `stripper`, usage that the client has not requested is removed.
     """
 
     __slots__ = (
@@ -136,12 +136,14 @@ class Pump:
         self._heartbeat = heartbeat if self._extendable else None
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._written_at = perf_counter()
-        # True while the next byte from the upstream starts a chunk that may be forwarded as it is.
+        # Whether the next byte from the upstream starts an HTTP chunk, and whole chunks may be forwarded as they are.
         self._verbatim = self._chunked_out and isinstance(self._body, ChunkedDecoder)
         self._run: _Run | None = None
 
     def start(self, head: bytes) -> None:
-        """Takes over both connections. Sends the response's `head`, in one write with what has come of the body."""
+        """Takes over both connections. Sends `head`, the response head, in one write with bytes of the body if there
+        are some already.
+        """
         self._head = head
         self._downstream.pump = self
         if self._heartbeat is not None:
@@ -159,7 +161,7 @@ class Pump:
             self._head = b""
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of the body, with its framing, as read from the upstream."""
+        """Forwards bytes of the body, as they were read from the upstream, with their framing."""
         try:
             read_at = perf_counter()
             chunks = whole_chunks(data) if self._verbatim else []
@@ -171,34 +173,34 @@ class Pump:
             if self._stripper is not None:
                 kept = self._stripper.feed(payload)
             if kept:
-                # Many chunks of a few bytes are merged.
+                # If the framing is larger than the payload, as that of many tiny chunks is, they become one chunk.
                 as_it_is = kept == payload and len(data) <= 2 * len(payload)
                 self._forward(data if as_it_is else frame(kept), len(kept), read_at)
-            alike, known = self._inspector.alike, 0
-            while alike is not None and known < len(chunks) and alike.size_of(chunks[known]):
+            matcher, known = self._inspector.matcher, 0
+            while matcher is not None and known < len(chunks) and matcher.size_of(chunks[known]):
                 self._clock.touched = read_at
                 self._exchange.generated(0, read_at)
                 known += 1
             if payloads[known:-1]:
                 self._look(b"".join(payloads[known:-1]), read_at)
             if payloads[known:]:
-                # By itself, because it may be what the next ones are like.
+                # By itself, so that the inspector can make a matcher of it.
                 self._look(payloads[-1], read_at)
-            if kept == payload and self._verbatim and self._inspector.alike is not None:
-                self._begin_run(self._inspector.alike)
+            if kept == payload and self._verbatim and self._inspector.matcher is not None:
+                self._begin_run(self._inspector.matcher)
         except Exception:
-            log.exception("a body could not be moved")
+            log.exception("internal error while a response body was being forwarded")
             self._broke()
 
     def _broke(self) -> None:
-        """A read was not moved, or not all of it; more may come, because uvloop reads on in TLS."""
+        """Ends the body after an internal error. With TLS, uvloop would go on reading, and bytes would be missing."""
         self.fail(InternalError())
 
-    def _begin_run(self, alike: Alike) -> None:
+    def _begin_run(self, matcher: DeltaMatcher) -> None:
         upstream = self._upstream.protocol
         if self._run is None:
             self._run = _Run(upstream, self._write, self._exchange, self._clock, self._broke)
-        self._run.alike = alike
+        self._run.matcher = matcher
         upstream.read_plainly(self._run)
 
     def _walk(self, data: bytes, read_at: float) -> None:
@@ -227,7 +229,7 @@ class Pump:
             self._verbatim = self._chunked_out and isinstance(body, ChunkedDecoder) and body.at_start
 
     def _forward(self, out: bytes, size: int, read_at: float) -> None:
-        """`size` bytes of the body, framed, go downstream."""
+        """Writes `out` to the client: `size` bytes of the body, with framing."""
         if self._head:
             out, self._head = self._head + out, b""
         self._write(out)
@@ -239,8 +241,8 @@ class Pump:
         try:
             progress = self._inspector.look(payload, read_at)
         except Exception:
-            # Looking must never stop the bytes.
-            log.exception("a body could not be read in passing; it is forwarded all the same")
+            # An error of the inspector must not stop the bytes.
+            log.exception("internal error while a response body was being inspected; it is still forwarded")
             self._inspector = self._inspector.failed()
             progress = True
         if progress and self._awaits_token:
@@ -269,10 +271,10 @@ class Pump:
                 self._forward(out, len(held), perf_counter())
             self._complete(reusable=False)
         else:
-            self.fail(Truncated("the connection ended in order" if clean else "the connection was reset"))
+            self.fail(Truncated("the connection was closed" if clean else "the connection was reset"))
 
     def pause_writing(self) -> None:
-        """The client takes less than the upstream sends."""
+        """The client's write buffer is full: stops reading from the upstream."""
         if not self.done.done():
             self._upstream.protocol.pause()
             self._clock.client_blocked(self._downstream.stall_detector())
@@ -289,15 +291,15 @@ class Pump:
             try:
                 self._inspector.end()
             except Exception:
-                # The body is complete, whatever it meant.
-                log.exception("a body could not be read at its end; all of it was forwarded")
+                # The body is complete, so this is not an error of the exchange.
+                log.exception("internal error while the end of a response body was being inspected; it was forwarded")
                 self._inspector.failed()
             self.done.set_result(None)
 
     def fail(self, error: ExchangeError) -> None:
-        """Ends the body before its end, such that the client cannot take it for complete.
+        """Ends the body early, with `error`. The client will notice that it is not complete.
 
-        Where the bytes so far allow it, an event stream says why before it breaks off.
+        In an event stream, an error event is sent first, if the bytes so far end where an event can begin.
         """
         if self.done.done():
             return
@@ -313,17 +315,17 @@ class Pump:
             self.done.set_exception(error)
 
     def stop(self) -> None:
-        """Nothing is moved any more, whether the body has ended or not."""
+        """Stops forwarding, whether the body has ended or not."""
         self._downstream.pump = None
         self._verbatim = False
-        # It refers to this object in turn.
+        # This breaks a reference cycle.
         self._run = None
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
 
 
 class Peek:
-    """Looks at the beginning of a body. Once it is `put_back`, another sink gets it as if nobody had looked."""
+    """Reads the beginning of a body. After `put_back`, the next sink gets the same bytes again."""
 
     def __init__(self, upstream: UpstreamConnection, framing: Framing, limit: int) -> None:
         self._protocol = upstream.protocol
@@ -333,7 +335,7 @@ class Peek:
         self._seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def look(self) -> bytes:
-        """The body, or so much of it as `limit` allows, without its framing."""
+        """Waits for the whole body, or for `limit` bytes of it, and returns that without its framing."""
         self._protocol.feed_to(self)
         await self._seen
         return self._payload
@@ -343,7 +345,7 @@ class Peek:
 
     @property
     def whole(self) -> bool:
-        """Nothing of the body is left, and nothing came after it."""
+        """Whether the whole body has been read, and no bytes came after it."""
         return self._body.done and not self._body.excess
 
     def data_received(self, data: bytes) -> None:

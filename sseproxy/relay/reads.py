@@ -1,12 +1,12 @@
-"""What is read from a connection, how much of it at once, and when.
+"""Decides how many bytes of a connection are read at once, and when.
 
-One connection must not keep the bytes of all others waiting. So a read is bounded, and what was read is handed over in
-pieces; where that takes long, the rest waits for another turn of the loop, and pieces become smaller. That holds for
-whatever the bytes mean: nobody who takes them need be fast.
+One connection must not make all others wait. So the size of a read is limited, and the bytes are delivered in pieces.
+If that takes long, the rest waits for another turn of the event loop, and the pieces become smaller. So the code that
+receives the bytes does not have to be fast, whatever they contain.
 
-uvloop reads up to 256,000 bytes at once, unless a protocol brings the buffer, and reads again in the same turn as long
-as the buffer was filled. To bring a buffer is a call more for each read, and to go by the usual way is one more again.
-So chunks that are alike, which are small, are read plainly.
+uvloop reads up to 256,000 bytes at once, unless the protocol provides the buffer (`asyncio.BufferedProtocol`). As long
+as a read fills the buffer, uvloop reads again in the same turn. But a buffer costs one more Python call for each read,
+and `BoundedReads` another one. So runs of similar chunks, which are small, are read without it (`PlainReads`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import Callable
 from time import thread_time
 from typing import Final, Protocol
 
-# What is read at once: with a full write buffer it is what is held for a client that does not read.
+# Bytes of one read. A client that does not read holds up to so many bytes, in addition to a full write buffer.
 MAX_READ: Final = 32 * 1024
-# More is read at once where events are large, where a body comes as fast as the network takes it, or where the worker
-# is late. No less than this is handed over at once.
+# Bytes. A read below this is small. Larger reads happen if events are large, if a body arrives as fast as the network
+# allows, or if the worker is late. The size of the pieces that are delivered never falls below this.
 _SMALL: Final = 4 * 1024
-# Seconds of CPU that one connection may take in a turn of the loop; a piece that takes half of it is too large. Not
-# seconds of a clock: on a busy machine, smaller pieces would make it busier.
+# Seconds of CPU that one connection may take in one turn of the loop. A piece that takes half of it is too large. This
+# is CPU and not elapsed time: on a busy machine, smaller pieces would only cause more work.
 _TURN: Final = 0.002
 
 
 class Connection(Protocol):
-    """A protocol whose reads are bounded: it has a transport until that is lost."""
+    """A protocol whose reads are limited. `transport` is None when the connection is lost."""
 
     @property
     def transport(self) -> asyncio.Transport | None: ...
@@ -40,7 +40,7 @@ class Connection(Protocol):
 
 
 class _Reads:
-    """Stands between a transport and its `protocol`, which is told everything but what was read."""
+    """Stands between a transport and its `protocol`. It passes on every call except those with data."""
 
     __slots__ = ("_protocol",)
 
@@ -61,36 +61,36 @@ class _Reads:
 
 
 class BoundedReads(_Reads, asyncio.BufferedProtocol):
-    """At most `MAX_READ` bytes at once, and little work in a turn. Who wants no more for now says `pause`."""
+    """Reads at most `MAX_READ` bytes at once, and limits the work in one turn of the loop."""
 
     __slots__ = ("_ahead", "_reading", "_room", "_turn", "_worked", "deliver", "paused", "small")
 
-    # One for all: a read is taken over before there is another.
+    # One buffer for all connections: each read is copied out of it before the next read begins.
     _buffer = memoryview(bytearray(MAX_READ))
 
     def __init__(self, protocol: Connection) -> None:
         super().__init__(protocol)
         self.deliver: Callable[[bytes], None] = protocol.data_received
-        """Takes what was read; who takes it may change."""
+        """Receives the bytes. It may be replaced at any time."""
         self.small = True
-        """Whether all reads have been. What the kernel buffers grows with what a connection has carried."""
+        """Whether all reads so far were small. The kernel's receive buffer grows when a connection has carried more."""
         self.paused = False
-        """Whether nothing may be handed over: `pause` and `resume` say so."""
-        # What was read and waits to be handed over, and how much of it is at once.
+        """Whether delivery is paused."""
+        # Bytes that were read and wait to be delivered, and the size of a piece.
         self._ahead = b""
         self._room = MAX_READ
-        # Seconds that handing over has taken since the last time that others came first, and the turn to go on in.
+        # Seconds that delivery has taken in this turn, and the handle of the next turn, if there is something to do.
         self._worked = 0.0
         self._turn: asyncio.Handle | None = None
         self._reading = True
 
     @property
     def ahead(self) -> bool:
-        """Whether something was read that waits."""
+        """Whether bytes were read that wait to be delivered."""
         return bool(self._ahead)
 
     def pause(self) -> None:
-        """Nothing is handed over, nor read, until `resume`."""
+        """Stops reading and delivery until `resume`."""
         self.paused = True
         self._settle()
 
@@ -107,8 +107,8 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         self.take(bytes(self._buffer[:nbytes]))
 
     def take(self, data: bytes) -> None:
-        """`data` was read."""
-        # A read that filled the buffer, be it at its smallest, may have another behind it in this turn.
+        """Delivers `data`, which was read."""
+        # If the read has filled the buffer, which may be as small as this, uvloop may read again in this turn.
         if len(data) >= _SMALL:
             self.small = False
         elif not self._ahead:
@@ -120,14 +120,14 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         self._settle()
 
     def put_back(self, data: bytes) -> None:
-        """`data` was handed over, and is for somebody else, who gets it first."""
+        """Delivers `data` again, before all other bytes, because `deliver` has been replaced."""
         if self._ahead:
             self._ahead = data + self._ahead
         else:
             self.take(data)
 
     def _hand_over(self) -> None:
-        """What was read goes on, in pieces, as far as this turn allows."""
+        """Delivers bytes, in pieces, as long as this turn allows."""
         began = thread_time()
         while self._ahead and not self.paused:
             piece, self._ahead = self._ahead[: self._room], self._ahead[self._room :]
@@ -152,7 +152,8 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         try:
             self._hand_over()
         except BaseException:
-            # As the loop does where it calls. The connection would stay, and nobody read from it.
+            # Otherwise the connection would stay open and never be read again. The loop does the same when a protocol
+            # raises.
             self._ahead = b""
             if self._protocol.transport is not None:
                 self._protocol.transport.abort()
@@ -160,7 +161,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         self._settle()
 
     def _settle(self) -> None:
-        """The transport reads, or does not."""
+        """Makes the transport read, or pause, as needed."""
         reads = not (self.paused or self._ahead or self._turn)
         transport = self._protocol.transport
         if reads is not self._reading and transport is not None and not transport.is_closing():
@@ -182,10 +183,10 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
 
 
 class PlainReads(_Reads, asyncio.Protocol):
-    """What a subclass does with a read of any size.
+    """Base class of protocols that get reads without a limit, and without the calls that a limit costs.
 
-    That may be as large as what the kernel has buffered: for a connection that has carried only what was small, some
-    128 KB.
+    A read may be as large as the kernel's receive buffer. For a connection that has only carried small reads, that is
+    about 128 KB.
     """
 
     __slots__ = ()

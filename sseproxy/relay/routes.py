@@ -1,8 +1,8 @@
-"""Which route a request takes, and where it goes from there.
+"""Finds the route of a request, and its path at the upstream.
 
-The one policy of paths: what is forwarded is what came, byte for byte. It is matched as an upstream may read it, with
-the characters decoded that need no encoding; a path that an upstream could resolve to something else than it looks
-like, dot segments in any spelling, is refused.
+A path is forwarded byte for byte as it was received. It is matched in its normal form, in which characters that need no
+encoding are decoded, because the upstream may read it like that. A path that an upstream could resolve to another one,
+with dot segments in any spelling, is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..config import Route
 
 OTHER: Final = "other"
-"""The label of the models that the configuration does not name."""
+"""The label of models that no glob in `metrics.models` matches."""
 
 METHODS: Final = frozenset(
     """
@@ -30,12 +30,12 @@ METHODS: Final = frozenset(
     """.split()
 )
 """The methods that aiohttp's parser knows; it refuses a request with any other."""
-# TRACE gives back what it was sent, the server's key among it (RFC 9110, section 9.3.8); TRACK is IIS's name for it.
-# CONNECT would make a tunnel to anywhere.
+# TRACE returns the request that was sent, with the upstream's API key (RFC 9110, section 9.3.8). TRACK is the same in
+# IIS. CONNECT would open a tunnel to any host.
 _REFUSED_METHODS: Final = frozenset({"CONNECT", "TRACE", "TRACK"})
-# How APIs take a key, or a token, in the query: Google's, and RFC 6750, section 2.3.
+# Parameters of a query that hold a key or a token: Google's, and RFC 6750, section 2.3.
 _KEYS: Final = frozenset({"key", "$key", "access_token"})
-# Of a client's words, and of the routes, so much is in an error.
+# Characters of the client's text, and number of routes, in an error message.
 _MAX_SAID: Final = 100
 _MAX_NAMED: Final = 8
 _SEPARATOR: Final = re.compile("([&;])")
@@ -48,7 +48,7 @@ _ABSOLUTE: Final = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 def split_target(target: str) -> tuple[str, str]:
     """The path and the query (with its `?`, or empty) of a request target.
 
-    The authority of an absolute-form target (RFC 9112, section 3.2.2) is dropped: it never picks the upstream.
+    The authority of a target in absolute form (RFC 9112, section 3.2.2) is dropped: it does not select the upstream.
     Raises `RequestError` for anything that is not a plain path.
     """
     if not target.startswith("/"):
@@ -70,16 +70,16 @@ def split_target(target: str) -> tuple[str, str]:
 
 
 def check_method(method: str) -> None:
-    """Raises `RequestError` for a method that is never forwarded, in whatever case a lenient server might take it."""
+    """Raises `RequestError` for a method that is never forwarded, in upper or lower case."""
     if method.upper() in _REFUSED_METHODS:
         raise RequestError("method")
 
 
 def without_key(query: str) -> str:
-    """`query`, with its `?` or empty, without a key of the client's; every other byte stays.
+    """`query` (with its `?`, or empty) without the client's key. All other bytes stay.
 
-    A parameter counts in any spelling of its name, and whether a server splits a query at `&` only or at `;` as well.
-    With it goes a separator beside it, a `;` rather than a `&`.
+    The name of a parameter is found in any spelling, and whether it is separated by `&` or by `;`, because some servers
+    split a query at both. A separator beside the parameter is removed, too: a `;` rather than a `&`.
     """
     if "%" not in query and not any(key in query.lower() for key in _KEYS):
         return query
@@ -95,7 +95,7 @@ def without_key(query: str) -> str:
 
 
 def normal_path(path: str) -> str:
-    """`path` for comparison (RFC 3986, section 6.2.2): the unreserved is decoded, and hexadecimal is in upper case."""
+    """`path` in its normal form (RFC 3986, section 6.2.2): unreserved characters decoded, hexadecimal in upper case."""
     return _ENCODED.sub(_normal_triplet, path) if "%" in path else path
 
 
@@ -105,7 +105,7 @@ def _normal_triplet(match: re.Match[str]) -> str:
 
 
 def _length(path: str, normal_length: int) -> int:
-    """How many characters of `path` are the first `normal_length` of it in its normal form."""
+    """How many characters of `path` correspond to the first `normal_length` characters of its normal form."""
     if "%" not in path:
         return normal_length
     at = 0
@@ -121,12 +121,12 @@ def _prefix(route: Route) -> str:
 
 
 def _said(name: str) -> str:
-    """What a client calls something, harmless and short."""
+    """Text from a client, shortened, and without control characters."""
     return "".join(character if character.isprintable() else "?" for character in name[:_MAX_SAID])
 
 
 def _some(names: Iterable[str]) -> str:
-    """`names`, each once, and not very many of them."""
+    """The first few of `names`, each once, as text."""
     found = list(dict.fromkeys(names))
     return ", ".join(found[:_MAX_NAMED]) + (f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else "")
 
@@ -137,13 +137,13 @@ def _in_order(routes: Iterable[Route]) -> list[tuple[str, Route]]:
 
 
 class Router:
-    """The routes, and which of them a request may take."""
+    """Tries the routes in this order: the longest prefix first; with the same prefix, routes with a model first."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self._routes = [(prefix, prefix + "/", route) for prefix, route in _in_order(routes)]
 
     def no_route(self, method: str, path: str, model: str | None) -> RequestError:
-        """What a client is told whose request no route takes: what it asked for, and what there is."""
+        """The error for a request without a route. Its text says what was requested and which routes there are."""
         on_path = [route for prefix, above, route in self._routes if path == prefix or path.startswith(above)]
         models = _some(glob for route in on_path for glob in route.match.model)
         if any(route.match.methods and method not in route.match.methods for route in on_path):
@@ -160,9 +160,9 @@ class Router:
         return RequestError("no_route", f"No route for {_said(method)} {_said(path)}; there are routes for {paths}.")
 
     def candidates(self, method: str, path: str) -> Sequence[Route]:
-        """The routes that a request for `path` may take, best first, as far as the first that takes any model.
+        """The routes that match `method` and `path`, the best one first, up to the first one that matches any model.
 
-        If one of them has models, it depends on the request's which it is.
+        If one of them has models, `choose` needs the model of the request.
         """
         path = normal_path(path)
         found: list[Route] = []
@@ -229,7 +229,7 @@ def _take_all_models(routes: Sequence[Route], route: Route) -> bool:
 
 
 def choose(candidates: Sequence[Route], model: str | None) -> Route | None:
-    """The first of `candidates` that takes `model`; None if none does."""
+    """The first of `candidates` that matches `model`, or None."""
     for route in candidates:
         globs = route.match.model
         if not globs or (model is not None and any(fnmatchcase(model, glob) for glob in globs)):
@@ -238,10 +238,10 @@ def choose(candidates: Sequence[Route], model: str | None) -> Route | None:
 
 
 def model_label(globs: Sequence[str], model: str | None) -> str:
-    """The first of `globs` that takes `model`, or `other`: clients name models, the configuration names labels."""
+    """The first of `globs` that matches `model`, or `other`. So clients cannot create labels."""
     return next((glob for glob in globs if model is not None and fnmatchcase(model, glob)), OTHER)
 
 
 def upstream_path(route: Route, base_path: str, path: str) -> str:
-    """`path` with the route's prefix, however it is spelled there, replaced by the upstream's."""
+    """`path` with the route's prefix, in whatever spelling, replaced by the path of the upstream's URL."""
     return base_path + path[_length(path, len(_prefix(route))) :] or "/"

@@ -1,4 +1,4 @@
-"""The connections of all clients of a worker, from being accepted to their end."""
+"""All client connections of a worker, from accept to their end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Accepted(asyncio.Protocol):
-    """A connection that was accepted. It has a place from then on, also while TLS is being agreed on."""
+    """An accepted connection until its TLS handshake is complete. It is already counted among the connections."""
 
     def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext) -> None:
         self._server = server
@@ -29,61 +29,62 @@ class _Accepted(asyncio.Protocol):
         self._tls = tls
         self._early = b""
         self._lost = False
-        self._agreed: asyncio.Future[asyncio.Transport | None] | None = None
+        self._start_tls_task: asyncio.Future[asyncio.Transport | None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         accepted, places = cast(asyncio.Transport, transport), self._server.places
         with ExitStack() as ends:
             ends.callback(accepted.abort)
-            ends.callback(places.gone, self)
-            refused = places.come(self, address_of(accepted))
-            # To tell a client that it has too many would take a handshake for each of them.
+            ends.callback(places.remove, self)
+            refused = places.add(self, address_of(accepted))
+            # An error response would need a handshake. A client with too many connections does not get one.
             if not places.crowded and (refused is None or refused.reason == "connections"):
-                self._server.agree(self._handshake(accepted))
+                self._server.start_handshake(self._handshake(accepted))
                 ends.pop_all()
 
     def data_received(self, data: bytes) -> None:
         self._early += data
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        # It ended before TLS was asked for, of which nobody else would hear.
+        # The connection ended before `start_tls` has replaced this protocol.
         self._lost = True
-        if self._agreed is not None:
-            self._agreed.cancel()
+        if self._start_tls_task is not None:
+            self._start_tls_task.cancel()
 
     async def _handshake(self, transport: asyncio.Transport) -> None:
         with ExitStack() as ends:
             ends.callback(transport.abort)
-            ends.callback(self._server.places.gone, self)
+            ends.callback(self._server.places.remove, self)
             protocol = DownstreamProtocol(self._server, self._loop)
-            encrypted = await self._agree(transport, protocol)
+            encrypted = await self._start_tls(transport, protocol)
             if encrypted is not None and not encrypted.is_closing():
-                # From here on it has a place as any other.
-                self._server.places.gone(self)
+                # From here on the `DownstreamProtocol` is counted instead of this object.
+                self._server.places.remove(self)
                 protocol.connection_made(encrypted)
                 ends.pop_all()
 
-    async def _agree(self, transport: asyncio.Transport, protocol: DownstreamProtocol) -> asyncio.Transport | None:
-        """The encrypted transport of `protocol`; None if the client speaks no TLS, or none that is accepted here."""
+    async def _start_tls(self, transport: asyncio.Transport, protocol: DownstreamProtocol) -> asyncio.Transport | None:
+        """The encrypted transport of `protocol`. None if the handshake fails."""
         if self._lost or transport.is_closing():
             return None
-        patience = self._server.limits.request_head_time
-        agreed = self._agreed = asyncio.ensure_future(
-            self._loop.start_tls(transport, protocol, self._tls, server_side=True, ssl_handshake_timeout=patience)
+        timeout = self._server.limits.request_head_time
+        task = self._start_tls_task = asyncio.ensure_future(
+            self._loop.start_tls(transport, protocol, self._tls, server_side=True, ssl_handshake_timeout=timeout)
         )
         try:
-            # The next turn of the loop begins to agree. What was read before it is handed over in the one after.
+            # `start_tls` begins in the next turn of the loop. Bytes that were read before it are passed on in the turn
+            # after that.
             await asyncio.sleep(0)
             if self._early:
                 self._loop.call_soon(self._hand_over, transport)
-            # uvloop's own time does not run where the connection ended in between.
-            done, _ = await asyncio.wait([agreed], timeout=patience)
-            return agreed.result() if done and not agreed.cancelled() and agreed.exception() is None else None
+            # uvloop's own timeout does not run if the connection has ended meanwhile.
+            done, _ = await asyncio.wait([task], timeout=timeout)
+            return task.result() if done and not task.cancelled() and task.exception() is None else None
         finally:
-            agreed.cancel()
+            task.cancel()
 
     def _hand_over(self, transport: asyncio.Transport) -> None:
-        # uvloop's, for TLS.
+        # The transport's protocol is uvloop's own, which decrypts.
         protocol = cast(asyncio.BufferedProtocol, transport.get_protocol())
         early = memoryview(self._early)
         while early and not transport.is_closing():
@@ -94,9 +95,10 @@ class _Accepted(asyncio.Protocol):
 
 
 class DownstreamServer:
-    """The connections of all clients.
+    """All client connections.
 
-    `handle` answers a request. `malformed` is told of those that never became exchanges.
+    `handle` answers a request. `malformed` is called with the error of a request that could not be parsed. `places`
+    counts and limits the connections.
     """
 
     def __init__(
@@ -104,54 +106,55 @@ class DownstreamServer:
         handle: Callable[[Request], Awaitable[Answer]],
         malformed: Callable[[RequestError], None],
         limits: Limits,
+        places: Connections,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.handle = handle
         self.malformed = malformed
         self.limits = limits
-        self.places = Connections(limits)
+        self.places = places
         self.hangups = HangupWatch(self._loop)
         self.parsed_for = BaseProtocol(self._loop)
-        """What aiohttp's parser wants a protocol for, which is to pause it."""
+        """A protocol for aiohttp's parser, which would use it to pause reading."""
         self.requests_count = 0
         self.connections: set[DownstreamProtocol] = set()
-        """Those that have not ended; of one whose client is gone, its task may still end."""
+        """The open connections, and those that are closed but whose task has not ended yet."""
         self._handshakes: set[asyncio.Task[None]] = set()
         self.empty = asyncio.Event()
-        """Set while there is no connection, no handshake, nor an exchange that has still to end after one."""
+        """Set while there is no connection, no handshake and no exchange."""
         self.empty.set()
 
     def __call__(self, tls: ssl.SSLContext | None = None) -> asyncio.Protocol:
-        """The protocol of a connection that was accepted, which is to be encrypted as `tls` has it."""
+        """The protocol for a newly accepted connection; with TLS if there is a `tls` context."""
         return DownstreamProtocol(self, self._loop) if tls is None else _Accepted(self, self._loop, tls)
 
-    def agree(self, handshake: Awaitable[None]) -> None:
-        """A connection is about to be encrypted."""
+    def start_handshake(self, handshake: Awaitable[None]) -> None:
+        """Runs the TLS handshake of a connection as a task."""
         task = asyncio.ensure_future(handshake)
         self._handshakes.add(task)
         self.empty.clear()
-        task.add_done_callback(self._agreed)
+        task.add_done_callback(self._handshake_ended)
 
-    def _agreed(self, task: asyncio.Task[None]) -> None:
+    def _handshake_ended(self, task: asyncio.Task[None]) -> None:
         self._handshakes.discard(task)
         self._check_empty()
 
     def made(self, connection: DownstreamProtocol) -> RequestError | None:
-        """There is a new `connection`. Why no request of it may be taken, or None.
+        """Adds a new `connection`. Returns the error for every request on it, or None if it is within the limits.
 
-        Far above the limit it is closed at once.
+        If there are far too many connections, it is closed immediately.
         """
         self.connections.add(connection)
         self.empty.clear()
-        refused = self.places.come(connection, connection.address)
+        refused = self.places.add(connection, connection.address)
         if self.places.crowded and connection.transport is not None:
             connection.transport.abort()
         return refused
 
     def lost(self, connection: DownstreamProtocol, task: asyncio.Task[None] | None) -> None:
-        """The `connection` is gone; `task` may still have to end what was on it."""
+        """The `connection` is closed. It is forgotten when `task`, which answers its requests, has ended."""
         try:
-            self.places.gone(connection)
+            self.places.remove(connection)
         finally:
             if task is None or task.done():
                 self._forget(connection)
@@ -167,12 +170,12 @@ class DownstreamServer:
             self.empty.set()
 
     def close_idle_for(self, seconds: float) -> None:
-        """Closes the connections that have been without a request for so long."""
+        """Closes the connections that have had no request for so many `seconds`."""
         for connection in list(self.connections):
             connection.close_if_idle(seconds)
 
     async def shutdown(self, seconds: float) -> None:
-        """Ends every connection; what is under way has so many `seconds` to end by itself."""
+        """Ends every connection. Those with a request have so many `seconds` to end by themselves."""
         for handshake in list(self._handshakes):
             handshake.cancel()
         self.close_idle_for(0.0)

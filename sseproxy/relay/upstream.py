@@ -1,9 +1,10 @@
-"""The upstream's side: connections, request heads and bodies out, response heads in.
+"""The upstream's side: connects, sends requests, receives response heads.
 
-aiohttp's connector does names, TCP, TLS and the pool, and its parser reads response heads. The bodies are ours: a
-`RelayProtocol` hands what follows the head to a `Pump`, straight from the transport, with no task in between.
+aiohttp's connector resolves names, connects, does TLS and has the connection pool. aiohttp's parser reads response
+heads. Bodies are not handled by aiohttp: a `RelayProtocol` passes the bytes after the head directly from the transport
+to a `Pump`, with no task in between.
 
-aiohttp's exceptions and OSError end here; what leaves this module is an `UpstreamError`.
+This module translates aiohttp's exceptions and `OSError` into `UpstreamError`.
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ from .reads import BoundedReads, PlainReads
 if TYPE_CHECKING:
     from ..config import Limits
     from ..config import Upstream as UpstreamConfig
+    from ..ledger.table import Count
 
-# Below the 5 s for which uvicorn and Node.js keep an idle connection, so that we are the side that closes.
+# Seconds. uvicorn and Node.js close an idle connection after 5 s. With less than that, this side closes it first, so a
+# request does not meet a connection that the upstream is just closing.
 KEEPALIVE = 4.0
-# Connections that were made together end at different times, by up to this share of their age. As gRPC.
+# Connections that were opened together are closed at different times, within this share of their age. As in gRPC.
 _JITTER = 0.1
-# Models of one upstream of which it is remembered; clients name them.
+# Models of one upstream for which it is remembered whether they accept `stream_options`. Clients choose their names, so
+# there must be a limit.
 _MAX_MODELS = 1024
-# Body bytes that may wait for their pump, which is attached one turn of the loop after the head was read.
+# Bytes of a body that may wait for the pump. The pump is attached one turn of the loop after the head was read.
 _HELD_LIMIT = 64 * 1024
 
 _NO_TIMEOUT = ClientTimeout()
@@ -55,38 +59,38 @@ _NO_QUEUE: deque[Any] = deque(maxlen=0)
 
 
 class BodySink(Protocol):
-    """Takes the bytes that follow a response head."""
+    """Receives the bytes that follow a response head."""
 
     def data_received(self, data: bytes) -> None: ...
 
     def connection_lost(self, clean: bool) -> None:
-        """No more will come. `clean`: the upstream closed its side in order."""
+        """The connection has ended. `clean`: by a FIN or close_notify of the upstream, and not by a reset."""
 
 
 class RelayProtocol(ResponseHandler):
     """One upstream connection.
 
-    Either idle in the pool, or waiting for a response head (`expect_head`), or feeding a body to its sink
-    (`feed_to`). Bytes that come in any other state were not asked for, and end the connection.
+    It is idle in the pool, or waits for a response head (`expect_head`), or passes a body to its sink (`feed_to`).
+    Bytes that arrive in any other state are unexpected, and the connection is aborted.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, heads: ResponseHeads, max_age: float | None = None) -> None:
         super().__init__(loop)
-        # The base class's queue, which nobody reads from: one for all.
+        # The base class has a queue per connection, which is never used here. All connections share an empty one.
         self._buffer = _NO_QUEUE
         self._heads = heads
         self._reads = BoundedReads(self)
         self._method = ""
         self.requests = 0
-        """How many were sent on it."""
-        self.heard = False
-        """Whether any byte of an answer to the latest has come."""
+        """How many requests were sent on this connection."""
+        self.answer_begun = False
+        """Whether any byte of the response to the last request has been received."""
         self._head: asyncio.Future[ResponseHead] | None = None
         self._answered = False
         self._held = b""
         self._sink: BodySink | None = None
         self._closed_cleanly = False
-        self._ended_in_order = False
+        self._saw_eof = False
         self._held_paused = False
         self._plain = False
         self._old_at = None if max_age is None else perf_counter() + max_age * (1 - _JITTER * random.random())
@@ -105,24 +109,24 @@ class RelayProtocol(ResponseHandler):
         transport.set_protocol(self._reads)
 
     def expect_head(self, method: str) -> None:
-        """A `method` request is about to be sent, and its `head` to come."""
+        """Call this before a request with `method` is sent. Then `head` waits for the response head."""
         self._method = method
         self.requests += 1
-        self.heard = False
+        self.answer_begun = False
         self._head = self._loop.create_future()
 
     def head(self) -> Awaitable[ResponseHead]:
-        """The expected head, to be awaited. Raises `UpstreamError`."""
+        """The expected response head, as an awaitable that raises `UpstreamError`."""
         assert self._head is not None
         return self._head
 
     def feed_to(self, sink: BodySink) -> None:
-        """The body goes to `sink` from now on, what was held back of it first."""
+        """Passes the body to `sink` from now on, starting with the bytes that have been held back."""
         self._sink = sink
         self._reads.deliver = sink.data_received
         held, self._held = self._held, b""
         if held and self._connection_lost_called:
-            # Its end is told now, and nothing may wait behind that.
+            # `connection_lost` of the sink is called below, so all bytes must be delivered before.
             sink.data_received(held)
         elif held:
             self._reads.put_back(held)
@@ -133,44 +137,44 @@ class RelayProtocol(ResponseHandler):
             sink.connection_lost(self._closed_cleanly)
 
     def unread(self, data: bytes) -> None:
-        """Takes the body back from its sink; what the sink was given, `data`, is for the next one."""
+        """Takes the body back from its sink. The next sink gets `data` again, the bytes that this one has received."""
         self._take_back()
         self._held = data
 
     def _take_back(self) -> None:
-        """What is read comes here again."""
+        """Delivers bytes to this object again."""
         self._sink = None
         self._reads.deliver = self.data_received
         self.read_bounded()
 
     def read_plainly(self, reads: PlainReads) -> None:
-        """`reads` gets what comes, until `read_bounded`, where it may be trusted to be small."""
+        """Lets `reads` receive all bytes until `read_bounded`. Does nothing if reads may be large."""
         if self._reads.small and self.transport is not None and not self._reads.paused:
             self.transport.set_protocol(reads)
             self._plain = True
 
     def read_bounded(self) -> BoundedReads:
-        """What comes goes the usual way again, which is returned."""
+        """Lets `BoundedReads` receive all bytes again, and returns it."""
         if self._plain and self.transport is not None:
             self.transport.set_protocol(self._reads)
             self._plain = False
         return self._reads
 
     def finish(self, *, reusable: bool) -> None:
-        """The exchange is over. Unless `reusable`, the connection will not be pooled."""
+        """The exchange has ended. The connection goes back to the pool only if it is `reusable`."""
         self._head, self._answered = None, False
         self._take_back()
         if not reusable or self._held or self._reads.ahead or self.is_old:
             self._should_close = True
         self._held = b""
         if not self._should_close:
-            # The read that ended the body may have filled the client's buffer, and so paused a connection that others
-            # are going to use.
+            # The last write may have filled the client's buffer, and so paused this connection. The next exchange needs
+            # it to read.
             self.resume()
 
     def pause(self) -> None:
-        """Reads no more until `resume`."""
-        # The kernel goes on to buffer, and a plain read takes all of that.
+        """Stops reading until `resume`."""
+        # The kernel still buffers meanwhile, and a plain read would return all of it at once.
         self._reads.small = False
         self.read_bounded().pause()
 
@@ -178,16 +182,16 @@ class RelayProtocol(ResponseHandler):
         self._reads.resume()
 
     def eof_received(self) -> None:
-        """The upstream has ended its side in order: by a FIN, or in TLS by close_notify."""
-        self._ended_in_order = True
+        """The upstream has closed its side: by a FIN, or in TLS by close_notify."""
+        self._saw_eof = True
         if self.transport is not None:
-            # What still waits to be written, the rest of an upload, would hold up the end of the connection.
+            # A plain close would first wait until the rest of an upload is written.
             self.transport.abort()
 
     async def send(self, data: bytes) -> None:
-        """Writes `data`, and waits until the upstream takes more. Raises ConnectionError if it is gone."""
+        """Writes `data`, and waits until the upstream accepts more. Raises `ConnectionError` if it has disconnected."""
         if self.transport is None:
-            raise ConnectionResetError("the upstream is gone")
+            raise ConnectionResetError("the upstream has closed the connection")
         self.transport.write(data)
         await self._drain_helper()
 
@@ -202,7 +206,7 @@ class RelayProtocol(ResponseHandler):
         elif self._head is None or self._head.done():
             self.abort()
         else:
-            self.heard = True
+            self.answer_begun = True
             self._held += data
             try:
                 self._read_head()
@@ -211,7 +215,7 @@ class RelayProtocol(ResponseHandler):
                 self.abort()
 
     def _read_head(self) -> None:
-        """Looks for a whole head in what was received; interim (1xx) heads are dropped (RFC 9110, section 15.2)."""
+        """Parses the head when all of it has been received. Interim responses (1xx) are dropped (RFC 9110, 15.2)."""
         awaited = self._head
         assert awaited is not None
         while not self._answered:
@@ -231,53 +235,56 @@ class RelayProtocol(ResponseHandler):
             self._head.set_exception(error)
 
     def _left_in_tls(self) -> bytes:
-        """What uvloop's TLS has received and not delivered: it drops that when the FIN finds it paused."""
+        """Bytes that uvloop's TLS has received and not delivered. uvloop drops them if a FIN arrives during a pause."""
         tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
         parts: list[bytes] = []
         if tls is not None:
             try:
                 while part := tls.read(1 << 18):
                     parts.append(part)
-                self._ended_in_order = True
+                self._saw_eof = True
             except ssl.SSLZeroReturnError:
-                self._ended_in_order = True
+                self._saw_eof = True
             except ssl.SSLError:
-                # No close_notify: the body may have been cut (RFC 8446, section 6.1).
+                # There is no close_notify, so the body may be truncated (RFC 8446, section 6.1).
                 pass
         return b"".join(parts)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        # Each of these happens, the last one first, whatever the others raise.
+        # All of these run, the last one first, even if another one raises.
         with ExitStack() as ends:
-            ends.callback(self._tell_of_the_end)
+            ends.callback(self._report_end)
             ends.callback(super().connection_lost, exc)
             left = self._left_in_tls()
-            self._closed_cleanly = exc is None and self._ended_in_order
+            self._closed_cleanly = exc is None and self._saw_eof
             if left and self._sink is not None:
                 self._sink.data_received(left)
 
-    def _tell_of_the_end(self) -> None:
-        # Nobody reads from the queue that the base class puts its exception into.
+    def _report_end(self) -> None:
+        # The base class keeps the exception for its queue, which is not used.
         self._exception = None
-        self._fail_head(UpstreamError("reset", cause="it ended in order" if self._ended_in_order else "it was reset"))
+        self._fail_head(
+            UpstreamError("reset", cause="the connection was closed" if self._saw_eof else "the connection was reset")
+        )
         if self._sink is not None:
             self._sink.connection_lost(self._closed_cleanly)
 
     def is_quiet(self) -> bool:
-        """Whether nothing has come since the last response, nor an end: what nobody has read yet included.
+        """Whether an idle connection can be used: no bytes and no FIN have arrived since the last response.
 
-        In TLS it may be the protocol's own, though after a response that is rare; then a new connection is made.
+        This includes bytes that are still in the kernel. With TLS these may be a harmless record of the protocol. This
+        is rare after a response; then a new connection is made for nothing.
         """
         transport = self.transport
         if transport is None or transport.is_closing():
             return False
         poll = select.poll()
         poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.EPOLLRDHUP)
-        return not (poll.poll(0) or self._reads.ahead or self._left_in_tls() or self._ended_in_order)
+        return not (poll.poll(0) or self._reads.ahead or self._left_in_tls() or self._saw_eof)
 
 
 class _Target:
-    """What a connector asks of an `aiohttp.ClientRequest` to connect, without one being made for each request."""
+    """The attributes of an `aiohttp.ClientRequest` that the connector reads. One object serves all requests."""
 
     proxy = proxy_auth = proxy_headers = server_hostname = None
 
@@ -301,17 +308,17 @@ class _Target:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in the system's or OpenSSL's words."""
+    """The error text of the system or of OpenSSL."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     if isinstance(error, ssl.SSLError):
         return (error.reason or "handshake failed").lower().replace("_", " ")
-    # Where there were several addresses, it has those of all.
+    # If several addresses were tried, the text has the errors of all.
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
 def _credential(config: UpstreamConfig) -> tuple[bytes, bytes] | None:
-    """The field that this side identifies itself by."""
+    """The header field with the API key, if there is one."""
     if config.key is None:
         return None
     name, key = config.api_key_header, config.key.get_secret_value()
@@ -319,9 +326,12 @@ def _credential(config: UpstreamConfig) -> tuple[bytes, bytes] | None:
 
 
 class Upstream:
-    """A named API and its connections. Create and close it in the running loop."""
+    """A named API and its connections. Create and close it in the running loop.
 
-    def __init__(self, config: UpstreamConfig, limits: Limits) -> None:
+    `pending` counts the connections that are being established.
+    """
+
+    def __init__(self, config: UpstreamConfig, limits: Limits, pending: Count) -> None:
         url = URL(config.url, encoded=True)
         self.name = config.name
         self.credential = _credential(config)
@@ -329,7 +339,7 @@ class Upstream:
         self.host = (url.host_port_subcomponent or "").encode("ascii")
         self._target = cast(ClientRequest, _Target(url, config.tls.context() if url.scheme == "https" else True))
         loop = asyncio.get_running_loop()
-        # No limit: a request is never queued for a connection where nobody sees it.
+        # Without a limit. With one, requests would wait in a queue of aiohttp that no metric shows.
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
         self._stream_options: dict[str | None, bool] = {}
         self._connector._factory = cast(
@@ -342,10 +352,10 @@ class Upstream:
             ),
         )
         self._max_pending = limits.pending_connects
-        self._pending = 0
+        self._pending = pending
 
     def takes_stream_options(self, model: str | None) -> bool | None:
-        """Whether requests for `model` may have them; None if there was no answer yet that told."""
+        """Whether `model` accepts `stream_options`. None if that is not known yet."""
         return self._stream_options.get(model)
 
     def remember_stream_options(self, model: str | None, taken: bool) -> None:
@@ -356,20 +366,21 @@ class Upstream:
         self._stream_options[model] = taken
 
     async def connect(self, on_abort: Callable[[], None], *, fresh: bool = False) -> UpstreamConnection:
-        """A connection of its own, from the pool or, always if `fresh`, a new one; `on_abort` is told if it is aborted.
+        """A connection for one exchange, from the pool or new; with `fresh` always new.
 
-        Raises `UpstreamError`, or `RequestError` if too many connections are being made.
+        `on_abort` is called if the connection is aborted. Raises `UpstreamError`, or `RequestError` if too many
+        connections are being established.
         """
-        if self._pending >= self._max_pending:
+        if self._pending.total() >= self._max_pending:
             raise RequestError("pending_connects")
-        self._pending += 1
+        self._pending.add(1)
         try:
             while True:
                 connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
                 try:
                     owned = UpstreamConnection(connection, on_abort)
                     protocol = owned.protocol
-                    # What has come on a reused one, or its end, would meet the next request.
+                    # A reused connection must be quiet: bytes on it would be taken for the response.
                     if not protocol.requests or not (fresh or protocol.is_old or not protocol.is_quiet()):
                         return owned
                 except BaseException:
@@ -386,7 +397,7 @@ class Upstream:
         except (ClientError, OSError) as error:
             raise UpstreamError("connect", cause=_reason(error)) from None
         finally:
-            self._pending -= 1
+            self._pending.add(-1)
 
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""
@@ -398,7 +409,7 @@ class Upstream:
 
 
 class UpstreamConnection:
-    """A connection while it belongs to one exchange. It ends by `release` or `abort`, whichever comes first."""
+    """A connection while it belongs to one exchange: until `release` or `abort`, whichever is called first."""
 
     __slots__ = ("_connection", "_on_abort", "protocol", "transport")
 
@@ -414,27 +425,27 @@ class UpstreamConnection:
 
     @property
     def reused(self) -> bool:
-        """Whether a request was sent on it before the present one."""
+        """Whether an earlier request was sent on this connection."""
         return self.protocol.requests > 1
 
     def release(self, *, reusable: bool) -> None:
-        """The response is complete: back into the pool if the connection is `reusable`."""
+        """The response is complete. If the connection is `reusable`, it goes back to the pool."""
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
                 self.protocol.finish(reusable=reusable)
                 if self.protocol.should_close:
-                    # Its close would wait to flush an upload that nobody takes any more.
+                    # A plain close would wait until the rest of an upload is written, which nobody reads any more.
                     self.protocol.abort()
                 connection.release()
             except BaseException:
-                # It may be in use by nobody, and not in the pool either.
+                # Otherwise the connection could leak: not in use, and not in the pool.
                 self.protocol.abort()
                 connection.close()
                 raise
 
     def abort(self) -> None:
-        """Closes the connection now, whatever it is doing."""
+        """Closes the connection immediately."""
         connection, self._connection = self._connection, None
         if connection is not None:
             try:

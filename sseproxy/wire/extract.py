@@ -1,11 +1,11 @@
-"""What is wanted of a large JSON text, found as it comes, in bounded time and memory.
+"""Extracts a few members of a large JSON text as it arrives, in bounded time and memory.
 
-A small text is decoded whole, by whoever wants something of it. Of a large one only an `Extract` is: the same object
-with nothing in it but what is wanted, and that cut to size. It is made from parts of any size, and whatever they hold,
+A small text is decoded as a whole by the caller. Of a large one, only an `Extract` is decoded: the same object with
+only the wanted members, and with long values replaced. The text may arrive in parts of any size. Whatever it contains,
 the work for a part is bounded, no part is kept, and nothing recurses.
 
-What is not wanted is passed over by counting its brackets. So a text is taken for JSON if its strings end, its brackets
-are balanced, and what was looked at is JSON.
+Unwanted values are skipped by counting their brackets. So a text is accepted as JSON if its strings end, its brackets
+are balanced, and the parts that were parsed are JSON.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import msgspec
 from msgspec.inspect import ListType, StructType, Type, UnionType, type_info
 
 WHOLE: Final = 16 * 1024
-"""Bytes of a text that is decoded whole. No list in it can take longer than some milliseconds to build."""
+"""The largest text in bytes that is decoded as a whole. To decode it takes at most a few milliseconds."""
 
-# A value that is longer is told apart from an empty one, and no more. Usage, with all its details, is within 1 KiB.
+# Bytes of a value that is kept. Of a longer one, it is only known that it is not empty. A usage object is below 1 KiB.
 _MAX_VALUE: Final = 2 * 1024
-# What stands for it: something, and neither a text nor a number.
+# Replaces a longer value: it is not empty, and neither a string nor a number.
 _SOMETHING: Final = b"[0]"
-# A name or a number; as much as Python takes for an integer.
+# Bytes of a name or a number: as many digits as Python accepts for an integer.
 _MAX_TOKEN: Final = 4300
-# So many items of a list are looked at: OpenAI's most choices in an answer.
+# Items of a list that are parsed: the largest number of choices in OpenAI's API.
 _MAX_ITEMS: Final = 128
-# Members that are looked at in all. Each takes some microseconds.
+# Members that are parsed in total. Each takes a few microseconds.
 _MAX_MEMBERS: Final = 1024
 _MAX_EXTRACT: Final = 64 * 1024
 
 _SPACE: Final = re.compile(rb"[ \t\n\r]*+")
-# A member's name and colon, and that there is a value.
+# The name of a member and its colon, if a value follows.
 _NAME: Final = re.compile(rb'"([^"]*+)"[ \t\n\r]*+:[ \t\n\r]*+(?=[^ \t\n\r])')
 _BEGINS_NAME: Final = re.compile(rb'"[^"]*+(?:"[ \t\n\r]*+(?::[ \t\n\r]*+)?)?')
 _SCALAR: Final = re.compile(
@@ -44,27 +44,27 @@ _BRACKET_OR_QUOTE: Final = re.compile(rb'["\[\]{}]')
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 # Opening brackets are 1, closing ones -1.
 _SIGNS: Final = bytes.maketrans(b"[]{}", b"\x01\xff\x01\xff")
-# What is passed over in one step, at most, and what is looked at bracket by bracket.
+# Bytes that are skipped in one step at most, and bytes that are searched bracket by bracket.
 _STEP, _FINE = 16 * 1024, 64
 
 
 class Members(dict[bytes, "Wanted"]):
-    """An object: its wanted members by name."""
+    """The wanted members of an object, by their names."""
 
 
 class Items:
-    """A list, and what is wanted of each of its items."""
+    """A list. `item` is what is wanted of each item."""
 
     def __init__(self, item: Wanted) -> None:
         self.item = item
 
 
 Wanted = Members | Items | None
-"""None: the value as it is."""
+"""What is wanted of a value. None means the whole value."""
 
 
 def wanted(*structs: type[msgspec.Struct]) -> Members:
-    """What the decoders of `structs` read; the first that has a member says what of it."""
+    """The members that the decoders of `structs` read. If several structs have a member, the first one counts."""
     members = Members()
     for struct in reversed(structs):
         found = _wanted(type_info(struct))
@@ -84,7 +84,7 @@ def _wanted(kind: Type) -> Wanted:
     return None
 
 
-# What comes next.
+# States: what is expected next.
 _VALUE, _FIRST_MEMBER, _MEMBER, _FIRST_ITEM, _NEXT, _END = (
     "value",
     "first member",
@@ -93,16 +93,16 @@ _VALUE, _FIRST_MEMBER, _MEMBER, _FIRST_ITEM, _NEXT, _END = (
     "next",
     "end",
 )
-# What goes on: a string, what is passed over, and the items of a list that are too many.
+# States within a value: in a string, in a container that is skipped, in the items of a list above the limit.
 _STRING, _PASSING, _TOO_MANY = "string", "passing", "too many"
 _QUOTE, _COMMA, _OPEN_OBJECT, _CLOSE_OBJECT, _OPEN_LIST, _CLOSE_LIST = b'",{}[]'
 
 
 class Extract:
-    """What is wanted of one object. `feed` takes its text in any split.
+    """The wanted members of one object. `feed` takes its text, however it is split.
 
-    `spans` has where in the text the outermost values are that are wanted as they are, the last one of each name;
-    `closed_at` is where its last bracket is.
+    `spans` has the positions in the text of the wanted values of the outermost object; if a name occurs several times,
+    those of the last one. `closed_at` is the position of the last bracket.
     """
 
     __slots__ = (
@@ -131,25 +131,26 @@ class Extract:
         self.spans: dict[bytes, tuple[int, int]] = {}
         self.closed_at = 0
         self.too_much = False
-        """There was more than is looked at."""
+        """Whether the text exceeds one of the limits."""
         self._broken = False
         self._out = bytearray()
-        # So much of it ends with a value.
+        # The length of `_out` up to the end of its last complete value.
         self._sound = 0
         self._state = _VALUE
-        # The last bytes that came, if they are no token yet, and how many came before them.
+        # The last bytes, if they are an incomplete token, and the number of bytes before them.
         self._rest = b""
         self._offset = 0
-        # What is wanted of the containers that are open; items and members so far.
+        # What is wanted of the open containers. The numbers of items and of members so far.
         self._open: list[Members | Items] = []
         self._items = self._members = 0
-        # The value: the name of the last member, what is wanted, whether nothing is, where it begins, what is kept.
+        # The current value: the name of its member, what is wanted of it, whether it is skipped, where it begins, and
+        # the bytes that are kept of it.
         self._name = b""
         self._wanted: Wanted = members
         self._passed = False
         self._start = 0
         self._kept: bytearray | None = None
-        # In what is passed over: how many brackets are open, and whether it is in a string.
+        # In a value that is skipped: how many brackets are open, and whether the position is in a string.
         self._depth = 0
         self._quoted = False
 
@@ -158,26 +159,26 @@ class Extract:
             return
         text = plain = self._rest + part
         if b"\\" in text:
-            # As long as it was, and every quotation mark that is left begins or ends a string.
+            # Escapes are replaced by as many other bytes. So every remaining quotation mark begins or ends a string.
             plain = text.replace(b"\\\\", b"__").replace(b'\\"', b"__")
             if plain.endswith(b"\\"):
                 plain = plain[:-1]
         at = self._walk(text, plain)
         self._rest = text[at:]
         self._offset += at
-        # What is broken leaves the rest as it is.
+        # After an error, the rest is not parsed, so its length does not matter.
         self.too_much |= len(self._rest) > _MAX_TOKEN and not self._broken
 
     def text(self) -> bytes | None:
-        """The extract; None if what came is not one whole object, or too much."""
+        """The extract. None if the text so far is not one complete object, or exceeds a limit."""
         return bytes(self._out) if self._state is _END and not (self._broken or self.too_much) else None
 
     def so_far(self) -> bytes:
-        """The extract of the members that have come, of an object that has no wanted containers in it."""
+        """The extract of the members so far. Only for wanted members that are not containers."""
         return bytes(self._out[: self._sound] or b"{") + b"}"
 
     def _walk(self, text: bytes, plain: bytes) -> int:
-        """How far `text` can be read by now; `plain` is the same without escapes."""
+        """Parses `text`, and returns up to where. `plain` is the same text with its escapes replaced."""
         at, size = 0, len(plain)
         while at < size and not (self._broken or self.too_much):
             state, byte = self._state, plain[at]
@@ -209,7 +210,7 @@ class Extract:
         return at
 
     def _member(self, text: bytes, plain: bytes, at: int) -> int:
-        """Reads a name and its colon; returns where its value begins, or 0 if that is not there yet."""
+        """Parses a name and its colon. Returns the position of the value, or 0 if it has not arrived yet."""
         named = _NAME.match(plain, at)
         if named is None:
             begun = _BEGINS_NAME.match(plain, at)
@@ -230,7 +231,7 @@ class Extract:
         return named.end()
 
     def _value(self, text: bytes, plain: bytes, at: int) -> int:
-        """Begins a value, or reads it; returns where to go on, or 0 if it is not whole."""
+        """Parses a value, or the beginning of one. Returns where to go on, or 0 if the value is not complete."""
         byte, wanted = plain[at], self._wanted
         if byte == _OPEN_OBJECT and isinstance(wanted, Members):
             self._out += b"{"
@@ -267,7 +268,7 @@ class Extract:
         return end
 
     def _punctuation(self, byte: int, end: int) -> None:
-        """What comes after a value, or instead of the first."""
+        """Parses the byte after a value, or the closing bracket of an empty container."""
         container = self._open[-1] if self._open else None
         if container is not None and byte == (_CLOSE_OBJECT if isinstance(container, Members) else _CLOSE_LIST):
             self._close(end)
@@ -284,7 +285,7 @@ class Extract:
             self._state = _MEMBER
 
     def _close(self, end: int) -> None:
-        """The innermost container ends."""
+        """Closes the innermost container."""
         self._out += b"}" if isinstance(self._open.pop(), Members) else b"]"
         self.closed_at = self._offset + end - 1
         self._after_value()
@@ -297,7 +298,7 @@ class Extract:
                 self._kept += text[at:end]
 
     def _finish(self, end: int) -> None:
-        """The value ends."""
+        """Ends the current value."""
         if not self._passed:
             self._out += _SOMETHING if self._kept is None else self._kept
             if len(self._open) == 1:
@@ -310,14 +311,14 @@ class Extract:
         self.too_much |= len(self._out) > _MAX_EXTRACT
 
     def _fail(self, length: int) -> None:
-        """A token of `length` is none. One that is too long is so however it ends."""
+        """A token of `length` bytes is not valid: it is too long, or the text is not JSON."""
         if length > _MAX_TOKEN:
             self.too_much = True
         else:
             self._broken = True
 
     def _pass(self, plain: bytes, at: int) -> int:
-        """Where what is passed over ends, or 0 if it goes on."""
+        """The position at which the skipped value ends, or 0 if it continues."""
         step = _FINE
         end = self._closes(plain[at : at + step])
         if end:
@@ -339,7 +340,7 @@ class Extract:
         return 0
 
     def _closes(self, piece: bytes) -> int:
-        """Where in `piece` what is passed over ends, or 0 if it goes on."""
+        """The position in `piece` at which the skipped value ends, or 0 if it continues."""
         depth, quoted = self._depth, self._quoted
         for found in _BRACKET_OR_QUOTE.finditer(piece):
             mark = found[0]
@@ -354,14 +355,14 @@ class Extract:
 
 
 def _name(raw: bytes) -> bytes | None:
-    """The name that is spelled `raw`; None if that is no Unicode."""
+    """The name in the JSON string `raw`. None if it is not valid Unicode."""
     try:
         text = raw.decode()
         return _decode_text(b'"%b"' % raw).encode() if "\\" in text else raw
     except UnicodeDecodeError:
         return None
     except msgspec.DecodeError:
-        # Half a surrogate pair, as JavaScript may write it, is in no name that is wanted.
+        # Half of a surrogate pair, which JavaScript may write. No wanted name has one.
         return b""
 
 
@@ -369,7 +370,7 @@ _decode_text: Final = msgspec.json.Decoder(str).decode
 
 
 class Gist:
-    """What matters of a JSON text that comes in parts: all of it if it is small, and what is wanted of a large one."""
+    """Collects a JSON text that arrives in parts: the whole text if it is small, or else the wanted members."""
 
     __slots__ = ("_members", "_parts", "_size", "extract")
 
@@ -378,7 +379,7 @@ class Gist:
         self._parts: list[bytes] = []
         self._size = 0
         self.extract: Extract | None = None
-        """Of a large text."""
+        """The extract, if the text is large."""
 
     def feed(self, part: bytes) -> None:
         if self.extract is not None:
@@ -393,7 +394,7 @@ class Gist:
             self._parts.clear()
 
     def so_far(self) -> bytes:
-        """The extract of what has come, be it broken behind that."""
+        """The extract of the text so far, even if it is not valid after that."""
         extract = self.extract
         if extract is None:
             extract = Extract(self._members)
@@ -402,7 +403,7 @@ class Gist:
         return extract.so_far()
 
     def text(self) -> bytes | None:
-        """The small text, or the extract of the large one. None if there is too much in it; empty if it is no JSON."""
+        """The small text, or the extract of the large one. None if it exceeds a limit; empty if it is not JSON."""
         if self.extract is None:
             return b"".join(self._parts)
         return None if self.extract.too_much else self.extract.text() or b""

@@ -1,8 +1,8 @@
-"""Where the body of a response ends (RFC 9112, sections 6.3 and 7.1), read strictly.
+"""Body framing (RFC 9112, sections 6.3 and 7.1): where a body ends. The parsers are strict.
 
-`whole_chunks` answers the common question, is this read whole chunks and nothing else; a body decoder walks everything
-else, in any split. What is not exactly HTTP/1.1 is a `ProtocolError`: a lenient reading here is how
-responses are smuggled.
+`whole_chunks` handles the common case, a read that consists of whole HTTP chunks. A body decoder handles everything
+else, however the bytes are split. Everything that is not exactly HTTP/1.1 is a `ProtocolError`, because a lenient
+parser makes request and response smuggling possible.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from ..errors import BrokenBodyError, ProtocolError
 from .headers import Field, Fields
 
 Framing = int | Literal["chunked", "close"]
-"""Where a body ends: after so many bytes, as its chunks say, or with the connection."""
+"""How the end of a body is found: after so many bytes, by chunked framing, or by the close of the connection."""
 
-# 16 hexadecimal digits are a 64-bit size; nothing longer can be meant honestly.
+# 16 hexadecimal digits are a 64-bit size. No honest chunk is longer.
 _CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
-# chunk-size plus chunk extensions. LLM servers send no extensions; 256 bytes are more than any CDN adds.
+# Bytes of a chunk size with its extensions. LLM servers send no extensions, and no CDN adds as much as 256 bytes.
 MAX_SIZE_LINE = 256
-# Trailers are discarded (RFC 9110, section 6.5.1), so they only need a bound.
+# Bytes. Trailers are discarded (RFC 9110, section 6.5.1), so they only need a limit.
 MAX_TRAILERS = 8192
-# No trailer may say where a message ends (RFC 9110, section 6.5.1); one that does means to be read by somebody else.
+# Fields that are not allowed in trailers (RFC 9110, section 6.5.1). A message that has one is an attempt at smuggling.
 _FRAMING_FIELDS = (b"content-length", b"transfer-encoding")
 
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
@@ -33,7 +33,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 def _usual_starts(most: int) -> tuple[bytes, ...]:
-    """What whole chunks of fewer than `most` bytes, with their framing, begin with, by that length."""
+    """For each length below `most`: the size line of a whole chunk that has this length with its framing."""
     starts = [b""] * most
     for size in range(1, most):
         start = b"%x\r\n" % size
@@ -44,13 +44,16 @@ def _usual_starts(most: int) -> tuple[bytes, ...]:
 
 
 USUAL_STARTS = _usual_starts(4096)
-"""What a chunk begins with, as usually written, by its length with its framing; empty where none has that length."""
+"""The size line of a chunk, as servers usually write it, by the length of the chunk with its framing.
+
+Empty if no chunk has that length.
+"""
 
 
 def whole_chunks(data: bytes) -> list[bytes]:
-    """The chunks of `data`, each with its framing; none if it is not all whole chunks with a payload and no extensions.
+    """The chunks of `data`, each with its framing, if `data` consists only of whole chunks. Otherwise an empty list.
 
-    If there are, `data` can be forwarded as it is.
+    Each chunk must have a payload and no extensions. Then `data` can be forwarded as it is.
     """
     chunks: list[bytes] = []
     at, length = 0, len(data)
@@ -68,7 +71,7 @@ def whole_chunks(data: bytes) -> list[bytes]:
 
 
 def payload_of(chunk: bytes) -> bytes:
-    """What is in one of the `whole_chunks`."""
+    """The payload of one of the `whole_chunks`."""
     return chunk[chunk.index(b"\n") + 1 : -2]
 
 
@@ -78,15 +81,15 @@ def frame(payload: bytes) -> bytes:
 
 
 def response_framing(method: str, status: int, version: tuple[int, int], fields: Fields) -> Framing | None:
-    """How the body of a response is framed; None if it has none.
+    """The framing of a response body, or None if the response has no body.
 
-    Raises `ProtocolError` where the head is ambiguous: lengths that differ, a length together with a transfer coding,
-    a coding other than a lone chunked, or any coding from HTTP/1.0.
+    Raises `ProtocolError` if the head is ambiguous: if lengths differ, if there is a length and a transfer coding, if
+    the coding is not exactly `chunked`, or if there is any coding in HTTP/1.0.
     """
     lengths = {length.strip(b" \t") for value in fields.named(b"content-length") for length in value.split(b",")}
     codings = fields.tokens(b"transfer-encoding")
     if fields.named(b"transfer-encoding") and (lengths or codings != [b"chunked"] or version != (1, 1)):
-        raise ProtocolError("the transfer coding of the response is not a lone chunked")
+        raise ProtocolError("the Transfer-Encoding of the response is not allowed: it must be only chunked")
     if len(lengths) > 1 or any(_DIGITS.fullmatch(length) is None for length in lengths):
         raise ProtocolError("the Content-Length of the response is not one number")
     if method == "HEAD" or status in (204, 304):
@@ -97,23 +100,23 @@ def response_framing(method: str, status: int, version: tuple[int, int], fields:
 
 
 def framing_fields(framing: Framing | None) -> list[Field]:
-    """The fields that announce `framing`."""
+    """The header fields for a message with `framing`."""
     if framing == "chunked":
         return [(b"Transfer-Encoding", b"chunked")]
     return [(b"Content-Length", b"%d" % framing)] if isinstance(framing, int) else []
 
 
 class BodyDecoder(Protocol):
-    """Takes the framing off a body. `done` is true once the body is complete, `excess` bytes came after it."""
+    """Removes the framing of a body. `done`: the body is complete. `excess`: how many bytes came after it."""
 
     done: bool
     excess: int
 
     def feed(self, data: bytes) -> bytes:
-        """The payload within `data`. Raises `BrokenBodyError`, with the payload before the break."""
+        """The payload in `data`. Raises `BrokenBodyError`, which has the payload before the invalid bytes."""
 
     def end(self) -> bool:
-        """The connection has ended. True if the body was complete by that."""
+        """Call this when the connection has ended. Returns whether the body is complete."""
 
 
 class LengthDecoder:
@@ -139,7 +142,7 @@ class LengthDecoder:
 
 
 class CloseDecoder:
-    """A body that ends with its connection."""
+    """A body that ends with the connection."""
 
     __slots__ = ("done", "excess")
 
@@ -162,7 +165,7 @@ def decoder(framing: Framing) -> BodyDecoder:
 
 
 class ChunkedDecoder:
-    """A chunked body. `at_start` is true between chunks, where `whole_chunks` may be asked instead."""
+    """A chunked body. `at_start` is true between chunks; there, `whole_chunks` may be used instead of `feed`."""
 
     __slots__ = ("_expect_crlf", "_in_trailers", "_line", "_remaining", "_trailers", "done", "excess")
 
@@ -219,7 +222,7 @@ class ChunkedDecoder:
         line = self._line + data[pos : newline + 1 if newline >= 0 else pos + limit + 1]
         if newline < 0:
             if len(line) > limit or (self._expect_crlf and not _CRLF.startswith(line)):
-                raise ProtocolError("a line of the chunked framing is too long or does not end where it must")
+                raise ProtocolError("a line of the chunked framing is too long, or a chunk does not end in CRLF")
             self._line = line
             return None, len(data)
         if len(line) > limit or not line.endswith(_CRLF):

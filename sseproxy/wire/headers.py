@@ -1,6 +1,6 @@
-"""HTTP fields on their way through: what is hop-by-hop, what we say of ourselves.
+"""HTTP header fields that pass through: which are hop-by-hop, and which ones sseproxy adds.
 
-Fields are the raw pairs that arrived, bytes for bytes, so that order, repetition, case and odd bytes survive.
+Fields are pairs of raw bytes, as they were received. So their order, repetition, case and unusual bytes are kept.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..errors import ProtocolError
 
 Field = tuple[bytes, bytes]
 
-# RFC 9110, section 7.6.1, and what older implementations treat alike. Framing is ours on each side; Expect is
-# answered here.
+# Hop-by-hop fields: RFC 9110, section 7.6.1, and fields that older implementations treat in the same way. sseproxy sets
+# the framing on each side itself, and answers Expect itself.
 _HOP_BY_HOP: Final = frozenset(
     {
         b"connection",
@@ -30,10 +30,11 @@ _HOP_BY_HOP: Final = frozenset(
         b"upgrade",
     }
 )
-# What we tell the upstream of where a request comes from; what a trusted proxy said of it goes before it.
+# Fields that tell the upstream where a request comes from. sseproxy adds its own values after those of a trusted proxy.
 _FORWARDING: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"})
-# What a server may believe of who its client is, where a request comes from, or which URL it was for: only a proxy in
-# front is supposed to say it, so nobody who is not trusted says it through us. Families, by how their names begin:
+# Fields that a server may trust about the client's identity, its address, or the original URL. Only a proxy in front of
+# sseproxy may set them, so they are removed from the requests of clients that are not trusted.
+# Families of fields, by the beginning of their names:
 _PROXY_ONLY_FAMILIES: Final = (
     b"x-forwarded-",  # For, Host, Proto, Port, Prefix, Ssl, User, Client-Cert: all proxies; Spring, Rack, Django
     b"x-envoy-",  # what Envoy removes from external requests
@@ -50,7 +51,7 @@ _PROXY_ONLY_FAMILIES: Final = (
     b"cf-access-authenticated-",  # Cloudflare Access
     b"tailscale-user-",
 )
-# and one by one:
+# Single fields:
 _PROXY_ONLY: Final = frozenset(
     {
         b"forwarded",
@@ -79,33 +80,33 @@ _PROXY_ONLY: Final = frozenset(
     }
 )
 _CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key"})
-# Servers that hand fields on as variables (CGI, RFC 3875, section 4.1.18, and WSGI) take - and _ for one.
+# To servers that pass fields as variables (CGI, RFC 3875, section 4.1.18, and WSGI), - and _ are the same.
 _FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-")
-# RFC 9110, section 7.6.3; the pseudonym tells no host name.
+# RFC 9110, section 7.6.3. A pseudonym is used, so no host name is disclosed.
 _VIA: Final = b"1.1 sseproxy"
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 
-# RFC 9112, sections 2.2, 4, 5.1 and 5.2: a status line, then lines that begin with a name and its colon, with no space
-# between them; no bare CR or LF, no control characters, no folding. Within a line nothing that matched is given back,
-# so that a head that does not match costs hardly more than one that does.
+# RFC 9112, sections 2.2, 4, 5.1 and 5.2: a status line, then lines with a name and a colon, with no space between them.
+# No bare CR or LF, no control characters, no folded lines. The quantifiers are possessive, so there is no backtracking,
+# and a head that does not match costs hardly more than one that does.
 _HEAD: Final = re.compile(
     rb"(?:[\t\x20-\x7e\x80-\xff]++\r\n)(?:[\x21-\x39\x3b-\x7e]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*\r\n"
 )
-# RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port; no user, no list, not empty.
+# RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port. No user, no list, not empty.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-# RFC 7239, section 4: what is no token is quoted.
+# RFC 7239, section 4: a value that is not a token is quoted.
 _TOKEN: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-# The nearest hops of a request that are looked at. No chain of proxies that somebody trusts is as long; a client can
-# write thousands.
+# How many hops of X-Forwarded-For are read, from the nearest on. No chain of trusted proxies is longer, but a client
+# can write thousands.
 _MAX_HOPS: Final = 32
-# An IPv6 address with brackets, a scope and a port is shorter.
+# Bytes of one hop. An IPv6 address with brackets, a scope and a port is shorter.
 _MAX_HOP: Final = 128
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Fields:
-    """The fields of a head: `all` of them as they came, and by name."""
+    """The fields of a head: `all` has them as they were received; methods find them by name."""
 
     __slots__ = ("_by_name", "all")
 
@@ -143,14 +144,15 @@ def to_upstream(
     credential: Field | None,
     inspect: bool,
 ) -> list[Field]:
-    """The fields of the request that goes upstream.
+    """The fields of the request to the upstream.
 
-    `framing` announces the request's body, `peer` is the client's address, or `unknown`; if it is `trusted`, what it
-    says of where the request comes from is kept. With a `credential` none of the client's goes along. Where the
-    response is to be `inspect`ed, no content coding is asked for.
+    `framing` has the fields for the request's body. `peer` is the client's address, or `unknown`; if it is `trusted`,
+    its forwarding fields are kept. A `credential` replaces all credentials of the client. With `inspect`, no content
+    coding is requested, because a compressed response cannot be inspected.
 
-    A field is dropped in its spellings with `_` as well. What only a proxy says is in such a spelling from nobody: a
-    proxy in front that removes what its clients claim may not know of it.
+    A field is also dropped if its name is spelled with `_`. Fields that only a proxy may set are dropped in this
+    spelling even if the client is trusted: a proxy in front that removes them from its clients' requests may not know
+    this spelling.
     """
     said = {name: fields.named(name) if trusted else [] for name in _FORWARDING}
     drop = {
@@ -198,9 +200,9 @@ def to_upstream(
 
 
 def forwarded_element(peer: bytes, host: Sequence[bytes], scheme: bytes) -> bytes:
-    """What we add to a `Forwarded` (RFC 7239, section 4): a request from `peer`, for `host` if it had one.
+    """The element that sseproxy adds to `Forwarded` (RFC 7239, section 4): a request from `peer`, to `host` if known.
 
-    `peer` is an address, `unknown`, or one of both with a port, with brackets around IPv6.
+    `peer` is an address or `unknown`, with or without a port. An IPv6 address with a port has brackets.
     """
     if peer.count(b":") > 1 and not peer.startswith(b"["):
         peer = b"[%b]" % peer
@@ -216,9 +218,9 @@ def _quoted(text: bytes) -> bytes:
 def to_downstream(
     fields: Fields, *, framing: Sequence[Field] | None, event_stream: bool, request_id: bytes, connection: bytes | None
 ) -> list[Field]:
-    """The fields of the response that goes to the client.
+    """The fields of the response to the client.
 
-    `framing` announces its body; None leaves a Content-Length as it came, which is right for HEAD and 304.
+    `framing` has the fields for its body. None leaves a Content-Length unchanged, as needed for HEAD and 304.
     """
     drop = _HOP_BY_HOP.union(fields.tokens(b"connection"), () if framing is None else (b"content-length",))
     if event_stream:
@@ -236,20 +238,20 @@ def to_downstream(
 
 
 def serialize(start_line: bytes, fields: Iterable[Field]) -> bytes:
-    """A message head, with its blank line."""
+    """A message head, with the blank line at its end."""
     return b"".join((start_line, b"\r\n", *[b"%b: %b\r\n" % field for field in fields], b"\r\n"))
 
 
 def passes(fields: Fields) -> int:
-    """How often the message has come through an sseproxy already."""
+    """How often the message has already passed through an sseproxy."""
     return fields.tokens(b"via").count(_VIA)
 
 
 def check_request(version: tuple[int, int], fields: Fields) -> None:
-    """Raises `ProtocolError` for fields that others could read in another way than we do.
+    """Raises `ProtocolError` for fields that other parsers may read differently.
 
-    A transfer coding other than chunked, or in HTTP/1.0 (RFC 9112, sections 6.1 and 6.3); a Host that is missing, not
-    the only one, or no host (section 3.2).
+    These are: a transfer coding other than chunked, or any in HTTP/1.0 (RFC 9112, sections 6.1 and 6.3), and a Host
+    that is missing, repeated or not valid (section 3.2).
     """
     codings, hosts = fields.named(b"transfer-encoding"), fields.named(b"host")
     if codings and (fields.tokens(b"transfer-encoding") != [b"chunked"] or version == (1, 0)):
@@ -259,9 +261,9 @@ def check_request(version: tuple[int, int], fields: Fields) -> None:
 
 
 def check_head(head: bytes) -> None:
-    """Refuses a response head that parsers may read in more than one way. Raises `ProtocolError`."""
+    """Raises `ProtocolError` for a response head that parsers may read differently."""
     if _HEAD.fullmatch(head) is None:
-        raise ProtocolError("the response head has a line that is no field, a bare CR or LF, or a control character")
+        raise ProtocolError("the response head has an invalid field line, a bare CR or LF, or a control character")
 
 
 def _has_type(fields: Fields, media_type: bytes) -> bool:
@@ -281,12 +283,12 @@ def is_form(fields: Fields) -> bool:
 
 
 def is_encoded(fields: Fields) -> bool:
-    """True if the body is compressed, and so cannot be read in passing."""
+    """Whether the body is compressed, and so cannot be inspected."""
     return not {b"identity"}.issuperset(fields.tokens(b"content-encoding"))
 
 
 def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> str:
-    """Where a request comes from: `peer`, or whom those say that `trusts` believes, the nearest that it does not.
+    """The address of the client: the first one that `trusts` does not accept, from `peer` back through X-Forwarded-For.
 
     https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-Forwarded-For, "Trusted proxy list"
     """
@@ -301,7 +303,7 @@ def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> 
 
 
 def _hops(values: Sequence[bytes]) -> Iterator[bytes]:
-    """The members of X-Forwarded-For from the nearest on; what is not asked for is not looked at."""
+    """The members of X-Forwarded-For, from the nearest on. They are found one by one, only when they are needed."""
     for value in reversed(values):
         end = len(value)
         while end >= 0:
@@ -311,7 +313,7 @@ def _hops(values: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def _address(hop: bytes) -> str | None:
-    """The address in a member of X-Forwarded-For, which may have a port."""
+    """The address in a member of X-Forwarded-For, without its port."""
     if len(hop) > _MAX_HOP:
         return None
     text = hop.strip().decode("latin-1")
@@ -322,9 +324,9 @@ def _address(hop: bytes) -> str | None:
 
 
 def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that `text` is; an IPv4 one in IPv6's clothes as itself, and a scoped one without its scope.
+    """The address in `text`, or None. An IPv4-mapped IPv6 address becomes an IPv4 address. A scope is removed.
 
-    The scope is the name of an interface of this machine, or whatever a client wrote (RFC 4007, section 11).
+    The scope would be the name of an interface of this machine, or any text from a client (RFC 4007, section 11).
     """
     try:
         address = ipaddress.ip_address(text)
@@ -336,22 +338,22 @@ def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def plain_address(address: str) -> str:
-    """`address` as it is compared, written and told: canonical and without a scope. What is none stays as it is."""
+    """`address` in its canonical form, without a scope. Other text is returned unchanged."""
     parsed = _parsed(address) if ":" in address else None
     return address if parsed is None else str(parsed)
 
 
 def is_within(address: str, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
-    """Whether `address` is in one of `networks`. What is no address, as of a Unix socket's peer, is in none."""
+    """Whether `address` is in one of `networks`. The empty address of a Unix socket's peer is in none."""
     parsed = _parsed(address)
     return parsed is not None and any(parsed in network for network in networks)
 
 
 def client_block(address: str) -> str:
-    """Whom `address` is counted as: an IPv4 address stands for itself, an IPv6 one for its /64.
+    """The block that counts as one client: an IPv4 address itself, or the /64 network of an IPv6 address.
 
-    Who has one address of a /64 has all of them (RFC 4291, section 2.5.4; RFC 6177), except on a link, where everybody
-    is in the same. What is no address, as of a Unix socket's peer, stands for itself.
+    A client with one address of a /64 usually has all of them (RFC 4291, section 2.5.4; RFC 6177). Link-local addresses
+    are an exception, because all of a link are in the same /64. Other text is returned unchanged.
     """
     parsed = _parsed(address) if ":" in address else None
     if parsed is None:
@@ -362,19 +364,19 @@ def client_block(address: str) -> str:
 
 
 def traceparent(fields: Fields) -> str | None:
-    """The trace that the request is part of, if it is told in order (https://www.w3.org/TR/trace-context/)."""
+    """The value of `traceparent`, if it is valid (https://www.w3.org/TR/trace-context/)."""
     found = fields.named(b"traceparent")
     return found[0].decode() if len(found) == 1 and _TRACEPARENT.fullmatch(found[0]) else None
 
 
 def request_id(fields: Fields) -> bytes | None:
-    """The client's own id for the request, if it is harmless enough to be logged and sent on."""
+    """The client's own id of the request, if it is safe to be logged and forwarded."""
     ids = fields.named(b"x-request-id")
     return ids[0] if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) else None
 
 
 def upstream_request_id(fields: Fields) -> bytes | None:
-    """What the upstream calls the request: OpenAI's name for it, Anthropic's, Azure's, Amazon's."""
+    """The upstream's id of the request, from the fields of OpenAI, Anthropic, Azure and Amazon."""
     for name in (b"x-request-id", b"request-id", b"apim-request-id", b"x-amzn-requestid"):
         ids = fields.named(name)
         if ids and _REQUEST_ID.fullmatch(ids[0]):

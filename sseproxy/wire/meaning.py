@@ -1,4 +1,4 @@
-"""What an event can mean in any API, and how the APIs' counts are read."""
+"""What an event can mean in any API, and how token counts are read."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Final, NamedTuple
 import msgspec
 
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
-"""What a decoder raises for bytes that are not JSON, no Unicode, nested too deep, or not of its types."""
+"""What a decoder raises for bytes that are not JSON, not Unicode, nested too deeply, or of unexpected types."""
 
-# A `model` is short text, or none. The longest in use, paths of cloud resources, have some hundred characters.
+# Characters of the name of a model. The longest ones in use, paths of cloud resources, have about a hundred. Longer
+# text is not taken for a model.
 MAX_MODEL: Final = 128
 NULL: Final = msgspec.Raw(b"null")
 _EMPTY: Final = frozenset({b"null", b'""', b"[]", b"{}"})
-# No count of tokens has more digits; what has is garbage, and must not reach a counter.
+# Digits of a count. A number with more digits is not a count of tokens, and must not be added to a counter.
 _MAX_DIGITS: Final = 15
 
 
 class Usage(NamedTuple):
-    """An upstream's own counts, as it counts them. None: not told.
+    """The token counts of an upstream, as it reports them. None means not reported.
 
-    Whether `cached_input` is part of `input`, and `reasoning` of `output`, is the API's way: OpenAI's are parts,
-    Anthropic's cache reads and Gemini's thoughts come on top. `seconds` is for audio that is not counted in tokens.
+    In some APIs `cached_input` is a part of `input`, and `reasoning` is a part of `output`: both in OpenAI's. In others
+    they are separate: the cache reads of Anthropic and the thoughts of Gemini. `seconds` is for audio that is not
+    counted in tokens.
     """
 
     input: int | None = None
@@ -31,16 +33,17 @@ class Usage(NamedTuple):
     seconds: float | None = None
 
     def overlaid(self, later: Usage) -> Usage:
-        """These counts, with those that `later` tells in their place."""
+        """These counts, replaced by those that `later` has."""
         return self._replace(**{name: count for name, count in later._asdict().items() if count is not None})
 
 
 class Meaning(NamedTuple):
-    """What an event says.
+    """The meaning of an event.
 
-    `delta`: it carries generated content. `usage`: counts that replace all earlier ones, or, with `overlay`, only those
-    that it tells. `finish`: why a choice ended. `end`: nothing follows that matters. `more`: what ended before was one
-    of several candidates, or images. `error`: the upstream reports a failure. `understood`: it could be decoded.
+    `delta`: it has generated content. `usage`: its counts, which replace all earlier counts; with `overlay`, only those
+    that it has. `finish`: why a choice ended. `end`: it is the end marker. `more`: the stream continues, although an
+    end marker was seen; that one was only the end of one candidate, or of one image. `error`: the upstream reports an
+    error. `understood`: it could be decoded.
     """
 
     delta: bool = False
@@ -60,15 +63,15 @@ GARBLED: Final = Meaning(understood=False)
 FAILED: Final = Meaning(error=True)
 
 
-# The fields are Raw, because a known key may hold anything: a wrong type in one, or a string that is no Unicode, must
-# not hide the others.
+# The fields are Raw, because a value may be anything. A wrong type, or a string that is not Unicode, in one of them
+# must not prevent that the others are read.
 class _Details(msgspec.Struct, gc=False):
     cached_tokens: msgspec.Raw = NULL
     reasoning_tokens: msgspec.Raw = NULL
 
 
 class _Usage(msgspec.Struct, gc=False):
-    """Every name under which the APIs tell their counts."""
+    """The names of all counts, in all APIs."""
 
     prompt_tokens: msgspec.Raw = NULL
     input_tokens: msgspec.Raw = NULL
@@ -94,12 +97,12 @@ _decode_seconds: Final = msgspec.json.Decoder(float).decode
 
 
 def filled(value: msgspec.Raw) -> bool:
-    """Whether `value` holds something: it is there, and neither null nor empty."""
+    """Whether `value` is present, and neither null nor empty."""
     return value is not NULL and bytes(value) not in _EMPTY
 
 
 def text_of(value: msgspec.Raw) -> str | None:
-    """The string that `value` is; None if it is none."""
+    """`value` as text. None if it is not a string."""
     try:
         return _decode_text(value)
     except UNREADABLE:
@@ -107,7 +110,7 @@ def text_of(value: msgspec.Raw) -> str | None:
 
 
 def _count(*values: msgspec.Raw) -> int | None:
-    """The first of `values` that is a count."""
+    """The first of `values` that is a count, or None."""
     for value in values:
         if value is not NULL:
             digits = bytes(value)
@@ -139,7 +142,7 @@ _NO_DETAILS: Final = _Details()
 
 
 def read_usage(value: msgspec.Raw) -> Usage | None:
-    """The counts in a usage object of any API; None if it has none that is a count."""
+    """The counts in a usage object of any API. None if it has none."""
     if not filled(value):
         return None
     try:
@@ -165,7 +168,7 @@ def read_usage(value: msgspec.Raw) -> Usage | None:
 
 
 class Rest(msgspec.Struct, gc=False):
-    """What is read of an event that is not what its API says."""
+    """The members that are read of an event that its API's decoder cannot decode."""
 
     usage: msgspec.Raw = NULL
     error: msgspec.Raw = NULL
@@ -175,9 +178,9 @@ _decode_rest: Final = msgspec.json.Decoder(Rest).decode
 
 
 def read_rest(kind: bytes, data: bytes) -> Meaning:
-    """What can be told of an event that is not what its API says."""
+    """The meaning of an event that its API's decoder cannot decode."""
     garbled = Meaning(error=kind == b"error", understood=False)
-    # Garbage may come by the thousand in one read, and an exception takes longer than a look.
+    # One read may have thousands of such events, and this check is faster than an exception.
     if not data.lstrip(b" \t\r\n").startswith(b"{"):
         return garbled
     try:

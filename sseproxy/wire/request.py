@@ -1,4 +1,4 @@
-"""What a request asks for: its model, and in JSON whether usage could be asked for beside."""
+"""Reads a request: its model, and, if it is JSON, how to request usage in addition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .form import FormReader, boundary_of
 from .headers import Fields
 from .meaning import MAX_MODEL, NULL, UNREADABLE, text_of
 
-# Of JSON, a character has at most two escapes.
+# Bytes of the name in JSON. A character takes at most two escapes.
 _MAX_SPELLED: Final = 2 * len(r"\uXXXX") * MAX_MODEL + 2
 _TRUE: Final = msgspec.Raw(b"true")
 
@@ -30,7 +30,7 @@ _MEMBERS: Final = wanted(_Request)
 
 
 class Splice(NamedTuple):
-    """A change of a body: `put` instead of what is from `start` to `stop`, which may be nothing."""
+    """A change of a body: replaces the bytes from `start` to `stop`, which may be none, by `put`."""
 
     start: int
     stop: int
@@ -38,11 +38,11 @@ class Splice(NamedTuple):
 
     @property
     def growth(self) -> int:
-        """How many bytes more the body has with it."""
+        """How many bytes the body gets longer."""
         return len(self.put) - (self.stop - self.start)
 
     def into(self, parts: Iterable[bytes]) -> Iterator[bytes]:
-        """The changed body, from its `parts` in any split; those that are not changed are passed on as they are."""
+        """The parts of the changed body. Parts without a change are the same objects as in `parts`."""
         at, put = 0, self.put
         for part in parts:
             start, stop = self.start - at, self.stop - at
@@ -57,16 +57,16 @@ class Splice(NamedTuple):
 
 
 class RequestReader:
-    """Reads a request's body in JSON: `feed` takes its parts as they come, and keeps no more of them than some 64 KiB.
+    """Reads a JSON request body. `feed` takes its parts as they arrive. At most about 64 KiB are kept.
 
-    What it tells is of the body so far. A body that is no JSON object has no model, and asks for nothing.
+    The properties are about the body so far. A body that is not a JSON object has no model, and no usage is requested.
     """
 
     __slots__ = ("_decoder", "_gist", "_read", "_request", "_unicode")
 
     def __init__(self) -> None:
         self._gist = Gist(_MEMBERS)
-        # From the first part on that is not ASCII: whether all is Unicode.
+        # Checks that the body is UTF-8, from the first part on that is not ASCII.
         self._decoder: codecs.IncrementalDecoder | None = None
         self._unicode = True
         self._read = False
@@ -80,19 +80,19 @@ class RequestReader:
 
     @property
     def model(self) -> str | None:
-        """The model's name, if it has at most 128 characters."""
+        """The name of the model, if it has at most `MAX_MODEL` characters."""
         return _model(self._decoded())
 
     @property
     def model_so_far(self) -> str | None:
-        """The model's name where it has come already, also of a body that is cut short: for people to read."""
+        """The name of the model, even if the body is not complete. Only for the access log."""
         try:
             return _model(self._decoded()) or _model(_decode_request(self._gist.so_far()))
         except UNREADABLE:
             return None
 
     def with_usage(self) -> Splice | None:
-        """What asks for usage; None where the request does not stream, or says itself what it wants."""
+        """The change that requests usage. None if the request does not stream, or has `include_usage` itself."""
         request = self._decoded()
         if bytes(request.stream) != b"true":
             return None
@@ -119,13 +119,13 @@ class RequestReader:
         return self._request
 
     def _added(self, put: bytes) -> Splice:
-        """`put` after the last member."""
+        """Inserts `put` after the last member."""
         extract = self._gist.extract
         at = (self._gist.text() or b"").rindex(b"}") if extract is None else extract.closed_at
         return Splice(at, at, put)
 
     def _replaced(self, name: bytes, put: bytes) -> Splice | None:
-        """`put` instead of the value of the member `name`; None if its place was not looked for so far."""
+        """Replaces the value of the member `name` by `put`. None if the position of the value is not known."""
         extract = self._gist.extract
         if extract is None:
             extract = Extract(_MEMBERS)
@@ -152,7 +152,7 @@ def _model(request: _Request) -> str | None:
 
 
 def _with_usage(spelled: bytes) -> bytes | None:
-    """The options that are `spelled` so, and usage; None where they say themselves whether usage is wanted."""
+    """The options in the JSON text `spelled`, with usage requested. None if they have `include_usage` already."""
     try:
         options = {} if spelled == b"null" else _decode_options(spelled)
         if bytes(options.get("include_usage", NULL)) != b"null":

@@ -1,9 +1,9 @@
-"""Server-sent events, as WHATWG defines their interpretation, from bytes and in bytes.
+"""A parser of server-sent events, as WHATWG defines them. It works on bytes and does not decode text.
 
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
-The parser reads along with a stream that is forwarded elsewhere: it never holds the stream back, keeps at most one
-event, of a large one only an extract, and gives up on the content of an event above its limit but not on the stream.
+The stream is forwarded elsewhere, so the parser never delays it. The parser keeps at most one event, and of a large
+event only an extract. It skips the content of an event above the limit, and goes on with the next event.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .extract import WHOLE, Extract, Members
 LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 BOM: Final = b"\xef\xbb\xbf"
 
-# Whole lines that are neither data nor a type.
+# Whole lines whose field is neither `data` nor `event`.
 _OTHERS: Final = rb"(?:(?!data|event)[^\r\n]++(?:\r\n|\n|\r))*"
-# The end of a line, and what follows it and need not be looked at line by line: others of the same event, and then the
-# blank line that ends it, with all that is before the next data or type.
+# The end of a line, and the bytes after it that need not be parsed line by line: other lines of the same event, then
+# the blank line that ends it, and everything up to the next `data` or `event`.
 _LINE_ENDS: Final = re.compile(rb"(?:\r\n|\n|\r)(%b)((?:[\r\n]++%b)*)" % (_OTHERS, _OTHERS))
 _FIELD: Final = re.compile(rb"(?<![^\r\n])[^:\r\n]")
 
-# Of a line above the limit so much is kept as tells data, another field and a comment apart.
+# Bytes that are kept of a line above the limit: enough to tell whether it is `data`, another field or a comment.
 _LINE_STUB: Final = 16
 
 
 def last_event_end(payload: bytes, start: int, limit: int) -> int:
-    """Where after `start`, and before `limit`, the last event ends that does; 0 if none does."""
+    """The position of the last end of an event between `start` and `limit`, or 0 if no event ends there."""
     last = max(payload.rfind(ends, start, limit) for ends in (b"\n\n", b"\r\r", b"\n\r"))
     if last < 0:
         return 0
@@ -37,16 +37,18 @@ def last_event_end(payload: bytes, start: int, limit: int) -> int:
 
 
 Event = tuple[bytes, bytes | None]
-"""(type, data): the type is `b""` where the stream names none, the data is None where there was more than is looked at.
-Where extracts are made, the data of a large event is one, and empty if it was no JSON object."""
+"""(type, data). The type is `b""` if the event has none. The data is None if the event is larger than the limit.
+
+With `members`, the data of a large event is an extract of it, and empty if it was not a JSON object.
+"""
 
 
 class EventParser:
-    """Turns the bytes of an event stream into events; `feed` takes them in any split.
+    """Parses the bytes of an event stream into events. `feed` takes the bytes, however they are split.
 
-    `limit` bounds the bytes of an event that are looked at, and kept. With `members`, less is kept: large data is
-    extracted as it comes. `comments` counts comment lines, `oversize` the events whose content was let go. A
-    last event without its blank line is not one (the specification drops it, and so do the SDKs).
+    `limit` is the largest event in bytes. With `members`, less memory is used: of large data, only these members are
+    extracted while it arrives. `comments` counts comment lines. `oversize` counts events above the limit, whose content
+    was skipped. A last event without a blank line is dropped, as the specification and the SDKs do.
     """
 
     __slots__ = (
@@ -83,32 +85,32 @@ class EventParser:
         self._over = False
         self._has_field = False
         self._members = members
-        # So much of a line, and of data, is kept.
+        # Bytes of a line, and of data, that are kept.
         self._room = limit if members is None else min(limit, WHOLE)
         self._extract: Extract | None = None
-        # How much went into it, and whether the line that is being read does.
+        # How many bytes were given to the extract, and whether the current line is given to it.
         self._extracted = 0
         self._extracting = False
 
     @property
     def at_boundary(self) -> bool:
-        """True where bytes of ours could be put into the stream without becoming part of one of its events."""
+        """Whether bytes can be inserted here without becoming a part of an event of the stream."""
         return not (self._has_field or self._line)
 
     @property
     def in_line_end(self) -> bool:
-        """True after a CR: an LF that comes next is one half of a CRLF."""
+        """Whether the last byte was a CR. An LF after it would be a part of the same line end."""
         return self._after_cr
 
     @property
     def fresh(self) -> bool:
-        """True where the next byte begins an event, and nothing before it matters to that."""
+        """Whether the next byte begins an event, and no earlier byte affects it."""
         return not (self._has_field or self._line or self._after_cr or self._start)
 
     def feed(self, payload: bytes) -> list[Event]:
-        """The events that `payload` completes, in order."""
+        """The events that are complete with `payload`, in their order."""
         if (
-            # The shape of nearly every read of an LLM stream: one event of one data line.
+            # A fast path for nearly every read of an LLM stream: one event with one data line.
             payload[:5] == b"data:"
             and payload[-2:] == b"\n\n"
             and not self._line
@@ -125,7 +127,7 @@ class EventParser:
         if not payload:
             return []
         if self._after_cr and payload[0] == 0x0A:
-            # The CR that ended the last line was one half of a CRLF.
+            # The CR at the end of the last read belongs to a CRLF.
             payload = payload[1:]
         events: list[Event] = []
         pos = 0
@@ -150,7 +152,7 @@ class EventParser:
         return events
 
     def _skip(self, lines: bytes) -> None:
-        """`lines` mean nothing here: comments, other fields, blank lines after the end of an event."""
+        """Skips comments, other fields, and blank lines after the end of an event."""
         if b":" in lines:
             self.comments += lines.startswith(b":") + lines.count(b"\n:") + lines.count(b"\r:")
         if not self._has_field:
@@ -158,7 +160,7 @@ class EventParser:
             self._has_field = _FIELD.search(begun) is not None
 
     def _keep(self, part: bytes) -> None:
-        """Adds to the line that is being read, as long as there is room."""
+        """Adds `part` to the current line, as long as there is room."""
         line = len(self._line) + len(part)
         event = line + len(self._type) + len(self._data) + self._extracted
         if self._extracting:
@@ -198,7 +200,7 @@ class EventParser:
         elif name == b"event":
             self._type = b"" if cut else value
             self._over |= cut
-        # `id` and `retry` concern reconnection: they are forwarded and mean nothing here.
+        # `id` and `retry` are about reconnecting. They are forwarded like all bytes, and ignored here.
         return None
 
     def _add_data(self, value: bytes, cut: bool) -> None:
@@ -213,18 +215,18 @@ class EventParser:
             self._data += value
 
     def _let_go(self) -> None:
-        """There is more in the event than is looked at."""
+        """Skips the content of the current event, because it is above the limit."""
         self._over = True
         self._data.clear()
         self._extract = None
 
     def _is_data(self, part: bytes) -> bool:
-        """Whether the line that goes on with `part`, which is long, is one of data."""
+        """Whether the current line, which continues with `part`, is a data line."""
         line = bytes(self._line[:_LINE_STUB]) + part[:_LINE_STUB]
         return (line.removeprefix(BOM) if self._start else line).startswith(b"data:")
 
     def _extract_line(self, part: bytes) -> None:
-        """The line of data that goes on with `part` is not kept."""
+        """Starts to extract the current data line, which continues with `part`, instead of keeping it."""
         line = bytes(self._line) + part
         self._line.clear()
         if self._start:
@@ -237,7 +239,7 @@ class EventParser:
         self._add_to_extract(line[5:].removeprefix(b" "), len(line))
 
     def _add_to_extract(self, value: bytes, size: int) -> None:
-        """`value` is data of a large event, and takes `size` bytes."""
+        """Gives `value` to the extract: data of a large event, which took `size` bytes of the stream."""
         self._extracted += len(self._data) + size
         if self._over or len(self._type) + self._extracted > self.limit:
             self._let_go()

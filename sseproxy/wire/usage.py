@@ -1,7 +1,8 @@
-"""Where a backend was asked for usage that the client did not ask for: keeping from the client what came only of that.
+"""Removes usage events that sseproxy has requested, and not the client, from a stream.
 
-Chat completions and completions tell the usage of a stream only where `stream_options.include_usage` wants it, in an
-event of its own before the end marker. The client sees what it would have seen: every other byte passes unchanged.
+A stream of chat completions or completions has usage only if the request has `stream_options.include_usage`. Then an
+extra event before the end marker has it. If the client has not requested usage, this event is removed, and every other
+byte passes unchanged. So the client receives the same stream as without sseproxy.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ import msgspec
 from .meaning import UNREADABLE
 from .sse import BOM, LINE_END, EventParser, last_event_end
 
-# How a backend answers that takes no `stream_options`: with one of these, naming it in the body.
+# A backend that does not know `stream_options` responds with one of these status codes, and names it in the body.
 REFUSAL_STATUSES: Final = frozenset({400, 422})
 REFUSED: Final = b"stream_options"
 
 _NULL: Final = b"null"
-# That an event may tell usage; many have a null there in every event.
+# An event may have usage. Many servers send `"usage": null` in all other events.
 _USAGE: Final = re.compile(rb'"usage"(?!\s*:\s*null)')
 _CHOICES: Final = b'"choices"'
 _EMPTY_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-# All that an event which only tells usage may have; one with anything else was not sent for the sake of usage alone.
+# The only keys that a usage event may have. An event with other keys may have another purpose, and is not removed.
 _KEYS: Final = frozenset(
     "id object created model system_fingerprint service_tier obfuscation timings usage choices".split()
 )
-# An event that only tells usage is below 1 KiB; one above this is something else.
+# Bytes. A usage event is below 1 KiB, so a larger event is another one.
 _MAX_HELD: Final = 64 * 1024
 
 # The blank line that ends an event, with the end of the line before it.
 _EVENT_END: Final = re.compile(rb"\n(?:\r\n?|\n)|\r\n(?:\r\n?|\n)|\r\r\n?")
-# What is before an event and no part of it.
+# Comments and blank lines before an event.
 _BETWEEN: Final = re.compile(rb"(?:(?::[^\r\n]*+)?(?:\r\n|\n|\r))+")
-# The first byte of an event's data that tells what it is.
+# The first byte of an event's data.
 _FIRST_DATA: Final = re.compile(rb"(?<![^\r\n])data:[ \t]*+([^ \t\r\n])")
 
 _decode_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -52,29 +53,30 @@ def _tells_only_usage(data: bytes) -> bool:
 
 
 class UsageStripper:
-    """Takes the events that only tell usage out of a stream; `feed` takes the stream's bytes in any split.
+    """Removes usage events from a stream. `feed` takes the bytes of the stream, however they are split.
 
-    Of an event that may be one of those, what has come of it is held until it is whole, or has shown to be another.
+    The bytes of an event that may be a usage event are held until the event is complete, or until it is clear that it
+    is another one.
     """
 
     __slots__ = ("_after_cr", "_first", "_held", "_in_comment", "_in_line", "_passing")
 
     def __init__(self) -> None:
-        # The first bytes of the stream, until they show whether they are a byte order mark.
+        # The first bytes of the stream, as long as they may be a byte order mark. Then None.
         self._first: bytes | None = b""
-        # What has come of an event, or that it is forwarded as it comes.
+        # The bytes of the current event that are held, or whether the event is forwarded as it arrives.
         self._held = bytearray()
         self._passing = False
-        # Whether its last line, or a comment before it, has no end yet.
+        # Whether the last line of the current event, or of a comment before it, is not complete.
         self._in_line = False
         self._in_comment = False
-        # What became of the line whose CR was the last byte so far: an LF that comes next is a part of it.
+        # If the last byte was a CR: what was done with its line. An LF after it is a part of the same line end.
         self._after_cr: Literal["", "held", "forwarded", "dropped"] = ""
 
     def feed(self, payload: bytes) -> bytes:
-        """What of `payload`, and of what was held before it, goes downstream now; `payload` itself if it all does."""
+        """The bytes to forward now, from held bytes and `payload`. `payload` itself if nothing is changed."""
         if (
-            # The shape of nearly every read: one event of one data line.
+            # A fast path for nearly every read: one event with one data line.
             payload[:5] == b"data:"
             and payload[-2:] == b"\n\n"
             and not self._first
@@ -91,11 +93,11 @@ class UsageStripper:
 
     @property
     def _between(self) -> bool:
-        """Whether the next byte begins an event, or a line before one."""
+        """Whether the next byte begins an event, or a line between events."""
         return not (self._held or self._passing or self._in_comment)
 
     def end(self) -> bytes:
-        """What is held of an event that will not become whole."""
+        """The bytes that are held, at the end of the stream: the current event will not be complete."""
         held = (self._first or b"") + bytes(self._held)
         self._held.clear()
         return held
@@ -136,7 +138,7 @@ class UsageStripper:
         return out
 
     def _pass_others(self, payload: bytes, at: int) -> int:
-        """Where what is certainly no part of an event that only tells usage ends; `at` itself if there is nothing."""
+        """Skips bytes that certainly do not belong to a usage event. Returns the position after them."""
         usage = _USAGE.search(payload, at)
         end = last_event_end(payload, at, usage.start() if usage else len(payload))
         if end:
@@ -150,7 +152,7 @@ class UsageStripper:
         return at
 
     def _event(self, payload: bytes, at: int, out: bytearray) -> tuple[int, Literal["held", "forwarded", "dropped"]]:
-        """Takes what `payload` has of an event; returns where that ends, and what became of it."""
+        """Handles the bytes of one event in `payload`. Returns the position after them, and what was done with them."""
         begun = bool(self._held) or self._passing
         end = LINE_END.match(payload, at) if begun and not self._in_line else None
         end = end or _EVENT_END.search(payload, at)
@@ -172,15 +174,15 @@ class UsageStripper:
 
 
 def _end_event(event: bytes, out: bytearray) -> Literal["forwarded", "dropped"]:
-    """What was held of an event, which is whole, goes to `out` unless it only tells usage."""
+    """Adds the complete `event` to `out`, unless it is a usage event."""
     possible = _CHOICES in event and _USAGE.search(event)
-    # An empty line tells the parser that this is not where a byte order mark could be.
+    # After an empty line, the parser does not take the first bytes for a byte order mark.
     whole = event if event.startswith(b"data:") else b"\n" + event
     events = EventParser(_MAX_HELD).feed(whole) if possible else []
     if not any(data is not None and _tells_only_usage(data) for _, data in events):
         out += event
         return "forwarded"
-    # Comments are of nobody's event.
+    # Comments between the lines of an event do not belong to it, so they are forwarded.
     for line in event.splitlines(keepends=True):
         if line.startswith(b":"):
             out += line

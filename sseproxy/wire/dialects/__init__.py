@@ -1,7 +1,8 @@
-"""What one event, or one JSON body, means in each API.
+"""The APIs: what an event, or a JSON body, means in each of them.
 
-A `Dialect` is a name, the paths it is spoken on, and a function from an event to its `Meaning`. Each API has a file
-here that owns all that is the API's; the table below has them all, and nothing else knows the APIs apart.
+A `Dialect` has the name of an API, its paths, and a function from an event to its `Meaning`. Each API has a file of its
+own here, with everything that is special about it. The table below has all of them. No code outside this package
+depends on a particular API.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DIALECTS: Final = (
     IMAGES,
     GENERIC,
 )
-"""Tried in this order; the last one takes every path, and finds usage that looks like OpenAI's."""
+"""Tried in this order. The last one matches every path, and finds usage in the format of OpenAI's API."""
 
 
 _MODEL_IN_PATH: Final = re.compile(rf"/(?:models|deployments)/([^/:]{{1,{MAX_MODEL}}})[/:]")
@@ -42,15 +43,15 @@ DIALECT_NAMES: Final = tuple(dialect.name for dialect in DIALECTS)
 
 
 def model_in(path: str) -> str | None:
-    """The model that `path` names, as Gemini's, Vertex AI's and Azure's do; as short as in a body, or none."""
+    """The model in `path`, as in the APIs of Gemini, Vertex AI and Azure. None if there is none, or it is too long."""
     match = _MODEL_IN_PATH.search(path)
     return match[1] if match else None
 
 
-# Few paths are many requests; a path may have as many bytes as a head, and there are few of them here.
+# Cached, because most requests have one of a few paths. The cache is small, because a path may be as long as a head.
 @functools.lru_cache(maxsize=64)
 def dialect_of(path: str, name: str = "auto") -> Dialect:
-    """The dialect `name`, or for `auto` the one spoken on `path`, the path of the request that goes upstream."""
+    """The dialect called `name`. For `auto`, the one that matches `path`, the path of the request to the upstream."""
     return next(
         dialect for dialect in DIALECTS if (dialect.path.search(path) if name == "auto" else dialect.name == name)
     )

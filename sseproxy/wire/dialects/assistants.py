@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from ..alike import text_under
+from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import (
     DELTA,
@@ -53,7 +53,10 @@ _RUN_ENDS: Final = frozenset({"completed", "incomplete", "failed", "cancelled", 
 
 
 def read_run(kind: bytes, data: bytes) -> Meaning:
-    """https://platform.openai.com/docs/api-reference/assistants-streaming: a run's usage includes that of its steps."""
+    """https://platform.openai.com/docs/api-reference/assistants-streaming
+
+    The usage of a run includes the usage of its steps, so that of the steps is not read.
+    """
     if data == b"[DONE]":
         return END
     if kind == b"error":

@@ -1,4 +1,4 @@
-"""Chat completions and completions, and whatever looks like them."""
+"""Chat completions and completions, and APIs with the same format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from ..alike import text_under
+from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import DELTA, END, NOTHING, NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage, text_of
 from .dialect import Dialect
@@ -56,7 +56,7 @@ def _generated(choice: _Choice) -> bool:
     return filled(choice.text) or (
         delta is not None
         and (
-            # In the order of how often they are what is filled.
+            # The most frequent ones first.
             filled(delta.content)
             or filled(delta.reasoning_content)
             or filled(delta.reasoning)
@@ -70,7 +70,7 @@ def _generated(choice: _Choice) -> bool:
 
 
 def _is_error(data: bytes) -> bool:
-    """Whether it is the object of its own that vLLM and FastChat have sent."""
+    """Whether `data` is an object of type `error`, as older versions of vLLM and FastChat send it."""
     try:
         return text_of(_decode_kind(data).object) == "error"
     except UNREADABLE:
@@ -78,7 +78,7 @@ def _is_error(data: bytes) -> bool:
 
 
 def read_completion(kind: bytes, data: bytes) -> Meaning:
-    """https://platform.openai.com/docs/api-reference/chat-streaming, and how others deviate from it."""
+    """https://platform.openai.com/docs/api-reference/chat-streaming, and the deviations of other servers."""
     if data == b"[DONE]":
         return END
     try:
@@ -93,7 +93,7 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
     usage = read_usage(chunk.usage)
     if usage is None and chunk.x_groq is not None:
         usage = read_usage(chunk.x_groq.usage)
-    # OpenRouter ends with a reason.
+    # OpenRouter reports an error as the finish reason.
     error = kind == b"error" or filled(chunk.error) or finish == "error"
     error |= chunk.x_groq is not None and filled(chunk.x_groq.error)
     if chunk.choices is None and not error:

@@ -1,4 +1,4 @@
-"""What tells one API from another."""
+"""How one API differs from another."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from ..meaning import Meaning
 
 
 class Dialect(NamedTuple):
-    """`read(type, data)` is the meaning of an event; `path` matches the path on the upstream's side; `text`
-    finds generated text in an event.
-    `members` are what `read` reads, and what it is shown of a large event.
+    """One API.
 
-    `generates`: its streams have a first token to wait for. `large`: its events may have megabytes. `numbered`: its
-    events carry their number in the stream. `asks_usage`: its streams tell usage only where the request asks for it.
+    `path` matches the path of a request to the upstream. `read(type, data)` returns the meaning of an event. `members`
+    are the members that `read` needs; of a large event, `read` gets only these. `text` finds generated text in an
+    event.
+
+    `generates`: its streams have a first token. `large`: its events may have megabytes. `numbered`: its events have
+    sequence numbers. `asks_usage`: its streams have usage only if the request asks for it.
     """
 
     name: str
@@ -30,8 +32,8 @@ class Dialect(NamedTuple):
     asks_usage: bool = False
 
     def max_event(self, usual: int) -> int:
-        """The bytes of an event that are looked at, where `usual` are of events without images.
+        """The limit in bytes of an event that is inspected. `usual` is the limit for events without images.
 
-        A 4096 x 4096 PNG in base64, and a line of 16 MiB with its field name, are within six times 4 MiB.
+        Six times the default of 4 MiB is enough for a PNG of 4096 x 4096 pixels in base64.
         """
         return 6 * usual if self.large else usual

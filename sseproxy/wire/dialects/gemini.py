@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from ..alike import text_under
+from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage, text_of
 from .dialect import Dialect
@@ -47,7 +47,10 @@ def _generated_part(part: _Part) -> bool:
 
 
 def read_gemini(kind: bytes, data: bytes) -> Meaning:
-    """https://ai.google.dev/api/generate-content: no end marker; the finish reason comes with the last event."""
+    """https://ai.google.dev/api/generate-content
+
+    There is no end marker. The last event has a finish reason.
+    """
     try:
         event = _decode_generation(data)
     except UNREADABLE:

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from ..alike import text_under
+from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import END, FAILED, NOTHING, NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage
 from .dialect import Dialect
@@ -23,7 +23,7 @@ class _MediaEvent(msgspec.Struct, gc=False):
     error: msgspec.Raw = NULL
 
 
-# Of a stream that has an end for each of its parts.
+# A delta in a stream that has an end marker for each of its parts, so an earlier one was not the last.
 _DELTA_OF_A_PART: Final = Meaning(delta=True, more=True)
 _decode_media_event: Final = msgspec.json.Decoder(_MediaEvent).decode
 _MEMBERS: Final = wanted(_MediaEvent, Rest)

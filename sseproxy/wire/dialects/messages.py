@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from ..alike import text_under
+from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import (
     DELTA,
@@ -51,7 +51,10 @@ _MEMBERS: Final = wanted(_MessageEvent, Rest)
 
 
 def read_message(kind: bytes, data: bytes) -> Meaning:
-    """https://docs.anthropic.com/en/docs/build-with-claude/streaming: counts are cumulative, and come in two places."""
+    """https://docs.anthropic.com/en/docs/build-with-claude/streaming
+
+    Usage is in two events, `message_start` and `message_delta`. Its counts are cumulative.
+    """
     try:
         event = _decode_message_event(data)
     except UNREADABLE:

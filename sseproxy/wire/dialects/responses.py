@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from ..alike import text_under
+from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import (
     DELTA,

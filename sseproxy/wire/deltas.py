@@ -1,4 +1,7 @@
-"""Recognising events that mean the same as one before, by their bytes."""
+"""Recognises, by its bytes, an event that differs from an earlier one only in its generated text.
+
+Nearly all events of a stream are like that. Comparing bytes costs much less than parsing each event.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from typing import Final
 
 from .framing import USUAL_STARTS
 
-# What ends or escapes in a JSON string, and what may not be in one (RFC 8259, section 7).
+# The characters that end a JSON string or start an escape, and those that are not allowed in one (RFC 8259, section 7).
 _NOT_PLAIN: Final = bytes([*range(0x20), *b'"\\\x7f'])
-_MAX_ALIKE: Final = len(USUAL_STARTS)
-# OpenAI's padding, against guesses by length, and its count of events; where streams have them, all events differ.
+# `USUAL_STARTS` has the chunk header of each length below this one.
+_MAX_LENGTH: Final = len(USUAL_STARTS)
+# Two members that OpenAI adds and that differ in every event: padding, which hides the length of a token from an
+# eavesdropper, and a number that counts the events.
 _PADDING: Final = re.compile(rb'"obfuscation": ?"([^"\\\x00-\x1f\x7f]*)"')
 _NUMBER: Final = re.compile(rb'"sequence_number": ?([0-9]+)')
 
@@ -29,10 +34,11 @@ def _is_number(part: bytes) -> bool:
     return part.isdigit() and (part[0] != 0x30 or part == b"0")
 
 
-class Alike:
-    """Recognises reads that are one chunk, with an event like one before but for what varies.
+class DeltaMatcher:
+    """Matches a read that is exactly one HTTP chunk with one event: a delta that looks like an earlier one.
 
-    That is between `prefix` and `suffix`: what `last` accepts, after what each of `between` accepts, up to its literal.
+    The event must start with `prefix` and end with `suffix`. The bytes in between are split at the literals in
+    `between`. The part before each literal must pass the check beside it, and the rest must pass `last`.
     """
 
     __slots__ = ("_around", "_between", "_last", "_prefix", "_suffix")
@@ -51,14 +57,15 @@ class Alike:
         self._around = len(prefix) + len(suffix)
 
     def size_of(self, data: bytes) -> int:
-        """The size of the event if `data` is such a read, or 0."""
+        """The size of the event in bytes if `data` matches, or else 0."""
         length = len(data)
-        if length >= _MAX_ALIKE:
+        if length >= _MAX_LENGTH:
             return 0
         start = USUAL_STARTS[length]
         rest = data.removeprefix(start).removeprefix(self._prefix).removesuffix(self._suffix)
         size = length - len(start)
-        # As long as it is then, all three were there.
+        # If the lengths add up, all three were removed: the chunk header, the prefix and the suffix. This is faster
+        # than `startswith`, which parses its arguments at each call.
         if not start or len(rest) + self._around != size:
             return 0
         if not self._between:
@@ -71,16 +78,17 @@ class Alike:
 
 
 def text_under(*keys: str) -> re.Pattern[bytes]:
-    """Finds text without escapes that is not empty, as the value of one of `keys`."""
+    """A pattern that finds the value of one of `keys`, if it is a string that is not empty and has no escapes."""
     return re.compile(rb'"(?:%b)": ?"([^"\\\x00-\x1f\x7f]+)"' % "|".join(keys).encode())
 
 
-def alike(event: bytes, text: re.Pattern[bytes]) -> Alike | None:
-    """Recognises what means the same as `event`, as it came: a delta and nothing else. None if `text` finds none.
+def delta_matcher(event: bytes, text: re.Pattern[bytes]) -> DeltaMatcher | None:
+    """A matcher of events that mean the same as `event`, which must be a delta and nothing else.
 
-    An event that has the same bytes, but for that text, its padding and its number, means the same; so do nearly all
-    events of a stream. The text is that of a JSON string without escapes, of which no reader asks more than whether it
-    is empty. It is recognised in one HTTP chunk without extensions, which can be forwarded as it is.
+    `event` is one event without chunk framing. `text` finds its generated text; if it finds none, the result is None.
+    A matching event may differ from `event` in its text, its padding and its number; all other bytes are the same. The
+    text must be a JSON string that is not empty and has no escapes, because dialects only check whether it is empty.
+    The event must be one HTTP chunk without extensions, so the chunk can be forwarded as it is.
     """
     generated = text.search(event)
     if generated is None:
@@ -92,4 +100,4 @@ def alike(event: bytes, text: re.Pattern[bytes]) -> Alike | None:
             varied.append((found.span(1), check))
     varied.sort()
     between = [(event[end:start], check) for ((_, end), check), ((start, _), _) in pairwise(varied)]
-    return Alike(event[: varied[0][0][0]], between, varied[-1][1], event[varied[-1][0][1] :] + b"\r\n")
+    return DeltaMatcher(event[: varied[0][0][0]], between, varied[-1][1], event[varied[-1][0][1] :] + b"\r\n")

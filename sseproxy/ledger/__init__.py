@@ -1,0 +1,1 @@
+"""Counts that all workers of a machine share."""

@@ -1,0 +1,261 @@
+"""The table: one file in memory (memfd_create(2)), mapped by the supervisor and by every worker.
+
+It has a row for each worker and a column for each number. A worker writes only its own row, and reads all rows. So
+there are no locks, and a sum is exact except for what changes while it is read: a limit is never felt below its number,
+and is exceeded by at most (workers - 1) for a moment.
+
+The supervisor gives a row to each worker and a column to each name. The workers of all generations are in the same
+table. When a worker has ended, whatever way, its row is set to zero.
+
+The cells of one row lie next to each other, and not those of one column. So a row that nobody uses takes no memory,
+and cores that write do not share a cache line.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from typing import Final
+
+import msgspec
+
+# The meaning of the cells in a file. Another version of the program, after an upgrade, may not know it.
+_LAYOUT: Final = 1
+_CELL: Final = 8
+# The first cells: the layout, how many rows there are, and a row below which all workers are.
+_AT_LAYOUT, _AT_ROWS, _AT_HEIGHT = range(3)
+_SECRET: Final = slice(64, 96)
+_HEADER: Final = 512
+# Names: limits, routes, upstreams, and what is to come.
+_COLUMNS: Final = 16 * 1024
+# The sketch of a row, in numbers of 32 bits.
+_DEPTH: Final = 8
+_BREADTH: Final = 32 * 1024
+_WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2
+# What the code before an upgrade leaves to the code after it.
+_DIRECTORY: Final = 1 << 20
+
+
+class Count:
+    """One number: what this worker has of it, and what all workers have."""
+
+    __slots__ = ("_cells", "_column", "_own")
+
+    def __init__(self, cells: memoryview[int], row: int, column: int) -> None:
+        self._cells = cells
+        self._column = _HEADER + column
+        self._own = self._column + row * _WIDTH
+
+    def add(self, number: int) -> None:
+        """This worker has `number` more."""
+        self._cells[self._own] += number
+
+    @property
+    def own(self) -> int:
+        """What this worker has."""
+        return self._cells[self._own]
+
+    def each(self) -> list[int]:
+        """What each worker has, by its row. Rows that nobody has are 0."""
+        cells = self._cells
+        return cells[self._column : self._column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
+
+    def total(self) -> int:
+        """What all workers have."""
+        return sum(self.each())
+
+
+class Sketch:
+    """How much clients have of something, by their addresses: a count-min sketch, so its size is fixed.
+
+    Cormode and Muthukrishnan, "An improved data stream summary" (2005). What others have of a client is never told too
+    low. It is told too high if in each of the 8 lines another client falls into the same one of 32,768 cells. With n
+    things in all that is (1 - e^(-n / 32768))^8: for 1,000 one in 10^12, for 10,000 one in 40,000, and then it is
+    usually too high by one. The cells are chosen by a keyed hash, so that nobody can aim at a cell.
+    """
+
+    def __init__(self, table: Table, row: int) -> None:
+        self._cells = table.cells
+        self._small = table.small
+        self._key = table.secret
+        self._row = row
+
+    def _places(self, client: str) -> Iterable[int]:
+        """Where `client` is in each line, in the first row."""
+        digest = blake2b(client.encode(), digest_size=2 * _DEPTH, key=self._key).digest()
+        first = 2 * (_HEADER + _COLUMNS)
+        for line, value in enumerate(struct.unpack(f"{_DEPTH}H", digest)):
+            yield first + line * _BREADTH + value % _BREADTH
+
+    def add(self, client: str, number: int) -> None:
+        """`client` has `number` more with this worker."""
+        skipped = 2 * self._row * _WIDTH
+        for place in self._places(client):
+            self._small[skipped + place] += number
+
+    def others(self, client: str) -> int:
+        """How much `client` has with all other workers."""
+        small, size = self._small, 2 * _WIDTH * self._cells[_AT_HEIGHT]
+        if size == 2 * _WIDTH:
+            return 0
+        own = 2 * self._row * _WIDTH
+        return min(sum(small[place : place + size : 2 * _WIDTH]) - small[own + place] for place in self._places(client))
+
+
+class Row:
+    """A worker's row, with the `columns` that it knows by name."""
+
+    def __init__(self, table: Table, number: int, columns: Mapping[str, int]) -> None:
+        self.number = number
+        self.clients = Sketch(table, number)
+        """The connections of each client."""
+        self._table = table
+        self._columns = columns
+
+    def count(self, name: str) -> Count:
+        """Raises `KeyError` if there is no column of that name."""
+        return Count(self._table.cells, self.number, self._columns[name])
+
+
+class Table:
+    """The file `fd`, mapped. Raises `ValueError` if it has another layout."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.map = mmap.mmap(fd, 0)
+        cells = memoryview(self.map)
+        self.cells = cells.cast("q")
+        self.small = cells.cast("i")
+        if self.cells[_AT_LAYOUT] != _LAYOUT:
+            raise ValueError(f"the ledger has the layout {self.cells[_AT_LAYOUT]}, not {_LAYOUT}")
+
+    @property
+    def secret(self) -> bytes:
+        return self.map[_SECRET]
+
+
+class Ledger:
+    """The table as the supervisor has it: it gives out rows and columns.
+
+    `rows` are for all workers of all generations at the same time.
+    """
+
+    def __init__(self, rows: int = 256) -> None:
+        fd = os.memfd_create("sseproxy-ledger")
+        os.ftruncate(fd, (_HEADER + rows * _WIDTH) * _CELL + _DIRECTORY)
+        os.pwrite(fd, struct.pack("qq", _LAYOUT, rows), 0)
+        os.pwrite(fd, secrets.token_bytes(_SECRET.stop - _SECRET.start), _SECRET.start)
+        self._table = Table(fd)
+        self._taken: set[int] = set()
+        self._columns: dict[str, int] = {}
+
+    @classmethod
+    def left(cls, fd: int, rows: Iterable[int]) -> Ledger:
+        """The one that the code before an upgrade has left, of which workers still have `rows`.
+
+        Raises `ValueError` if it is not understood.
+        """
+        ledger = cls.__new__(cls)
+        ledger._table = Table(fd)
+        ledger._taken = set(rows)
+        start = ledger._directory()
+        (size,) = struct.unpack("q", ledger._table.map[start : start + _CELL])
+        start += _CELL
+        ledger._columns = msgspec.json.decode(ledger._table.map[start : start + size], type=dict[str, int])
+        for row in range(ledger._table.cells[_AT_ROWS]):
+            if row not in ledger._taken:
+                ledger._clear(row)
+        ledger._set_height()
+        return ledger
+
+    def leave(self) -> int:
+        """Writes down which columns there are, for the code after an upgrade. Returns the file."""
+        directory = msgspec.json.encode(self._columns)
+        start = self._directory()
+        self._table.map[start : start + _CELL + len(directory)] = struct.pack("q", len(directory)) + directory
+        return self.fd
+
+    def _directory(self) -> int:
+        return (_HEADER + self._table.cells[_AT_ROWS] * _WIDTH) * _CELL
+
+    @property
+    def fd(self) -> int:
+        return self._table.fd
+
+    def take_row(self) -> int:
+        """A row for a worker that is about to be started. Raises `OSError` if there is none left."""
+        rows = self._table.cells[_AT_ROWS]
+        row = next((row for row in range(rows) if row not in self._taken), None)
+        if row is None:
+            raise OSError(errno.EAGAIN, f"there may be no more than {rows} workers, those that finish included")
+        self._taken.add(row)
+        self._set_height()
+        return row
+
+    def free_row(self, row: int) -> None:
+        """Its worker has ended. Whatever it counted is gone."""
+        self._clear(row)
+        self._taken.discard(row)
+        self._set_height()
+
+    def _clear(self, row: int) -> None:
+        # It takes no memory any more either.
+        self._table.map.madvise(mmap.MADV_REMOVE, (_HEADER + row * _WIDTH) * _CELL, _WIDTH * _CELL)
+
+    def _set_height(self) -> None:
+        self._table.cells[_AT_HEIGHT] = max(self._taken, default=-1) + 1
+
+    def columns(self, names: Iterable[str], in_use: Iterable[str]) -> dict[str, int]:
+        """The columns of `names`. Those that are neither these nor `in_use`, and are 0, are given to others.
+
+        Raises `OSError` if there are too many.
+        """
+        wanted = list(dict.fromkeys(names))
+        kept = {*wanted, *in_use}
+        for name, column in list(self._columns.items()):
+            if name not in kept and not any(Count(self._table.cells, 0, column).each()):
+                del self._columns[name]
+        used, free = set(self._columns.values()), 0
+        for name in wanted:
+            if name not in self._columns:
+                while free in used:
+                    free += 1
+                if free == _COLUMNS:
+                    raise OSError(errno.ENOSPC, f"there are more than {_COLUMNS} things to count")
+                used.add(free)
+                self._columns[name] = free
+        return {name: self._columns[name] for name in wanted}
+
+    @property
+    def names(self) -> set[str]:
+        """Of all columns."""
+        return set(self._columns)
+
+    def row(self, number: int, columns: Mapping[str, int]) -> Row:
+        return Row(self._table, number, columns)
+
+    def count(self, name: str) -> Count:
+        """What all workers have of `name`. Nothing is written here. Raises `KeyError`."""
+        return Count(self._table.cells, 0, self._columns[name])
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def alone(names: Iterable[str]) -> Row:
+    """A row of a ledger that nobody else has."""
+    ledger = Ledger(rows=1)
+    return ledger.row(ledger.take_row(), ledger.columns(names, ()))
+
+
+def opened(fd: int, row: int, columns: Mapping[str, int]) -> Row:
+    """A worker's row of the ledger in the file `fd`, which is closed: the mapping stays."""
+    try:
+        return Row(Table(fd), row, columns)
+    finally:
+        os.close(fd)
