@@ -81,6 +81,8 @@ outcome and is reported once.*
         media           OpenAI's audio and images
         assistants      OpenAI's Assistants
       extract         finds a few fields in a large JSON text as it arrives, in bounded time and memory
+      form            finds the model in a form (multipart/form-data) as it arrives
+      coding          decompresses request bodies in steps
       request         what a request asks for: its model, and where usage can be requested
       deltas          recognises, by its bytes, an event that differs from an earlier one only in its generated text
       usage           requests usage that the client did not request, and removes it from the response
@@ -88,7 +90,8 @@ outcome and is reported once.*
       proxy           all parts of the relay in one worker
       phases          the life of a request, in numbered phases
       admission       limits on connections and requests
-      routes          finds the route of a request, and its path at the upstream
+      globs           whether some globs match everything that another glob matches
+      routes          finds the route of a request, and its path at the upstream; finds routes that are never used
       server          all client connections, from accept on
       downstream      one client connection: its requests, one after the other, and whether the client has left
       heads           parses request and response heads with aiohttp's parser

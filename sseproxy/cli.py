@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 # Seconds. Less than what Docker and others give a health check, so that this command can still report the error.
 _HEALTH_TIMEOUT = 3.0
-# Bytes of the reason why the proxy is not ready.
+# Bytes of the reason why the proxy is not ready, and of the whole answer.
 _MAX_REASON = 1000
+_MAX_ANSWER = 16 * 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,7 +211,11 @@ def _discard_output() -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from .relay.routes import unreachable
+
     settings = config.load(options.file)
+    for route, why in unreachable(settings.routes):
+        sys.stderr.write(f"sseproxy: warning: {settings.place(route, options.file)}: {why}\n")
     if options.resolved:
         _print(config.resolved(settings))
         return 0
@@ -220,7 +225,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _healthcheck(options: argparse.Namespace) -> int:
-    from http.client import HTTPConnection, HTTPException
+    import socket
 
     from .config import Address
 
@@ -230,17 +235,21 @@ def _healthcheck(options: argparse.Namespace) -> int:
         raise SseproxyError(f"--admin: expected HOST:PORT, got {options.admin!r}") from None
     # A listener on all interfaces can be reached on the loopback interface.
     host = "127.0.0.1" if address.host in ("", "0.0.0.0", "::") else address.host
-    connection = HTTPConnection(host, address.port, timeout=_HEALTH_TIMEOUT)
+    answer = b""
     try:
-        connection.request("GET", "/readyz")
-        response = connection.getresponse()
-        reason = response.read(_MAX_REASON).decode(errors="replace").strip()
-    except (OSError, HTTPException) as error:
+        with socket.create_connection((host, address.port), timeout=_HEALTH_TIMEOUT) as connection:
+            # Without http.client, whose import takes as much CPU as the rest of this command.
+            connection.sendall(b"GET /readyz HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            while len(answer) < _MAX_ANSWER and (part := connection.recv(_MAX_ANSWER)):
+                answer += part
+    except OSError as error:
         raise SseproxyError(f"no answer from {options.admin}: {error}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise SseproxyError(f"not ready: {reason}")
+    head, _, reason = answer.partition(b"\r\n\r\n")
+    protocol, _, status = head.partition(b" ")
+    if not protocol.startswith(b"HTTP/1."):
+        raise SseproxyError(f"no answer from {options.admin}: it is not HTTP")
+    if status[:3] != b"200":
+        raise SseproxyError(f"not ready: {reason[:_MAX_REASON].decode(errors='replace').strip()}")
     return 0
 
 

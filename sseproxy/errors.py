@@ -144,6 +144,10 @@ class RequestError(ExchangeError):
         "head_too_large": (431, "The request head is too large."),
         "head_timeout": (408, "The request head took too long."),
         "body_too_large": (413, "The request body is too large."),
+        "encoding": (
+            415,
+            "The request body cannot be read for its model: send it as gzip, as deflate or uncompressed.",
+        ),
         "expectation": (417, "Only Expect: 100-continue can be met."),
         "loop": (508, "The request has come through here too often."),
         "connections": (503, "There are too many connections."),

@@ -93,6 +93,26 @@ async def test_a_line_says_what_happened_and_when(upstream: ScriptedUpstream, tm
     }
 
 
+async def test_a_form_that_passes_tells_its_model(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        client = await served.connect()
+        form = (
+            b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nRIFF\r\n'
+            b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--x--\r\n'
+        )
+        request = post(form, "/v1/audio/transcriptions")
+        head, _, body = request.replace(b"application/json", b"multipart/form-data; boundary=x").partition(b"RIFF")
+        client.send(head)
+        api = await upstream.accept()
+        await api.head()
+        client.send(b"RIFF" + body)
+        assert await api.read(len(form)) == form
+        api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await client.message()
+        (line,) = await logged(served, 1)
+    assert (line["api"], line["model"]) == ("transcriptions", "whisper-1")
+
+
 async def test_a_line_says_why_nothing_happened(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     async with ConfigFile(tmp_path, upstream).serve() as served:
         client = await served.connect()

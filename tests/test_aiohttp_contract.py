@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from contextlib import suppress
 from functools import partial
 
 import aiohttp
@@ -18,6 +19,8 @@ from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError, LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy, HttpResponseParser, RawRequestMessage
+
+from sseproxy.relay.routes import METHODS
 
 from .harness import RunningProxy, ScriptedUpstream
 
@@ -129,6 +132,14 @@ async def test_a_request_parser_gives_a_message_with_the_last_byte_of_its_head_a
         messages, _, _ = parser.feed_data(head[split:])
         assert len(messages) == 1
         assert messages[0][0].method == head.split()[0].decode()
+
+
+async def test_a_request_parser_knows_the_methods_that_a_route_can_be_for() -> None:
+    for method in [*METHODS, "PRI", "TRACK", "FOO", "get", "Get", "DEBUG", "DESCRIBE", "UPDATE", "LABEL"]:
+        known = False
+        with suppress(HttpProcessingError):
+            known = bool(request_parser().feed_data(f"{method} / HTTP/1.1\r\nHost: p\r\n\r\n".encode())[0])
+        assert known == (method in METHODS), method
 
 
 async def test_a_request_parser_refuses_as_soon_as_it_can() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator
 from math import inf
@@ -48,6 +49,17 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path, capsys: pytest.Captur
         "drain_timeout",
         "listen",
     ]
+
+
+def test_a_route_that_no_request_can_take_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "shadow.yaml"
+    file.write_text(GOOD + '  - {name: any, match: {path: "/%761", methods: [GET]}, upstream: up}\n')
+    for arguments in ([], ["--resolved"]):
+        assert cli.main(["check-config", str(file), *arguments]) == 0
+        assert capsys.readouterr().err == (
+            f"sseproxy: warning: {file}:7:17: routes[1].match: no request can take this route: api takes its requests; "
+            "give it a higher place in the list, or remove it\n"
+        )
 
 
 def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,4 +262,15 @@ async def test_health_is_that_of_the_admin_listener(upstream: ScriptedUpstream) 
     status, _, errors = await run("healthcheck", "--admin", f"127.0.0.1:{served.admin}")
     assert status == 1
     assert errors.startswith(f"sseproxy: no answer from 127.0.0.1:{served.admin}: ")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-x\r\n")
+
+        port = other.getsockname()[1]
+        _, found = await asyncio.gather(asyncio.to_thread(answer), run("healthcheck", "--admin", f"127.0.0.1:{port}"))
+        assert found == (1, "", f"sseproxy: no answer from 127.0.0.1:{port}: it is not HTTP\n")
     assert await run("healthcheck", "--admin", "x") == (1, "", "sseproxy: --admin: expected HOST:PORT, got 'x'\n")

@@ -263,8 +263,8 @@ MISTAKES = {
     "api_key_without_space": (
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
         (
-            "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, api_key_file, api_key_header, name, "
-            "tls, url; did you mean 'api_key'?"
+            "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, api_key_file, api_key_header, "
+            "max_connection_age, name, tls, url; did you mean 'api_key'?"
         ),
     ),
     "ca_file_missing": (

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import jsonschema
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
+from yarl import URL
 
-from sseproxy import config
+from sseproxy import __version__, config
 from sseproxy.config.values import DOCUMENT
 from sseproxy.observe.metrics import METRICS
+from sseproxy.relay.downstream import KEEPALIVE
 
 from .served import program
 
@@ -28,9 +31,11 @@ SYSTEMD = ROOT / "configs" / "systemd"
 COMPOSE = ROOT / "configs" / "compose"
 # The oldest that is still maintained.
 KUBERNETES_VERSION = "1.33"
-MANIFESTS = sorted(
-    path for path in KUBERNETES.glob("*.yaml") if path.name not in ("kustomization.yaml", "sseproxy.yaml")
-)
+COMPONENTS = ("monitoring", "autoscaling", "gateway")
+# What is no manifest: kustomize's own files, the proxy's configuration, and the values of a Helm chart.
+OTHERS = ("kustomization.yaml", "sseproxy.yaml", "prometheus-adapter.yaml")
+MANIFESTS = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name not in OTHERS)
+SCHEMAS = Path(__file__).parent
 
 
 def load(path: Path) -> Any:
@@ -41,29 +46,146 @@ def seconds(duration: str) -> float:
     return config.Timeouts.model_validate({"idle": duration}, context=DOCUMENT).idle
 
 
-@pytest.mark.parametrize("path", [path for path in MANIFESTS if path.stem != "podmonitor"], ids=lambda path: path.stem)
+def manifests(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def kustomized(*components: str) -> dict[str, dict[str, Any]]:
+    """What `kubectl apply -k` applies, by kind, where `components` are no comments any more."""
+    # In Debian there is none that knows components, so that it is not in CI.
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(KUBERNETES, directory, dirs_exist_ok=True)
+        file = Path(directory) / "kustomization.yaml"
+        text = file.read_text()
+        for line in ["components:", *(f"  - {name}" for name in components)] if components else ():
+            assert f"# {line}\n" in text
+            text = text.replace(f"# {line}\n", f"{line}\n")
+        file.write_text(text)
+        built = subprocess.run([kubectl, "kustomize", directory], capture_output=True, text=True, check=True)
+    return {one["kind"]: one for one in yaml.safe_load_all(built.stdout)}
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_a_manifest_is_valid(path: Path) -> None:
-    kubernetes_validate.validate(load(path), KUBERNETES_VERSION, strict=True)
+    described = json.loads((SCHEMAS / "gateway.schema.json").read_text())
+    monitor = json.loads((SCHEMAS / "podmonitor.schema.json").read_text())
+    for manifest in manifests(path):
+        kind = manifest["kind"]
+        if kind == "PodMonitor":
+            jsonschema.Draft202012Validator(monitor).validate(manifest)
+        elif kind in described["$defs"]:
+            schema = described | {"$ref": f"#/$defs/{kind}"}
+            jsonschema.Draft202012Validator(schema).validate(manifest)
+        else:
+            kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
 
 
-def test_the_podmonitor_is_valid() -> None:
-    schema = json.loads((Path(__file__).parent / "podmonitor.schema.json").read_text())
-    jsonschema.Draft202012Validator(schema).validate(load(KUBERNETES / "podmonitor.yaml"))
+@pytest.mark.parametrize("directory", ["", *COMPONENTS])
+def test_kustomize_takes_every_manifest(directory: str) -> None:
+    here = KUBERNETES / directory
+    kustomization = load(here / "kustomization.yaml")
+    assert sorted(kustomization["resources"]) == [path.name for path in MANIFESTS if path.parent == here]
+    if directory:
+        assert kustomization["kind"] == "Component"
+        assert f"#   - {directory}\n" in (KUBERNETES / "kustomization.yaml").read_text()
+    else:
+        assert kustomization["configMapGenerator"][0]["files"] == ["sseproxy.yaml"]
 
 
-def test_kustomize_takes_every_manifest() -> None:
-    kustomization = load(KUBERNETES / "kustomization.yaml")
-    assert sorted(kustomization["resources"]) == [path.name for path in MANIFESTS]
-    assert kustomization["configMapGenerator"][0]["files"] == ["sseproxy.yaml"]
+def test_the_image_is_that_of_this_version_from_wherever_it_is() -> None:
+    (image,) = load(KUBERNETES / "kustomization.yaml")["images"]
+    (container,) = load(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]["containers"]
+    assert (image["name"], image["newTag"]) == (container["image"], __version__)
+
+
+def test_there_are_two_replicas_unless_the_autoscaler_says_how_many() -> None:
+    assert load(KUBERNETES / "deployment.yaml")["spec"]["replicas"] == 2
+    base, scaled = kustomized(), kustomized("monitoring", "autoscaling")
+    assert base["Deployment"]["spec"]["replicas"] == 2
+    assert "HorizontalPodAutoscaler" not in base
+    assert "replicas" not in scaled["Deployment"]["spec"]
+    assert scaled["HorizontalPodAutoscaler"]["spec"]["minReplicas"] == 2
+
+
+def test_only_the_gateway_may_connect_and_is_believed_who_its_clients_are() -> None:
+    plain, behind = kustomized(), kustomized("gateway")
+    (anybody, _), (gateway, _) = (built["NetworkPolicy"]["spec"]["ingress"] for built in (plain, behind))
+    assert anybody == {"ports": [{"port": "http"}]}
+    assert gateway["ports"] == anybody["ports"]
+    assert list(gateway["from"][0]["namespaceSelector"]["matchLabels"].values()) == ["envoy-gateway-system"]
+    (container,) = behind["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (variable,) = container["env"]
+    text = (KUBERNETES / "sseproxy.yaml").read_text().replace("api_key_file:", "api_key: x #")
+    for environment, trusted in (({}, "127.0.0.1/32"), ({variable["name"]: variable["value"]}, variable["value"])):
+        assert list(map(str, config.parse(text, "sseproxy.yaml", environment).trusted_proxies)) == [trusted]
+
+
+def test_the_gateway_cuts_no_stream() -> None:
+    _, route = manifests(KUBERNETES / "gateway" / "gateway.yaml")
+    (rule,) = route["spec"]["rules"]
+    assert set(rule["timeouts"].values()) == {"0s"}
+    (service,) = rule["backendRefs"]
+    assert service == {"name": "sseproxy", "port": load(KUBERNETES / "service.yaml")["spec"]["ports"][0]["port"]}
+    client, backend = manifests(KUBERNETES / "gateway" / "envoy-gateway.yaml")
+    assert seconds(client["spec"]["timeout"]["http"]["streamIdleTimeout"]) >= config.Timeouts().head
+    assert seconds(backend["spec"]["timeout"]["http"]["connectionIdleTimeout"]) < KEEPALIVE
+    assert backend["spec"]["circuitBreaker"]["maxConnections"] >= config.Limits().connections
+
+
+def test_an_upstream_in_the_cluster_can_be_reached() -> None:
+    """What the comment at the end of the configuration has is what the NetworkPolicy allows."""
+    text = (KUBERNETES / "sseproxy.yaml").read_text()
+    upstream, route = yaml.safe_load(
+        re.sub("^#  ", "", text.partition("# A vLLM in the cluster")[2].partition("\n")[2], flags=re.M)
+    )
+    url = URL(config.Upstream.model_validate(upstream, context=DOCUMENT).url)
+    config.Route.model_validate(route, context=DOCUMENT)
+    assert route["upstream"] == upstream["name"]
+    namespace = (url.host or "").split(".")[1]
+    (rule,) = [one for one in load(KUBERNETES / "networkpolicy.yaml")["spec"]["egress"] if "to" in one]
+    assert rule["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}]
+    assert rule["ports"] == [{"port": url.port, "protocol": "TCP"}]
+
+
+def test_the_prometheusrule_has_the_rules() -> None:
+    script = ROOT / "grafana" / "prometheusrule.py"
+    written = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    assert (KUBERNETES / "monitoring" / "prometheusrule.yaml").read_text() == written
+    rules = [load(ROOT / "grafana" / "rules" / f"{name}.yaml")["groups"] for name in ("alerts", "recording")]
+    assert yaml.safe_load(written)["spec"]["groups"] == [*rules[0], *rules[1]]
+
+
+def test_the_adapter_has_the_metric_that_the_autoscaler_asks_for(tmp_path: Path) -> None:
+    (rule,) = load(KUBERNETES / "autoscaling" / "prometheus-adapter.yaml")["rules"]["custom"]
+    scaler = load(KUBERNETES / "autoscaling" / "horizontalpodautoscaler.yaml")
+    (metric,) = scaler["spec"]["metrics"]
+    assert rule["name"]["as"] == metric["pods"]["metric"]["name"]
+    assert re.fullmatch(rule["name"]["matches"], rule["seriesQuery"].partition("{")[0])
+    assert rule["resources"]["overrides"] == {name: {"resource": name} for name in ("namespace", "pod")}
+    query = rule["metricsQuery"]
+    for name, value in (
+        ("Series", metric["pods"]["metric"]["name"]),
+        ("LabelMatchers", 'namespace="sseproxy",pod=~"a|b"'),
+        ("GroupBy", "pod"),
+    ):
+        query = query.replace(f"<<.{name}>>", value)
+    rules = {
+        "groups": [{"name": "x", "rules": [{"record": "x:y", "expr": expr} for expr in (query, rule["seriesQuery"])]}]
+    }
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
+    subprocess.run([program("promtool"), "check", "rules", tmp_path / "rules.yaml"], capture_output=True, check=True)
 
 
 def test_everything_selects_the_pods_of_the_deployment() -> None:
     labels = load(KUBERNETES / "deployment.yaml")["spec"]["template"]["metadata"]["labels"]
     selectors = [
-        *(load(KUBERNETES / f"{name}.yaml")["spec"]["selector"] for name in ("service",)),
+        load(KUBERNETES / "service.yaml")["spec"]["selector"],
         *(
             load(KUBERNETES / f"{name}.yaml")["spec"]["selector"]["matchLabels"]
-            for name in ("deployment", "poddisruptionbudget", "podmonitor")
+            for name in ("deployment", "poddisruptionbudget", "monitoring/podmonitor")
         ),
         load(KUBERNETES / "networkpolicy.yaml")["spec"]["podSelector"]["matchLabels"],
     ]
@@ -88,7 +210,7 @@ def test_a_pod_has_the_time_to_drain_and_the_configuration_that_it_is_given(tmp_
 
 
 def test_the_autoscaler_scales_by_a_metric_that_exists() -> None:
-    (metric,) = load(KUBERNETES / "horizontalpodautoscaler.yaml")["spec"]["metrics"]
+    (metric,) = load(KUBERNETES / "autoscaling" / "horizontalpodautoscaler.yaml")["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] in {f"sseproxy_{known.name}" for known in METRICS}
 
 
@@ -118,7 +240,7 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
     executable.chmod(0o755)
     for unit in SYSTEMD.iterdir():
         text = unit.read_text().replace("/opt/sseproxy/bin/sseproxy", str(executable))
-        (tmp_path / unit.name).write_text(text.replace("Type=notify-reload", "Type=notify"))
+        (tmp_path / unit.name).write_text(text)
     found = subprocess.run(
         [
             analyze,
@@ -135,6 +257,15 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
     )
     complaints = [line for line in found.stderr.splitlines() if "sseproxy." in line]
     assert not complaints
+
+
+def test_the_unit_reloads_with_a_systemd_that_does_not_know_how_itself() -> None:
+    """Debian 12 has systemd 252. It knows no Type=notify-reload, and would neither wait for the start nor reload."""
+    service = (SYSTEMD / "sseproxy.service").read_text()
+    assert re.findall(r"^(?:Type|ExecReload)=.*$", service, re.M) == [
+        "Type=notify",
+        "ExecReload=/bin/kill -HUP $MAINPID",
+    ]
 
 
 def test_the_unit_waits_for_the_drain_and_names_a_socket_that_a_configuration_can() -> None:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "process": {"wire", "ledger", "relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
-    "cli": {"process", "demo", "demonstration", "observe.logs"} | EVERYWHERE,
+    "cli": {"process", "demo", "demonstration", "observe.logs", "relay.routes"} | EVERYWHERE,
     "__main__": {"cli"},
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
@@ -38,8 +38,16 @@ CONFIG = [
 ]
 # From the bottom up. What a module imports for its types alone is not counted: a connection knows its server's type.
 RELAY = [
-    *("relay.reads", "relay.hangups", "relay.answers", "relay.routes", "relay.heads", "relay.body", "relay.admission"),
-    *("relay.downstream", "relay.server", "relay.exchange", "relay.clock", "relay.inspect", "relay.upstream"),
+    *("relay.reads", "relay.hangups", "relay.answers", "relay.globs", "relay.routes", "relay.heads", "relay.body"),
+    *(
+        "relay.admission",
+        "relay.downstream",
+        "relay.server",
+        "relay.exchange",
+        "relay.clock",
+        "relay.inspect",
+        "relay.upstream",
+    ),
     *("relay.attempt", "relay.pump", "relay.phases", "relay.proxy"),
 ]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -140,7 +148,7 @@ MODEL = {"pydantic", "yaml", "yarl", "sseproxy.config.model"}
     [
         (["--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
         (["demo", "--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
-        (["healthcheck", "--admin", "127.0.0.1:1"], SERVING | MODEL, 160),
+        (["healthcheck", "--admin", "127.0.0.1:1"], SERVING | MODEL | {"http.client", "ssl", "email"}, 120),
         (["check-config", str(ROOT.parent / "configs" / "minimal.yaml")], SERVING | {"ssl"}, 330),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -6,11 +6,14 @@ import asyncio
 import gzip
 import ipaddress
 import random
+from time import perf_counter
 
 import pytest
 from pydantic import SecretStr
 
 from sseproxy import config
+from sseproxy.relay.heads import ResponseHeads
+from sseproxy.relay.upstream import RelayProtocol
 
 from .conftest import StartProxy
 from .harness import (
@@ -255,6 +258,67 @@ async def test_connections_are_reused_on_both_sides(proxy: RunningProxy, upstrea
     assert upstream.connections == 1
     assert await proxy.ended() == {"completed": 5}
     assert proxy.sample("upstream_connections", state="idle") == 1
+
+
+def aged(upstream: ScriptedUpstream, age: float) -> tuple[config.Upstream, ...]:
+    return (config.Upstream(name="up", url=f"{upstream.url}/v1", max_connection_age=age),)
+
+
+async def test_a_connection_that_has_its_age_ends_after_the_response_that_is_on_it(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, upstreams=aged(upstream, 0.05))
+    client, api = await begin(proxy, upstream)
+    api.send(STREAM_HEAD, chunk(delta("Hi")))
+    await client.read_until(delta("Hi"))
+    (connection,) = proxy.worker.proxy.upstreams["up"]._connector._acquired
+    assert isinstance(connection, RelayProtocol)
+    await until(lambda: connection.is_old)
+    api.send(chunk(delta(" there")), chunk(DONE), LAST_CHUNK)
+    assert (await client.read_until(LAST_CHUNK)).endswith(delta(" there") + DONE + b"\r\n" + LAST_CHUNK)
+    assert await api.rest() == (b"", "fin")
+    client.send(post())
+    await (await upstream.accept()).message()
+    assert upstream.connections == 2
+    client.close()
+    assert await proxy.ended() == {"completed": 1, "client_gone_before_head": 1}
+
+
+async def test_a_connection_that_has_its_age_while_it_is_idle_takes_no_other_request(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, upstreams=aged(upstream, 3600.0))
+    client, api = await begin(proxy, upstream)
+    answer = STREAM_HEAD + chunk(DONE) + LAST_CHUNK
+    api.send(answer)
+    assert (await client.message()).complete
+    client.send(post())
+    await api.message()
+    api.send(answer)
+    assert (await client.message()).complete
+    assert upstream.connections == 1
+    ((connection, _),) = next(iter(proxy.worker.proxy.upstreams["up"]._connector._conns.values()))
+    assert isinstance(connection, RelayProtocol)
+    connection._old_at = 0.0
+    client.send(post())
+    second = await upstream.accept()
+    await second.message()
+    second.send(answer)
+    assert (await client.message()).complete
+    assert await api.rest() == (b"", "fin")
+    assert await proxy.ended() == {"completed": 3}
+
+
+async def test_connections_that_are_made_together_do_not_end_together() -> None:
+    loop = asyncio.get_running_loop()
+    heads = ResponseHeads(loop, 1024)
+    began = perf_counter()
+    ages = [RelayProtocol(loop, heads, max_age=1000.0)._old_at for _ in range(200)]
+    took = perf_counter() - began
+    assert min(age - began for age in ages if age is not None) >= 900
+    assert max(age - began for age in ages if age is not None) <= 1000 + took
+    assert len({round(age) for age in ages if age is not None}) > 20
+    assert not RelayProtocol(loop, heads).is_old
 
 
 async def test_a_key_of_the_upstream_replaces_the_clients(start: StartProxy, upstream: ScriptedUpstream) -> None:

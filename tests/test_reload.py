@@ -196,6 +196,26 @@ async def test_listeners_come_and_go(upstream: ScriptedUpstream, tmp_path: Path)
     assert not path.exists()
 
 
+async def test_a_route_that_no_request_can_take_is_a_warning_at_the_start_and_at_each_reload(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    first, second = (
+        f"{{name: {name}, match: {{path: /v1, model: {glob}}}, upstream: up}}"
+        for name, glob in (("gpt", "gpt-*"), ("mini", "gpt-4*"))
+    )
+    file.write(upstream, routes=f"[{first}, {second}]")
+    column = f"routes: [{first}, {second}]".rindex("match") + 1
+    said = f"{file.path}:5:{column}: routes[1].match: no request can take this route: gpt takes its requests"
+    async with file.serve() as served:
+        assert [message.startswith(said) for message in served.messages] == [True]
+        assert (await reload(served))[0] == 200
+        await until_true(lambda: sum(message.startswith(said) for message in served.messages) == 2)
+        file.write(upstream, routes=f"[{second}, {first}]")
+        assert (await reload(served))[0] == 200
+        assert sum("no request can take" in message for message in served.messages) == 2
+
+
 async def test_keys_are_read_anew(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("sk-old\n")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from itertools import pairwise, product
+from time import perf_counter
 from urllib.parse import unquote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sseproxy.config import Match, Route
@@ -18,6 +19,7 @@ from sseproxy.relay.routes import (
     choose,
     normal_path,
     split_target,
+    unreachable,
     upstream_path,
     without_key,
 )
@@ -410,3 +412,78 @@ def test_no_key_is_left_in_a_query_and_nothing_else_is_lost(first: str, more: li
     separators = ["?", *("&" if "&" in found else ";" for found in between)] if kept else []
     assert without == "".join(separator + parameters[index] for separator, index in zip(separators, kept, strict=True))
     assert not any(is_key(parameter) for parameter in without[1:].split("&"))
+
+
+MODELS = ["".join(text) for length in range(4) for text in product("ab4x", repeat=length)]
+GLOBS = st.lists(st.sampled_from(["a", "b", "4", "*", "?", "[ab]", "[!a]", "[b-a]"]), min_size=1, max_size=3)
+MATCHES = st.builds(
+    route,
+    st.sampled_from(["/", "/v1", "/v1", "/%761", "/v1/chat", "/v1/c%68at", "/v1/%2e%2e/x", "/a%00"]),
+    name=st.uuids().map(str),
+    methods=st.lists(st.sampled_from(["GET", "POST", "PUT", "TRACE", "get", "FOO"]), max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(MATCHES, st.lists(GLOBS.map("".join), max_size=2)), min_size=1, max_size=6))
+def test_a_route_is_called_unreachable_exactly_where_no_request_takes_it(
+    drawn: list[tuple[Route, list[str]]],
+) -> None:
+    routes = [
+        one.model_copy(update={"match": one.match.model_copy(update={"model": tuple(globs)})}) for one, globs in drawn
+    ]
+    router = Router(routes)
+    taken = set()
+    paths = {one.match.path for one in routes} | {"/v1/chat/completions", "/x"}
+    for path, method in product(paths, ["GET", "POST", "PUT", "TRACE", "DELETE"]):
+        try:
+            split_target(path)
+            check_method(method)
+        except RequestError:
+            continue
+        candidates = router.candidates(method, path)
+        for model in [None, *MODELS]:
+            chosen = choose(candidates, model)
+            if chosen is not None:
+                taken.add(chosen.name)
+    called = {one.name for one, _ in unreachable(routes)}
+    assert called == {one.name for one in routes} - taken
+
+
+@pytest.mark.parametrize(
+    ("routes", "said"),
+    [
+        ([route("/v1", "gpt-*", name="a"), route("/v1", "gpt-4*", name="b")], {"b": "a takes its requests"}),
+        ([route("/v1", "gpt-4*", name="a"), route("/v1", "gpt-*", name="b")], {}),
+        ([route("/v1", name="a"), route("/v1", "gpt-*", name="b")], {}),
+        ([route("/v1", name="a"), route("/v1/chat", name="b")], {}),
+        ([route("/v1/chat", name="a"), route("/v1", name="b")], {}),
+        ([route("/v1", name="a"), route("/%76%31", name="b")], {"b": "a takes its requests"}),
+        ([route("/v1", "*", name="a"), route("/v1", name="b", methods=("GET",))], {}),
+        ([route("/v1", name="a", methods=("GET",)), route("/v1", name="b", methods=("POST", "GET"))], {}),
+        (
+            [
+                *(route("/v1", name=method, methods=(method,)) for method in ("GET", "POST")),
+                *(route("/v1", name="c", methods=("GET", "POST")), route("/v1", "m", name="d", methods=("GET",))),
+            ],
+            {"c": "GET, POST take its requests"},
+        ),
+        ([route("/v1", "a*", name="a"), route("/v1", "b*", name="b"), route("/v1", "[ab]*", name="c")], {"c": "a, b"}),
+        ([route("/v1", "[z-a]", name="a")], {"a": "no model matches [z-a]"}),
+        ([route("/v1", name="a", methods=("TRACE", "FOO"))], {"a": "TRACE, FOO requests are refused"}),
+        ([route("/v1/%2e%2e", name="a")], {"a": "paths with dot segments"}),
+    ],
+)
+def test_why_no_request_can_take_a_route_is_told(routes: list[Route], said: dict[str, str]) -> None:
+    found = {one.name: why for one, why in unreachable(routes)}
+    assert found.keys() == said.keys()
+    for name, why in said.items():
+        assert why in found[name]
+
+
+def test_hundreds_of_routes_are_looked_through_in_little_time() -> None:
+    began = perf_counter()
+    routes = [route("/v1", f"model-{number}*", name=f"r{number}") for number in range(300)]
+    found = {one.name for one, _ in unreachable(routes)}
+    assert found == {f"r{number}" for number in range(10, 300)}
+    assert perf_counter() - began < 15

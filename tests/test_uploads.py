@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import tracemalloc
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 
 from sseproxy import config
 from sseproxy.relay.body import RequestBody
 
 from .conftest import StartProxy
 from .harness import LAST_CHUNK, Peer, RunningProxy, ScriptedUpstream, begin, chunk, post, until
+from .splits import steps
 
 # Long enough for a loaded machine to do what it has to before, short enough to wait for.
 SHORT = 0.3
@@ -298,3 +304,173 @@ async def test_an_upload_of_blank_lines_costs_no_more_than_another(
     assert (await client.message()).body == b"ok"
     if follows:
         assert (await api.message()).body
+
+
+# --- bodies that name their model in another form than plain JSON ---
+
+BR = b"\x1b\x02\x00\x00\xa4\xb0\xb2\xea\x81\x47\x02\x8a"
+FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n' + b"RIFF\r\n--" * 20_000 + b"\r\n"
+    b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--x--\r\n'
+)
+JSON = b'{"input":"%b","model":"whisper-1"}' % (b"x" * 100_000)
+BODIES = {
+    "form": (b"Content-Type: multipart/form-data; boundary=x", FORM),
+    "compressed form": (
+        b"Content-Type: multipart/form-data; boundary=x\r\nContent-Encoding: gzip",
+        gzip.compress(FORM),
+    ),
+    "gzip": (b"Content-Type: application/json\r\nContent-Encoding: gzip", gzip.compress(JSON)),
+    "deflate": (b"Content-Type: application/json\r\nContent-Encoding: deflate", zlib.compress(JSON)),
+    "small": (b"Content-Encoding: x-gzip", gzip.compress(b'{"model":"whisper-1"}')),
+}
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def models(*models: str) -> tuple[config.Route, ...]:
+    """A route for `models`, and one for all others."""
+    return (
+        config.Route(name="named", match=config.Match(path="/v1", model=models), upstream="up"),
+        config.Route(name="rest", match=config.Match(path="/v1"), upstream="up"),
+    )
+
+
+def transcription(fields: bytes, body: bytes, *, chunked: bool = False) -> list[bytes]:
+    """A request in its head and parts of its body."""
+    head = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: proxy\r\n" + fields
+    if not chunked:
+        return [head + b"\r\nContent-Length: %d\r\n\r\n" % len(body), *steps(body, 30_000)]
+    return [head + b"\r\nTransfer-Encoding: chunked\r\n\r\n", *map(chunk, steps(body, 30_000)), LAST_CHUNK]
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize("kind", BODIES)
+async def test_a_form_and_what_is_compressed_take_the_route_of_their_model_and_pass_unchanged(
+    start: StartProxy, upstream: ScriptedUpstream, kind: str, chunked: bool
+) -> None:
+    fields, body = BODIES[kind]
+    labels = config.Metrics(models=("whisper-*",))
+    proxy = await start(upstream.url, routes=models("whisper-*"), metrics=labels)
+    client = await proxy.connect()
+    for part in transcription(fields, body, chunked=chunked):
+        client.send(part)
+        await client.drain()
+    api = await upstream.accept()
+    request = await api.message()
+    assert request.body == body
+    assert [request.get("content-type"), request.get("content-encoding")] == [
+        next((line.partition(b": ")[2].decode() for line in fields.split(b"\r\n") if line.startswith(name)), None)
+        for name in (b"Content-Type", b"Content-Encoding")
+    ]
+    api.send(OK)
+    assert (await client.message()).body == b"ok"
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("requests_total", route="named") == 1
+    assert proxy.worker.proxy.admission.empty
+
+
+async def test_a_transcription_of_the_sdk_takes_the_route_of_its_model(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, routes=models("whisper-*"))
+    client = AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="sk-x", max_retries=0)
+    file = ("speech.wav", b"RIFF\r\n--" * 10_000)
+    async with client:
+        asked = asyncio.get_running_loop().create_task(
+            client.audio.transcriptions.create(model="whisper-1", file=file, language="en")
+        )
+        api = await upstream.accept()
+        assert file[1] in (await api.message()).body
+        api.send(
+            OK.replace(b"Length: 2", b"Type: application/json\r\nContent-Length: 13").replace(b"ok", b'{"text":"Hi"}')
+        )
+        assert (await asked).text == "Hi"
+    await proxy.idle()
+    assert proxy.sample("requests_total", route="named") == 1
+
+
+@pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, gzip", b"nonsense"])
+async def test_a_body_in_a_coding_that_is_not_read_is_refused_where_a_route_needs_its_model(
+    start: StartProxy, upstream: ScriptedUpstream, coding: bytes
+) -> None:
+    proxy = await start(upstream.url, routes=models("m"))
+    client = await proxy.connect()
+    fields = b"Content-Type: application/json\r\nContent-Encoding: " + coding
+    client.send(*transcription(fields, BR))
+    response = await client.message()
+    assert (response.status, response.get("accept-encoding")) == (415, "gzip, deflate")
+    error = response.json()["error"]
+    assert (error["code"], "gzip" in error["message"]) == ("encoding", True)
+    # The connection goes on, and what has no body needs no coding.
+    client.send(b"GET /v1/models HTTP/1.1\r\nHost: proxy\r\n" + fields + b"\r\n\r\n")
+    api = await upstream.accept()
+    await api.message()
+    api.send(OK)
+    assert (await client.message()).body == b"ok"
+    assert await proxy.ended() == {"rejected": 1, "completed": 1}
+    assert proxy.sample("requests_rejected_total", reason="encoding") == 1
+
+
+async def test_it_passes_where_no_route_needs_its_model(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await start(upstream.url, metrics=config.Metrics(models=("m",)), route={"usage": {"request": True}})
+    client = await proxy.connect()
+    client.send(*transcription(b"Content-Type: application/json\r\nContent-Encoding: br", BR))
+    api = await upstream.accept()
+    assert (await api.message()).body == BR
+    api.send(OK)
+    assert (await client.message()).body == b"ok"
+
+
+async def test_what_is_broken_or_no_form_has_no_model(start: StartProxy, upstream: ScriptedUpstream) -> None:
+    proxy = await start(upstream.url, routes=models("*"))
+    client = await proxy.connect()
+    broken = (
+        (b"Content-Encoding: gzip", b'{"model":"m"}'),
+        (b"Content-Encoding: gzip", gzip.compress(b'{"model":"m"}')[:-12]),
+        (b"Content-Type: multipart/form-data", FORM),
+        (b"Content-Type: multipart/form-data; boundary=y", FORM),
+    )
+    api: Peer | None = None
+    for fields, body in broken:
+        client.send(*transcription(fields, body))
+        api = api or await upstream.accept()
+        assert (await api.message()).body == body
+        api.send(OK)
+        assert (await client.message()).body == b"ok"
+    await proxy.idle()
+    assert proxy.sample("requests_total", route="rest") == len(broken)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress], ids=["gzip", "deflate"])
+async def test_bombs_are_too_large_and_others_have_their_turns_meanwhile(
+    start: StartProxy, upstream: ScriptedUpstream, compress: Callable[[bytes], bytes]
+) -> None:
+    proxy = await start(upstream.url, routes=models("whisper-*"), max_body=8 << 20)
+    coding = b"gzip" if compress is gzip.compress else b"deflate"
+    bomb = compress(b'{"model":"whisper-1","input":"' + b" " * (64 << 20) + b'"}')
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    clients = [await proxy.connect() for _ in range(10)]
+    counting = asyncio.get_running_loop().create_task(count_turns())
+    tracemalloc.start()
+    try:
+        for client in clients:
+            client.send(*transcription(b"Content-Encoding: " + coding, bomb))
+        responses = [await client.message() for client in clients]
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        counting.cancel()
+    for response in responses:
+        assert (response.status, response.json()["error"]["code"]) == (413, "body_too_large")
+    # What it stands for is looked at in pieces of 32 KiB.
+    assert turns > len(clients) * (8 << 20) // (32 << 10)
+    assert held < 8 << 20
+    assert proxy.worker.proxy.admission.empty
+    assert upstream.connections == 0

@@ -26,7 +26,7 @@ from yarl import URL
 from ..errors import ConfigError
 from .document import INVALID, Document, position
 from .files import read_configuration
-from .model import Admin, Config, Limits, Match, Route, Upstream, conflicts
+from .model import Admin, Config, Limits, Match, Places, Route, Upstream, conflicts
 from .values import DOCUMENT, Loc, Size, quoted, read_address, read_url, read_workers, spell_size
 
 T = TypeVar("T")
@@ -101,6 +101,8 @@ def parse(text: str, source: str, env: Mapping[str, str] = os.environ) -> Config
             ]
         )
     config._variables = frozenset(document.variables)
+    marks = [document.parts["routes", index, "match"].place for index in range(len(config.routes))]
+    config._places = Places([f"{mark.line + 1}:{mark.column + 1}" for mark in marks])
     return config
 
 

@@ -184,6 +184,8 @@ class Upstream(_Model):
     """A file with the API key, as an alternative to `api_key`. It is read at the start and at each reload."""
     api_key_header: FieldName = "Authorization"
     """The header field for the API key. `Authorization` gets `Bearer` and the key, other fields get only the key."""
+    max_connection_age: DurationOrOff = None
+    """A connection of this age, or up to a tenth less, gets no further requests. Running responses are not cut."""
     tls: UpstreamTLS = UpstreamTLS()
 
     @model_validator(mode="after")
@@ -249,7 +251,8 @@ class Match(_Model):
     path: PathPrefix
     """A prefix of the path, in whole segments. The longest prefix wins. `/` matches all paths."""
     model: Globs = ()
-    """Globs for the `model` in the request body. One of them has to match. An empty list matches any body."""
+    """Globs for the `model` in the request body. One of them has to match. An empty list matches any body. The model is
+    read in JSON and in forms, also if they are compressed with gzip or deflate."""
     methods: Methods = ()
     """HTTP methods. An empty list matches any method."""
 
@@ -300,6 +303,16 @@ class Route(_Model):
     timeouts: Timeouts = Timeouts()
 
 
+class Places:
+    """Where the match of each route is in a file: `line:col`. The same options are equal wherever they are."""
+
+    def __init__(self, of_matches: Sequence[str] = ()) -> None:
+        self.of_matches = of_matches
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Places)
+
+
 class Config(_Model):
     """The whole configuration. It is immutable, and can be pickled for workers."""
 
@@ -313,8 +326,8 @@ class Config(_Model):
     """Seconds that exchanges may go on after SIGTERM."""
     reload: Reload = Reload()
     max_body: Size = 32 << 20
-    """The largest request body that is read in advance, in bytes. A body is read in advance if a route matches on its
-    `model`, if usage is requested, or if the model is a label."""
+    """The largest request body that is read in advance, in bytes, before and after decompression. A body is read in
+    advance if a route matches on its `model`, if usage is requested, or if the model is a label."""
     trusted_proxies: Networks = ()
     """Networks of the proxies in front of sseproxy. Their `Forwarded` and `X-Forwarded-*` are believed and extended.
     From other clients these fields are replaced, and further fields that only proxies send are removed."""
@@ -326,11 +339,19 @@ class Config(_Model):
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
 
     _variables: frozenset[str] = frozenset()
+    _places: Places = Places()
 
     @property
     def variables(self) -> frozenset[str]:
         """The environment variables that the file uses. They may hold keys, so workers do not inherit them."""
         return self._variables
+
+    def place(self, route: Route, file: str | None) -> str:
+        """Where in the `file` that this was read from the match of `route` is: `file:line:col: routes[0].match`."""
+        index = self.routes.index(route)
+        loc = dotted(("routes", index, "match"))
+        places = self._places.of_matches
+        return f"{file}:{places[index]}: {loc}" if places else loc
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -35,6 +35,7 @@ from ..observe.metrics import Recorder
 from ..observe.registry import Registry
 from ..relay.admission import counted
 from ..relay.heads import check_parser
+from ..relay.routes import unreachable
 from . import accepting, notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors, cores
@@ -518,6 +519,8 @@ class Supervisor:
 
     def _loaded(self) -> None:
         """Called when the configuration is in use: sets the metrics about it, and starts to watch its files."""
+        for unused, why in unreachable(self.config.routes):
+            log.warning("%s: %s", self.config.place(unused, self._path), why)
         for route in self.config.routes:
             # Counters start at 0, so that the first event is an increase that an alert can see.
             labels = route.name, route.upstream

@@ -33,9 +33,11 @@ from ..errors import (
     UpstreamTimeout,
 )
 from ..wire import headers
+from ..wire.coding import READABLE, Inflater, coding_of
 from ..wire.dialects import Dialect, dialect_of, form_of, model_in
+from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
-from ..wire.request import RequestReader, Splice
+from ..wire.request import RequestReader, Splice, reader_of
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
 from . import routes
 from .admission import Ticket
@@ -89,10 +91,11 @@ class Relay:
         # The path that was asked, and the name of its dialect: they tell which form of errors the client understands.
         self._asked_as = (request.target.partition("?")[0], "auto")
         self._request_id = headers.request_id(request.fields) or new_request_id()
+        self._coding = coding_of(request.fields.tokens(b"content-encoding"))
         # Reads the whole body before the request is sent.
-        self._read: RequestReader | None = None
+        self._read: RequestReader | FormReader | None = None
         # Reads the body while it is being forwarded.
-        self._passing: RequestReader | None = None
+        self._passing: RequestReader | FormReader | None = None
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -256,6 +259,9 @@ class Relay:
         if error.status in (429, 503):
             # Another replica, or the workers after a restart, can take the request.
             extra.append((b"Retry-After", b"1"))
+        if error.status == 415:
+            # RFC 9110, section 12.5.3.
+            extra.append((b"Accept-Encoding", b", ".join(READABLE)))
         misread = error.code in ("bad_request", "version", "head_too_large")
         if misread:
             # Other parsers may read such a request differently, so nothing after it can be trusted.
@@ -284,13 +290,15 @@ class Relay:
         self._asked_as = known_as, route.dialect
         dialect = dialect_of(known_as, route.dialect)
 
-        is_json = headers.is_json(request.fields) and not headers.is_encoded(request.fields)
-        wants_usage = route.usage.request and dialect.asks_usage and is_json
-        if wants_usage or (proxy.models and is_json):
+        is_json, plain = headers.is_json(request.fields), self._coding == b""
+        # Other forms are files, which have no model and may be large.
+        tells_model = is_json or (dialect.generates and headers.is_form(request.fields))
+        wants_usage = route.usage.request and dialect.asks_usage and is_json and plain
+        if wants_usage or (proxy.models and tells_model and self._coding is not None):
             await self._collect(clock, route.timeouts.body)
-        elif is_json and proxy.names_models and self._read is None and not self._read_what_came():
+        elif tells_model and plain and proxy.names_models and self._read is None and not self._read_what_came():
             # The body is forwarded as it arrives, and read at the same time.
-            self._passing = RequestReader()
+            self._passing = reader_of(request.fields)
             request.body.watched_by(self._passing.feed)
         read, self._read = self._read, None
         model = (None if read is None else read.model) or model_in(known_as)
@@ -368,6 +376,8 @@ class Relay:
         candidates = self._proxy.router.candidates(self._request.method, path)
         model: str | None = None
         if any(route.match.model for route in candidates):
+            if self._coding is None and self._request.framing:
+                raise RequestError("encoding")
             # The route is not known yet, so the longest timeouts of all candidates hold.
             silence = max(route.timeouts.body for route in candidates)
             totals = [route.timeouts.total for route in candidates]
@@ -395,26 +405,40 @@ class Relay:
             return
         clock.enter("body", perf_counter())
         self._continue()
-        read = RequestReader()
+        read = reader_of(self._request.fields)
         assert self._ticket is not None
         self._ticket.collects = True
         try:
             while size <= most and (part := await body.collect(grace)):
                 clock.touched = perf_counter()
-                read.feed(part)
+                if not self._coding:
+                    read.feed(part)
                 size += len(part)
         finally:
             self._ticket.collects = False
-        if size <= most:
+        if size <= most and (not self._coding or await self._inflate(self._coding, read, clock)):
             self._read = read
 
+    async def _inflate(self, coding: bytes, read: RequestReader | FormReader, clock: Clock) -> bool:
+        """Reads the compressed body that was collected; False if it stands for more than is collected of one."""
+        inflater = Inflater(coding, self._proxy.max_body)
+        # One at a time: what it takes to inflate is more than a client has to send for it.
+        async with self._proxy.inflating:
+            for part in self._request.body.whole or ():
+                for piece in inflater.pieces(part):
+                    read.feed(piece)
+                    # A few bytes may stand for many: others have their turns in between.
+                    clock.touched = perf_counter()
+                    await asyncio.sleep(0)
+        return not inflater.too_much
+
     def _read_what_came(self) -> bool:
-        """Reads the body if all of it has been received. Returns whether it has."""
+        """Reads the body if all of it has been received and it is not compressed. Returns whether that is so."""
         whole = self._request.body.whole
-        if whole is None:
+        if whole is None or self._coding:
             return False
         if sum(map(len, whole)) <= self._proxy.max_body:
-            self._read = RequestReader()
+            self._read = reader_of(self._request.fields)
             for part in whole:
                 self._read.feed(part)
         return True

@@ -83,6 +83,7 @@ class Proxy:
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.active: set[Relay] = set()
+        self.inflating = asyncio.Lock()
         self.retiring = False
         self.draining = False
         self._closing_idle: asyncio.TimerHandle | None = None

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from ..errors import RequestError
 from ..wire.headers import ABSOLUTE
+from .globs import within
 
 if TYPE_CHECKING:
     from ..config import Route
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 OTHER: Final = "other"
 """The label of models that no glob in `metrics.models` matches."""
 
+METHODS: Final = frozenset(
+    """
+    ACL BIND CHECKOUT CONNECT COPY DELETE GET HEAD LINK LOCK M-SEARCH MERGE MKACTIVITY MKCALENDAR MKCOL MOVE NOTIFY
+    OPTIONS PATCH POST PROPFIND PROPPATCH PURGE PUT QUERY REBIND REPORT SEARCH SOURCE SUBSCRIBE TRACE UNBIND UNLINK
+    UNLOCK UNSUBSCRIBE
+    """.split()
+)
+"""The methods that aiohttp's parser knows; it refuses a request with any other."""
 # TRACE returns the request that was sent, with the upstream's API key (RFC 9110, section 9.3.8). TRACK is the same in
 # IIS. CONNECT would open a tunnel to any host.
 _REFUSED_METHODS: Final = frozenset({"CONNECT", "TRACE", "TRACK"})
@@ -137,12 +146,16 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(found[:_MAX_NAMED]) + (f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else "")
 
 
+def _in_order(routes: Iterable[Route]) -> list[tuple[str, Route]]:
+    """Prefixes and routes, in the order in which they are tried: longest prefix first, with a model before without."""
+    return sorted(((_prefix(route), route) for route in routes), key=lambda one: (-len(one[0]), not one[1].match.model))
+
+
 class Router:
     """Tries the routes in this order: the longest prefix first; with the same prefix, routes with a model first."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
-        ordered = sorted(routes, key=lambda route: (-len(_prefix(route)), not route.match.model))
-        self._routes = [(_prefix(route), _prefix(route) + "/", route) for route in ordered]
+        self._routes = [(prefix, prefix + "/", route) for prefix, route in _in_order(routes)]
 
     def no_route(self, method: str, path: str, model: str | None) -> RequestError:
         """The error for a request without a route. Its text says what was requested and which routes there are."""
@@ -175,6 +188,59 @@ class Router:
                 if not match.model:
                     break
         return found
+
+
+def unreachable(routes: Sequence[Route]) -> list[tuple[Route, str]]:
+    """Those of `routes` that no request can take, and a sentence that says why. They are mistakes, but do no harm.
+
+    A request for the prefix of a route, and nothing below it, takes no route with a longer one. So only routes with the
+    same prefix can keep all requests from it.
+    """
+    found: dict[str, str] = {}
+    before: dict[str, list[Route]] = {}
+    for prefix, route in _in_order(routes):
+        earlier = before.setdefault(prefix, [])
+        found[route.name] = _why_unreachable(route, earlier)
+        earlier.append(route)
+    return [(route, f"no request can take this route: {why}") for route in routes if (why := found[route.name])]
+
+
+def _why_unreachable(route: Route, earlier: Sequence[Route]) -> str:
+    """Why no request takes `route`, which is tried after those that are `earlier` and have its prefix; or empty."""
+    match = route.match
+    try:
+        split_target(match.path)
+    except RequestError:
+        return "requests for paths with dot segments or control characters are refused"
+    methods = METHODS.intersection(match.methods or METHODS) - _REFUSED_METHODS
+    if not methods:
+        return f"{_some(match.methods)} requests are refused"
+    if match.model and all(within(glob, ()) for glob in match.model):
+        return f"no model matches {_some(match.model)}"
+
+    # Methods that no route names are all alike.
+    named = {method for one in earlier for method in one.match.methods}
+    methods = methods & named | set(sorted(methods - named)[:1])
+
+    def take_all(routes: Sequence[Route]) -> bool:
+        return all(
+            _take_all_models([one for one in routes if not one.match.methods or method in one.match.methods], route)
+            for method in methods
+        )
+
+    if not take_all(earlier):
+        return ""
+    alone = next(([one] for one in earlier if take_all([one])), earlier)
+    names = _some(one.name for one in alone)
+    return f"{names} take{'s'[: len(alone) == 1]} its requests; give it a higher place in the list, or remove it"
+
+
+def _take_all_models(routes: Sequence[Route], route: Route) -> bool:
+    """Whether each model that `route` takes, and none where it takes any, is taken by one of `routes`."""
+    if any(not one.match.model for one in routes):
+        return True
+    globs = [glob for one in routes for glob in one.match.model]
+    return bool(route.match.model) and all(within(glob, globs) for glob in route.match.model)
 
 
 def choose(candidates: Sequence[Route], model: str | None) -> Route | None:

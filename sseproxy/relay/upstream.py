@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import random
 import re
 import select
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 # Seconds. uvicorn and Node.js close an idle connection after 5 s. With less than that, this side closes it first, so a
 # request does not meet a connection that the upstream is just closing.
 KEEPALIVE = 4.0
+# Connections that were opened together are closed at different times, within this share of their age. As in gRPC.
+_JITTER = 0.1
 # Models of one upstream for which it is remembered whether they accept `stream_options`. Clients choose their names, so
 # there must be a limit.
 _MAX_MODELS = 1024
@@ -77,7 +81,7 @@ class RelayProtocol(ResponseHandler):
     Bytes that arrive in any other state are unexpected, and the connection is aborted.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, heads: ResponseHeads) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, heads: ResponseHeads, max_age: float | None = None) -> None:
         super().__init__(loop)
         # The base class has a queue per connection, which is never used here. All connections share an empty one.
         self._buffer = _NO_QUEUE
@@ -99,10 +103,16 @@ class RelayProtocol(ResponseHandler):
         self._saw_eof = False
         self._held_paused = False
         self._plain = False
+        self._old_at = None if max_age is None else perf_counter() + max_age * (1 - _JITTER * random.random())
 
     @property
     def should_close(self) -> bool:
         return self._should_close
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it has reached its age, and takes no other request."""
+        return self._old_at is not None and perf_counter() >= self._old_at
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -168,7 +178,7 @@ class RelayProtocol(ResponseHandler):
         """The exchange has ended. The connection goes back to the pool only if it is `reusable`."""
         self._head, self._interim, self._answered = None, None, False
         self._take_back()
-        if not reusable or self._held or self._reads.ahead:
+        if not reusable or self._held or self._reads.ahead or self.is_old:
             self._should_close = True
         self._held = b""
         if not self._should_close:
@@ -360,7 +370,12 @@ class Upstream:
         self._stream_options: dict[str | None, bool] = {}
         self._connector._factory = cast(
             "functools.partial[ResponseHandler]",
-            functools.partial(RelayProtocol, loop=loop, heads=ResponseHeads(loop, limits.response_head)),
+            functools.partial(
+                RelayProtocol,
+                loop=loop,
+                heads=ResponseHeads(loop, limits.response_head),
+                max_age=config.max_connection_age,
+            ),
         )
         self._max_pending = limits.pending_connects
         self._pending = pending
@@ -407,8 +422,9 @@ class Upstream:
                 connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
                 try:
                     owned = UpstreamConnection(connection, on_abort)
+                    protocol = owned.protocol
                     # A reused connection must be quiet: bytes on it would be taken for the response.
-                    if not owned.protocol.requests or (not fresh and owned.protocol.is_quiet()):
+                    if not protocol.requests or not (fresh or protocol.is_old or not protocol.is_quiet()):
                         return owned
                 except BaseException:
                     connection.close()

@@ -334,6 +334,10 @@ def is_json(fields: Fields) -> bool:
     return _has_type(fields, b"application/json")
 
 
+def is_form(fields: Fields) -> bool:
+    return _has_type(fields, b"multipart/form-data")
+
+
 def is_encoded(fields: Fields) -> bool:
     """Whether the body is compressed, and so cannot be inspected."""
     return not {b"identity"}.issuperset(fields.tokens(b"content-encoding"))

@@ -1,4 +1,4 @@
-"""Reads a JSON request: its model, and how to request usage in addition."""
+"""Reads a request: its model, and, if it is JSON, how to request usage in addition."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from .extract import Extract, Gist, wanted
+from .form import FormReader, boundary_of
+from .headers import Fields
 from .meaning import MAX_MODEL, NULL, UNREADABLE, text_of
 
 # Bytes of the name in JSON. A character takes at most two escapes.
@@ -55,7 +57,7 @@ class Splice(NamedTuple):
 
 
 class RequestReader:
-    """Reads a request's body. `feed` takes its parts as they arrive. At most about 64 KiB are kept.
+    """Reads a JSON request body. `feed` takes its parts as they arrive. At most about 64 KiB are kept.
 
     The properties are about the body so far. A body that is not a JSON object has no model, and no usage is requested.
     """
@@ -132,6 +134,13 @@ class RequestReader:
 
 
 _NO_REQUEST: Final = _Request()
+
+
+def reader_of(fields: Fields) -> RequestReader | FormReader:
+    """What reads the body of a request with these `fields`. What is no form may be JSON, whatever its type is."""
+    types = fields.named(b"content-type")
+    boundary = boundary_of(types[0]) if len(types) == 1 else None
+    return RequestReader() if boundary is None else FormReader(boundary)
 
 
 def _model(request: _Request) -> str | None:
