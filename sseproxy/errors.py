@@ -51,7 +51,7 @@ class Outcome(enum.StrEnum):
     """The upstream's connection ended before its body did."""
     STALLED_CLIENT = "stalled_client"
     REJECTED = "rejected"
-    """Answered here, never sent upstream."""
+    """Refused here. A part of the body may have been sent upstream before that."""
     DRAINED = "drained"
     """Still running at the end of the drain."""
     PROXY_ERROR = "proxy_error"

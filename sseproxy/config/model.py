@@ -36,6 +36,7 @@ from .values import (
     LoggedPaths,
     LogLevel,
     Methods,
+    MetricsDetail,
     Name,
     Networks,
     PathPrefix,
@@ -252,6 +253,9 @@ class Metrics(_Model):
 
     models: Globs = ()
     """Globs for models; the first that takes a request's model is its label, as it is written. The rest is `other`."""
+    detail: MetricsDetail = "full"
+    """`full`: all labels. `basic`: fewer series; only tokens and the times of tokens have a model, and durations
+    neither `stream` nor `outcome`."""
 
 
 class Match(_Model):

@@ -7,6 +7,7 @@ under known names only, because a name may be made to lead here (DNS rebinding),
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Collection
 
@@ -49,6 +50,15 @@ def of_another_site(request: web.Request) -> bool:
     return site not in ("same-origin", "none") or origin not in (None, own)
 
 
+def takes_gzip(accepted: str) -> bool:
+    """Whether a field `Accept-Encoding` has gzip, or anything, with a weight that is not zero (RFC 9110, 12.5.3)."""
+    weights = {}
+    for item in accepted.lower().split(","):
+        coding, _, parameter = item.partition(";")
+        weights[coding.strip()] = parameter.replace(" ", "")
+    return re.fullmatch(r"q=0(\.0{0,3})?", weights.get("gzip", weights.get("*", "q=0"))) is None
+
+
 def application(
     registry: Callable[[], Awaitable[Registry]],
     ready: Callable[[], str | None],
@@ -73,7 +83,10 @@ def application(
 
     async def metrics(request: web.Request) -> web.Response:
         body, content_type = exposition(await registry(), ",".join(request.headers.getall(hdrs.ACCEPT, [])))
-        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+        response = web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type, hdrs.VARY: hdrs.ACCEPT_ENCODING})
+        if takes_gzip(",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, []))):
+            response.enable_compression(web.ContentCoding.gzip)
+        return response
 
     async def livez(request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

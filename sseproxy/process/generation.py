@@ -24,8 +24,8 @@ from time import perf_counter
 from ..config import Config
 from ..errors import Outcome, ReloadError
 from ..observe import metrics
-from ..observe.metrics import Recorder, Report
-from ..observe.registry import Registry
+from ..observe.metrics import Labels, Recorder, Report
+from ..observe.registry import Registry, of_process
 from ..observe.telemetry import Reports
 from ..relay.admission import connections_within
 from .worker import encode_config
@@ -151,6 +151,8 @@ class Generation(_Workers):
         self._changed = changed
         self._same_code = same_code
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        # Which of the workers each is, as its label says, and the CPU time that was counted of it.
+        self._places: dict[int, tuple[str, float]] = {}
         self._channels: dict[int, socket.socket] = {}
         self._spawning = 0
         # Of the workers that report, which they do once they accept.
@@ -164,7 +166,7 @@ class Generation(_Workers):
         """Starts the workers; `ready` tells which of them accept."""
         self._of_a_worker = within_descriptors(self._of_a_worker)
         loop = asyncio.get_running_loop()
-        self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.size)]
+        self._keepers = [loop.create_task(self._keep_worker(str(place))) for place in range(1, self.size + 1)]
 
     def complete(self) -> bool:
         """Whether every worker accepts."""
@@ -192,15 +194,26 @@ class Generation(_Workers):
         return [(process.pid, self._channels[number].fileno()) for number, process in self._processes.items()]
 
     async def report(self) -> None:
-        """Waits until the registry has what each worker knows now."""
+        """Waits until the registry has what each worker knows now, after what the system knows of each."""
+        for number, process in self._processes.items():
+            place, used = self._places[number]
+            seen = of_process(process.pid)
+            self._places[number] = place, max(used, seen.cpu_seconds)
+            gauges: list[tuple[str, Labels, float]] = [
+                (metrics.WORKER_MEMORY.name, (place,), seen.resident_bytes),
+                (metrics.WORKER_FDS.name, (place,), seen.open_fds),
+                (metrics.WORKER_MAX_FDS.name, (place,), seen.max_fds),
+            ]
+            cpu = (metrics.WORKER_CPU.name, (place,), max(0.0, seen.cpu_seconds - used))
+            self._registry.add(number, Report([cpu], gauges, [], []))
         await asyncio.gather(*(reports.latest() for reports in self._reports.values()))
 
     async def ended(self) -> None:
         """Waits until every worker has ended, after they were told to."""
         await asyncio.wait(self._keepers)
 
-    async def _keep_worker(self) -> None:
-        """Keeps one worker running."""
+    async def _keep_worker(self, place: str) -> None:
+        """Keeps one worker running in `place`."""
         backoff = 0.0
         replaces = False
         while not self._closing.is_set():
@@ -208,7 +221,7 @@ class Generation(_Workers):
             try:
                 if replaces:
                     await self._same_code()
-                last_exit = f"ended with status {await self._run_worker()}"
+                last_exit = f"ended with status {await self._run_worker(place)}"
                 ended = True
             except (OSError, ReloadError) as error:
                 # Out of descriptors, processes or memory; there may be some again. Or the code on disk is another.
@@ -228,7 +241,7 @@ class Generation(_Workers):
             except TimeoutError:
                 continue
 
-    async def _run_worker(self) -> int:
+    async def _run_worker(self, place: str) -> int:
         """Runs one worker to its end; returns its exit status. Raises `OSError` if there is no starting one."""
         ours, theirs = socket.socketpair()
         number = next(self._numbers)
@@ -249,6 +262,7 @@ class Generation(_Workers):
             finally:
                 self._spawning -= 1
         self._processes[number] = process
+        self._places[number] = place, 0.0
         self._channels[number] = ours
         if self._told is not None:
             with suppress(ProcessLookupError):
@@ -274,10 +288,11 @@ class Generation(_Workers):
         status = await process.wait()
         watch.cancel()
         writer.close()
-        del self._processes[number], self._channels[number]
+        del self._processes[number], self._places[number], self._channels[number]
         self._changed()
         for labels, lost in self._registry.drop(number).items():
-            self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
+            # Neither its model nor its status is known here.
+            self._recorder.count(metrics.REQUESTS, (*labels, "", "", Outcome.PROXY_ERROR.value), lost)
         return status
 
     async def _follow(self, number: int, reports: Reports) -> None:

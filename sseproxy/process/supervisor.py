@@ -15,7 +15,7 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from typing import get_args
 
@@ -28,9 +28,10 @@ from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..observe import metrics
 from ..observe.logs import log_as
-from ..observe.metrics import Recorder
+from ..observe.metrics import Labels, Recorder, Report
 from ..observe.registry import Registry
 from ..relay.heads import check_parser
+from ..relay.routes import OTHER
 from . import notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors
@@ -47,6 +48,8 @@ _ENDING = "the proxy is shutting down"
 _UPGRADING = "the proxy is being upgraded, and reads the configuration again as it starts"
 # Of a file that is watched; larger ones are not read as what they are either.
 _MAX_FILE = 4 << 20
+# Who tells the registry what the configuration says: not the supervisor itself, because options come and go.
+_CONFIGURATION = -1
 _SELDOM = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # For what a reload waits at most until workers have stopped accepting; it takes them a turn of their loop.
 _TAKE_OVER = 5.0
@@ -466,11 +469,16 @@ class Supervisor:
 
     def _loaded(self) -> None:
         """The configuration is in use."""
+        self._registry.drop(_CONFIGURATION)
+        self._registry.add(_CONFIGURATION, Report([], [*_limits(self.config)], [], []))
+        named = self.config.metrics
+        models = (*named.models, OTHER) if named.detail == "full" else ("",)
         for route in self.config.routes:
             # What seldom happens is 0 until it does, so that the first time is an increase that alerts can see.
             labels = route.name, route.upstream
             for code, outcome in _SELDOM:
-                self._recorder.count(metrics.REQUESTS, (*labels, code, outcome.value), 0)
+                for model in models if outcome is not Outcome.PROXY_ERROR else ("",):
+                    self._recorder.count(metrics.REQUESTS, (*labels, model, code, outcome.value), 0)
             for kind in get_args(UpstreamErrorType):
                 self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
@@ -522,6 +530,16 @@ class Supervisor:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+
+def _limits(config: Config) -> Iterator[tuple[str, Labels, float]]:
+    """The gauges of the numbers that `config` allows."""
+    for option in ("connections", "connections_per_client", "active_requests", "pending_connects"):
+        if (most := getattr(config.limits, option)) is not None:
+            yield metrics.LIMIT.name, (option, ""), most
+    for route in config.routes:
+        if route.limits.active_requests is not None:
+            yield metrics.LIMIT.name, ("active_requests", route.name), route.limits.active_requests
 
 
 def _used(config: Config) -> set[tuple[str, str]]:

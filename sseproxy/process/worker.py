@@ -17,7 +17,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
@@ -26,7 +26,7 @@ import uvloop
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
 from ..observe.logs import log_as, set_up_logging
-from ..observe.metrics import Report
+from ..observe.metrics import Labels, Metric, Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
 from .listeners import BACKLOG
@@ -69,7 +69,7 @@ class Worker:
         self._config = config
         self._sockets = sockets
         self._servers: list[asyncio.Server] = []
-        self.telemetry = Telemetry(loop, send, self._connections, access)
+        self.telemetry = Telemetry(loop, send, self._gauges, access, detailed=config.metrics.detail == "full")
         self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged)
 
     def _stop_accepting(self) -> None:
@@ -83,8 +83,14 @@ class Worker:
         self.telemetry.recorder.set(metrics.WORKERS_FINISHING, (), int(not accepts))
         self.telemetry.report()
 
-    def _connections(self) -> list[tuple[str, int, int]]:
-        return [(name, *upstream.connections()) for name, upstream in self.proxy.upstreams.items()]
+    def _gauges(self) -> Iterator[tuple[Metric, Labels, float]]:
+        """What is as it is now."""
+        yield metrics.CLIENT_CONNECTIONS, (), self.proxy.server.places.open
+        for name, upstream in self.proxy.upstreams.items():
+            in_use, idle = upstream.connections()
+            yield metrics.CONNECTIONS, (name, "active"), in_use - upstream.connecting
+            yield metrics.CONNECTIONS, (name, "connecting"), upstream.connecting
+            yield metrics.CONNECTIONS, (name, "idle"), idle
 
     async def start(self) -> None:
         """Accepts, and reports so."""

@@ -231,7 +231,8 @@ class Relay:
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(keep_alive=False)
-        self._recorded().status = error.status
+        exchange = self._recorded()
+        exchange.status = error.status
         extra = [(b"X-Request-Id", self._request_id)]
         if error.status in (429, 503):
             # Another replica, or this one's successor, takes it now.
@@ -241,7 +242,9 @@ class Relay:
             # A request that parsers may read differently ends the connection.
             self._downstream.read_no_more()
         last = misread or self._downstream.refused is not None
-        return Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
+        answer = Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
+        exchange.response_bytes += 0 if self._request.method == "HEAD" else len(answer.body)
+        return answer
 
     async def _relay(self) -> None:
         """Phases 1 to 5, and the beginning of 6."""

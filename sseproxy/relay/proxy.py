@@ -117,6 +117,7 @@ class Proxy:
         observer = self.observer("", "", routes.OTHER)
         exchange = Exchange("", "", observer, "", perf_counter())
         exchange.status, exchange.reason, exchange.cause = error.status, error.code, error.cause
+        exchange.response_bytes = len(error.body())
         try:
             exchange.begin()
             observer.rejected(error.reason)

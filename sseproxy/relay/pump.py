@@ -257,6 +257,7 @@ class Pump:
             comment = self._inspector.heartbeat()
             if comment and not self._downstream.writing_paused:
                 self._write(frame(comment) if self._chunked_out else comment)
+                self._exchange.response_bytes += len(comment)
                 self._written_at = now
         self._heartbeat_timer = self._loop.call_later(due - now, self._beat, interval)
 
@@ -309,6 +310,7 @@ class Pump:
                 event = self._inspector.farewell(error)
                 if event:
                     self._write(frame(event) if self._chunked_out else event)
+                    self._exchange.response_bytes += len(event)
         finally:
             self.done.set_exception(error)
 
