@@ -134,6 +134,7 @@ ROWS = (
                 (Query(rate("requests_total", "code"), "{{code}}"),),
                 "reqps",
                 stacked=True,
+                width=6,
             ),
             Panel(
                 "Not completed, by outcome",
@@ -147,6 +148,7 @@ ROWS = (
                 ),
                 "reqps",
                 stacked=True,
+                width=6,
             ),
             Panel(
                 "Requests by route",
@@ -154,6 +156,15 @@ ROWS = (
                 (Query(rate("requests_total", "route"), "{{route}}"),),
                 "reqps",
                 stacked=True,
+                width=6,
+            ),
+            Panel(
+                "Requests by model",
+                "Requests that ended, per second and model. The configuration lists models in metrics.models. All others are in other.",
+                (Query(rate("requests_total", "model"), "{{model}}"),),
+                "reqps",
+                stacked=True,
+                width=6,
             ),
             Panel(
                 "In progress",
@@ -162,19 +173,21 @@ ROWS = (
                     Query(f"sum(sseproxy_requests_active{{{R}}})", "requests"),
                     Query(f"sum(sseproxy_streams_active{{{R}}})", "streams"),
                 ),
+                width=6,
+            ),
+            Panel(
+                "Client connections",
+                "Connections of clients, with or without a request. Idle ones cost memory and a descriptor each.",
+                (Query(f"sum by (instance) (sseproxy_client_connections{{{P}}})", "{{instance}}"),),
+                whole=True,
+                width=6,
             ),
             Panel(
                 "Duration",
                 "Time from the request head to the end, for every outcome. For streams it is mostly the length of the answer.",
                 quantiles("request_duration_seconds"),
                 "s",
-            ),
-            Panel(
-                "Requests by model",
-                "Requests that ended, per second and model. The configuration lists models in metrics.models. All others are in other.",
-                (Query(rate("requests_total", "model"), "{{model}}"),),
-                "reqps",
-                stacked=True,
+                width=6,
             ),
             Panel(
                 "Bytes",
@@ -184,6 +197,7 @@ ROWS = (
                     Query(rate("response_bytes_total"), "responses"),
                 ),
                 "Bps",
+                width=6,
             ),
         ),
     ),
@@ -305,12 +319,14 @@ ROWS = (
                     Query(rate("stream_events_total"), "events"),
                     Query(rate("stream_events_garbled_total"), "garbled"),
                 ),
+                width=12,
             ),
             Panel(
                 "Stream ends",
                 "marker: the API's end marker came. eof: only the body ended. If the backend normally sends a marker, the stream was cut.",
                 (Query(rate("stream_ends_total", "end"), "{{end}}"),),
                 "reqps",
+                12,
             ),
         ),
     ),
@@ -430,13 +446,20 @@ ROWS = (
                 "s",
             ),
             Panel(
-                "Client connections",
-                "Connections of clients, with or without a request, and how many the configuration allows.",
+                "Limits",
+                "The share of limits.connections and limits.active_requests that is in use. At 100 % requests are refused.",
                 (
-                    Query(f"sum(sseproxy_client_connections{{{P}}})", "connections"),
-                    Query(f'sum(sseproxy_limit{{{P},limit="connections"}})', "limit"),
+                    Query(
+                        f'sum by (instance) (sseproxy_client_connections{{{P}}}) / sum by (instance) (sseproxy_limit{{{P},limit="connections"}})',
+                        "{{instance}} connections",
+                    ),
+                    Query(
+                        f"sum by (instance) (sseproxy_requests_active{{{P}}}) / sum by (instance) "
+                        f'(sseproxy_limit{{{P},limit="active_requests",route=""}})',
+                        "{{instance}} active_requests",
+                    ),
                 ),
-                whole=True,
+                "percentunit",
             ),
             Panel(
                 "CPU",

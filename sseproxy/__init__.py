@@ -19,8 +19,9 @@ Processes
 
 A worker is a fresh interpreter that inherits the listening sockets and one end of a socket pair. Down the pair comes
 its configuration, up go its reports: what has changed since the last one, each second, and at once when `/metrics` is
-asked for. The supervisor adds them up, so counters never fall when a worker ends, and a worker's gauges go with it. The
-end of the pair is the end of the other side: a worker whose supervisor died drains and goes. A worker that does not
+asked for. The supervisor adds them up, so counters never fall when a worker ends, and a worker's gauges go with it.
+What a worker uses of CPU, memory and descriptors the supervisor reads from the system, when `/metrics` is asked for.
+The end of the pair is the end of the other side: a worker whose supervisor died drains and goes. A worker that does not
 answer when it is asked is not ready, and in the end killed and replaced.
 
 What either writes for people goes through a thread, and is dropped if nobody takes it: no reader holds up a loop.
@@ -138,7 +139,7 @@ delta                   generated content in an event
 TTFT                    time to first token: request head received to the first event with a non-empty generated delta
                         written downstream
 inter-token latency     the gap between consecutive events with a generated delta, at the time they were read
-TPOT                    (last - first generated event) / (output tokens - 1)
+TPOT                    (last - first generated event) / (streamed tokens - 1), of completed streams
 usage                   the upstream's own token counts, the last non-null ones of a stream; never summed or estimated
 outcome                 why an exchange ended: one of `errors.Outcome`
 drain                   stop accepting, fail readiness, let streams finish until the deadline, then end them in-band

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy import config
-from sseproxy.errors import Outcome
+from sseproxy.errors import Outcome, RequestError
 from sseproxy.observe.registry import of_process
 from sseproxy.process.admin import takes_gzip
 from sseproxy.relay.exchange import Exchange
@@ -431,3 +432,52 @@ async def test_metrics_are_compressed_where_that_is_asked_for(upstream: Scripted
 )
 def test_gzip_is_taken_by_who_says_so(accepted: str, takes: bool) -> None:
     assert takes_gzip(accepted) == takes
+
+
+DEFINITIONS = (Path(__file__).parent.parent / "grafana" / "metrics.md").read_text()
+
+
+@pytest.mark.parametrize("detail", ["full", "basic"])
+async def test_there_are_as_many_series_as_the_definitions_say(
+    start: StartProxy, upstream: ScriptedUpstream, detail: Literal["full", "basic"]
+) -> None:
+    """For what is typical: an answer, a refusal, a client that leaves."""
+    proxy = await start(upstream.url, metrics=config.Metrics(models=("m",), detail=detail))
+    finish = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
+    cached = counts(prompt_tokens=9, completion_tokens=2, prompt_tokens_details={"cached_tokens": 3})
+    await streamed(proxy, upstream, [delta("a"), delta("b"), finish, cached, DONE])
+    client, api = await begin_again(proxy, upstream)
+    api.send(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n")
+    await client.message()
+    client.send(post())
+    await api.message()
+    api.send(STREAM_HEAD, chunk(delta("a")))
+    await client.read_until(delta("a"))
+    client.reset()
+    await proxy.idle()
+    of_model = of_route = 0
+    for _, labels in proxy.samples():
+        said = dict(labels)
+        if said.get("model"):
+            of_model += 1
+        elif said.get("upstream"):
+            of_route += 1
+    column = 1 if detail == "basic" else 0
+    rows = {
+        "route and upstream": of_route,
+        "route, upstream and model": of_model,
+    }
+    for name, found in rows.items():
+        (numbers,) = re.findall(rf"^\| {name} \| (\d+) \| (\d+) \|$", DEFINITIONS, re.M)
+        assert found == pytest.approx(int(numbers[column]), rel=0.1), name
+
+
+async def begin_again(proxy: RunningProxy, upstream: ScriptedUpstream) -> tuple[Peer, Peer]:
+    """As `begin`, on a connection to the upstream that is certainly a new one."""
+    await upstream.hang_up()
+    return await begin(proxy, upstream)
+
+
+def test_every_reason_is_explained() -> None:
+    for reason in (*RequestError._TABLE, "stop", "length", "tool_calls", "content_filter", "error", "other"):
+        assert f"`{reason}`" in DEFINITIONS, reason

@@ -197,7 +197,7 @@ def _count_moved(exchange: Exchange, told: _Moved) -> _Moved:
     if moved != told:
         observer = exchange.observer
         assert isinstance(observer, RouteObserver)
-        observer.moved(_Moved(*(now - before for now, before in zip(moved, told, strict=True))))
+        observer.moved(moved, told)
     return moved
 
 
@@ -264,17 +264,17 @@ class RouteObserver:
         if len(request_id) <= _EXEMPLAR_ID:
             self._first_token.example(seconds, request_id, time.time())  # noqa: TID251 - a point in time
 
-    def moved(self, by: _Moved) -> None:
-        """An exchange has moved so much since the last time."""
-        recorder, labels = self._recorder, self._labels
-        if by.events:
-            recorder.count(metrics.EVENTS, labels, by.events)
-        if by.deltas:
-            recorder.count(metrics.DELTAS, self._detailed, by.deltas)
-        if by.request_bytes:
-            recorder.count(metrics.REQUEST_BYTES, labels, by.request_bytes)
-        if by.response_bytes:
-            recorder.count(metrics.RESPONSE_BYTES, labels, by.response_bytes)
+    def moved(self, now: _Moved, told: _Moved) -> None:
+        """An exchange has moved so much, of which so much was told."""
+        count, labels = self._recorder.count, self._labels
+        if by := now.events - told.events:
+            count(metrics.EVENTS, labels, by)
+        if by := now.deltas - told.deltas:
+            count(metrics.DELTAS, self._detailed, by)
+        if by := now.request_bytes - told.request_bytes:
+            count(metrics.REQUEST_BYTES, labels, by)
+        if by := now.response_bytes - told.response_bytes:
+            count(metrics.RESPONSE_BYTES, labels, by)
 
     def finished(self, exchange: Exchange) -> None:
         recorder, labels, detailed = self._recorder, self._labels, self._detailed
