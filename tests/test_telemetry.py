@@ -395,6 +395,24 @@ async def test_a_worker_that_is_stopped_half_of_the_time_is_seen_to_be_late(
         assert in_time / timers < 0.95
 
 
+async def test_what_a_worker_had_told_stays_when_it_is_killed(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        client = await served.connect()
+        client.send(post())
+        api = await upstream.accept()
+        await api.message()
+        api.send(STREAM_HEAD, chunk(delta("a")), chunk(delta("b")))
+        await client.read_until(delta("b"))
+        await served.until(r"stream_deltas_total\{.*\}", 2)
+        os.kill(served.workers[0], signal.SIGKILL)
+        await client.rest()
+        await served.until(r'requests_total\{code="",model="",outcome="proxy_error",route="api",upstream="up"\}', 1)
+        found = await served.samples()
+        lost = [name for name in found if re.match(r"request_duration_seconds|tokens_total", name)]
+        assert lost == []
+        assert sum(value for name, value in found.items() if name.startswith("stream_deltas_total")) == 2
+
+
 def test_nothing_is_known_of_a_process_that_has_ended() -> None:
     assert of_process(2**22 + 1) == (0, 0, 0, 0)
 

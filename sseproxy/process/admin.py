@@ -83,7 +83,9 @@ def application(
 
     async def metrics(request: web.Request) -> web.Response:
         body, content_type = exposition(await registry(), ",".join(request.headers.getall(hdrs.ACCEPT, [])))
-        response = web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type, hdrs.VARY: hdrs.ACCEPT_ENCODING})
+        headers = {hdrs.CONTENT_TYPE: content_type, hdrs.VARY: hdrs.ACCEPT_ENCODING}
+        # What is large is compressed by a thread.
+        response = web.Response(body=body, headers=headers)
         if takes_gzip(",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, []))):
             response.enable_compression(web.ContentCoding.gzip)
         return response
