@@ -194,7 +194,7 @@ async def test_events_deltas_and_bytes_count_while_a_stream_runs(
     assert proxy.sample("stream_events_total") == 22
     assert proxy.sample("stream_deltas_total") == 20
     assert proxy.sample("response_bytes_total") == moved + len(DONE)
-    assert not proxy.worker.telemetry._running
+    assert not proxy.worker.telemetry.running
 
 
 async def test_what_runs_is_told_unasked_every_second(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:

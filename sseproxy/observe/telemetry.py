@@ -116,8 +116,8 @@ class Telemetry:
         self._send = send
         self._gauges = gauges
         self._observers: dict[tuple[str, str, str], RouteObserver] = {}
-        # What was told of each exchange that is under way.
-        self._running: dict[Exchange, _Moved] = {}
+        self.running: dict[Exchange, _Moved] = {}
+        """What was told of each exchange that is under way."""
         self._settling: asyncio.TimerHandle | None = None
         self._report_due = 0.0
         self._asked = False
@@ -152,8 +152,8 @@ class Telemetry:
         self._report_due = perf_counter() + REPORT_INTERVAL
         if self.access is not None:
             self.access.flush()
-        for exchange, told in self._running.items():
-            self._running[exchange] = _count_moved(exchange, told)
+        for exchange, told in self.running.items():
+            self.running[exchange] = _count_moved(exchange, told)
         for metric, labels, value in self._gauges():
             self.recorder.set(metric, labels, value)
         report = self.recorder.report(asked=self._asked)
@@ -162,20 +162,9 @@ class Telemetry:
             self._asked = False
         else:
             self.recorder.take_back(report)
-        if self._running or not sent:
+        if self.running or not sent:
             # What happens inside an exchange does not ask for a report of its own.
             self.changed()
-
-    def began(self, exchange: Exchange) -> None:
-        """`exchange` is under way: what it moves is counted while it does."""
-        self._running[exchange] = _NOTHING_YET
-        self.changed()
-
-    def ended(self, exchange: Exchange) -> None:
-        """All of `exchange` is told."""
-        told = self._running.pop(exchange, _NOTHING_YET)
-        _count_moved(exchange, told)
-        self.changed()
 
     def close(self) -> None:
         """Sends the last report."""
@@ -235,8 +224,9 @@ class RouteObserver:
         self.released = recorder.histogram(metrics.RELEASE, labels).observe
 
     def started(self, exchange: Exchange) -> None:
+        self._telemetry.running[exchange] = _NOTHING_YET
         self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
-        self._telemetry.began(exchange)
+        self._telemetry.changed()
 
     def rejected(self, reason: str) -> None:
         self._recorder.count(metrics.REJECTED, (self._labels[0], reason))
@@ -280,6 +270,7 @@ class RouteObserver:
         recorder, labels, detailed = self._recorder, self._labels, self._detailed
         assert exchange.outcome is not None
         assert exchange.ended_at is not None
+        told = self._telemetry.running.pop(exchange, _NOTHING_YET)
         recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
         code = exchange.status or _CLIENT_CLOSED_REQUEST
         recorder.count(metrics.REQUESTS, (*detailed, str(code), exchange.outcome.value))
@@ -294,6 +285,7 @@ class RouteObserver:
                 recorder.count(metrics.WITHOUT_USAGE, (*labels, _why_without_usage(exchange)))
             if exchange.outcome is Outcome.COMPLETED and exchange.unread != "encoded":
                 recorder.count(metrics.STREAM_ENDS, (*labels, "marker" if exchange.marker_seen else "eof"))
+        _count_moved(exchange, told)
         if exchange.unread is not None:
             recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
         if exchange.finish_reason is not None:
@@ -304,7 +296,7 @@ class RouteObserver:
             recorder.histogram(metrics.TPOT, self._of_model).observe(pace)
         if self._telemetry.access is not None:
             self._telemetry.access.ended(exchange)
-        self._telemetry.ended(exchange)
+        self._telemetry.changed()
 
     def _count_usage(self, usage: Usage, *, completed: bool) -> None:
         for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
