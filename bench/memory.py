@@ -293,7 +293,7 @@ async def one_stream(bound: Bound, sent: str, first: bytes, piece: bytes, times:
             await client.reader.readexactly(length + 2)
             received += length
         assert received == size, f"{received} bytes of {size}"
-        await served.until(r"requests_total\{code=\"200\",outcome=\"completed\".*", 2)
+        await served.until(r"requests_total\{code=\"200\",.*outcome=\"completed\".*", 2)
         return Figures(bound, sent, watch.growth)
 
 

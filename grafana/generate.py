@@ -134,6 +134,7 @@ ROWS = (
                 (Query(rate("requests_total", "code"), "{{code}}"),),
                 "reqps",
                 stacked=True,
+                width=6,
             ),
             Panel(
                 "Not completed, by outcome",
@@ -147,6 +148,7 @@ ROWS = (
                 ),
                 "reqps",
                 stacked=True,
+                width=6,
             ),
             Panel(
                 "Requests by route",
@@ -154,6 +156,15 @@ ROWS = (
                 (Query(rate("requests_total", "route"), "{{route}}"),),
                 "reqps",
                 stacked=True,
+                width=6,
+            ),
+            Panel(
+                "Requests by model",
+                "Requests that ended, per second and model. The configuration lists models in metrics.models. All others are in other.",
+                (Query(rate("requests_total", "model"), "{{model}}"),),
+                "reqps",
+                stacked=True,
+                width=6,
             ),
             Panel(
                 "In progress",
@@ -162,21 +173,31 @@ ROWS = (
                     Query(f"sum(sseproxy_requests_active{{{R}}})", "requests"),
                     Query(f"sum(sseproxy_streams_active{{{R}}})", "streams"),
                 ),
+                width=6,
+            ),
+            Panel(
+                "Client connections",
+                "Connections of clients, with or without a request. Idle ones cost memory and a descriptor each.",
+                (Query(f"sum by (instance) (sseproxy_client_connections{{{P}}})", "{{instance}}"),),
+                whole=True,
+                width=6,
             ),
             Panel(
                 "Duration",
                 "Time from the request head to the end, for every outcome. For streams it is mostly the length of the answer.",
                 quantiles("request_duration_seconds"),
                 "s",
+                width=6,
             ),
             Panel(
                 "Bytes",
-                "Bytes of bodies, without HTTP heads and chunk framing.",
+                "Bytes of bodies, without HTTP heads and chunk framing. They move while streams run.",
                 (
                     Query(rate("request_bytes_total"), "requests"),
                     Query(rate("response_bytes_total"), "responses"),
                 ),
                 "Bps",
+                width=6,
             ),
         ),
     ),
@@ -234,7 +255,7 @@ ROWS = (
             ),
             Panel(
                 "Time per output token",
-                "Average per model of (last - first token) / (output tokens - 1). 1 divided by it is the speed of one stream.",
+                "Average per model of (last - first token) / (streamed tokens - 1). 1 divided by it is the speed of one stream.",
                 (
                     Query(
                         f"{rate('time_per_output_token_seconds_sum', 'model')} / {rate('time_per_output_token_seconds_count', 'model')}",
@@ -245,7 +266,7 @@ ROWS = (
             ),
             Panel(
                 "Tokens by type",
-                "As the upstreams count them. For OpenAI, cached_input is a part of input, and reasoning is a part of output.",
+                "As the upstreams count them. cached_input and cache_write are parts of input, and reasoning is a part of output.",
                 (Query(rate("tokens_total", "type"), "{{type}}"),),
                 "short",
             ),
@@ -262,6 +283,30 @@ ROWS = (
                 stacked=True,
             ),
             Panel(
+                "Deltas by model",
+                "Events with generated content per second, by model, while streams run. An event can hold several tokens.",
+                (Query(rate("stream_deltas_total", "model"), "{{model}}"),),
+                "short",
+                stacked=True,
+            ),
+            Panel(
+                "Tokens per request",
+                "Tokens of one response, as the upstream counts them. Long prompts make the first token late, long answers the rest.",
+                tuple(
+                    Query(quantile(q, "tokens_per_request", selected=f'{R},type="{kind}"'), f"{kind} p{q * 100:g}")
+                    for kind in ("input", "output")
+                    for q in (0.5, 0.99)
+                ),
+                "short",
+            ),
+            Panel(
+                "Finish reasons",
+                "Why models stopped, per second. length: the answer was cut at its limit. content_filter: it was refused.",
+                (Query(rate("finish_reasons_total", "reason"), "{{reason}}"),),
+                "reqps",
+                stacked=True,
+            ),
+            Panel(
                 "Streams without usage",
                 "Streams whose tokens are not counted, by reason. not_reported: set usage: {request: true} on the route.",
                 (Query(rate("streams_without_usage_total", "reason"), "{{reason}}"),),
@@ -274,8 +319,7 @@ ROWS = (
                     Query(rate("stream_events_total"), "events"),
                     Query(rate("stream_events_garbled_total"), "garbled"),
                 ),
-                "short",
-                12,
+                width=12,
             ),
             Panel(
                 "Stream ends",
@@ -301,8 +345,37 @@ ROWS = (
                 "reqps",
             ),
             Panel(
+                "Error responses",
+                "Responses of the upstream with an error status, by status. They are complete, so they are not among the errors.",
+                (
+                    Query(
+                        f'sum by (upstream, code) (rate(sseproxy_requests_total{{{R},outcome="completed",code=~"4..|5.."}}[{RATE}]))',
+                        "{{upstream}} {{code}}",
+                    ),
+                ),
+                "reqps",
+            ),
+            Panel(
+                "Time to connect",
+                "Time to make a new connection to the upstream: name resolution, TCP and TLS.",
+                quantiles("upstream_connect_seconds"),
+                "s",
+            ),
+            Panel(
+                "Connections used again",
+                "The share of requests that were sent on an open connection. With little traffic it is low: idle connections are closed after four seconds.",
+                (
+                    Query(
+                        f"{rate('upstream_connections_reused_total', 'upstream')} / ({rate('upstream_connections_reused_total', 'upstream')}"
+                        f" + {rate('upstream_connect_seconds_count', 'upstream')})",
+                        "{{upstream}}",
+                    ),
+                ),
+                "percentunit",
+            ),
+            Panel(
                 "Connections",
-                "active: carries a request. idle: waits in the pool for the next one, at most four seconds.",
+                "connecting: being made. active: carries a request. idle: waits in the pool for the next one, at most four seconds.",
                 (
                     Query(
                         f"sum by (upstream, state) (sseproxy_upstream_connections{{{U}}})",
@@ -329,7 +402,7 @@ ROWS = (
             ),
             Panel(
                 "Event loop lag",
-                "How late timers fire. Above 0.1 s a worker is at its limit: add workers or replicas, remove CPU limits.",
+                "How late timers fire. Above 10 ms workers are throttled or at their limit: remove CPU limits, add workers or replicas.",
                 quantiles("event_loop_lag_seconds", P),
                 "s",
             ),
@@ -373,20 +446,57 @@ ROWS = (
                 "s",
             ),
             Panel(
-                "Descriptors of the supervisor",
-                "The supervisor serves no clients, so a steady rise is a leak.",
-                (Query(f"sum by (instance) (process_open_fds{{{P}}})", "{{instance}}"),),
+                "Limits",
+                "The share of limits.connections and limits.active_requests that is in use. At 100 % requests are refused.",
+                (
+                    Query(
+                        f'sum by (instance) (sseproxy_client_connections{{{P}}}) / sum by (instance) (sseproxy_limit{{{P},limit="connections"}})',
+                        "{{instance}} connections",
+                    ),
+                    Query(
+                        f"sum by (instance) (sseproxy_requests_active{{{P}}}) / sum by (instance) "
+                        f'(sseproxy_limit{{{P},limit="active_requests",route=""}})',
+                        "{{instance}} active_requests",
+                    ),
+                ),
+                "percentunit",
             ),
             Panel(
-                "Memory of the supervisor",
-                "Resident memory of the supervisor, without the workers.",
-                (Query(f"sum by (instance) (process_resident_memory_bytes{{{P}}})", "{{instance}}"),),
+                "CPU",
+                "CPU of each worker, and of the supervisor. 100 % is one core: a worker that needs it all is late.",
+                (
+                    Query(rate("worker_cpu_seconds_total", "instance, worker", P), "{{instance}} worker {{worker}}"),
+                    Query(
+                        f"sum by (instance) (rate(process_cpu_seconds_total{{{P}}}[{RATE}]))", "{{instance}} supervisor"
+                    ),
+                ),
+                "percentunit",
+            ),
+            Panel(
+                "Memory",
+                "Resident memory of each worker, and of the supervisor. It should follow the number of requests in progress.",
+                (
+                    Query(
+                        f"sum by (instance, worker) (sseproxy_worker_resident_memory_bytes{{{P}}})",
+                        "{{instance}} worker {{worker}}",
+                    ),
+                    Query(f"sum by (instance) (process_resident_memory_bytes{{{P}}})", "{{instance}} supervisor"),
+                ),
                 "bytes",
             ),
             Panel(
-                "CPU of the supervisor",
-                "The supervisor adds up the reports of workers and answers scrapes. Workers are not in it.",
-                (Query(f"sum by (instance) (rate(process_cpu_seconds_total{{{P}}}[{RATE}]))", "{{instance}}"),),
+                "Descriptors",
+                "The share of file descriptors that are open, of those that are allowed. At 100 % no connection is accepted.",
+                (
+                    Query(
+                        f"max by (instance) (sseproxy_worker_open_fds{{{P}}} / sseproxy_worker_max_fds{{{P}}})",
+                        "{{instance}} worker",
+                    ),
+                    Query(
+                        f"max by (instance) (process_open_fds{{{P}}} / process_max_fds{{{P}}})",
+                        "{{instance}} supervisor",
+                    ),
+                ),
                 "percentunit",
             ),
         ),

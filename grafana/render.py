@@ -77,7 +77,9 @@ async def backend(api: Peer) -> None:
             api.send(chunk(delta(" token")))
         if dice > 100 - trouble:
             return
-        api.send(chunk(usage(random.randrange(50, 2000), tokens)), chunk(DONE), LAST_CHUNK)
+        reason = b"stop" if dice > 20 else b"length"
+        finish = b'data: {"choices":[{"delta":{},"finish_reason":"%b"}]}\n\n' % reason
+        api.send(chunk(finish), chunk(usage(random.randrange(50, 2000), tokens)), chunk(DONE), LAST_CHUNK)
 
 
 async def client(served: Served, seconds: float) -> None:

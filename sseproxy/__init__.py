@@ -21,9 +21,10 @@ Processes
 A worker is a new interpreter process. It inherits the listening sockets and one end of a socket pair, the channel.
 Through the channel it receives its configuration, and sends reports. A report has the changes since the previous
 report. A worker reports once a second, and whenever `/metrics` is requested. The supervisor adds the reports up, so a
-counter never falls when a worker ends, while the gauges of that worker disappear. When one end of the channel is
-closed, its process has ended: a worker whose supervisor has died drains and exits. A worker that does not answer a
-request for a report is first treated as not ready. If it still does not answer, it is killed and replaced.
+counter never falls when a worker ends, while the gauges of that worker disappear. It reads from the system what CPU,
+memory and descriptors each worker uses, when `/metrics` is requested. When one end of the channel is closed, its
+process has ended: a worker whose supervisor has died drains and exits. A worker that does not answer a request for a
+report is first treated as not ready. If it still does not answer, it is killed and replaced.
 
 All workers count in one table in shared memory, the ledger. Each worker writes its own row and reads all rows. So a
 limit is the limit of all workers together, also of those that are still finishing after a reload. Connections are
@@ -158,7 +159,7 @@ delta                   generated content in an event
 TTFT                    time to first token: from the request head received, to the first event with a non-empty
                         generated delta written downstream
 inter-token latency     the gap between consecutive events with a generated delta, at the time they were read
-TPOT                    (last - first generated event) / (output tokens - 1)
+TPOT                    (last - first generated event) / (streamed tokens - 1), of completed streams
 usage                   the upstream's own token counts, the last non-null ones of a stream; never summed or estimated
 outcome                 why an exchange ended: one of `errors.Outcome`
 drain                   stop accepting, fail readiness, and let streams finish; at the deadline, end the rest with an

@@ -51,7 +51,7 @@ class Outcome(enum.StrEnum):
     """The upstream closed the connection before the end of the response body."""
     STALLED_CLIENT = "stalled_client"
     REJECTED = "rejected"
-    """sseproxy itself answered the request, and did not send it to an upstream."""
+    """sseproxy itself answered the request. A part of the body may have been sent to the upstream before."""
     DRAINED = "drained"
     """The drain timeout passed before the end of the exchange."""
     PROXY_ERROR = "proxy_error"

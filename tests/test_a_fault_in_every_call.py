@@ -560,6 +560,7 @@ def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[as
     gauges = proxy.registry._gauges[1]
     found = {
         "exchanges": relay.active,
+        "exchanges that are told of": proxy.worker.telemetry.running,
         "connections": server.connections,
         "handshakes": server._handshakes,
         "not empty": not server.empty.is_set(),

@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from sseproxy.observe import metrics
 from sseproxy.observe.metrics import METRICS, Metric, Recorder, Report
 from sseproxy.observe.registry import Registry, exposition
-from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, Telemetry, encode_report
+from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, RouteObserver, Telemetry, encode_report
+from sseproxy.relay.exchange import Exchange
 from sseproxy.relay.proxy import LoopLag
 
 from .conftest import PlayScript, StartProxy
@@ -39,32 +40,77 @@ from .splits import cut, splits
 R = ("api", "up")
 
 TO_TOKEN = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160),
-    *(640, 2560),
+    *(
+        0.001,
+        0.005,
+        0.01,
+        0.02,
+        0.04,
+        0.06,
+        0.08,
+        0.09,
+        0.1,
+        0.11,
+        0.12,
+        0.13,
+        0.14,
+        0.15,
+        0.165,
+        0.18,
+        0.195,
+        0.21,
+        0.23,
+    ),
+    *(0.25, 0.275, 0.3, 0.33, 0.36, 0.39, 0.425, 0.46, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
 BETWEEN_TOKENS = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20),
-    *(40, 80),
+    *(
+        0.001,
+        0.0025,
+        0.0045,
+        0.005,
+        0.0055,
+        0.006,
+        0.0065,
+        0.007,
+        0.0075,
+        0.008,
+        0.00875,
+        0.0095,
+        0.01,
+        0.011,
+        0.012,
+        0.013,
+    ),
+    *(0.014, 0.015, 0.0165, 0.018, 0.0195, 0.021, 0.023, 0.025, 0.0275, 0.03, 0.033, 0.036, 0.039, 0.0425, 0.046),
+    *(0.05, 0.055, 0.06, 0.065, 0.07, 0.075, 0.0825, 0.09, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+    *(20, 40, 80),
 )
 DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+CONNECT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+LAG = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 10)
+TOKENS_OF_ONE = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))[:-1]
 OWN_DELAY = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1, 10)
 # What dashboards and alerts are written against, once more: (labels, R being route and upstream; buckets or type).
 CONTRACT = {
-    "requests": ("R code outcome", "counter"),
+    "requests": ("R model code outcome", "counter"),
     "requests_active": ("R", "gauge"),
     "streams_active": ("R", "gauge"),
-    "request_duration_seconds": ("R", DURATION),
+    "request_duration_seconds": ("R model stream outcome", DURATION),
     "time_to_response_head_seconds": ("R", TO_TOKEN),
     "time_to_first_event_seconds": ("R", TO_TOKEN),
     "time_to_first_token_seconds": ("R model", TO_TOKEN),
-    "inter_token_latency_seconds": ("R", BETWEEN_TOKENS),
+    "inter_token_latency_seconds": ("R model", BETWEEN_TOKENS),
     "time_per_output_token_seconds": ("R model", BETWEEN_TOKENS),
     "tokens": ("R model type", "counter"),
+    "tokens_per_request": ("R model type", TOKENS_OF_ONE),
+    "finish_reasons": ("R model reason", "counter"),
     "audio_seconds": ("R", "counter"),
     "streams_without_usage": ("R reason", "counter"),
     "stream_ends": ("R end", "counter"),
     "bodies_not_read": ("R reason", "counter"),
     "stream_events": ("R", "counter"),
+    "stream_deltas": ("R model", "counter"),
     "stream_events_garbled": ("R", "counter"),
     "request_bytes": ("R", "counter"),
     "response_bytes": ("R", "counter"),
@@ -73,9 +119,17 @@ CONTRACT = {
     "upstream_errors": ("R type", "counter"),
     "requests_rejected": ("route reason", "counter"),
     "upstream_connections": ("upstream state", "gauge"),
-    "event_loop_lag_seconds": ("", OWN_DELAY),
+    "upstream_connect_seconds": ("R", CONNECT),
+    "upstream_connections_reused": ("R", "counter"),
+    "client_connections": ("", "gauge"),
+    "limit": ("limit route", "gauge"),
+    "event_loop_lag_seconds": ("", LAG),
     "workers": ("", "gauge"),
     "workers_finishing": ("", "gauge"),
+    "worker_cpu_seconds": ("worker", "counter"),
+    "worker_resident_memory_bytes": ("worker", "gauge"),
+    "worker_open_fds": ("worker", "gauge"),
+    "worker_max_fds": ("worker", "gauge"),
     "worker_restarts": ("", "counter"),
     "upstream_up": ("upstream", "gauge"),
     "config_reloads": ("result", "counter"),
@@ -102,7 +156,7 @@ def test_workers_add_up_counters_stay_and_gauges_go() -> None:
         recorder = Recorder()
         recorder.count(metrics.EVENTS, R, amount)
         recorder.move(metrics.REQUESTS_ACTIVE, R, amount)
-        recorder.histogram(metrics.GAPS, R).observe(amount)
+        recorder.histogram(metrics.RELEASE, R).observe(amount)
         registry.add(worker, sent(recorder.report()))
     active = 'requests_active{route="api",upstream="up"}'
     events = 'stream_events_total{route="api",upstream="up"}'
@@ -110,7 +164,7 @@ def test_workers_add_up_counters_stay_and_gauges_go() -> None:
     assert registry.drop(1) == {R: 2}
     assert (samples(registry)[active], samples(registry)[events]) == (3, 5)
     assert registry.drop(1) == {}
-    assert samples(registry)['inter_token_latency_seconds_sum{route="api",upstream="up"}'] == 5
+    assert samples(registry)['upstream_release_seconds_sum{route="api",upstream="up"}'] == 5
 
 
 def test_a_report_tells_what_changed_since_the_last_one() -> None:
@@ -143,19 +197,19 @@ def test_a_report_that_could_not_be_sent_is_not_lost() -> None:
     recorder.set(metrics.UPSTREAM_UP, ("up",), 1)
     for value in (1.0, 3.0):
         recorder.count(metrics.EVENTS, R)
-        recorder.histogram(metrics.GAPS, R).observe(value)
+        recorder.histogram(metrics.RELEASE, R).observe(value)
         recorder.take_back(recorder.report())
     registry.add(1, sent(recorder.report()))
     assert samples(registry)['upstream_up{upstream="up"}'] == 1
     assert samples(registry)['stream_events_total{route="api",upstream="up"}'] == 2
-    assert samples(registry)['inter_token_latency_seconds_count{route="api",upstream="up"}'] == 2
-    assert samples(registry)['inter_token_latency_seconds_sum{route="api",upstream="up"}'] == 4
+    assert samples(registry)['upstream_release_seconds_count{route="api",upstream="up"}'] == 2
+    assert samples(registry)['upstream_release_seconds_sum{route="api",upstream="up"}'] == 4
 
 
 @given(st.lists(st.floats(min_value=0, max_value=5000), max_size=50))
 def test_buckets_are_cumulative_and_include_their_bound(values: list[float]) -> None:
     recorder, registry = Recorder(), Registry()
-    histogram = recorder.histogram(metrics.TO_FIRST_TOKEN, R)
+    histogram = recorder.histogram(metrics.TO_HEAD, R)
     for value in values:
         histogram.observe(value)
     histogram.observe(metrics.TO_TOKEN[3])
@@ -163,9 +217,70 @@ def test_buckets_are_cumulative_and_include_their_bound(values: list[float]) -> 
     registry.add(1, sent(recorder.report()))
     found = samples(registry)
     for bound in metrics.TO_TOKEN:
-        line = f'time_to_first_token_seconds_bucket{{le="{bound!r}",route="api",upstream="up"}}'
+        line = f'time_to_response_head_seconds_bucket{{le="{bound!r}",route="api",upstream="up"}}'
         assert found[line] == sum(value <= bound for value in values)
-    assert found['time_to_first_token_seconds_bucket{le="+Inf",route="api",upstream="up"}'] == len(values)
+    assert found['time_to_response_head_seconds_bucket{le="+Inf",route="api",upstream="up"}'] == len(values)
+
+
+def quantile(q: float, metric: Metric, values: list[float]) -> float:
+    """Prometheus' `histogram_quantile` of what is exposed of `values`."""
+    recorder, registry = Recorder(), Registry()
+    for value in values:
+        recorder.histogram(metric, ()).observe(value)
+    registry.add(1, recorder.report())
+    (family,) = [family for family in registry.collect() if family.name == f"sseproxy_{metric.name}"]
+    buckets = [(float(each.labels["le"]), each.value) for each in family.samples if "le" in each.labels]
+    below = (0.0, 0.0)
+    for bound, count in buckets:
+        if count >= q * len(values):
+            return below[0] + (bound - below[0]) * (q * len(values) - below[1]) / (count - below[1])
+        below = bound, count
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("metric", "lowest", "highest"),
+    [
+        (metrics.TO_FIRST_TOKEN, 0.1, 0.5),
+        (metrics.TO_HEAD, 0.1, 0.5),
+        (metrics.GAPS, 0.005, 0.1),
+        (metrics.TPOT, 0.005, 0.1),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+@given(st.data())
+def test_a_median_is_told_to_within_a_tenth_whatever_the_others_are(
+    metric: Metric, lowest: float, highest: float, data: st.DataObject
+) -> None:
+    median = data.draw(st.floats(lowest, highest))
+    side = data.draw(st.integers(0, 30))
+    lower = data.draw(st.lists(st.floats(0, median), min_size=side, max_size=side))
+    higher = data.draw(st.lists(st.floats(median, 100), min_size=side, max_size=side))
+    assert quantile(0.5, metric, [*lower, median, *higher]) == pytest.approx(median, rel=0.1001)
+
+
+@given(st.text(max_size=40))
+def test_of_a_finish_reason_only_words_that_are_known_are_labels(said: str) -> None:
+    assert metrics.reason_label(said) in {"stop", "length", "tool_calls", "content_filter", "error", "other"}
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("stop", "stop"),
+        ("end_turn", "stop"),
+        ("STOP", "stop"),
+        ("MAX_TOKENS", "length"),
+        ("incomplete", "length"),
+        ("function_call", "tool_calls"),
+        ("SAFETY", "content_filter"),
+        ("abort", "error"),
+        ("pause_turn", "other"),
+        ("", "other"),
+    ],
+)
+def test_each_api_has_words_of_its_own_for_the_same_reason(said: str, label: str) -> None:
+    assert metrics.reason_label(said) == label
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
@@ -258,16 +373,16 @@ def test_a_report_that_could_not_be_sent_keeps_the_latest_exemplar_of_each_bucke
         histogram.observe(seconds)
         histogram.example(seconds, request_id, 1.0)
 
-    first_token(0.3, "early")
+    first_token(0.6, "early")
     first_token(3.0, "slow")
     unsent = recorder.report()
-    first_token(0.4, "late")
+    first_token(0.7, "late")
     recorder.take_back(unsent)
     registry.add(1, sent(recorder.report()))
     families = parse_openmetrics(exposition(registry, "application/openmetrics-text")[0].decode())  # type: ignore[no-untyped-call]
     samples = [sample for family in families for sample in family.samples if sample.exemplar is not None]
     assert {sample.labels["le"]: sample.exemplar.labels["request_id"] for sample in samples} == {
-        "0.5": "late",
+        "0.75": "late",
         "5.0": "slow",
     }
 
@@ -305,14 +420,21 @@ def channel() -> Channel:
 
 @pytest.fixture
 async def telemetry(channel: Channel) -> AsyncIterator[Telemetry]:
-    running = Telemetry(asyncio.get_running_loop(), channel.send, lambda: [("up", 2, 5)])
+    gauges = [(metrics.CONNECTIONS, ("up", "active"), 2), (metrics.CONNECTIONS, ("up", "idle"), 5)]
+    running = Telemetry(asyncio.get_running_loop(), channel.send, lambda: gauges)
     yield running
     running.close()
 
 
-async def test_reports_go_out_unasked_while_an_exchange_is_under_way(telemetry: Telemetry, channel: Channel) -> None:
+def begun(telemetry: Telemetry) -> RouteObserver:
+    """What records an exchange that has just begun."""
     observer = telemetry.observer(*R, "other")
-    observer.started()
+    Exchange(*R, observer, "id", 0.0).begin()
+    return observer
+
+
+async def test_reports_go_out_unasked_while_an_exchange_is_under_way(telemetry: Telemetry, channel: Channel) -> None:
+    observer = begun(telemetry)
     gauges = (await channel.next()).gauges
     assert ("requests_active", R, 1) in gauges
     assert ("upstream_connections", ("up", "active"), 2) in gauges
@@ -322,8 +444,7 @@ async def test_reports_go_out_unasked_while_an_exchange_is_under_way(telemetry: 
 
 
 async def test_reports_are_not_more_often_than_they_have_to_be(telemetry: Telemetry, channel: Channel) -> None:
-    observer = telemetry.observer(*R, "other")
-    observer.started()
+    observer = begun(telemetry)
     await channel.next()
     sent_at, gaps = perf_counter(), 0
     while channel.sent.empty():
@@ -336,7 +457,7 @@ async def test_reports_are_not_more_often_than_they_have_to_be(telemetry: Teleme
 
 
 async def test_who_asks_gets_what_is_known_by_then(telemetry: Telemetry, channel: Channel) -> None:
-    telemetry.observer(*R, "other").started()
+    begun(telemetry)
     assert not (await channel.next()).asked
     telemetry.recorder.count(metrics.EVENTS, R)
     telemetry.report(asked=True)
@@ -480,8 +601,8 @@ async def test_no_client_can_make_a_series(start: StartProxy, play: PlayScript) 
         client.send(post(body, path).replace(b"POST", method.encode(), 1))
         assert (await client.message()).status in (200, 404)
 
-    await request("/v1/x", "POST", "m")
-    await request("/y", "POST", "m")
+    for path in ("/v1/x", "/v1/x", "/y"):
+        await request(path, "POST", "m")
     await proxy.idle()
     before = set(proxy.samples())
     dice = random.Random(7)

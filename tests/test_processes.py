@@ -83,7 +83,7 @@ async def test_it_says_where_it_listens_and_measures_what_passes(upstream: Scrip
         assert served.lines[0].startswith("sseproxy ")
         assert f"/v1  ->  {upstream.url}/v1" in served.lines
         await finish_stream(*await begin_stream(served, upstream))
-        await served.until(r'requests_total\{code="200",outcome="completed",.*\}', 1)
+        await served.until(r'requests_total\{code="200",.*outcome="completed",.*\}', 1)
         assert await served.sample(r"time_to_first_token_seconds_count\{.*\}") == 1
         assert await served.sample(r'tokens_total\{.*type="input".*\}') == 7
         assert await served.sample("workers") == 1

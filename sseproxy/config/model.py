@@ -33,6 +33,7 @@ from .values import (
     LoggedPaths,
     LogLevel,
     Methods,
+    MetricsDetail,
     Name,
     Networks,
     PathPrefix,
@@ -243,6 +244,9 @@ class Metrics(_Model):
     models: Globs = ()
     """Globs for models. The first glob that matches the model of a request is its label `model`. Requests that no glob
     matches have the label `other`."""
+    detail: MetricsDetail = "full"
+    """`full`: all labels. `basic`: fewer series. Then only tokens and the times of tokens have a model, and durations
+    have neither `stream` nor `outcome`."""
 
 
 class Match(_Model):

@@ -390,6 +390,8 @@ LoggedPaths = Annotated[
     Literal["known", "all", "off"], Option(_one_of("known", "all", "off"), _enum("known", "all", "off", False))
 ]
 
+MetricsDetail = Annotated[Literal["full", "basic"], Option(_one_of("full", "basic"), _enum("full", "basic"))]
+
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"],
     Option(_one_of("debug", "info", "warning", "error"), _enum("debug", "info", "warning", "error")),

@@ -12,20 +12,35 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-# To the first token: OpenTelemetry's GenAI buckets, extended at both ends as vLLM does, so that panels overlay.
+# Where times are compared, no bound is more than a tenth above the one before it: a quantile is estimated within a
+# bucket, so it is wrong by a tenth at most. That is from 100 to 500 ms to the first token, and from 5 to 100 ms between
+# tokens. OpenTelemetry's GenAI buckets are among both, so that panels overlay.
 TO_TOKEN: Final = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.09,
+    0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.165, 0.18, 0.195, 0.21, 0.23, 0.25, 0.275, 0.3, 0.33, 0.36, 0.39, 0.425, 0.46,
+    0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 )  # fmt: skip
 BETWEEN_TOKENS: Final = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
-    40.0, 80.0,
+    0.001, 0.0025, 0.0045,
+    0.005, 0.0055, 0.006, 0.0065, 0.007, 0.0075, 0.008, 0.00875, 0.0095,
+    0.01, 0.011, 0.012, 0.013, 0.014, 0.015, 0.0165, 0.018, 0.0195, 0.021, 0.023,
+    0.025, 0.0275, 0.03, 0.033, 0.036, 0.039, 0.0425, 0.046, 0.05, 0.055, 0.06, 0.065, 0.07, 0.075, 0.0825, 0.09,
+    0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
 DURATION: Final = (
     0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0,
 )  # fmt: skip
+# Seconds until a connection to an upstream is made, in a rack or over an ocean.
+CONNECT: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # Delays that sseproxy itself causes: from the usual tens of microseconds to values that need an alert.
 OWN_DELAY: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0)
+# Between the pauses of a busy worker and those of one that its control group stops for a part of every 100 ms.
+LAG: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 10.0)
+# As vLLM has them.
+TOKENS_OF_ONE: Final = (
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0, 50000.0, 100000.0,
+    200000.0, 500000.0, 1000000.0, 2000000.0,
+)  # fmt: skip
 
 Labels = tuple[str, ...]
 
@@ -49,7 +64,7 @@ _RM: Final = (*_R, "model")
 REQUESTS = Metric(
     "requests",
     "counter",
-    (*_R, "code", "outcome"),
+    (*_RM, "code", "outcome"),
     "Requests that have ended, by the status that the client got and by why they ended.",
 )
 REQUESTS_ACTIVE = Metric("requests_active", "gauge", _R, "Requests in progress.")
@@ -57,7 +72,7 @@ STREAMS_ACTIVE = Metric("streams_active", "gauge", _R, "Event streams in progres
 REQUEST_DURATION = Metric(
     "request_duration_seconds",
     "histogram",
-    _R,
+    (*_RM, "stream", "outcome"),
     "Time from receiving the request head to the end of the request, for every outcome.",
     DURATION,
 )
@@ -85,7 +100,7 @@ TO_FIRST_TOKEN = Metric(
 GAPS = Metric(
     "inter_token_latency_seconds",
     "histogram",
-    _R,
+    _RM,
     "Time between two consecutive events with generated content, as they were read from the upstream.",
     BETWEEN_TOKENS,
 )
@@ -93,7 +108,8 @@ TPOT = Metric(
     "time_per_output_token_seconds",
     "histogram",
     _RM,
-    "Time from the first to the last event with generated content, divided by (output tokens - 1).",
+    "Time from the first to the last event with generated content, divided by (tokens that were streamed - 1); "
+    "for completed streams with token counts and two such events at least.",
     BETWEEN_TOKENS,
 )
 TOKENS = Metric(
@@ -101,6 +117,20 @@ TOKENS = Metric(
     "counter",
     (*_RM, "type"),
     "Tokens as the upstream counts them: the last counts of each response, never summed over events, never estimated.",
+)
+TOKENS_PER_REQUEST = Metric(
+    "tokens_per_request",
+    "histogram",
+    (*_RM, "type"),
+    "Tokens of one completed response, as the upstream counts them, by type: input or output.",
+    TOKENS_OF_ONE,
+)
+FINISHED = Metric(
+    "finish_reasons",
+    "counter",
+    (*_RM, "reason"),
+    "Responses in which the model said why it stopped, by reason: stop, length, tool_calls, content_filter, error, "
+    "other.",
 )
 WITHOUT_USAGE = Metric(
     "streams_without_usage",
@@ -125,11 +155,14 @@ SECONDS = Metric(
     "audio_seconds", "counter", _R, "Seconds of audio, for upstreams that count seconds instead of tokens."
 )
 EVENTS = Metric("stream_events", "counter", _R, "Events in event streams.")
+DELTAS = Metric("stream_deltas", "counter", _RM, "Events with generated content in event streams.")
 EVENTS_GARBLED = Metric(
     "stream_events_garbled", "counter", _R, "Events that could not be decoded; they are forwarded unchanged."
 )
 REQUEST_BYTES = Metric("request_bytes", "counter", _R, "Bytes of request bodies sent to the upstream.")
-RESPONSE_BYTES = Metric("response_bytes", "counter", _R, "Bytes of response bodies sent to clients.")
+RESPONSE_BYTES = Metric(
+    "response_bytes", "counter", _R, "Bytes of response bodies sent to clients, also of those made by sseproxy."
+)
 FORWARD = Metric(
     "chunk_forward_seconds",
     "histogram",
@@ -155,17 +188,32 @@ REJECTED = Metric(
     "requests_rejected",
     "counter",
     ("route", "reason"),
-    "Requests that sseproxy refused and did not send to an upstream, by reason.",
+    "Requests that sseproxy refused, by reason; a part of the body may have been sent before that.",
+)
+CONNECT_TIME = Metric(
+    "upstream_connect_seconds",
+    "histogram",
+    _R,
+    "Time to make a new connection to the upstream: name resolution, TCP and TLS.",
+    CONNECT,
+)
+REUSED = Metric(
+    "upstream_connections_reused", "counter", _R, "Requests that were sent on a connection that was already open."
 )
 CONNECTIONS = Metric(
     "upstream_connections",
     "gauge",
     ("upstream", "state"),
-    "Connections to the upstream, by state: active (carries a request) or idle (kept for the next one).",
+    "Connections to the upstream, by state: connecting, active (carries a request) or idle (kept for the next one).",
 )
-LOOP_LAG = Metric(
-    "event_loop_lag_seconds", "histogram", (), "How late a timer of a worker's event loop fires.", OWN_DELAY
+CLIENT_CONNECTIONS = Metric("client_connections", "gauge", (), "Connections of clients, with or without a request.")
+LIMIT = Metric(
+    "limit",
+    "gauge",
+    ("limit", "route"),
+    "The numbers that the configuration allows, by the name of the option under limits; without those that are off.",
 )
+LOOP_LAG = Metric("event_loop_lag_seconds", "histogram", (), "How late a timer of a worker's event loop fires.", LAG)
 WORKERS = Metric("workers", "gauge", (), "Workers that accept requests.")
 WORKERS_FINISHING = Metric(
     "workers_finishing",
@@ -173,6 +221,11 @@ WORKERS_FINISHING = Metric(
     (),
     "Workers of earlier configurations, or from before an upgrade, that only finish their requests.",
 )
+_WORKER: Final = ("worker",)
+WORKER_CPU = Metric("worker_cpu_seconds", "counter", _WORKER, "CPU time that workers have used, user and system.")
+WORKER_MEMORY = Metric("worker_resident_memory_bytes", "gauge", _WORKER, "Resident memory of workers.")
+WORKER_FDS = Metric("worker_open_fds", "gauge", _WORKER, "File descriptors that workers have open.")
+WORKER_MAX_FDS = Metric("worker_max_fds", "gauge", _WORKER, "File descriptors that workers may have open.")
 RESTARTS = Metric("worker_restarts", "counter", (), "Workers that ended unexpectedly and were replaced.")
 RELOADS = Metric(
     "config_reloads", "counter", ("result",), "Reloads of the configuration, by result: success or failure."
@@ -207,11 +260,14 @@ METRICS: Final = (
     GAPS,
     TPOT,
     TOKENS,
+    TOKENS_PER_REQUEST,
+    FINISHED,
     SECONDS,
     WITHOUT_USAGE,
     STREAM_ENDS,
     NOT_READ,
     EVENTS,
+    DELTAS,
     EVENTS_GARBLED,
     REQUEST_BYTES,
     RESPONSE_BYTES,
@@ -221,15 +277,39 @@ METRICS: Final = (
     REJECTED,
     UPSTREAM_UP,
     CONNECTIONS,
+    CONNECT_TIME,
+    REUSED,
+    CLIENT_CONNECTIONS,
+    LIMIT,
     LOOP_LAG,
     WORKERS,
     WORKERS_FINISHING,
+    WORKER_CPU,
+    WORKER_MEMORY,
+    WORKER_FDS,
+    WORKER_MAX_FDS,
     RESTARTS,
     RELOADS,
     RELOADED,
     RELOADED_AT,
     BUILD_INFO,
 )
+
+_FINISH_REASONS: Final = {
+    "stop": "stop stop_sequence end_turn eos eos_token complete completed",
+    "length": "length max_tokens max_output_tokens model_length model_context_window_exceeded incomplete",
+    "tool_calls": "tool_calls tool_call tool_use function_call",
+    "content_filter": "content_filter content_filtered refusal safety image_safety recitation image_recitation "
+    "blocklist prohibited_content image_prohibited_content spii guardrail_intervened sensitive error_toxic",
+    "error": "error failed abort cancelled insufficient_system_resource network_error malformed_function_call "
+    "malformed_response unexpected_tool_call too_many_tool_calls",
+}
+_REASON_OF: Final = {word: reason for reason, words in _FINISH_REASONS.items() for word in words.split()}
+
+
+def reason_label(said: str) -> str:
+    """The label of a finish reason, for what an API has `said`; each has words of its own for it."""
+    return _REASON_OF.get(said.lower(), "other")
 
 
 class ExemplarValue(msgspec.Struct, array_like=True):
@@ -326,10 +406,6 @@ class Recorder:
         """Changes a gauge by `by`."""
         key = (metric.name, labels)
         self._gauges[key] = self._gauges.get(key, 0) + by
-
-    def is_moved(self, metric: Metric) -> bool:
-        """Whether a gauge of `metric` is not 0."""
-        return any(value for (name, _), value in self._gauges.items() if name == metric.name)
 
     def set(self, metric: Metric, labels: Labels, value: float) -> None:
         of = self._states if metric.kind == "state" else self._gauges

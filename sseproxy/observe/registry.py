@@ -6,7 +6,7 @@ It belongs to the supervisor and outlives the workers, so counters never fall.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -87,6 +87,23 @@ class Registry(Collector):
                 if name == metric.name:
                     total[labels] = total.get(labels, 0) + value
         return total
+
+
+class Process(NamedTuple):
+    """What the system knows of a process; 0 where it says nothing, as of one that has ended."""
+
+    cpu_seconds: float
+    resident_bytes: float
+    open_fds: float
+    max_fds: float
+
+
+def of_process(pid: int) -> Process:
+    """Reads `/proc`, as is done for the `process_*` metrics."""
+    families = ProcessCollector(pid=lambda: pid, registry=None).collect()
+    seen = {sample.name: sample.value for family in families for sample in family.samples}
+    names = ("cpu_seconds_total", "resident_memory_bytes", "open_fds", "max_fds")
+    return Process(*(seen.get(f"process_{name}", 0.0) for name in names))
 
 
 def exposition(registry: Registry, accept: str) -> tuple[bytes, str]:

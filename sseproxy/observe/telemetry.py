@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from time import perf_counter
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,7 +20,7 @@ from ..relay.exchange import Exchange
 from ..wire.meaning import Usage
 from . import metrics
 from .access import AccessLog
-from .metrics import Labels, Recorder, Report
+from .metrics import Labels, Metric, Recorder, Report
 
 # Seconds between two reports that were not requested. A worker that dies loses the numbers since its last report. Each
 # report takes half a millisecond of a core, which the supervisor and the worker may share.
@@ -81,25 +82,42 @@ class Reports:
         await self._answered.wait()
 
 
+class _Moved(NamedTuple):
+    """What an exchange has moved."""
+
+    events: int = 0
+    deltas: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+
+
+_NOTHING_YET = _Moved()
+
+
 class Telemetry:
     """The numbers of a worker. `send` sends a report; it returns False if it cannot send one now.
 
-    `connections` returns (upstream, in use, idle) for each upstream. It is called for each report.
+    `gauges` returns the gauges of the worker. It is called for each report. Without `detailed`, there are fewer labels.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         send: Callable[[Report], bool],
-        connections: Callable[[], list[tuple[str, int, int]]],
+        gauges: Callable[[], Iterable[tuple[Metric, Labels, float]]],
         access: AccessLog | None = None,
+        *,
+        detailed: bool = True,
     ) -> None:
         self.recorder = Recorder()
         self.access = access
+        self.detailed = detailed
         self._loop = loop
         self._send = send
-        self._connections = connections
+        self._gauges = gauges
         self._observers: dict[tuple[str, str, str], RouteObserver] = {}
+        self.running: dict[Exchange, _Moved] = {}
+        """What was told of each exchange that is under way."""
         self._settling: asyncio.TimerHandle | None = None
         self._report_due = 0.0
         self._asked = False
@@ -134,16 +152,17 @@ class Telemetry:
         self._report_due = perf_counter() + REPORT_INTERVAL
         if self.access is not None:
             self.access.flush()
-        for upstream, active, idle in self._connections():
-            self.recorder.set(metrics.CONNECTIONS, (upstream, "active"), active)
-            self.recorder.set(metrics.CONNECTIONS, (upstream, "idle"), idle)
+        for exchange, told in self.running.items():
+            self.running[exchange] = _count_moved(exchange, told)
+        for metric, labels, value in self._gauges():
+            self.recorder.set(metric, labels, value)
         report = self.recorder.report(asked=self._asked)
         sent = self._send(report)
         if sent:
             self._asked = False
         else:
             self.recorder.take_back(report)
-        if self.recorder.is_moved(metrics.REQUESTS_ACTIVE) or not sent:
+        if self.running or not sent:
             # Events within an exchange do not schedule a report, so an active exchange keeps them going.
             self.changed()
 
@@ -161,10 +180,22 @@ class Telemetry:
         self.changed()
 
 
+def _count_moved(exchange: Exchange, told: _Moved) -> _Moved:
+    """Counts what `exchange` has moved since it was `told`; returns what is told now."""
+    moved = _Moved(exchange.events, exchange.deltas, exchange.request_bytes, exchange.response_bytes)
+    if moved != told:
+        observer = exchange.observer
+        assert isinstance(observer, RouteObserver)
+        observer.moved(moved, told)
+    return moved
+
+
 class RouteObserver:
     """Implements `relay.exchange.Observer` for one route, upstream and model label."""
 
     __slots__ = (
+        "_connect",
+        "_detailed",
         "_first_token",
         "_head",
         "_labels",
@@ -183,14 +214,17 @@ class RouteObserver:
         self._recorder = recorder
         self._labels = labels
         self._of_model = (*labels, model)
+        self._detailed = (*labels, model if telemetry.detailed else "")
+        self._connect = recorder.histogram(metrics.CONNECT_TIME, labels)
         self._head = recorder.histogram(metrics.TO_HEAD, labels)
         self._first_token = recorder.histogram(metrics.TO_FIRST_TOKEN, self._of_model)
         self.first_event = recorder.histogram(metrics.TO_FIRST_EVENT, labels).observe
-        self.gap = recorder.histogram(metrics.GAPS, labels).observe
+        self.gap = recorder.histogram(metrics.GAPS, self._detailed).observe
         self.forwarded = recorder.histogram(metrics.FORWARD, labels).observe
         self.released = recorder.histogram(metrics.RELEASE, labels).observe
 
-    def started(self) -> None:
+    def started(self, exchange: Exchange) -> None:
+        self._telemetry.running[exchange] = _NOTHING_YET
         self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
         self._telemetry.changed()
 
@@ -201,6 +235,12 @@ class RouteObserver:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
         if not answered:
             self._recorder.set(metrics.UPSTREAM_UP, self._labels[1:], 0)
+
+    def connected(self, seconds: float, *, reused: bool) -> None:
+        if reused:
+            self._recorder.count(metrics.REUSED, self._labels)
+        else:
+            self._connect.observe(seconds)
 
     def response_head(self, seconds: float) -> None:
         self._head.observe(seconds)
@@ -214,45 +254,59 @@ class RouteObserver:
         if len(request_id) <= _EXEMPLAR_ID:
             self._first_token.example(seconds, request_id, time.time())  # noqa: TID251 - a point in time
 
+    def moved(self, now: _Moved, told: _Moved) -> None:
+        """An exchange has moved so much, of which so much was told."""
+        count, labels = self._recorder.count, self._labels
+        if by := now.events - told.events:
+            count(metrics.EVENTS, labels, by)
+        if by := now.deltas - told.deltas:
+            count(metrics.DELTAS, self._detailed, by)
+        if by := now.request_bytes - told.request_bytes:
+            count(metrics.REQUEST_BYTES, labels, by)
+        if by := now.response_bytes - told.response_bytes:
+            count(metrics.RESPONSE_BYTES, labels, by)
+
     def finished(self, exchange: Exchange) -> None:
-        recorder, labels = self._recorder, self._labels
+        recorder, labels, detailed = self._recorder, self._labels, self._detailed
         assert exchange.outcome is not None
         assert exchange.ended_at is not None
+        told = self._telemetry.running.pop(exchange, _NOTHING_YET)
         recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
         code = exchange.status or _CLIENT_CLOSED_REQUEST
-        recorder.count(metrics.REQUESTS, (*labels, str(code), exchange.outcome.value))
-        recorder.histogram(metrics.REQUEST_DURATION, labels).observe(exchange.ended_at - exchange.received_at)
-        recorder.count(metrics.REQUEST_BYTES, labels, exchange.request_bytes)
-        recorder.count(metrics.RESPONSE_BYTES, labels, exchange.response_bytes)
+        recorder.count(metrics.REQUESTS, (*detailed, str(code), exchange.outcome.value))
+        how = (str(exchange.is_stream).lower(), exchange.outcome.value) if self._telemetry.detailed else ("", "")
+        duration = recorder.histogram(metrics.REQUEST_DURATION, (*detailed, *how))
+        duration.observe(exchange.ended_at - exchange.received_at)
         if exchange.is_stream:
             recorder.move(metrics.STREAMS_ACTIVE, labels, -1)
-            recorder.count(metrics.EVENTS, labels, exchange.events)
             if exchange.garbled:
                 recorder.count(metrics.EVENTS_GARBLED, labels, exchange.garbled)
             if exchange.usage is None:
                 recorder.count(metrics.WITHOUT_USAGE, (*labels, _why_without_usage(exchange)))
             if exchange.outcome is Outcome.COMPLETED and exchange.unread != "encoded":
                 recorder.count(metrics.STREAM_ENDS, (*labels, "marker" if exchange.marker_seen else "eof"))
+        _count_moved(exchange, told)
         if exchange.unread is not None:
             recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
+        if exchange.finish_reason is not None:
+            recorder.count(metrics.FINISHED, (*detailed, metrics.reason_label(exchange.finish_reason)))
         if exchange.usage is not None:
-            self._count_usage(exchange.usage)
-            self._count_pace(exchange, exchange.usage.output)
+            self._count_usage(exchange.usage, completed=exchange.outcome is Outcome.COMPLETED)
+        if (pace := exchange.seconds_per_token()) is not None:
+            recorder.histogram(metrics.TPOT, self._of_model).observe(pace)
         if self._telemetry.access is not None:
             self._telemetry.access.ended(exchange)
         self._telemetry.changed()
 
-    def _count_usage(self, usage: Usage) -> None:
-        for kind in ("input", "output", "cached_input", "reasoning"):
-            if tokens := getattr(usage, kind):
+    def _count_usage(self, usage: Usage, *, completed: bool) -> None:
+        for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
+            if tokens := getattr(usage, kind, None):
                 self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
         if usage.seconds:
             self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)
-
-    def _count_pace(self, exchange: Exchange, output: int | None) -> None:
-        if exchange.first_delta_at is not None and output is not None and output > 1:
-            pace = (exchange.last_delta_at - exchange.first_delta_at) / (output - 1)
-            self._recorder.histogram(metrics.TPOT, self._of_model).observe(pace)
+        for kind, of_one in (("input", usage.input), ("output", usage.output)):
+            if completed and of_one is not None:
+                self._recorder.histogram(metrics.TOKENS_PER_REQUEST, (*self._detailed, kind)).observe(of_one)
 
 
 def _why_without_usage(exchange: Exchange) -> str:

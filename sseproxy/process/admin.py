@@ -8,6 +8,7 @@ to resolve to this address (DNS rebinding), and then the page would not count as
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Collection
 
@@ -54,6 +55,15 @@ def of_another_site(request: web.Request, authority: str) -> bool:
     return site not in ("same-origin", "none") or origin not in (None, own)
 
 
+def takes_gzip(accepted: str) -> bool:
+    """Whether a field `Accept-Encoding` has gzip, or anything, with a weight that is not zero (RFC 9110, 12.5.3)."""
+    weights = {}
+    for item in accepted.lower().split(","):
+        coding, _, parameter = item.partition(";")
+        weights[coding.strip()] = parameter.replace(" ", "")
+    return re.fullmatch(r"q=0(\.0{0,3})?", weights.get("gzip", weights.get("*", "q=0"))) is None
+
+
 def application(
     registry: Callable[[], Awaitable[Registry]],
     ready: Callable[[], str | None],
@@ -86,7 +96,12 @@ def application(
 
     async def metrics(request: web.Request) -> web.Response:
         body, content_type = exposition(await registry(), ",".join(request.headers.getall(hdrs.ACCEPT, [])))
-        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+        headers = {hdrs.CONTENT_TYPE: content_type, hdrs.VARY: hdrs.ACCEPT_ENCODING}
+        # What is large is compressed by a thread.
+        response = web.Response(body=body, headers=headers)
+        if takes_gzip(",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, []))):
+            response.enable_compression(web.ContentCoding.gzip)
+        return response
 
     async def livez(request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -26,8 +26,8 @@ from ..config import Config
 from ..errors import Outcome, ReloadError
 from ..ledger.table import Ledger
 from ..observe import metrics
-from ..observe.metrics import Recorder, Report
-from ..observe.registry import Registry
+from ..observe.metrics import Labels, Recorder, Report
+from ..observe.registry import Registry, of_process
 from ..observe.telemetry import Reports
 from ..relay.admission import connections_within
 from .worker import Instructions
@@ -163,6 +163,8 @@ class Generation(_Workers):
         self._changed = changed
         self._check_code = check_code
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        # Which of the workers each is, as its label says, and the CPU time that was counted of it.
+        self._places: dict[int, tuple[str, float]] = {}
         self._channels: dict[int, socket.socket] = {}
         self._spawning = 0
         # The reports of each worker that has reported. A worker reports for the first time when it accepts.
@@ -176,7 +178,7 @@ class Generation(_Workers):
         """Starts the workers. Returns before they accept: see `ready` and `complete`."""
         self._most_connections = connections_of_a_worker(self.config, self.size)
         loop = asyncio.get_running_loop()
-        self._keepers = [loop.create_task(self._keep_worker()) for _ in range(self.size)]
+        self._keepers = [loop.create_task(self._keep_worker(str(place))) for place in range(1, self.size + 1)]
 
     def complete(self) -> bool:
         """Whether every worker accepts."""
@@ -213,15 +215,29 @@ class Generation(_Workers):
         return {process.pid: self._rows[number] for number, process in self._processes.items()}
 
     async def report(self) -> None:
-        """Asks all workers for a report, and waits until the registry has all of them."""
+        """Asks all workers for a report, and waits until the registry has all of them.
+
+        First it reads what CPU, memory and descriptors each of them uses.
+        """
+        for number, process in self._processes.items():
+            place, used = self._places[number]
+            seen = of_process(process.pid)
+            self._places[number] = place, max(used, seen.cpu_seconds)
+            gauges: list[tuple[str, Labels, float]] = [
+                (metrics.WORKER_MEMORY.name, (place,), seen.resident_bytes),
+                (metrics.WORKER_FDS.name, (place,), seen.open_fds),
+                (metrics.WORKER_MAX_FDS.name, (place,), seen.max_fds),
+            ]
+            cpu = (metrics.WORKER_CPU.name, (place,), max(0.0, seen.cpu_seconds - used))
+            self._registry.add(number, Report([cpu], gauges, [], []))
         await asyncio.gather(*(reports.latest() for reports in self._reports.values()))
 
     async def ended(self) -> None:
         """Waits until every worker has ended. Call `drain`, `retire`, `expire` or `kill` first."""
         await asyncio.wait(self._keepers)
 
-    async def _keep_worker(self) -> None:
-        """Runs one worker, and replaces it when it ends, until the generation is closed."""
+    async def _keep_worker(self, place: str) -> None:
+        """Runs the worker with the label `place`, and replaces it when it ends, until the generation is closed."""
         backoff = 0.0
         replaces = False
         while not self._closing.is_set():
@@ -229,7 +245,7 @@ class Generation(_Workers):
             try:
                 if replaces:
                     await self._check_code()
-                last_exit = f"ended with status {await self._run_worker()}"
+                last_exit = f"ended with status {await self._run_worker(place)}"
                 ended = True
             except (OSError, ReloadError) as error:
                 # OSError: no descriptors, processes or memory are left now, but there may be some later.
@@ -250,15 +266,15 @@ class Generation(_Workers):
             except TimeoutError:
                 continue
 
-    async def _run_worker(self) -> int:
+    async def _run_worker(self, place: str) -> int:
         """Runs one worker until it ends, and returns its exit status. Raises `OSError` if it cannot be started."""
         row = self._ledger.take_row()
         try:
-            return await self._run_worker_on(row)
+            return await self._run_worker_on(row, place)
         finally:
             self._ledger.free_row(row)
 
-    async def _run_worker_on(self, row: int) -> int:
+    async def _run_worker_on(self, row: int, place: str) -> int:
         ours, theirs = socket.socketpair()
         number = next(self._numbers)
         fds = [theirs.fileno(), self._ledger.fd, *(sock.fileno() for sock in self._sockets)]
@@ -278,6 +294,7 @@ class Generation(_Workers):
             finally:
                 self._spawning -= 1
         self._processes[number] = process
+        self._places[number] = place, 0.0
         self._channels[number] = ours
         self._rows[number] = row
         if self._last_signal is not None:
@@ -304,10 +321,11 @@ class Generation(_Workers):
         status = await process.wait()
         watch.cancel()
         writer.close()
-        del self._processes[number], self._channels[number], self._rows[number]
+        del self._processes[number], self._places[number], self._channels[number], self._rows[number]
         self._changed()
         for labels, lost in self._registry.drop(number).items():
-            self._recorder.count(metrics.REQUESTS, (*labels, "", Outcome.PROXY_ERROR.value), lost)
+            # Neither its model nor its status is known here.
+            self._recorder.count(metrics.REQUESTS, (*labels, "", "", Outcome.PROXY_ERROR.value), lost)
         return status
 
     async def _follow(self, number: int, reports: Reports) -> None:

@@ -17,7 +17,7 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from typing import get_args
 
@@ -31,11 +31,11 @@ from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamE
 from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.logs import log_as
-from ..observe.metrics import Recorder
+from ..observe.metrics import Labels, Recorder, Report
 from ..observe.registry import Registry
 from ..relay.admission import counted
 from ..relay.heads import check_parser
-from ..relay.routes import unreachable
+from ..relay.routes import OTHER, unreachable
 from . import accepting, notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors, cores
@@ -52,6 +52,8 @@ _ENDING = "the proxy is shutting down"
 _UPGRADING = "the proxy is being upgraded; the new version reads the configuration when it starts"
 # Bytes that are read of a watched file: the limit for configurations and certificates in `config.files`.
 _MAX_FILE = 4 << 20
+# The number under which the registry has the limits. It is not the supervisor's own, because options come and go.
+_CONFIGURATION = -1
 # Status codes and outcomes of requests that are rare. They are reported as 0 before the first one.
 _RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # Seconds that a reload waits for the old workers to stop accepting. They need one turn of their loops.
@@ -521,11 +523,16 @@ class Supervisor:
         """Called when the configuration is in use: sets the metrics about it, and starts to watch its files."""
         for unused, why in unreachable(self.config.routes):
             log.warning("%s: %s", self.config.place(unused, self._path), why)
+        self._registry.drop(_CONFIGURATION)
+        self._registry.add(_CONFIGURATION, Report([], [*_limits(self.config)], [], []))
+        named = self.config.metrics
+        models = (*named.models, OTHER) if named.detail == "full" else ("",)
         for route in self.config.routes:
             # Counters start at 0, so that the first event is an increase that an alert can see.
             labels = route.name, route.upstream
             for code, outcome in _RARE_OUTCOMES:
-                self._recorder.count(metrics.REQUESTS, (*labels, code, outcome.value), 0)
+                for model in models if outcome is not Outcome.PROXY_ERROR else ("",):
+                    self._recorder.count(metrics.REQUESTS, (*labels, model, code, outcome.value), 0)
             for kind in get_args(UpstreamErrorType):
                 self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
@@ -577,6 +584,16 @@ class Supervisor:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+
+def _limits(config: Config) -> Iterator[tuple[str, Labels, float]]:
+    """The gauges of the numbers that `config` allows."""
+    for option in ("connections", "connections_per_client", "active_requests", "pending_connects"):
+        if (most := getattr(config.limits, option)) is not None:
+            yield metrics.LIMIT.name, (option, ""), most
+    for route in config.routes:
+        if route.limits.active_requests is not None:
+            yield metrics.LIMIT.name, ("active_requests", route.name), route.limits.active_requests
 
 
 def _used(config: Config) -> set[tuple[str, str]]:

@@ -21,7 +21,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +31,7 @@ from ..ledger.table import Row, opened
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
 from ..observe.logs import log_as, set_up_logging
-from ..observe.metrics import Report
+from ..observe.metrics import Labels, Metric, Report
 from ..observe.telemetry import Telemetry, encode_report
 from ..relay.proxy import Proxy
 from .accepting import Accepting
@@ -89,7 +89,7 @@ class Worker:
     ) -> None:
         loop = asyncio.get_running_loop()
         self._config = config
-        self.telemetry = Telemetry(loop, send, self._connections, access)
+        self.telemetry = Telemetry(loop, send, self._gauges, access, detailed=config.metrics.detail == "full")
         self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged, row, most_connections)
         tls = config.tls.context() if config.tls is not None else None
         self._accepting = Accepting(sockets, functools.partial(self.proxy.server, tls), row)
@@ -104,8 +104,14 @@ class Worker:
         self.telemetry.recorder.set(metrics.WORKERS_FINISHING, (), int(not accepting))
         self.telemetry.report()
 
-    def _connections(self) -> list[tuple[str, int, int]]:
-        return [(name, *upstream.connections()) for name, upstream in self.proxy.upstreams.items()]
+    def _gauges(self) -> Iterator[tuple[Metric, Labels, float]]:
+        """What is as it is now."""
+        yield metrics.CLIENT_CONNECTIONS, (), self.proxy.server.places.open
+        for name, upstream in self.proxy.upstreams.items():
+            in_use, idle = upstream.connections()
+            yield metrics.CONNECTIONS, (name, "active"), in_use - upstream.connecting
+            yield metrics.CONNECTIONS, (name, "connecting"), upstream.connecting
+            yield metrics.CONNECTIONS, (name, "idle"), idle
 
     async def start(self) -> None:
         """Starts to accept connections, and reports it."""

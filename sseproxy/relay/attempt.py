@@ -145,8 +145,10 @@ class Attempt:
 
     async def _connect(self, fresh: bool) -> None:
         """Phase 3: Connect."""
-        self._clock.enter("connect", perf_counter())
+        begun = perf_counter()
+        self._clock.enter("connect", begun)
         self.connection = await self._upstream.connect(self._released, fresh=fresh)
+        self._exchange.observer.connected(perf_counter() - begun, reused=self.connection.protocol.requests > 0)
 
     async def _send(self, make: Callable[[bool], Outgoing]) -> ResponseHead:
         """Phases 4, Send, and 5, Head."""

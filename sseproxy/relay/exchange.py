@@ -19,9 +19,10 @@ _MAX_GAPS = 32
 class Observer(Protocol):
     """Receives what happens in an exchange. Durations are in seconds."""
 
-    def started(self) -> None: ...
+    def started(self, exchange: Exchange) -> None: ...
     def rejected(self, reason: str) -> None: ...
     def upstream_failed(self, kind: str, *, answered: bool) -> None: ...
+    def connected(self, seconds: float, *, reused: bool) -> None: ...
     def response_head(self, seconds: float) -> None: ...
     def stream_started(self) -> None: ...
     def first_event(self, seconds: float, /) -> None: ...
@@ -56,6 +57,7 @@ class Exchange:
         "method",
         "model",
         "observer",
+        "other_events",
         "outcome",
         "path",
         "reason",
@@ -106,6 +108,8 @@ class Exchange:
         self.status: int | None = None
         self.is_stream = False
         self.events = 0
+        self.other_events = 0
+        """Those of them without generated content."""
         self.garbled = 0
         self.request_bytes = 0
         self.response_bytes = 0
@@ -120,7 +124,7 @@ class Exchange:
 
     def begin(self) -> None:
         """Counts the exchange as active, until `finish`."""
-        self.observer.started()
+        self.observer.started(self)
 
     def head_received(self, status: int, event_stream: bool) -> None:
         self.status = status
@@ -160,6 +164,8 @@ class Exchange:
             self.first_delta_at = self.last_delta_at = read_at
             self.first_token_at = perf_counter()
             self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
+        else:
+            self.other_events += 1
 
     def generated(self, size: int, read_at: float) -> None:
         """Records a delta after the first one, in an event of `size` bytes. `size` is 0 if they are counted already."""
@@ -178,6 +184,24 @@ class Exchange:
         if len(self.gaps) == _MAX_GAPS:
             del self.gaps[::2]
             self._passed_over = 2 * self._passed_over + 1
+
+    @property
+    def deltas(self) -> int:
+        """How many events had generated content."""
+        return self.events - self.other_events
+
+    def seconds_per_token(self) -> float | None:
+        """From the first delta to the last one, divided by the output tokens after the first.
+
+        None unless all of it is known: two deltas at least, and the final counts of a stream that was completed.
+        """
+        usage = self.usage
+        if self.outcome is not Outcome.COMPLETED or usage is None or usage.output is None:
+            return None
+        streamed = usage.output - (usage.reasoning or 0)
+        if self.first_delta_at is None or self.deltas < 2 or streamed < 2:
+            return None
+        return (self.last_delta_at - self.first_delta_at) / (streamed - 1)
 
     def completed(self) -> Outcome:
         """The outcome if the whole response was forwarded."""

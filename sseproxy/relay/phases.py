@@ -254,7 +254,8 @@ class Relay:
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(keep_alive=False)
-        self._recorded().status = error.status
+        exchange = self._recorded()
+        exchange.status = error.status
         extra = [(b"X-Request-Id", self._request_id)]
         if error.status in (429, 503):
             # Another replica, or the workers after a restart, can take the request.
@@ -269,7 +270,9 @@ class Relay:
         last = misread or self._downstream.refused is not None
         path, name = self._asked_as
         form = form_of(routes.normal_path(path), name)
-        return Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
+        answer = Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
+        exchange.response_bytes += 0 if self._request.method == "HEAD" else len(answer.body)
+        return answer
 
     async def _relay(self) -> Answer | None:
         """Phases 1 to 5, and the beginning of 6; or the answer, where the request is for this server itself."""

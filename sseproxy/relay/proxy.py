@@ -130,9 +130,11 @@ class Proxy:
         observer, request_id = self.observer("", "", routes.OTHER), new_request_id()
         exchange = Exchange("", "", observer, request_id.decode(), perf_counter())
         exchange.status, exchange.reason, exchange.cause = error.status, error.code, error.cause
+        answer = Answer.of(error, extra=[(b"X-Request-Id", request_id)])
+        exchange.response_bytes = len(answer.body)
         try:
             exchange.begin()
             observer.rejected(error.reason)
         finally:
             exchange.finish(error.outcome)
-        return Answer.of(error, extra=[(b"X-Request-Id", request_id)])
+        return answer

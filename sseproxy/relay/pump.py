@@ -261,6 +261,7 @@ class Pump:
                 if not self._inspector.begun and not isinstance(self._stripper, MarkStripper):
                     self._stripper = MarkStripper(self._stripper)
                 self._write(frame(beat) if self._chunked_out else beat)
+                self._exchange.response_bytes += len(beat)
                 self._written_at = now
         self._heartbeat_timer = self._loop.call_later(due - now, self._beat, interval)
 
@@ -313,6 +314,7 @@ class Pump:
                 event = self._inspector.farewell(error)
                 if event:
                     self._write(frame(event) if self._chunked_out else event)
+                    self._exchange.response_bytes += len(event)
         finally:
             self.done.set_exception(error)
 

@@ -442,6 +442,11 @@ class Upstream:
         finally:
             self._pending.add(-1)
 
+    @property
+    def connecting(self) -> int:
+        """How many of the connections in use are still being made."""
+        return self._pending.own
+
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""
         pooled = (protocol for pool in self._connector._conns.values() for protocol, _ in pool)
