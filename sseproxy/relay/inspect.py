@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..errors import ExchangeError
 from ..wire.deltas import DeltaMatcher, delta_matcher
-from ..wire.dialects import Dialect
+from ..wire.dialects import Dialect, Form
 from ..wire.extract import Gist
 from ..wire.meaning import DELTA, NOTHING
 from ..wire.sse import EventParser
@@ -41,6 +41,11 @@ class Inspector:
     def end(self) -> None:
         """Called when the body is complete."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether a line of a stream has come: a byte order mark can be only before it."""
+        return True
+
     def failed(self) -> Inspector:
         """Called after an exception. Returns the inspector that replaces this one."""
         self._exchange.unread = "failed"
@@ -56,30 +61,33 @@ class Inspector:
 
 
 class EventInspector(Inspector):
-    """Follows an event stream only to know where its events begin and end. `numbered` is that of the dialect."""
+    """Follows an event stream only to know where its events begin and end. Its clients understand `form`."""
 
-    __slots__ = ("_numbered", "_parser")
+    __slots__ = ("_form", "_parser")
 
-    def __init__(self, exchange: Exchange, parser: EventParser, *, numbered: bool) -> None:
+    def __init__(self, exchange: Exchange, parser: EventParser, form: Form) -> None:
         super().__init__(exchange)
         self._parser = parser
-        self._numbered = numbered
+        self._form = form
 
     def look(self, payload: bytes, read_at: float) -> bool:
         self._parser.feed(payload)
         return True
 
+    @property
+    def begun(self) -> bool:
+        return self._parser.begun
+
     def heartbeat(self) -> bytes:
-        # The comment has no blank line after it: with one, openai for Python fails on streams that have used `id`. It
-        # must not be inserted between a CR and its LF, because then the LF would be a blank line.
+        # It must not be inserted between a CR and its LF, because then the LF would be a blank line.
         parser = self._parser
         harmless = parser.at_boundary and not parser.in_line_end and not self._exchange.marker_seen
-        return b": heartbeat\n" if harmless else b""
+        return self._form.heartbeat if harmless else b""
 
     def farewell(self, error: ExchangeError) -> bytes:
         if not self._parser.at_boundary or self._exchange.marker_seen:
             return b""
-        return error.event(self._exchange.events if self._numbered else None)
+        return self._form.farewell(error, self._exchange.events)
 
 
 class StreamInspector(EventInspector):
@@ -89,7 +97,7 @@ class StreamInspector(EventInspector):
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
         parser = EventParser(dialect.max_event(max_event), dialect.members)
-        super().__init__(exchange, parser, numbered=dialect.numbered)
+        super().__init__(exchange, parser, dialect.form)
         self._read = dialect.read
         self._text = dialect.text
         self.awaits_token = dialect.generates
@@ -122,7 +130,7 @@ class StreamInspector(EventInspector):
     def failed(self) -> Inspector:
         # The parser has got all bytes so far, so it still knows where events begin and end.
         self._exchange.unread = "failed"
-        return EventInspector(self._exchange, self._parser, numbered=self._numbered)
+        return EventInspector(self._exchange, self._parser, self._form)
 
 
 class JsonInspector(Inspector):

@@ -32,7 +32,7 @@ from ..errors import (
 )
 from ..wire import headers
 from ..wire.coding import READABLE, Inflater, coding_of
-from ..wire.dialects import Dialect, dialect_of, model_in
+from ..wire.dialects import Dialect, dialect_of, form_of, model_in
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
 from ..wire.request import RequestReader, Splice, reader_of
@@ -79,6 +79,8 @@ class Relay:
         self._task = task
         self._loop = asyncio.get_running_loop()
         self._received_at = max(downstream.read_at, downstream.free_at)
+        # By which path, and as which dialect, its client reads an error.
+        self._asked_as = (request.target.partition("?")[0], "auto")
         self._request_id = headers.request_id(request.fields) or b"%016x" % random.getrandbits(64)
         self._coding = coding_of(request.fields.tokens(b"content-encoding"))
         # Reads the whole body before the request is sent.
@@ -252,7 +254,9 @@ class Relay:
             # Other parsers may read such a request differently, so nothing after it can be trusted.
             self._downstream.read_no_more()
         last = misread or self._downstream.refused is not None
-        return Answer.of(error, keep_alive=not last and self._can_keep_alive(), extra=extra)
+        path, name = self._asked_as
+        form = form_of(routes.normal_path(path), name)
+        return Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
 
     async def _relay(self) -> None:
         """Phases 1 to 5, and the beginning of 6."""
@@ -266,6 +270,7 @@ class Relay:
         clock = self._start_clock(route.timeouts)
         target = routes.upstream_path(route, upstream.base_path, path)
         known_as = routes.normal_path(target)
+        self._asked_as = known_as, route.dialect
         dialect = dialect_of(known_as, route.dialect)
 
         is_json, plain = headers.is_json(request.fields), self._coding == b""

@@ -16,7 +16,7 @@ from time import perf_counter
 from ..errors import BrokenBodyError, ExchangeError, InternalError, Truncated, UpstreamError
 from ..wire.deltas import DeltaMatcher
 from ..wire.framing import LAST_CHUNK, ChunkedDecoder, Framing, decoder, frame, payload_of, whole_chunks
-from ..wire.usage import UsageStripper
+from ..wire.sse import MarkStripper, Stripper
 from .clock import Clock
 from .downstream import DownstreamProtocol
 from .exchange import Exchange
@@ -74,8 +74,8 @@ class _Run(PlainReads):
 class Pump:
     """Forwards one body. `framing_in` is the framing from the upstream, `framing_out` the one to the client.
 
-    With a `heartbeat`, a comment is added to an event stream when it has been silent for so many seconds. With a
-    `stripper`, usage that the client has not requested is removed.
+    With a `heartbeat`, an event stream that has been silent for so many seconds gets the heartbeat of its API.
+    With a `stripper`, usage that the client has not requested is removed.
     """
 
     __slots__ = (
@@ -114,7 +114,7 @@ class Pump:
         framing_out: Framing,
         reusable: bool,
         heartbeat: float | None = None,
-        stripper: UsageStripper | None = None,
+        stripper: Stripper | None = None,
     ) -> None:
         assert downstream.transport is not None
         self._loop = asyncio.get_running_loop()
@@ -256,9 +256,11 @@ class Pump:
         due = max(self._written_at, self._clock.touched) + interval
         if now >= due:
             due = now + interval
-            comment = self._inspector.heartbeat()
-            if comment and not self._downstream.writing_paused:
-                self._write(frame(comment) if self._chunked_out else comment)
+            beat = self._inspector.heartbeat()
+            if beat and not self._downstream.writing_paused:
+                if not self._inspector.begun and not isinstance(self._stripper, MarkStripper):
+                    self._stripper = MarkStripper(self._stripper)
+                self._write(frame(beat) if self._chunked_out else beat)
                 self._written_at = now
         self._heartbeat_timer = self._loop.call_later(due - now, self._beat, interval)
 

@@ -9,7 +9,7 @@ event only an extract. It skips the content of an event above the limit, and goe
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Protocol
 
 from .extract import WHOLE, Extract, Members
 
@@ -41,6 +41,43 @@ Event = tuple[bytes, bytes | None]
 
 With `members`, the data of a large event is an extract of it, and empty if it was not a JSON object.
 """
+
+
+class Stripper(Protocol):
+    """Takes something out of a stream while it is forwarded."""
+
+    def feed(self, payload: bytes) -> bytes:
+        """What of `payload`, and of what was held before it, goes downstream now; `payload` itself if it all does."""
+
+    def end(self) -> bytes:
+        """What is held at the end of the stream."""
+
+
+class MarkStripper:
+    """Takes the byte order mark off a stream, the rest of which goes through `then`.
+
+    The mark is only at the start of a stream. It is a part of the first line where something of ours came before it.
+    """
+
+    __slots__ = ("_first", "_then")
+
+    def __init__(self, then: Stripper | None) -> None:
+        # The first bytes, until they show whether they are a mark.
+        self._first: bytes | None = b""
+        self._then = then
+
+    def feed(self, payload: bytes) -> bytes:
+        if self._first is not None:
+            payload = self._first + payload
+            if len(payload) < len(BOM) and BOM.startswith(payload):
+                self._first = payload
+                return b""
+            self._first = None
+            payload = payload.removeprefix(BOM)
+        return payload if self._then is None else self._then.feed(payload)
+
+    def end(self) -> bytes:
+        return (self._first or b"") + (b"" if self._then is None else self._then.end())
 
 
 class EventParser:
@@ -96,6 +133,11 @@ class EventParser:
     def at_boundary(self) -> bool:
         """Whether bytes can be inserted here without becoming a part of an event of the stream."""
         return not (self._has_field or self._line)
+
+    @property
+    def begun(self) -> bool:
+        """True once a line has come: a byte order mark can be only before it."""
+        return not self._start
 
     @property
     def in_line_end(self) -> bool:

@@ -15,12 +15,13 @@ from ..meaning import MAX_MODEL
 from .assistants import ASSISTANTS
 from .chat import CHAT, COMPLETIONS, GENERIC
 from .dialect import Dialect
-from .gemini import GEMINI
+from .form import OPENAI, Form
+from .gemini import GEMINI, GOOGLE
 from .media import IMAGES, SPEECH, TRANSCRIPTIONS
-from .messages import MESSAGES
+from .messages import ANTHROPIC, MESSAGES
 from .responses import RESPONSES
 
-__all__ = ["DIALECTS", "DIALECT_NAMES", "Dialect", "dialect_of", "model_in"]
+__all__ = ["DIALECTS", "DIALECT_NAMES", "OPENAI", "Dialect", "Form", "dialect_of", "form_of", "model_in"]
 
 DIALECTS: Final = (
     CHAT,
@@ -55,3 +56,14 @@ def dialect_of(path: str, name: str = "auto") -> Dialect:
     return next(
         dialect for dialect in DIALECTS if (dialect.path.search(path) if name == "auto" else dialect.name == name)
     )
+
+
+_FORMS: Final = (ANTHROPIC, GOOGLE, OPENAI)
+
+
+def form_of(path: str, name: str = "auto") -> Form:
+    """In what form the clients of the dialect `name`, or for `auto` those that ask for `path`, read an error."""
+    dialect = dialect_of(path, name)
+    if dialect is not GENERIC or name != "auto":
+        return dialect.form
+    return next(form for form in _FORMS if form.paths.search(path))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..extract import Members
 from ..meaning import Meaning
+from .form import OPENAI, Form
 
 
 class Dialect(NamedTuple):
@@ -15,10 +16,10 @@ class Dialect(NamedTuple):
 
     `path` matches the path of a request to the upstream. `read(type, data)` returns the meaning of an event. `members`
     are the members that `read` needs; of a large event, `read` gets only these. `text` finds generated text in an
-    event.
+    event. `form` is how its clients are told of errors, and what they take as a heartbeat.
 
-    `generates`: its streams have a first token. `large`: its events may have megabytes. `numbered`: its events have
-    sequence numbers. `asks_usage`: its streams have usage only if the request asks for it.
+    `generates`: its streams have a first token. `large`: its events may have megabytes. `asks_usage`: its streams have
+    usage only if the request asks for it.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Dialect(NamedTuple):
     text: re.Pattern[bytes]
     generates: bool = True
     large: bool = False
-    numbered: bool = False
+    form: Form = OPENAI
     asks_usage: bool = False
 
     def max_event(self, usual: int) -> int:

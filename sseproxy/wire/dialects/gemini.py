@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Final
 
 import msgspec
 
+from ...errors import ExchangeError
 from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage, text_of
 from .dialect import Dialect
+from .form import Form, document
 
 
 class _Part(msgspec.Struct, gc=False):
@@ -69,6 +72,49 @@ def read_gemini(kind: bytes, data: bytes) -> Meaning:
     )
 
 
+# https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto has the HTTP status of each; another status
+# below 500 is the client's fault, and from there on the API's.
+_STATUSES: Final = {
+    404: "NOT_FOUND",
+    408: "DEADLINE_EXCEEDED",
+    429: "RESOURCE_EXHAUSTED",
+    501: "UNIMPLEMENTED",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+
+def _error(error: ExchangeError) -> dict[str, object]:
+    status = _STATUSES.get(error.status, "INVALID_ARGUMENT" if error.status < 500 else "INTERNAL")
+    return {"error": {"code": error.status, "message": error.message, "status": status}}
+
+
+def _farewell(error: ExchangeError, number: int) -> bytes:
+    # Google's clients take a line of another field than data for JSON. google-genai for Python looks for `error` as the
+    # first member, and all look for a `code` that is a number.
+    return b"data: " + json.dumps(_error(error)).encode() + b"\n\n"
+
+
+GOOGLE: Final = Form(
+    # They do so with a comment as well, or lose the event after it. A blank line is nothing to them.
+    b"\n\n",
+    lambda error: document(_error(error)),
+    _farewell,
+    # Below openai, and below an endpoint of Vertex AI, Google has OpenAI's API.
+    re.compile(
+        r":(?:count|compute|embed|generate|batch|asyncBatch|predict|fetchPredict)[A-Za-z]*$"
+        r"|/v1(?:alpha|beta)[0-9]*/(?!openai/|projects/[^/]*/locations/[^/]*/endpoints/)"
+    ),
+)
+
+
 GEMINI: Final = Dialect(
-    "gemini", re.compile(r":(streamG|g)enerateContent$"), read_gemini, _MEMBERS, text_under("text"), large=True
+    "gemini",
+    re.compile(r":(streamG|g)enerateContent$"),
+    read_gemini,
+    _MEMBERS,
+    text_under("text"),
+    large=True,
+    form=GOOGLE,
 )

@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from ...errors import ExchangeError
 from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import (
@@ -24,6 +25,7 @@ from ..meaning import (
     text_of,
 )
 from .dialect import Dialect
+from .form import COMMENT, Form, document, error_event
 
 
 class _Block(msgspec.Struct, gc=False):
@@ -77,10 +79,35 @@ def read_message(kind: bytes, data: bytes) -> Meaning:
     return FAILED if kind == b"error" else NOTHING
 
 
+# https://docs.anthropic.com/en/api/errors; another status below 500 is the client's fault, and from there on the API's.
+_ERROR_TYPES: Final = {
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def _error(error: ExchangeError) -> dict[str, object]:
+    usual = "invalid_request_error" if error.status < 500 else "api_error"
+    return {"type": "error", "error": {"type": _ERROR_TYPES.get(error.status, usual), "message": error.message}}
+
+
+ANTHROPIC: Final = Form(
+    COMMENT,
+    lambda error: document(_error(error)),
+    lambda error, number: error_event(_error(error)),
+    re.compile(r"/messages/(?:count_tokens|batches)"),
+)
+
+
 MESSAGES: Final = Dialect(
     "messages",
-    re.compile(r"(?<!/threads)/messages$|:streamRawPredict$"),
+    # Messages of threads, and of stored completions, are OpenAI's.
+    re.compile(r"^(?!.*/(?:threads|completions)(?:/[^/]*)?/messages$).*/messages$|:(?:streamR|r)awPredict$"),
     read_message,
     _MEMBERS,
     text_under("text", "thinking", "partial_json"),
+    form=ANTHROPIC,
 )

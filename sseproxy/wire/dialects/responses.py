@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from ...errors import ExchangeError
 from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import (
@@ -24,6 +25,7 @@ from ..meaning import (
     text_of,
 )
 from .dialect import Dialect
+from .form import OPENAI, error_event, openai_error
 
 
 class _Response(msgspec.Struct, gc=False):
@@ -73,6 +75,12 @@ def read_response(kind: bytes, data: bytes) -> Meaning:
     return NOTHING if event.type else Meaning(usage=read_usage(event.usage), finish=text_of(event.status))
 
 
+def _farewell(error: ExchangeError, number: int) -> bytes:
+    # The API has these fields at the top level; the SDKs raise on what is nested.
+    flat = {"code": error.code, "message": error.message, "param": None}
+    return error_event({"type": "error", "sequence_number": number, **flat, "error": openai_error(error)})
+
+
 RESPONSES: Final = Dialect(
     "responses",
     re.compile(r"/responses(/[^/]+)?$"),
@@ -80,5 +88,5 @@ RESPONSES: Final = Dialect(
     _MEMBERS,
     text_under("delta"),
     large=True,
-    numbered=True,
+    form=OPENAI._replace(farewell=_farewell),
 )
