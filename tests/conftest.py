@@ -5,10 +5,15 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+import hypothesis
 import pytest
 import uvloop
 
 from .harness import RunningProxy, Script, ScriptedUpstream, settings, start_proxy
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # The hundreds of processes that tests start need not compile every module again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
