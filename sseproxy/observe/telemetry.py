@@ -243,7 +243,7 @@ class RouteObserver:
         self._telemetry.changed()
 
     def _count_usage(self, usage: Usage) -> None:
-        for kind in ("input", "output", "cached_input", "reasoning"):
+        for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
             if tokens := getattr(usage, kind):
                 self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
         if usage.seconds:

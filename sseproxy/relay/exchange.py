@@ -40,6 +40,7 @@ class Exchange:
         "api",
         "cause",
         "client",
+        "complained",
         "ended_at",
         "events",
         "finish_reason",
@@ -50,6 +51,7 @@ class Exchange:
         "garbled",
         "head_at",
         "is_stream",
+        "kept_as",
         "last_delta_at",
         "longest_gap",
         "marker_seen",
@@ -60,12 +62,13 @@ class Exchange:
         "path",
         "reason",
         "received_at",
+        "reported_error",
         "request_bytes",
         "request_id",
         "response_bytes",
         "route",
         "status",
-        "stream_error",
+        "streamed_reasoning",
         "traceparent",
         "unread",
         "upstream",
@@ -109,10 +112,17 @@ class Exchange:
         self.request_bytes = 0
         self.response_bytes = 0
         self.usage: Usage | None = None
+        self.kept_as: str | None = None
+        """The name under which the upstream keeps the answer, for whoever asks for it later."""
+        self.streamed_reasoning = False
+        """Some of the reasoning was among the deltas."""
         self.finish_reason: str | None = None
         self.marker_seen = False
         """The dialect's end was seen, and forwarded."""
-        self.stream_error = False
+        self.reported_error = False
+        """The upstream has said that it failed."""
+        self.complained = False
+        """It has said a code or a message, which is a failure if nothing else comes."""
         self.unread: Literal["encoded", "oversize", "failed"] | None = None
         """Why the body, or a part of it, could not be read in passing."""
         self.outcome: Outcome | None = None
@@ -138,16 +148,27 @@ class Exchange:
         if meaning is DELTA:
             return
         if meaning.usage is not None:
-            earlier = self.usage if meaning.overlay else None
-            self.usage = meaning.usage if earlier is None else earlier.overlaid(meaning.usage)
+            self.usage = meaning.usage if self.usage is None else self.usage.updated(meaning.usage)
         if meaning.finish is not None:
             self.finish_reason = meaning.finish
         if meaning.end or meaning.more:
             self.marker_seen = meaning.end
         if meaning.error:
-            self.stream_error = True
+            self.reported_error = True
+        if meaning.complaint:
+            self.complained = True
+        if meaning.reasoning:
+            self.streamed_reasoning = True
+        if meaning.kept_as is not None:
+            self.kept_as = meaning.kept_as
         if not meaning.understood:
             self.garbled += 1
+
+    def answered(self, meaning: Meaning) -> None:
+        """The whole of a JSON body was written downstream."""
+        self.usage, self.finish_reason = meaning.usage, meaning.finish
+        # Where the status says that it is an error, the client knows.
+        self.reported_error = (meaning.error or meaning.complaint) and (self.status or 0) < 400
 
     def _begins(self, meaning: Meaning, read_at: float) -> None:
         """The first event, the first token, or what comes before it or means none."""
@@ -180,7 +201,9 @@ class Exchange:
 
     def completed(self) -> Outcome:
         """The outcome if all of the response was forwarded."""
-        return Outcome.UPSTREAM_ERROR if self.stream_error else Outcome.COMPLETED
+        empty = self.first_token_at is None and self.usage is None and self.finish_reason is None
+        failed = self.reported_error or (self.complained and empty)
+        return Outcome.UPSTREAM_ERROR if failed else Outcome.COMPLETED
 
     def failed(self, error: ExchangeError) -> Outcome:
         """The outcome if `error` ends it now. What follows the end marker concerns nobody."""

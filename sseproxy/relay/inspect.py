@@ -82,14 +82,14 @@ class EventInspector(Inspector):
 
 
 class StreamInspector(EventInspector):
-    """An event stream in `dialect`; of an event, at most so many bytes as `max_event` and the dialect allow."""
+    """An event stream in `dialect`; of an event, at most `max_event` bytes."""
 
-    __slots__ = ("_alike_since", "_read", "_text", "_tries", "alike", "awaits_token")
+    __slots__ = ("_alike_since", "_meaning_of", "_text", "_tries", "alike", "awaits_token")
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
-        parser = EventParser(dialect.max_event(max_event), dialect.members)
+        parser = EventParser(max_event, dialect.members)
         super().__init__(exchange, parser, numbered=dialect.numbered)
-        self._read = dialect.read
+        self._meaning_of = dialect.meaning_of
         self._text = dialect.text
         self.awaits_token = dialect.generates
         # For how many events more it is worth to make an `alike`, and how many there had been at the last one.
@@ -106,7 +106,7 @@ class StreamInspector(EventInspector):
         for kind, data in events:
             if data is None:
                 exchange.unread = "oversize"
-            meaning = NOTHING if data is None else self._read(kind, data)
+            meaning = NOTHING if data is None else self._meaning_of(kind, data)
             exchange.happened(meaning, read_at)
         self.alike = None
         if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
@@ -127,11 +127,11 @@ class StreamInspector(EventInspector):
 class JsonInspector(Inspector):
     """A JSON body in `dialect`."""
 
-    __slots__ = ("_gist", "_read")
+    __slots__ = ("_gist", "_meaning_of")
 
     def __init__(self, exchange: Exchange, dialect: Dialect) -> None:
         super().__init__(exchange)
-        self._read = dialect.read
+        self._meaning_of = dialect.meaning_of
         self._gist = Gist(dialect.members)
 
     def look(self, payload: bytes, read_at: float) -> bool:
@@ -143,4 +143,4 @@ class JsonInspector(Inspector):
         if text is None:
             self._exchange.unread = "oversize"
         else:
-            self._exchange.usage = self._read(b"", text).usage
+            self._exchange.answered(self._meaning_of(b"", text))
