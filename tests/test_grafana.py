@@ -164,6 +164,9 @@ async def backend(api: Peer) -> None:
                 STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), chunk(b"\x1f\x8b"), LAST_CHUNK
             )
             continue
+        if model == "whole":
+            api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+            continue
         api.send(STREAM_HEAD)
         for number in range(5):
             api.send(chunk(delta(str(number))))
@@ -179,7 +182,7 @@ async def backend(api: Peer) -> None:
 async def load(served: Served) -> None:
     """All that can happen, again and again."""
     while True:
-        for model in ("gpt-a", "gpt-b", "silent", "unmarked", "broken", "dead", "packed", "slow", "nowhere"):
+        for model in ("gpt-a", "gpt-b", "silent", "unmarked", "broken", "dead", "packed", "whole", "slow", "nowhere"):
             client = Peer(*await asyncio.open_connection("127.0.0.1", served.port))
             body = json.dumps({"model": model, "stream": True}).encode()
             try:

@@ -229,10 +229,12 @@ class RouteObserver:
             recorder.count(metrics.EVENTS, labels, exchange.events)
             if exchange.garbled:
                 recorder.count(metrics.EVENTS_GARBLED, labels, exchange.garbled)
-            if exchange.usage is None:
+            if exchange.usage is None and not exchange.repeats:
                 recorder.count(metrics.WITHOUT_USAGE, (*labels, _why_without_usage(exchange)))
             if exchange.outcome is Outcome.COMPLETED and exchange.unread != "encoded":
                 recorder.count(metrics.STREAM_ENDS, (*labels, "marker" if exchange.marker_seen else "eof"))
+        elif exchange.lacks_usage and exchange.outcome is Outcome.COMPLETED:
+            recorder.count(metrics.ANSWERS_WITHOUT_USAGE, labels)
         if exchange.unread is not None:
             recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
         if exchange.usage is not None:

@@ -14,6 +14,8 @@ from ..wire.meaning import DELTA, Meaning, Usage
 
 # Of so many, or half of them, the median is told well enough.
 _MAX_GAPS = 32
+# Answers are asked for until they are there, and soon after that. Each takes some 100 bytes.
+_MAX_KEPT = 10_000
 
 
 class Observer(Protocol):
@@ -32,6 +34,33 @@ class Observer(Protocol):
     def finished(self, exchange: Exchange) -> None: ...
 
 
+class Kept:
+    """The answers that upstreams keep and that were counted here, the latest ones: each is counted once.
+
+    This is of one worker, because none knows what others have counted.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[int, None] = {}
+
+    def settle(self, exchange: Exchange) -> None:
+        """Says of an exchange that has ended whether it repeats what was counted."""
+        if exchange.usage is None:
+            return
+        if exchange.kept_as is None:
+            # One that is not generated in the background was counted with the answer to its POST.
+            exchange.repeats = exchange.fetches
+        else:
+            # Names may have any length; their hashes are not chosen by anybody.
+            name = hash((exchange.upstream, exchange.kept_as))
+            exchange.repeats = name in self._counted
+            self._counted[name] = None
+            if len(self._counted) > _MAX_KEPT:
+                del self._counted[next(iter(self._counted))]
+        if exchange.repeats:
+            exchange.usage = None
+
+
 class Exchange:
     """One request and its response, as an operator wants to know it. Instants are `perf_counter` readings."""
 
@@ -43,6 +72,7 @@ class Exchange:
         "complained",
         "ended_at",
         "events",
+        "fetches",
         "finish_reason",
         "first_delta_at",
         "first_event_at",
@@ -52,6 +82,7 @@ class Exchange:
         "head_at",
         "is_stream",
         "kept_as",
+        "lacks_usage",
         "last_delta_at",
         "longest_gap",
         "marker_seen",
@@ -62,6 +93,7 @@ class Exchange:
         "path",
         "reason",
         "received_at",
+        "repeats",
         "reported_error",
         "request_bytes",
         "request_id",
@@ -112,6 +144,12 @@ class Exchange:
         self.request_bytes = 0
         self.response_bytes = 0
         self.usage: Usage | None = None
+        self.lacks_usage = False
+        """A JSON answer tells no usage, and should."""
+        self.fetches = False
+        """It asks for an answer that was generated before, or is."""
+        self.repeats = False
+        """Its usage is counted already, as that of another exchange."""
         self.kept_as: str | None = None
         """The name under which the upstream keeps the answer, for whoever asks for it later."""
         self.streamed_reasoning = False
@@ -123,7 +161,7 @@ class Exchange:
         """The upstream has said that it failed."""
         self.complained = False
         """It has said a code or a message, which is a failure if nothing else comes."""
-        self.unread: Literal["encoded", "oversize", "failed"] | None = None
+        self.unread: Literal["encoded", "oversize", "unknown", "failed"] | None = None
         """Why the body, or a part of it, could not be read in passing."""
         self.outcome: Outcome | None = None
 
@@ -135,9 +173,19 @@ class Exchange:
         self.status = status
         self.head_at = perf_counter()
         if event_stream:
+            self.streams()
+        self.observer.response_head(self.head_at - self.received_at)
+
+    def streams(self) -> None:
+        """Its response is a stream."""
+        if not self.is_stream:
             self.is_stream = True
             self.observer.stream_started()
-        self.observer.response_head(self.head_at - self.received_at)
+
+    @property
+    def succeeded(self) -> bool:
+        """Its response is no error, nor another answer that generates nothing."""
+        return self.status is not None and 200 <= self.status < 300
 
     def happened(self, meaning: Meaning, read_at: float) -> None:
         """An event, read at `read_at`, was written downstream."""
@@ -166,9 +214,9 @@ class Exchange:
 
     def answered(self, meaning: Meaning) -> None:
         """The whole of a JSON body was written downstream."""
-        self.usage, self.finish_reason = meaning.usage, meaning.finish
-        # Where the status says that it is an error, the client knows.
-        self.reported_error = (meaning.error or meaning.complaint) and (self.status or 0) < 400
+        self.usage, self.finish_reason, self.kept_as = meaning.usage, meaning.finish, meaning.kept_as
+        # Where the status says that it is an error, the client knows; and what is fetched failed before.
+        self.reported_error = (meaning.error or meaning.complaint) and self.succeeded and not self.fetches
 
     def _begins(self, meaning: Meaning, read_at: float) -> None:
         """The first event, the first token, or what comes before it or means none."""
