@@ -446,7 +446,12 @@ class Elements:
             if extract is None:
                 between = _BETWEEN.match(part, at)
                 at = between.end() if between else at
-                at += self._begin(part[at : at + 1])
+                if self._begun and part.startswith(b"{}", at):
+                    # There may be thousands of these in a read.
+                    found.append(b"{}")
+                    at += 2
+                else:
+                    at += self._begin(part[at : at + 1])
                 continue
             # Of what follows an object, no more than this is copied.
             piece = part[at : at + _PIECE]
