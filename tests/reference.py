@@ -382,7 +382,7 @@ def read(api: str, stream: bytes) -> Seen:
     seen = Seen()
     for kind, data in Reference(stream).events:
         try:
-            if data.strip(" \t\r\n\v\f") == "[DONE]" and len(data) < 16:
+            if data.strip(" \t\r\n\v\f") == "[DONE]":
                 seen.ended = True
             else:
                 APIS[api](seen, kind, _object(data))

@@ -96,7 +96,7 @@ class StreamInspector(EventInspector):
         "_begun",
         "_dialect",
         "_json",
-        "_meaning_of",
+        "_read",
         "_text",
         "_tries",
         "alike",
@@ -107,7 +107,7 @@ class StreamInspector(EventInspector):
         parser = EventParser(max_event, dialect.members)
         super().__init__(exchange, parser, numbered=dialect.numbered)
         self._dialect = dialect
-        self._meaning_of = dialect.meaning_of
+        self._read = dialect.read
         self._text = dialect.text
         self._begun = False
         self._json: JsonInspector | None = None
@@ -131,7 +131,9 @@ class StreamInspector(EventInspector):
         for kind, data in events:
             if data is None:
                 exchange.unread = "oversize"
-            meaning = NOTHING if data is None else self._meaning_of(kind, data)
+            meaning = NOTHING if data is None else self._read(kind, data)
+            if meaning is not DELTA and data is not None:
+                meaning = self._dialect.judged(meaning, data)
             exchange.happened(meaning, read_at)
         self.alike = None
         if (meaning is DELTA or meaning is REASONING) and len(events) == 1 and fresh and parser.fresh and self._tries:

@@ -252,11 +252,15 @@ class Rest(msgspec.Struct, gc=False):
     error: msgspec.Raw = NULL
 
 
+# The end marker, perhaps with spaces around it.
+_DONE: Final = b"[DONE]"
 _decode_rest: Final = msgspec.json.Decoder(Rest).decode
 
 
 def read_rest(kind: bytes, data: bytes) -> Meaning:
-    """What can be told of an event that is not what its API says."""
+    """What can be told of an event that is not what its API says. `[DONE]` ends a stream of any."""
+    if data.strip() == _DONE:
+        return END
     garbled = Meaning(error=kind == b"error", understood=False)
     # Garbage may come by the thousand in one read, and an exception takes longer than a look.
     if not data.lstrip(b" \t\r\n").startswith(b"{"):

@@ -142,9 +142,9 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
     usage = read_usage(chunk.usage)
     if usage is None and chunk.x_groq is not None:
         usage = read_usage(chunk.x_groq.usage)
-    if usage is None:
+    if usage is None and inner is not NULL:
         usage = read_usage(inner)
-    error = kind == b"error" or filled(chunk.error) or finish in _FAILURES
+    error = kind == b"error" or filled(chunk.error) or (finish is not None and finish in _FAILURES)
     error |= chunk.x_groq is not None and filled(chunk.x_groq.error)
     if chunk.choices is None and not error:
         error = _is_error(data)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from ..extract import Members
-from ..meaning import COMPLAINT, END, NOTHING, Meaning, complains
-
-# The end marker, perhaps with spaces around it.
-_DONE: Final = b"[DONE]"
-_LONGEST_DONE: Final = 16
+from ..meaning import COMPLAINT, NOTHING, Meaning, complains
 
 
 class Dialect(NamedTuple):
-    """`read(type, data)` is the meaning of an event as its API has it, `meaning_of` what it means in the end. `path`
+    """`read(type, data)` is the meaning of an event as its API has it, `judged` what it means in the end. `path`
     matches the path on the upstream's side; `text` finds generated text in an event. `members` are what `read` reads,
     and what it is shown of a large event.
 
@@ -35,8 +31,9 @@ class Dialect(NamedTuple):
     keeps: bool = False
 
     def meaning_of(self, kind: bytes, data: bytes) -> Meaning:
-        """What an event, or a JSON body, means. `[DONE]` ends a stream of any API."""
-        if len(data) < _LONGEST_DONE and data.strip() == _DONE:
-            return END
-        meaning = self.read(kind, data)
+        """What an event, or a JSON body, means."""
+        return self.judged(self.read(kind, data), data)
+
+    def judged(self, meaning: Meaning, data: bytes) -> Meaning:
+        """`meaning` as `read` has it, unless `data` says nothing that the API knows, and a code or a message."""
         return COMPLAINT if meaning == NOTHING and self.generates and complains(data) else meaning
