@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from sseproxy.relay.exchange import Exchange
 from sseproxy.relay.inspect import StreamInspector
 from sseproxy.wire.dialects import dialect_of
-from sseproxy.wire.meaning import Usage
 
 from . import reference
 from .splits import splits, steps
@@ -228,10 +227,6 @@ class Recording:
         self.deltas.append(self.exchange.events - 1)
 
 
-def counts(usage: Usage) -> dict[str, Any]:
-    return {name: count for name, count in usage._asdict().items() if count is not None and name != "final"}
-
-
 def measured(api: str, pieces: list[bytes]) -> reference.Seen:
     recording = Recording()
     exchange = recording.exchange
@@ -243,7 +238,7 @@ def measured(api: str, pieces: list[bytes]) -> reference.Seen:
         events=exchange.events,
         deltas=recording.deltas,
         reasoned=exchange.streamed_reasoning,
-        usage=None if usage is None else counts(usage),
+        usage=None if usage is None else usage.told(),
         final=usage is not None and usage.final,
         finish=exchange.finish_reason,
         ended=exchange.marker_seen,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -39,9 +39,12 @@ class Usage(NamedTuple):
 
     def updated(self, later: Usage) -> Usage:
         """These counts and those of `later`, of the same answer: counts are cumulative, and never fall."""
-        told = {name: count for name, count in later._asdict().items() if count is not None and name != "final"}
-        counts = {name: max(count, getattr(self, name) or 0) for name, count in told.items()}
+        counts = {name: max(count, getattr(self, name) or 0) for name, count in later.told().items()}
         return self._replace(**counts, final=later.final)
+
+    def told(self) -> dict[str, Any]:
+        """The counts that are told, by name."""
+        return {name: count for name, count in self._asdict().items() if count is not None and name != "final"}
 
 
 class Meaning(NamedTuple):
