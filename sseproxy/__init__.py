@@ -140,7 +140,8 @@ TTFT                    time to first token: request head received to the first 
                         written downstream
 inter-token latency     the gap between consecutive events with a generated delta, at the time they were read
 TPOT                    (last - first generated event) / (streamed tokens - 1), of completed streams
-usage                   the upstream's own token counts, the last non-null ones of a stream; never summed or estimated
+usage                   the upstream's own token counts, in one meaning for all APIs; the highest of each type in a
+                        stream; never summed or estimated
 outcome                 why an exchange ended: one of `errors.Outcome`
 drain                   stop accepting, fail readiness, let streams finish until the deadline, then end them in-band
 """

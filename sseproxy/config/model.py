@@ -111,8 +111,8 @@ class Limits(_Model):
     """Request bodies that are read in advance, in bytes, for each worker; requests that need more are answered 503."""
     response_head: Size = 32 << 10
     """An upstream's response head; larger ones are answered 502."""
-    event: Size = 4 << 20
-    """Events that are read in passing, six times that where they may carry images; larger ones pass all the same."""
+    event: Size = 32 << 20
+    """The largest event that is read; larger ones are forwarded and not read. No more than 64 KiB of one is kept."""
 
     def share(self, workers: int) -> Limits:
         """What one of `workers` accepts and holds at most: its part of the whole, rounded up."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 from ..errors import ExchangeError
 from ..wire.alike import Alike, alike
 from ..wire.dialects import Dialect
-from ..wire.extract import Gist
-from ..wire.meaning import DELTA, NOTHING
+from ..wire.extract import Elements, Gist
+from ..wire.meaning import DELTA, NOTHING, REASONING
 from ..wire.sse import EventParser
 from .exchange import Exchange
 
+# What JSON begins with, and no line of an event stream that means something does; and what may be before it.
+_JSON_MARKS = (b"{", b"[")
+_BEFORE_JSON = b" \t\r\n\xef\xbb\xbf"
 # A stream whose events have not been alike for so many is none whose events are.
 _TRIES = 8
 
@@ -82,16 +85,33 @@ class EventInspector(Inspector):
 
 
 class StreamInspector(EventInspector):
-    """An event stream in `dialect`; of an event, at most so many bytes as `max_event` and the dialect allow."""
+    """An event stream in `dialect`; of an event, at most `max_event` bytes.
 
-    __slots__ = ("_alike_since", "_read", "_text", "_tries", "alike", "awaits_token")
+    The body decides what it is: one that begins as JSON is JSON, whatever was asked for and whatever its label. Where
+    these do not tell that it is a stream, it is one from its first event on.
+    """
+
+    __slots__ = (
+        "_alike_since",
+        "_begun",
+        "_dialect",
+        "_json",
+        "_read",
+        "_text",
+        "_tries",
+        "alike",
+        "awaits_token",
+    )
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
-        parser = EventParser(dialect.max_event(max_event), dialect.members)
+        parser = EventParser(max_event, dialect.members)
         super().__init__(exchange, parser, numbered=dialect.numbered)
+        self._dialect = dialect
         self._read = dialect.read
         self._text = dialect.text
-        self.awaits_token = dialect.generates
+        self._begun = False
+        self._json: JsonInspector | None = None
+        self.awaits_token = dialect.generates and exchange.is_stream
         # For how many events more it is worth to make an `alike`, and how many there had been at the last one.
         self._tries = _TRIES
         self._alike_since = 0
@@ -100,16 +120,23 @@ class StreamInspector(EventInspector):
     def look(self, payload: bytes, read_at: float) -> bool:
         exchange, parser = self._exchange, self._parser
         fresh, meaning = parser.fresh, NOTHING
+        if not fresh and (self._json is not None or self._is_json(payload)):
+            assert self._json is not None
+            return self._json.look(payload, read_at)
         if self.alike is not None and exchange.events > self._alike_since:
             self._tries = _TRIES
         events = parser.feed(payload)
+        if events and not exchange.events:
+            exchange.streams()
         for kind, data in events:
             if data is None:
                 exchange.unread = "oversize"
             meaning = NOTHING if data is None else self._read(kind, data)
+            if meaning is not DELTA and data is not None:
+                meaning = self._dialect.judged(meaning, data)
             exchange.happened(meaning, read_at)
         self.alike = None
-        if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
+        if (meaning is DELTA or meaning is REASONING) and len(events) == 1 and fresh and parser.fresh and self._tries:
             self._tries -= 1
             self._alike_since = exchange.events
             self.alike = alike(payload, self._text)
@@ -118,29 +145,84 @@ class StreamInspector(EventInspector):
             return not self.awaits_token
         return bool(events)
 
+    def _is_json(self, payload: bytes) -> bool:
+        """Whether the body is JSON, if `payload` is its beginning."""
+        if not self._begun:
+            mark = payload.lstrip(_BEFORE_JSON)[:1]
+            self._begun = bool(mark)
+            if mark in _JSON_MARKS:
+                self._json = JsonInspector(self._exchange, self._dialect)
+        return self._json is not None
+
+    def end(self) -> None:
+        exchange = self._exchange
+        if self._json is not None:
+            self._json.end()
+        elif self._begun and not (exchange.events or self._parser.comments):
+            exchange.unread = "unknown"
+
     def failed(self) -> Inspector:
+        if self._json is not None:
+            return self._json.failed()
         # The parser has had all that came: where the stream stands is known.
         self._exchange.unread = "failed"
         return EventInspector(self._exchange, self._parser, numbered=self._numbered)
 
+    def heartbeat(self) -> bytes:
+        return super().heartbeat() if self._json is None else b""
+
+    def farewell(self, error: ExchangeError) -> bytes:
+        return super().farewell(error) if self._json is None else b""
+
 
 class JsonInspector(Inspector):
-    """A JSON body in `dialect`."""
+    """A JSON body in `dialect`: an answer, or a list of what are events in a stream."""
 
-    __slots__ = ("_gist", "_read")
+    __slots__ = ("_dialect", "_elements", "_gist")
 
     def __init__(self, exchange: Exchange, dialect: Dialect) -> None:
         super().__init__(exchange)
-        self._read = dialect.read
-        self._gist = Gist(dialect.members)
+        self._dialect = dialect
+        self._gist: Gist | None = None
+        self._elements: Elements | None = None
 
     def look(self, payload: bytes, read_at: float) -> bool:
+        if self._elements is not None:
+            return self._look_at_elements(self._elements, payload, read_at)
+        if self._gist is None:
+            mark = payload.lstrip(_BEFORE_JSON)[:1]
+            if mark == b"[" and self._dialect.generates and self._exchange.succeeded:
+                self._exchange.streams()
+                self._elements = Elements(self._dialect.members)
+                return self._look_at_elements(self._elements, payload, read_at)
+            if not mark:
+                return True
+            self._gist = Gist(self._dialect.members)
         self._gist.feed(payload)
         return True
 
+    def _look_at_elements(self, elements: Elements, payload: bytes, read_at: float) -> bool:
+        exchange = self._exchange
+        found = elements.feed(payload)
+        for text in found:
+            exchange.happened(self._dialect.meaning_of(b"", text), read_at)
+        return bool(found) or elements.given_up
+
     def end(self) -> None:
-        text = self._gist.text()
+        exchange, elements = self._exchange, self._elements
+        if elements is not None:
+            if not elements.ended:
+                exchange.unread = "oversize" if elements.too_much else "unknown"
+            return
+        text = self._gist.text() if self._gist is not None else b""
         if text is None:
-            self._exchange.unread = "oversize"
-        else:
-            self._exchange.usage = self._read(b"", text).usage
+            exchange.unread = "oversize"
+            return
+        meaning = self._dialect.meaning_of(b"", text)
+        exchange.answered(meaning)
+        if meaning.usage is not None or exchange.fetches or not exchange.succeeded:
+            return
+        if not meaning.understood:
+            exchange.unread = "unknown"
+        # One that is generated in the background is told with it later.
+        exchange.lacks_usage = self._dialect.generates and not exchange.reported_error and meaning.kept_as is None

@@ -13,7 +13,7 @@ from . import routes
 from .admission import Admission
 from .answers import Answer
 from .downstream import Request
-from .exchange import Exchange, Observer
+from .exchange import Exchange, Kept, Observer
 from .phases import Relay
 from .server import DownstreamServer
 from .upstream import Upstream
@@ -71,6 +71,7 @@ class Proxy:
         self.upstreams = {upstream.name: Upstream(upstream, config.limits) for upstream in config.upstreams}
         self.admission = Admission(config, lambda: self.lateness.lasting)
         self._trusted = config.trusted_proxies
+        self.kept = Kept()
         self.active: set[Relay] = set()
         self.retiring = False
         self.draining = False

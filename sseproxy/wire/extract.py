@@ -44,6 +44,8 @@ _BRACKET_OR_QUOTE: Final = re.compile(rb'["\[\]{}]')
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 # Opening brackets are 1, closing ones -1.
 _SIGNS: Final = bytes.maketrans(b"[]{}", b"\x01\xff\x01\xff")
+_BETWEEN: Final = re.compile(rb"[ \t\n\r,]+")
+_PIECE: Final = 1024
 # What is passed over in one step, at most, and what is looked at bracket by bracket.
 _STEP, _FINE = 16 * 1024, 64
 
@@ -101,6 +103,8 @@ _QUOTE, _COMMA, _OPEN_OBJECT, _CLOSE_OBJECT, _OPEN_LIST, _CLOSE_LIST = b'",{}[]'
 class Extract:
     """What is wanted of one object. `feed` takes its text in any split.
 
+    Nothing may come after it, unless it is `one_of` several.
+
     `spans` has where in the text the outermost values are that are wanted as they are, the last one of each name;
     `closed_at` is where its last bracket is.
     """
@@ -113,6 +117,7 @@ class Extract:
         "_members",
         "_name",
         "_offset",
+        "_one_of",
         "_open",
         "_out",
         "_passed",
@@ -127,8 +132,9 @@ class Extract:
         "too_much",
     )
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, *, one_of: bool = False) -> None:
         self.spans: dict[bytes, tuple[int, int]] = {}
+        self._one_of = one_of
         self.closed_at = 0
         self.too_much = False
         """There was more than is looked at."""
@@ -154,7 +160,7 @@ class Extract:
         self._quoted = False
 
     def feed(self, part: bytes) -> None:
-        if self._broken or self.too_much:
+        if self.given_up:
             return
         text = plain = self._rest + part
         if b"\\" in text:
@@ -168,9 +174,18 @@ class Extract:
         # What is broken leaves the rest as it is.
         self.too_much |= len(self._rest) > _MAX_TOKEN and not self._broken
 
+    @property
+    def given_up(self) -> bool:
+        """What came is no object, or too much."""
+        return self._broken or self.too_much
+
     def text(self) -> bytes | None:
         """The extract; None if what came is not one whole object, or too much."""
-        return bytes(self._out) if self._state is _END and not (self._broken or self.too_much) else None
+        return bytes(self._out) if self._state is _END and not self.given_up else None
+
+    def after(self) -> bytes | None:
+        """What came after the end of one of several; None if it has not ended."""
+        return self._rest if self._state is _END else None
 
     def so_far(self) -> bytes:
         """The extract of the members that have come, of an object that has no wanted containers in it."""
@@ -179,7 +194,7 @@ class Extract:
     def _walk(self, text: bytes, plain: bytes) -> int:
         """How far `text` can be read by now; `plain` is the same without escapes."""
         at, size = 0, len(plain)
-        while at < size and not (self._broken or self.too_much):
+        while at < size and not (self._broken or self.too_much or (self._one_of and self._state is _END)):
             state, byte = self._state, plain[at]
             if state is _STRING or state is _PASSING:
                 end = plain.find(b'"', at) + 1 if state is _STRING else self._pass(plain, at)
@@ -406,3 +421,58 @@ class Gist:
         if self.extract is None:
             return b"".join(self._parts)
         return None if self.extract.too_much else self.extract.text() or b""
+
+
+class Elements:
+    """The objects in a list, which are extracted one after the other as they come; `feed` takes its text in any split.
+
+    `given_up`: there is something else in it, or too much in one.
+    """
+
+    __slots__ = ("_begun", "_extract", "_members", "ended", "given_up", "too_much")
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._begun = False
+        self._extract: Extract | None = None
+        self.ended = self.given_up = self.too_much = False
+
+    def feed(self, part: bytes) -> list[bytes]:
+        """The extracts of the objects that `part` completes, in order."""
+        found: list[bytes] = []
+        at = 0
+        while at < len(part) and not (self.ended or self.given_up):
+            extract = self._extract
+            if extract is None:
+                between = _BETWEEN.match(part, at)
+                at = between.end() if between else at
+                if self._begun and part.startswith(b"{}", at):
+                    # There may be thousands of these in a read.
+                    found.append(b"{}")
+                    at += 2
+                else:
+                    at += self._begin(part[at : at + 1])
+                continue
+            # Of what follows an object, no more than this is copied.
+            piece = part[at : at + _PIECE]
+            extract.feed(piece)
+            rest, text = extract.after(), extract.text()
+            at += len(piece) - len(rest or b"")
+            if extract.given_up:
+                self.given_up, self.too_much = True, extract.too_much
+            elif text is not None:
+                found.append(text)
+                self._extract = None
+        return found
+
+    def _begin(self, mark: bytes) -> int:
+        """Takes what begins with `mark`; returns how much of that is no part of an object."""
+        if not mark:
+            return 0
+        if self._begun and mark == b"{":
+            self._extract = Extract(self._members, one_of=True)
+            return 0
+        self.ended = self._begun and mark == b"]"
+        self.given_up = not self.ended and (self._begun or mark != b"[")
+        self._begun = True
+        return 1

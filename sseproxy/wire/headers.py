@@ -9,11 +9,14 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Final
+from typing import Final, Literal
 
 from ..errors import ProtocolError
 
 Field = tuple[bytes, bytes]
+
+BodyKind = Literal["events", "json", "open", "other"]
+"""What a body is labelled as. `open` is a label that does not tell: none, text, or bytes."""
 
 # RFC 9110, section 7.6.1, and what older implementations treat alike. Framing is ours on each side; Expect is
 # answered here.
@@ -268,17 +271,28 @@ def _has_type(fields: Fields, media_type: bytes) -> bool:
     return media_type in [value.split(b";")[0].strip().lower() for value in fields.named(b"content-type")]
 
 
-def is_event_stream(fields: Fields) -> bool:
-    return _has_type(fields, b"text/event-stream")
-
-
 def is_json(fields: Fields) -> bool:
     return _has_type(fields, b"application/json")
 
 
+def body_kind(fields: Fields) -> BodyKind:
+    """What a body is labelled as."""
+    values = fields.named(b"content-type")
+    kind = values[0].split(b";")[0].strip().lower() if len(values) == 1 else b""
+    if _has_type(fields, b"text/event-stream"):
+        return "events"
+    if kind in (b"application/json", b"text/json") or kind.endswith(b"+json"):
+        return "json"
+    return "open" if not kind or kind.startswith(b"text/") or kind == b"application/octet-stream" else "other"
+
+
+def accepts_events(fields: Fields) -> bool:
+    return b"text/event-stream" in [token.split(b";")[0].strip() for token in fields.tokens(b"accept")]
+
+
 def is_encoded(fields: Fields) -> bool:
-    """True if the body is compressed, and so cannot be read in passing."""
-    return not {b"identity"}.issuperset(fields.tokens(b"content-encoding"))
+    """True if the body is compressed, and so cannot be read in passing. `none` is no coding, and often said."""
+    return not {b"identity", b"none"}.issuperset(fields.tokens(b"content-encoding"))
 
 
 def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> str:

@@ -19,7 +19,7 @@ from .media import IMAGES, SPEECH, TRANSCRIPTIONS
 from .messages import MESSAGES
 from .responses import RESPONSES
 
-__all__ = ["DIALECTS", "DIALECT_NAMES", "Dialect", "dialect_of", "model_in"]
+__all__ = ["DIALECTS", "DIALECT_NAMES", "Dialect", "asks_for_stream", "dialect_of", "model_in"]
 
 DIALECTS: Final = (
     CHAT,
@@ -38,6 +38,11 @@ DIALECTS: Final = (
 
 _MODEL_IN_PATH: Final = re.compile(rf"/(?:models|deployments)/([^/:]{{1,{MAX_MODEL}}})[/:]")
 
+# Google's methods that stream, which answer in a list where the query does not ask for events; and what GET
+# /responses/{id} is asked for.
+_STREAMING_PATH: Final = re.compile(r":stream[A-Z][A-Za-z]*$")
+_STREAMING_QUERY: Final = re.compile(r"[?&](?:alt=sse|stream=true)(?:&|$)", re.IGNORECASE)
+
 DIALECT_NAMES: Final = tuple(dialect.name for dialect in DIALECTS)
 
 
@@ -45,6 +50,11 @@ def model_in(path: str) -> str | None:
     """The model that `path` names, as Gemini's, Vertex AI's and Azure's do; as short as in a body, or none."""
     match = _MODEL_IN_PATH.search(path)
     return match[1] if match else None
+
+
+def asks_for_stream(path: str, query: str) -> bool:
+    """Whether a request does, by its `path` and its `query`, which begins with a question mark or is empty."""
+    return bool(_STREAMING_PATH.search(path) or _STREAMING_QUERY.search(query))
 
 
 # Few paths are many requests; a path may have as many bytes as a head, and there are few of them here.

@@ -11,7 +11,6 @@ from ..alike import text_under
 from ..extract import wanted
 from ..meaning import (
     DELTA,
-    END,
     FAILED,
     NOTHING,
     NULL,
@@ -41,10 +40,12 @@ class _ThreadDelta(msgspec.Struct, gc=False):
 
 
 class _ThreadEvent(msgspec.Struct, gc=False):
+    id: msgspec.Raw = NULL
     object: str = ""
     status: msgspec.Raw = NULL
     delta: _ThreadDelta | None = None
     usage: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
 
 
 _decode_thread_event: Final = msgspec.json.Decoder(_ThreadEvent).decode
@@ -54,18 +55,21 @@ _RUN_ENDS: Final = frozenset({"completed", "incomplete", "failed", "cancelled", 
 
 def read_run(kind: bytes, data: bytes) -> Meaning:
     """https://platform.openai.com/docs/api-reference/assistants-streaming: a run's usage includes that of its steps."""
-    if data == b"[DONE]":
-        return END
     if kind == b"error":
         return FAILED
     try:
         event = _decode_thread_event(data)
     except UNREADABLE:
         return read_rest(kind, data)
+    if filled(event.error) and not event.object:
+        return FAILED
     if event.object == "thread.run":
         status = text_of(event.status)
         return Meaning(
-            usage=read_usage(event.usage), finish=status if status in _RUN_ENDS else None, error=status == "failed"
+            usage=read_usage(event.usage),
+            finish=status if status in _RUN_ENDS else None,
+            error=status == "failed",
+            kept_as=text_of(event.id),
         )
     delta = event.delta or _ThreadDelta()
     pieces = delta.content or []
@@ -80,4 +84,5 @@ ASSISTANTS: Final = Dialect(
     read_run,
     _MEMBERS,
     text_under("value", "arguments"),
+    keeps=True,
 )

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..extract import Members
-from ..meaning import Meaning
+from ..meaning import COMPLAINT, NOTHING, Meaning, complains
 
 
 class Dialect(NamedTuple):
-    """`read(type, data)` is the meaning of an event; `path` matches the path on the upstream's side; `text`
-    finds generated text in an event.
-    `members` are what `read` reads, and what it is shown of a large event.
+    """`read(type, data)` is the meaning of an event as its API has it, `judged` what it means in the end. `path`
+    matches the path on the upstream's side; `text` finds generated text in an event. `members` are what `read` reads,
+    and what it is shown of a large event.
 
-    `generates`: its streams have a first token to wait for. `large`: its events may have megabytes. `numbered`: its
-    events carry their number in the stream. `asks_usage`: its streams tell usage only where the request asks for it.
+    `generates`: its answers have content, and its streams a first token to wait for. `numbered`: its events carry their
+    number in the stream. `asks_usage`: its streams tell usage only where the request asks for it. `keeps`: its answers
+    are kept, and can be asked for when they are there, and again.
     """
 
     name: str
@@ -25,13 +26,14 @@ class Dialect(NamedTuple):
     members: Members
     text: re.Pattern[bytes]
     generates: bool = True
-    large: bool = False
     numbered: bool = False
     asks_usage: bool = False
+    keeps: bool = False
 
-    def max_event(self, usual: int) -> int:
-        """The bytes of an event that are looked at, where `usual` are of events without images.
+    def meaning_of(self, kind: bytes, data: bytes) -> Meaning:
+        """What an event, or a JSON body, means."""
+        return self.judged(self.read(kind, data), data)
 
-        A 4096 x 4096 PNG in base64, and a line of 16 MiB with its field name, are within six times 4 MiB.
-        """
-        return 6 * usual if self.large else usual
+    def judged(self, meaning: Meaning, data: bytes) -> Meaning:
+        """`meaning` as `read` has it, unless `data` says nothing that the API knows, and a code or a message."""
+        return COMPLAINT if meaning == NOTHING and self.generates and complains(data) else meaning
