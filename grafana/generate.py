@@ -308,8 +308,12 @@ ROWS = (
             ),
             Panel(
                 "Streams without usage",
-                "Streams whose tokens are not counted, by reason. not_reported: set usage: {request: true} on the route.",
-                (Query(rate("streams_without_usage_total", "reason"), "{{reason}}"),),
+                "Streams whose tokens are not counted, by reason, and JSON answers. not_reported: set usage: {request: true} "
+                "on the route.",
+                (
+                    Query(rate("streams_without_usage_total", "reason"), "{{reason}}"),
+                    Query(rate("answers_without_usage_total"), "JSON answers"),
+                ),
                 "reqps",
             ),
             Panel(
@@ -419,7 +423,8 @@ ROWS = (
             ),
             Panel(
                 "Bodies not read",
-                "Forwarded but not read, so tokens are missing. encoded: compressed. oversize: too large. failed: see the log.",
+                "Forwarded but not read, so tokens are missing. encoded: compressed. oversize: too large. unknown: "
+                "neither JSON nor an event stream. failed: see the log.",
                 (Query(rate("bodies_not_read_total", "reason"), "{{reason}}"),),
                 "reqps",
             ),

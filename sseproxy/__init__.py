@@ -160,7 +160,8 @@ TTFT                    time to first token: from the request head received, to 
                         generated delta written downstream
 inter-token latency     the gap between consecutive events with a generated delta, at the time they were read
 TPOT                    (last - first generated event) / (streamed tokens - 1), of completed streams
-usage                   the upstream's own token counts, the last non-null ones of a stream; never summed or estimated
+usage                   the upstream's own token counts, in one meaning for all APIs; the highest of each type in a
+                        stream; never summed or estimated
 outcome                 why an exchange ended: one of `errors.Outcome`
 drain                   stop accepting, fail readiness, and let streams finish; at the deadline, end the rest with an
                         error event

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sseproxy.wire.deltas import delta_matcher
+from sseproxy.wire.dialects import DIALECTS
 from sseproxy.wire.dialects.chat import CHAT, read_completion
 from sseproxy.wire.dialects.responses import RESPONSES
 from sseproxy.wire.framing import frame, payload_of, whole_chunks
-from sseproxy.wire.meaning import DELTA, END, GARBLED, NOTHING, Meaning, Usage
+from sseproxy.wire.meaning import DELTA, END, GARBLED, NOTHING, REASONING, Meaning, Usage
 from sseproxy.wire.sse import EventParser
 
 from .harness import DONE, delta
@@ -43,13 +44,18 @@ def read(data: bytes | dict[str, Any], kind: bytes = b"") -> Meaning:
         {"content": None, "reasoning": "a"},
         {"refusal": "a"},
         {"audio": {"data": "UklGRg=="}},
+        {"reasoning_text": "a"},
+        {"content": "", "reasoning_details": [{"type": "reasoning.text", "text": "a"}]},
+        {"role": "assistant", "thinking_blocks": [{"thinking": "a"}]},
+        {"a name of tomorrow": "a"},
         {"function_call": {"name": "f", "arguments": ""}},
         {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
     ],
 )
 def test_generated_content_of_any_kind_is_a_delta(delta: dict[str, Any]) -> None:
-    assert read(chunk(delta)) == DELTA
-    assert read(chunk({"role": "assistant"}, delta)) == DELTA
+    for meaning in (read(chunk(delta)), read(chunk({"role": "assistant"}, delta))):
+        assert meaning in (DELTA, REASONING)
+        assert meaning.reasoning == any(name.startswith("reasoning") for name in delta)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,7 @@ def test_generated_content_of_any_kind_is_a_delta(delta: dict[str, Any]) -> None
         {"tool_calls": []},
         {"audio": {}},
         {"function_call": None, "reasoning": "", "reasoning_content": None},
-        {"name": "a", "text": "not in a delta", "unknown": "a"},
+        {"name": "a", "id": "c", "type": "x", "unknown": "", "index": 3, "extra": {"a": 1}, "done": True},
     ],
 )
 def test_a_delta_without_content_is_nothing(delta: dict[str, Any] | None) -> None:
@@ -90,7 +96,10 @@ def test_only_choices_generate(document: dict[str, Any], meaning: Meaning) -> No
 
 
 def test_the_end_marker_is_exactly_that() -> None:
-    assert read(b"[DONE]") == END
+    for dialect in DIALECTS:
+        for marker in (b"[DONE]", b" [DONE] ", b"[DONE]\t"):
+            assert dialect.meaning_of(b"", marker) == END
+            assert dialect.meaning_of(b"done", marker) == END
     assert read(b'"[DONE]"') == GARBLED
     assert read(chunk({"content": "[DONE]"})) == DELTA
     assert read(chunk({"content": "data: [DONE]\n\n"})) == DELTA
@@ -159,8 +168,16 @@ def test_finish_reason_is_told_with_and_without_content() -> None:
 )
 def test_usage_is_what_the_upstream_counted(usage: dict[str, Any], expected: Usage) -> None:
     assert read({"choices": [], "usage": usage}) == Meaning(usage=expected)
-    assert read(chunk({"content": "a"}, usage=usage)) == Meaning(delta=True, usage=expected)
+    # More comes, and will be counted.
+    assert read(chunk({"content": "a"}, usage=usage)) == Meaning(delta=True, usage=expected._replace(final=False))
     assert read({"choices": [], "x_groq": {"id": "r", "usage": usage}}) == Meaning(usage=expected)
+
+
+def test_usage_of_a_choice_counts_where_there_is_none_at_the_top() -> None:
+    choices = [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": {"prompt_tokens": 2, "cached_tokens": 1}}]
+    assert read({"choices": choices}) == Meaning(usage=Usage(2, None, 1), finish="stop")
+    assert read({"choices": choices, "usage": {"prompt_tokens": 1}}).usage == Usage(1)
+    assert read({"choices": choices, "usage": None}).usage == Usage(2, None, 1)
 
 
 def test_usage_at_the_top_goes_before_that_of_groq() -> None:
@@ -213,7 +230,7 @@ def test_a_wrong_type_anywhere_is_neither_usage_nor_a_delta(document: bytes, val
 @pytest.mark.parametrize("value", [value for value in GARBAGE if value not in (b'"7"', b'"NaN"')])
 def test_a_finish_reason_that_is_not_text_hides_nothing_beside_it(value: bytes) -> None:
     document = b'{"choices":[{"delta":{"content":"a"},"finish_reason":%b}],"usage":{"prompt_tokens":7}}'
-    assert read(document % value) == Meaning(delta=True, usage=Usage(7))
+    assert read(document % value) == Meaning(delta=True, usage=Usage(7, final=False))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +240,6 @@ def test_a_finish_reason_that_is_not_text_hides_nothing_beside_it(value: bytes) 
         chunk({"content": 'data: {"usage":{"prompt_tokens":1}}\n\ndata: [DONE]'}),
         chunk({"tool_calls": [{"function": {"arguments": '{"usage":{"prompt_tokens":1},"error":{}}'}}]}),
         chunk({"content": "a", "usage": {"prompt_tokens": 1}, "error": {"message": "x"}}),
-        b'{"choices":[{"delta":{"content":"a"},"usage":{"prompt_tokens":1}}]}',
         chunk({"content": "a"}, timings={"usage": {"prompt_tokens": 1}}, response={"usage": {"prompt_tokens": 1}}),
     ],
 )
@@ -256,7 +272,7 @@ def test_no_depth_of_nesting_raises(opening: bytes, depth: int) -> None:
 def test_arbitrary_bytes_never_raise(data: bytes, kind: bytes) -> None:
     meaning = read(data, kind)
     assert meaning.usage is None
-    assert meaning.error == (kind == b"error" and data != b"[DONE]")
+    assert meaning.error == (kind == b"error")
 
 
 KEYS = st.sampled_from(
@@ -313,7 +329,8 @@ def test_a_matcher_accepts_a_delta_and_nothing_else(
     matcher = delta_matcher(first, CHAT.text)
     if matcher is not None and matcher.size_of(frame(second)):
         assert matcher.size_of(frame(second)) == len(second)
-        assert means(second) == [DELTA]
+        assert means(second) == means(first)
+        assert means(second) in ([DELTA], [REASONING])
         assert not finished
 
 

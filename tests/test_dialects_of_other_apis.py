@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sseproxy import config
 from sseproxy.wire.dialects import DIALECTS, Dialect, dialect_of
-from sseproxy.wire.meaning import DELTA, END, NOTHING, Meaning, Usage
+from sseproxy.wire.meaning import END, NOTHING, Meaning, Usage
 
 from .conftest import StartProxy
 from .harness import STREAM_HEAD, ScriptedUpstream, begin, chunk, post
@@ -35,10 +35,15 @@ def read(name: str, document: dict[str, Any], kind: str = "") -> Meaning:
         ("/v1/xcompletions", "generic"),
         ("/v1/responses", "responses"),
         ("/v1/responses/resp_1", "responses"),
-        ("/v1/responses/resp_1/cancel", "generic"),
+        ("/v1/responses/resp_1/cancel", "responses"),
+        ("/v1/responses/resp_1/input_items", "generic"),
+        ("/v1/responses/compact", "responses"),
+        ("/v1/responses/input_tokens", "generic"),
         ("/v1/messages", "messages"),
         ("/v1/messages/count_tokens", "generic"),
         ("/v1/projects/p/locations/l/publishers/anthropic/models/claude:streamRawPredict", "messages"),
+        ("/v1/projects/p/locations/l/publishers/anthropic/models/claude:rawPredict", "messages"),
+        ("/v1/projects/p/locations/l/publishers/mistralai/models/mistral:streamRawPredict", "chat"),
         ("/v1/threads/runs", "assistants"),
         ("/v1/threads/t/runs", "assistants"),
         ("/v1/threads/t/runs/r/submit_tool_outputs", "assistants"),
@@ -79,7 +84,19 @@ GEMINI_TEXT = {"content": {"parts": [{"text": "Hi"}]}}
         ("messages", TEXT_DELTA | {"delta": {"type": "text_delta", "text": "Hi"}}),
         ("messages", TEXT_DELTA | {"delta": {"type": "thinking_delta", "thinking": "Hm"}}),
         ("messages", TEXT_DELTA | {"delta": {"type": "input_json_delta", "partial_json": "{"}}),
+        ("responses", {"type": "response.output_item.added", "item": {"type": "function_call", "arguments": ""}}),
+        ("responses", {"type": "response.content_part.added", "part": {"type": "output_text", "text": "Hi"}}),
+        ("responses", {"type": "response.output_text.annotation.added", "annotation": {"type": "url_citation"}}),
+        ("messages", TEXT_DELTA | {"delta": {"type": "citations_delta", "citation": {"url": "u"}}}),
+        ("messages", TEXT_DELTA | {"delta": {"type": "compaction_delta", "content": "In short"}}),
+        ("messages", {"type": "content_block_start", "content_block": {"type": "tool_use", "input": {}}}),
+        ("messages", {"type": "content_block_start", "content_block": {"type": "redacted_thinking", "data": "x"}}),
+        ("messages", {"type": "content_block_start", "content_block": {"type": "a_block_of_tomorrow"}}),
+        ("transcriptions", {"object": "transcription.chunk", "choices": [{"delta": {"content": " And"}}]}),
         ("gemini", {"candidates": [GEMINI_TEXT]}),
+        ("gemini", {"response": {"candidates": [GEMINI_TEXT]}}),
+        ("gemini", {"candidates": [{"content": {"parts": [{"text": "Hm", "thought": True}]}}]}),
+        ("gemini", {"candidates": [{"content": {"parts": [{"fileData": {"fileUri": "u"}}]}}]}),
         ("gemini", {"candidates": [{"content": {"parts": [{"functionCall": {"name": "f"}}]}}]}),
         ("speech", {"type": "speech.audio.delta", "audio": "UklGRg=="}),
         ("transcriptions", {"type": "transcript.text.delta", "delta": "Hi"}),
@@ -92,7 +109,7 @@ GEMINI_TEXT = {"content": {"parts": [{"text": "Hi"}]}}
 def test_generated_content_is_a_delta(name: str, document: dict[str, Any]) -> None:
     meaning = read(name, document)
     assert meaning.delta
-    assert meaning._replace(delta=False, more=False) == NOTHING
+    assert meaning._replace(delta=False, more=False, reasoning=False) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -101,7 +118,12 @@ def test_generated_content_is_a_delta(name: str, document: dict[str, Any]) -> No
         ("responses", {"type": "response.created", "response": RESPONSE | {"usage": None, "status": "in_progress"}}),
         ("responses", {"type": "response.output_text.delta", "delta": ""}),
         ("responses", {"type": "response.output_text.done", "text": "usage"}),
+        ("responses", {"type": "response.output_item.added", "item": {"type": "message", "content": []}}),
+        ("responses", {"type": "response.output_item.added", "item": {"type": "function_call_output"}}),
         ("messages", {"type": "ping"}),
+        ("messages", {"type": "content_block_start", "content_block": {"type": "compaction", "content": None}}),
+        ("messages", {"type": "content_block_start", "content_block": {"type": "fallback"}}),
+        ("gemini", {"candidates": [{"content": {"parts": [{"thoughtSignature": "x"}]}}]}),
         ("messages", {"type": "content_block_start", "content_block": {"type": "text", "text": ""}}),
         ("messages", TEXT_DELTA | {"delta": {"type": "input_json_delta", "partial_json": ""}}),
         ("messages", TEXT_DELTA | {"delta": {"type": "signature_delta", "signature": "EqQB"}}),
@@ -137,6 +159,17 @@ def test_what_generates_nothing_means_nothing(name: str, document: dict[str, Any
             Meaning(finish="failed", end=True, error=True),
         ),
         ("responses", {"object": "response", **RESPONSE}, Meaning(usage=Usage(3, 2), finish="completed")),
+        ("responses", {"type": "response.done", "response": RESPONSE}, Meaning(False, Usage(3, 2), "completed", True)),
+        (
+            "responses",
+            {"object": "response", "id": "r", "background": True, "status": "queued", "usage": None, "error": None},
+            Meaning(kept_as="r"),
+        ),
+        (
+            "gemini",
+            {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 3}},
+            Meaning(False, Usage(3), "SAFETY", True),
+        ),
         ("messages", {"type": "message_stop"}, END),
         (
             "messages",
@@ -182,18 +215,16 @@ def test_ends_tell_usage_and_why(name: str, document: dict[str, Any], expected: 
     assert read(name, document) == expected
 
 
-def test_counts_of_messages_are_overlaid_not_replaced_and_not_added() -> None:
-    first = {"input_tokens": 25, "cache_read_input_tokens": 900, "output_tokens": 1}
-    start = read("messages", {"type": "message_start", "message": {"usage": first}})
-    later = read(
-        "messages", {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 57}}
-    )
-    assert not start.overlay
-    assert later.overlay
-    assert start.usage is not None
-    assert later.usage is not None
-    assert start.usage.overlaid(later.usage) == Usage(25, 57, 900)
-    assert later.finish == "end_turn"
+def test_counts_of_messages_are_overlaid_and_never_fall() -> None:
+    first = {"input_tokens": 25, "cache_read_input_tokens": 900, "output_tokens": 3}
+    start = read("messages", {"type": "message_start", "message": {"usage": first}}).usage
+    # What it says of the output is no count of it.
+    assert start == Usage(925, None, 900, final=False)
+    for told in ({"output_tokens": 57}, {"output_tokens": 57, "input_tokens": 0, "cache_read_input_tokens": 0}):
+        later = read("messages", {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": told})
+        assert later.finish == "end_turn"
+        assert later.usage is not None
+        assert start.updated(later.usage) == Usage(925, 57, 900)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +233,48 @@ def test_counts_of_messages_are_overlaid_not_replaced_and_not_added() -> None:
         ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 4}, Usage(9, None, 4)),
         ({"input_tokens": 9, "input_tokens_details": {"cached_tokens": 4}}, Usage(9, None, 4)),
         ({"output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 4}}, Usage(None, 9, None, 4)),
-        ({"promptTokenCount": 9, "cachedContentTokenCount": 4, "thoughtsTokenCount": 2}, Usage(9, None, 4, 2)),
+        ({"promptTokenCount": 9, "cachedContentTokenCount": 4, "thoughtsTokenCount": 2}, Usage(9, 2, 4, 2)),
+        ({"promptTokenCount": 9, "toolUsePromptTokenCount": 5, "candidatesTokenCount": 3}, Usage(14, 3)),
+        ({"candidatesTokenCount": 3, "thoughtsTokenCount": 4}, Usage(None, 7, None, 4)),
+        (
+            {"input_tokens": 9, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 900},
+            Usage(999, None, 90, cache_write=900),
+        ),
+        (
+            {"input_tokens": 9, "cache_creation": {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}},
+            Usage(12, cache_write=3),
+        ),
+        (
+            {"output_tokens": 9, "output_tokens_details": {"thinking_tokens": 4}, "cache_read_input_tokens": 7},
+            Usage(None, 9, 7, 4),
+        ),
+        (
+            {"input_tokens": 9, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 3}},
+            Usage(9, None, 4, cache_write=3),
+        ),
+        (
+            {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 3}},
+            Usage(9, None, 4, cache_write=3),
+        ),
+        # xAI's reasoning comes on top, everybody else's is a part.
+        (
+            {
+                "prompt_tokens": 9,
+                "completion_tokens": 3,
+                "total_tokens": 19,
+                "completion_tokens_details": {"reasoning_tokens": 7},
+            },
+            Usage(9, 10, None, 7),
+        ),
+        (
+            {
+                "prompt_tokens": 9,
+                "completion_tokens": 10,
+                "total_tokens": 19,
+                "completion_tokens_details": {"reasoning_tokens": 7},
+            },
+            Usage(9, 10, None, 7),
+        ),
         ({"input_tokens": 9, "output_tokens": -1}, Usage(9)),
         ({"input_tokens": "9", "output_tokens": 1}, Usage(None, 1)),
         ({"seconds": -1}, None),
@@ -220,8 +292,7 @@ def test_an_error_event_is_an_error_in_every_dialect(dialect: Dialect) -> None:
     nested = b'{"type":"error","error":{"message":"overloaded"}}'
     assert dialect.read(b"error", nested).error
     assert dialect.read(b"error", b"not json").error
-    if dialect.name not in ("assistants", "messages"):
-        assert dialect.read(b"", b'{"error":{"message":"overloaded"}}').error
+    assert dialect.read(b"", b'{"error":{"message":"overloaded"}}').error
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
@@ -263,12 +334,6 @@ def test_arbitrary_documents_never_raise_and_count_only_counts(
 @given(data=st.binary(max_size=60))
 def test_arbitrary_bytes_never_raise(dialect: Dialect, data: bytes) -> None:
     assert dialect.read(b"", data).usage is None
-
-
-def test_a_lone_done_ends_every_dialect_of_openai() -> None:
-    for name in ("chat", "completions", "responses", "assistants", "speech", "transcriptions", "images", "generic"):
-        assert BY_NAME[name].read(b"", b"[DONE]") == END
-    assert DELTA.delta
 
 
 def candidate(index: int, text: str, finish: str | None = None) -> bytes:

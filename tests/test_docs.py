@@ -97,6 +97,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *(ROOT / "configs").rglob("*.md"),
     *(ROOT / "grafana").glob("*.md"),
+    *(ROOT / "sseproxy").rglob("*.md"),
 ]
 
 

@@ -300,7 +300,7 @@ REPEATED = {
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
 def test_whatever_an_event_holds_the_work_for_a_read_and_memory_are_bounded(dialect: Dialect, kind: str) -> None:
     first, again, last = REPEATED[kind]
-    parser = EventParser(dialect.max_event(4 << 20), dialect.members)
+    parser = EventParser(32 << 20, dialect.members)
 
     def read(payload: bytes) -> None:
         for name, data in parser.feed(payload):
@@ -347,8 +347,8 @@ def large(**members: object) -> bytes:
         ("chat", large(choices=[{"delta": {"images": ["A" * 99_999]}}]), (True, None, None, False)),
         (
             "messages",
-            large(type="message_start", message={"content": [[]] * 99_999, "usage": {"output_tokens": 2}}),
-            (False, 2, None, False),
+            large(type="message_delta", x=[[]] * 99_999, delta={"stop_reason": "end_turn"}, usage={"output_tokens": 2}),
+            (False, 2, "end_turn", False),
         ),
         (
             "assistants",
@@ -366,7 +366,7 @@ def test_a_large_event_means_what_it_says(
         (found,) = [found for piece in pieces for found in parser.feed(piece)]
         assert found[1] is not None
         assert len(found[1]) < WHOLE
-        meaning = dialect.read(found[0], found[1])
+        meaning = dialect.meaning_of(found[0], found[1])
         output = meaning.usage.output if meaning.usage is not None else None
         assert (meaning.delta, output, meaning.finish, meaning.end) == expected
         assert meaning.understood

@@ -39,12 +39,16 @@ USAGE = members(
     completion_tokens=COUNTS,
     input_tokens=COUNTS,
     output_tokens=COUNTS,
-    prompt_tokens_details=members(cached_tokens=COUNTS),
-    input_tokens_details=members(cached_tokens=COUNTS),
+    prompt_tokens_details=members(cached_tokens=COUNTS, cache_write_tokens=COUNTS),
+    input_tokens_details=members(cached_tokens=COUNTS, cache_write_tokens=COUNTS),
     completion_tokens_details=members(reasoning_tokens=COUNTS),
-    output_tokens_details=members(reasoning_tokens=COUNTS),
+    output_tokens_details=members(reasoning_tokens=COUNTS, thinking_tokens=COUNTS),
     prompt_cache_hit_tokens=COUNTS,
+    cached_tokens=COUNTS,
     cache_read_input_tokens=COUNTS,
+    cache_creation_input_tokens=COUNTS,
+    cache_creation=members(ephemeral_5m_input_tokens=COUNTS, ephemeral_1h_input_tokens=COUNTS),
+    total_tokens=COUNTS,
 )
 ERROR = st.sampled_from([{"message": "no", "type": "server_error"}, "no", None])
 CHOICE = members(
@@ -56,10 +60,22 @@ CHOICE = members(
         reasoning=TEXTS,
         refusal=TEXTS,
         tool_calls=st.lists(members(index=st.integers(0, 2)), max_size=2),
+        reasoning_text=TEXTS,
+        reasoning_details=st.lists(members(text=TEXTS), max_size=1),
+        audio=members(data=TEXTS),
+        name=TEXTS,
+        something_new=TEXTS,
     ),
     text=TEXTS,
-    finish_reason=st.sampled_from([None, "", "stop", "length", "tool_calls", "error"]),
+    finish_reason=st.sampled_from([None, "", "stop", "length", "tool_calls", "error", "network_error"]),
+    usage=USAGE,
 )
+# What an error in an answer of status 200 says.
+SAID: dict[str, st.SearchStrategy[Any]] = {
+    "code": st.sampled_from([0, 200, "success", "1301", 400, True]),
+    "message": st.sampled_from(["", "OK", "no such model"]),
+    "base_resp": members(status_code=st.sampled_from([0, 1008]), status_msg=st.sampled_from(["success", "no"])),
+}
 EVENTS = {
     "chat": members(
         id=TEXTS,
@@ -68,17 +84,26 @@ EVENTS = {
         usage=USAGE,
         x_groq=members(usage=USAGE, error=ERROR),
         error=ERROR,
+        **SAID,
     ),
     "responses": members(
         type=st.sampled_from(
             [
                 *("response.created", "response.output_text.delta", "response.function_call_arguments.delta"),
-                *("response.completed", "response.incomplete", "response.failed", "error", ""),
+                *("response.completed", "response.incomplete", "response.failed", "response.done", "error", ""),
+                *("response.output_item.added", "response.content_part.added", "response.output_text.annotation.added"),
+                *("response.reasoning_text.delta", "response.image_generation_call.partial_image"),
             ]
         ),
         delta=TEXTS,
-        response=members(status=TEXTS, usage=USAGE),
+        partial_image_b64=TEXTS,
+        item=members(type=st.sampled_from(["message", "function_call", "program", "reasoning", "x_call_output"])),
+        part=members(text=TEXTS),
+        response=members(status=st.sampled_from(["completed", "failed", "queued"]), usage=USAGE, error=ERROR),
+        status=st.sampled_from(["completed", "failed", "queued"]),
+        usage=USAGE,
         error=ERROR,
+        **SAID,
     ),
     "messages": members(
         type=st.sampled_from(
@@ -89,23 +114,60 @@ EVENTS = {
                 "content_block_delta",
                 "message_delta",
                 "message_stop",
+                "message",
                 "error",
+                "",
             ]
         ),
         message=members(id=TEXTS, usage=USAGE),
-        delta=members(type=TEXTS, text=TEXTS, thinking=TEXTS, partial_json=TEXTS, stop_reason=TEXTS),
+        content_block=members(
+            type=st.sampled_from(["text", "thinking", "tool_use", "redacted_thinking", "compaction", "fallback"]),
+            text=TEXTS,
+            content=TEXTS,
+        ),
+        delta=members(
+            type=TEXTS,
+            text=TEXTS,
+            thinking=TEXTS,
+            partial_json=TEXTS,
+            stop_reason=TEXTS,
+            signature=TEXTS,
+            content=TEXTS,
+        ),
+        stop_reason=TEXTS,
         usage=USAGE,
+        error=ERROR,
+        code=SAID["code"],
     ),
     "gemini": members(
         candidates=st.lists(
             members(
-                content=members(parts=st.lists(members(text=TEXTS, functionCall=members(name=TEXTS)), max_size=2)),
+                content=members(
+                    parts=st.lists(
+                        members(
+                            text=TEXTS,
+                            thought=st.booleans(),
+                            thoughtSignature=TEXTS,
+                            functionCall=members(name=TEXTS),
+                            toolCall=members(id=TEXTS),
+                            fileData=members(fileUri=TEXTS),
+                        ),
+                        max_size=2,
+                    )
+                ),
                 finishReason=st.sampled_from(["STOP", "MAX_TOKENS", None]),
             ),
             max_size=2,
         ),
-        usageMetadata=members(promptTokenCount=COUNTS, candidatesTokenCount=COUNTS, thoughtsTokenCount=COUNTS),
+        usageMetadata=members(
+            promptTokenCount=COUNTS,
+            candidatesTokenCount=COUNTS,
+            thoughtsTokenCount=COUNTS,
+            toolUsePromptTokenCount=COUNTS,
+            cachedContentTokenCount=COUNTS,
+        ),
         error=ERROR,
+        **SAID,
     ),
 }
 NO_JSON = st.sampled_from(
@@ -176,10 +238,13 @@ def measured(api: str, pieces: list[bytes]) -> reference.Seen:
     return reference.Seen(
         events=exchange.events,
         deltas=recording.deltas,
-        usage=None if usage is None else {name: count for name, count in usage._asdict().items() if count is not None},
+        reasoned=exchange.streamed_reasoning,
+        usage=None if usage is None else usage.told(),
+        final=usage is not None and usage.final,
         finish=exchange.finish_reason,
         ended=exchange.marker_seen,
-        failed=exchange.stream_error,
+        failed=exchange.reported_error,
+        complained=exchange.complained,
         garbled=exchange.garbled,
     )
 

@@ -176,6 +176,9 @@ async def backend(api: Peer) -> None:
                 STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), chunk(b"\x1f\x8b"), LAST_CHUNK
             )
             continue
+        if model == "whole":
+            api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+            continue
         api.send(STREAM_HEAD)
         for number in range(5):
             api.send(chunk(delta(str(number))))
@@ -200,6 +203,7 @@ async def load(served: Served) -> None:
             "broken",
             "dead",
             "packed",
+            "whole",
             "slow",
             "nowhere",
             "busy",

@@ -344,24 +344,55 @@ def test_a_head_is_refused_as_one_that_is_read_slowly(lines: list[bytes], status
 
 
 @pytest.mark.parametrize(
-    ("value", "event_stream", "is_json"),
+    ("value", "kind", "is_json"),
     [
-        (b"text/event-stream", True, False),
-        (b"Text/Event-Stream ; charset=utf-8", True, False),
-        (b"text/event-stream2", False, False),
-        (b"application/json", False, True),
-        (b" application/JSON;charset=utf-8", False, True),
-        (b"application/json-seq", False, False),
-        (b"application/x; a=text/event-stream", False, False),
-        (b"", False, False),
+        (b"text/event-stream", "events", False),
+        (b"Text/Event-Stream ; charset=utf-8", "events", False),
+        (b"text/event-stream2", "open", False),
+        (b"text/plain", "open", False),
+        (b"application/octet-stream", "open", False),
+        (b"application/json", "json", True),
+        (b" application/JSON;charset=utf-8", "json", True),
+        (b"application/problem+json", "json", False),
+        (b"text/json", "json", False),
+        (b"application/json-seq", "other", False),
+        (b"audio/mpeg", "other", False),
+        (b"application/vnd.amazon.eventstream", "other", False),
+        (b"application/x; a=text/event-stream", "other", False),
+        (b"", "open", False),
     ],
 )
-def test_the_content_type_tells_streams_and_json(value: bytes, event_stream: bool, is_json: bool) -> None:
+def test_the_content_type_tells_streams_and_json(value: bytes, kind: str, is_json: bool) -> None:
     fields = [(b"Content-TYPE", value)]
-    assert headers.is_event_stream(Fields(fields)) == event_stream
+    assert headers.body_kind(Fields(fields)) == kind
     assert headers.is_json(Fields(fields)) == is_json
-    assert not headers.is_event_stream(Fields([(b"Accept", value)]))
+    assert headers.body_kind(Fields([(b"Accept", value)])) == "open"
     assert not headers.is_json(Fields([]))
+
+
+@pytest.mark.parametrize(
+    ("values", "encoded"),
+    [
+        ([], False),
+        ([b""], False),
+        ([b"identity"], False),
+        ([b"none"], False),
+        ([b"None, identity"], False),
+        ([b"gzip"], True),
+        ([b"none", b"br"], True),
+        ([b"unknown"], True),
+    ],
+)
+def test_only_a_content_coding_hides_a_body(values: list[bytes], encoded: bool) -> None:
+    assert headers.is_encoded(Fields([(b"Content-Encoding", value) for value in values])) == encoded
+
+
+@pytest.mark.parametrize(
+    ("value", "accepts"),
+    [(b"text/event-stream", True), (b"application/json, Text/Event-Stream;q=0.9", True), (b"*/*", False), (b"", False)],
+)
+def test_who_accepts_events_says_so(value: bytes, accepts: bool) -> None:
+    assert headers.accepts_events(Fields([(b"Accept", value)])) == accepts
 
 
 @pytest.mark.parametrize(

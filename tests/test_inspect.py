@@ -171,7 +171,7 @@ async def test_an_answer_whose_reader_fails_is_whole_and_counted(start: StartPro
 
 async def test_usage_of_an_answer_of_any_size_is_found(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
     client, api = await begin(proxy, upstream, post(path="/v1/embeddings"))
-    data: list[Any] = [{"index": index, "embedding": [0.0123456789] * 512} for index in range(1000)]
+    data: list[Any] = [{"index": index, "embedding": [0.0123456789] * 512} for index in range(5000)]
     body = json.dumps({"data": data, "usage": {"prompt_tokens": 7, "total_tokens": 7}}).encode()
     assert len(body) > config.Limits().event
     api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body)

@@ -107,6 +107,7 @@ CONTRACT = {
     "finish_reasons": ("R model reason", "counter"),
     "audio_seconds": ("R", "counter"),
     "streams_without_usage": ("R reason", "counter"),
+    "answers_without_usage": ("R", "counter"),
     "stream_ends": ("R end", "counter"),
     "bodies_not_read": ("R reason", "counter"),
     "stream_events": ("R", "counter"),

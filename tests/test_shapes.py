@@ -41,8 +41,10 @@ class Shape:
 
     @property
     def usage(self) -> Usage | None:
-        """The truth's counts in our words."""
-        usage = self.truth["usage"]
+        """The truth's counts in our words, in which `counts` are."""
+        if self.truth.get("counts") is not None:
+            return Usage(**self.truth["counts"])
+        usage = self.truth.get("usage")
         if usage is None:
             return None
 
@@ -55,17 +57,20 @@ class Shape:
                     return int(found)
             return None
 
+        thoughts = told("thoughtsTokenCount")
+        read, written = told("cache_read_input_tokens"), told("cache_creation_input_tokens")
+        output = told("completion_tokens", "output_tokens", "candidatesTokenCount")
         return Usage(
-            told("prompt_tokens", "input_tokens", "promptTokenCount"),
-            told("completion_tokens", "output_tokens", "candidatesTokenCount"),
-            told(
-                "prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens", "cache_read_input_tokens"
-            ),
-            told(
-                "completion_tokens_details.reasoning_tokens",
-                "output_tokens_details.reasoning_tokens",
-                "thoughtsTokenCount",
-            ),
+            # Anthropic's leaves out what came from its cache and went there; the others' is all of the prompt.
+            input=(told("prompt_tokens", "input_tokens", "promptTokenCount") or 0) + (read or 0) + (written or 0),
+            output=(output or 0) + (thoughts or 0),
+            cached_input=told("prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens")
+            if read is None
+            else read,
+            reasoning=told("completion_tokens_details.reasoning_tokens", "output_tokens_details.reasoning_tokens")
+            if thoughts is None
+            else thoughts,
+            cache_write=told("input_tokens_details.cache_write_tokens") if written is None else written,
         )
 
     @property
@@ -128,14 +133,13 @@ def read(shape: Shape, pieces: Iterable[bytes]) -> Seen:
     for piece in pieces:
         for kind, data in parser.feed(piece):
             assert data is not None
-            meaning = dialect.read(kind, data)
+            meaning = dialect.meaning_of(kind, data)
             if meaning.delta and seen.first_content_event is None:
                 seen.first_content_event = seen.events
             if meaning.usage is not None:
-                earlier = seen.usage if meaning.overlay else None
-                seen.usage = meaning.usage if earlier is None else earlier.overlaid(meaning.usage)
+                seen.usage = meaning.usage if seen.usage is None else seen.usage.updated(meaning.usage)
                 seen.usage_event = seen.events
-            if meaning.error and seen.error_event is None:
+            if (meaning.error or meaning.complaint) and seen.error_event is None:
                 seen.error_event = seen.events
             seen.finish = meaning.finish or seen.finish
             seen.ended |= meaning.end
@@ -149,7 +153,7 @@ def read(shape: Shape, pieces: Iterable[bytes]) -> Seen:
 
 
 def test_all_shapes_are_there_and_are_what_was_recorded() -> None:
-    assert (len(SHAPES), len(STREAMS)) == (43, 42)
+    assert (len(SHAPES), len(STREAMS)) == (70, 69)
     for shape in SHAPES:
         assert len(shape.body) == shape.truth["bytes"]
 
@@ -203,6 +207,7 @@ def counted(proxy: RunningProxy) -> dict[str, float]:
         "output": proxy.sample("tokens_total", type="output"),
         "cached_input": proxy.sample("tokens_total", type="cached_input"),
         "reasoning": proxy.sample("tokens_total", type="reasoning"),
+        "cache_write": proxy.sample("tokens_total", type="cache_write"),
         "events": proxy.sample("stream_events_total"),
         "garbled": proxy.sample("stream_events_garbled_total"),
         "first_tokens": proxy.sample("time_to_first_token_seconds_count"),
@@ -221,7 +226,7 @@ def truth_counted(shape: Shape) -> dict[str, float]:
         outcome = "truncated"
     elif truth["error_event"] is not None:
         outcome = "upstream_error"
-    tokens = {"input": 0, "output": 0, "cached_input": 0, "reasoning": 0}
+    tokens = {"input": 0, "output": 0, "cached_input": 0, "reasoning": 0, "cache_write": 0}
     if usage is not None:
         tokens = {kind: getattr(usage, kind) or 0 for kind in tokens}
     return {

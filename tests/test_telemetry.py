@@ -21,7 +21,7 @@ from sseproxy.errors import Outcome, RequestError
 from sseproxy.observe.registry import of_process
 from sseproxy.process.admin import takes_gzip
 from sseproxy.relay.exchange import Exchange
-from sseproxy.wire.meaning import DELTA, NOTHING, Meaning, Usage
+from sseproxy.wire.meaning import DELTA, NOTHING, REASONING, Meaning, Usage
 
 from .conftest import StartProxy
 from .harness import (
@@ -80,6 +80,16 @@ async def test_time_per_token_is_that_of_the_tokens_that_were_streamed(
     assert proxy.sample("time_per_output_token_seconds_sum") == pytest.approx(gaps(proxy) / 10)
 
 
+async def test_reasoning_that_was_streamed_is_among_the_tokens_that_were(
+    proxy: RunningProxy, upstream: ScriptedUpstream
+) -> None:
+    thoughts = [b'data: {"choices":[{"delta":{"reasoning_content":"%d"}}]}\n\n' % number for number in range(5)]
+    told = counts(prompt_tokens=9, completion_tokens=8, completion_tokens_details={"reasoning_tokens": 5})
+    await streamed(proxy, upstream, [*thoughts, *(delta(str(number)) for number in range(3)), told, DONE])
+    assert proxy.sample("time_per_output_token_seconds_count") == 1
+    assert proxy.sample("time_per_output_token_seconds_sum") == pytest.approx(gaps(proxy) / 7)
+
+
 @pytest.mark.parametrize(
     "events",
     [
@@ -117,6 +127,7 @@ async def test_a_stream_that_is_interrupted_has_no_time_per_token(
     await proxy.ended()
     assert proxy.sample("time_to_first_token_seconds_count") == 1
     assert proxy.sample("tokens_total", type="input") == 15
+    assert proxy.sample("tokens_total", type="output") == 0
     assert proxy.sample("time_per_output_token_seconds_count") == 0
     assert proxy.sample("tokens_per_request_count") == 0
 
@@ -140,7 +151,8 @@ EVENTS = st.lists(
             NOTHING,
             Meaning(usage=Usage(input=9, output=3)),
             Meaning(delta=True, usage=Usage(output=70, reasoning=20)),
-            Meaning(usage=Usage(output=5, reasoning=5), overlay=True),
+            Meaning(usage=Usage(output=5, reasoning=5, final=False)),
+            REASONING,
         ]
     ),
     max_size=12,
@@ -164,8 +176,11 @@ def test_time_per_token_is_known_only_where_all_of_it_is(events: list[Meaning], 
     assert exchange.deltas == len(deltas)
     found = exchange.seconds_per_token()
     told = exchange.usage
-    if outcome is Outcome.COMPLETED and told is not None and told.output is not None and len(deltas) > 1:
-        tokens = told.output - (told.reasoning or 0)
+    known = told is not None and told.output is not None and told.final
+    if outcome is Outcome.COMPLETED and known and len(deltas) > 1:
+        assert told is not None
+        assert told.output is not None
+        tokens = told.output - (0 if REASONING in events else told.reasoning or 0)
         assert found == (None if tokens < 2 else (deltas[-1] - deltas[0]) / (tokens - 1))
     else:
         assert found is None

@@ -95,7 +95,23 @@ FULL = (
 LLAMA = b'data: {"choices":[],"usage":{"prompt_tokens":1},"timings":{"predicted_n":1}}\n\n'
 
 
-@pytest.mark.parametrize("event", [usage(3, 5), FULL, LLAMA, FULL.replace(b"\n", b"\r\n"), b"id: 3\nevent: x\n" + FULL])
+# As vendors deviate: without choices, with null, with one that says nothing; with keys of their own.
+DEVIATIONS = [
+    b'data: {"usage":{"prompt_tokens":1}}\n\n',
+    b'data: {"choices":null,"usage":{"prompt_tokens":1}}\n\n',
+    b'data: {"choices":[{"index":0,"delta":{}}],"usage":{"prompt_tokens":1}}\n\n',
+    b'data: {"choices":[{"index":0,"delta":{},"finish_reason":null,"logprobs":null}],"usage":{"prompt_tokens":1}}\n\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":1},"metrics":{"ttft":0.1},"provider":"p"}\n\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":1},"prompt_filter_results":[]}\n\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":1},"citations":["x"],"error":null}\n\n',
+    b'data:{"usage" :\t{"prompt_tokens":1},"choices":[]}\n\n',
+]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [usage(3, 5), FULL, LLAMA, FULL.replace(b"\n", b"\r\n"), b"id: 3\nevent: x\n" + FULL, *DEVIATIONS],
+)
 def test_an_event_that_only_tells_usage_is_taken_out(event: bytes) -> None:
     assert stripped(delta("Hi") + event + DONE) == delta("Hi") + DONE
     assert stripped(delta("Hi"), event, DONE) == delta("Hi") + DONE
@@ -107,11 +123,14 @@ def test_an_event_that_only_tells_usage_is_taken_out(event: bytes) -> None:
     [
         b'data: {"choices":[],"usage":null}\n\n',
         b'data: {"choices":[]}\n\n',
-        b'data: {"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"usage":null}\n\n',
+        b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0}]}}],"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"choices":[{"index":0,"content_filter_results":{"hate":1}}],"usage":{"prompt_tokens":1}}\n\n',
+        b'data: {"choices":[7],"usage":{"prompt_tokens":1}}\n\n',
+        b'{"choices":[],"usage":{"prompt_tokens":1}}\n\n',
         b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],"usage":{"prompt_tokens":1}}\n\n',
         b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":1}}\n\n',
-        b'data: {"choices":[],"usage":{"prompt_tokens":1},"prompt_filter_results":[]}\n\n',
-        b'data: {"choices":[],"usage":{"prompt_tokens":1},"citations":["x"]}\n\n',
         b'data: {"choices":[],"usage":{"prompt_tokens":1},"error":{"message":"x"}}\n\n',
         b'data: {"choices":{"x":[]},"usage":{"prompt_tokens":1}}\n\n',
         b'data: {"x":{"choices":[],"usage":{"prompt_tokens":1}}}\n\n',
@@ -165,6 +184,8 @@ EVENTS = st.sampled_from(
         delta("é\u2028"),
         usage(3, 5),
         FULL,
+        *DEVIATIONS,
+        b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":1}}\n\n',
         b"event: e\n" + usage(1, 1),
         b"id: 1\n: c\n" + usage(1, 1),
         b'data: {"choices":[],\ndata: "usage":{"prompt_tokens":1}}\n\n',
@@ -190,7 +211,10 @@ def only_usage(data: bytes) -> bool:
         event = json.loads(data)
     except ValueError:
         return False
-    return isinstance(event, dict) and event.get("choices") == [] and bool(event.get("usage")) and len(event) < 10
+    if not isinstance(event, dict) or not event.get("usage") or event.get("error"):
+        return False
+    said = [value for choice in event.get("choices") or [] for key, value in choice.items() if key != "index"]
+    return not any(value not in (None, {}, [], "") for value in said)
 
 
 @given(st.data(), STREAMS)

@@ -106,9 +106,9 @@ class Limits(_Model):
     """Memory for request bodies that are read in advance, for each worker. Requests that need more are answered 503."""
     response_head: Size = 32 << 10
     """The head of an upstream's response. Larger ones are answered 502."""
-    event: Size = 4 << 20
-    """An event that is inspected; six times as much for APIs whose events may have images. Larger events are forwarded
-    without inspection."""
+    event: Size = 32 << 20
+    """An event that is inspected. Larger events are forwarded without inspection. No more than 64 KiB of one is
+    kept."""
 
 
 class RouteLimits(_Model):

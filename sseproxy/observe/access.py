@@ -81,7 +81,7 @@ def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_pat
         return None if instant is None else round(instant - received_at, 6)
 
     gaps = exchange.gaps
-    usage = {} if exchange.usage is None else {k: v for k, v in exchange.usage._asdict().items() if v is not None}
+    usage = {} if exchange.usage is None else exchange.usage.told()
     said = {
         "request_id": exchange.request_id,
         "upstream_request_id": None if exchange.upstream_request_id is None else exchange.upstream_request_id.decode(),

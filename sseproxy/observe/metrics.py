@@ -138,6 +138,12 @@ WITHOUT_USAGE = Metric(
     (*_R, "reason"),
     "Event streams that ended without token counts, by reason.",
 )
+ANSWERS_WITHOUT_USAGE = Metric(
+    "answers_without_usage",
+    "counter",
+    _R,
+    "Complete JSON answers of an API that generates, without token counts.",
+)
 STREAM_ENDS = Metric(
     "stream_ends",
     "counter",
@@ -148,8 +154,8 @@ NOT_READ = Metric(
     "bodies_not_read",
     "counter",
     (*_R, "reason"),
-    "Response bodies that were forwarded but not fully read: compressed (encoded), too large (oversize), or "
-    "a fault in sseproxy (failed).",
+    "Response bodies that were forwarded but not fully read: compressed (encoded), too large (oversize), neither JSON "
+    "nor an event stream (unknown), or a fault in sseproxy (failed).",
 )
 SECONDS = Metric(
     "audio_seconds", "counter", _R, "Seconds of audio, for upstreams that count seconds instead of tokens."
@@ -264,6 +270,7 @@ METRICS: Final = (
     FINISHED,
     SECONDS,
     WITHOUT_USAGE,
+    ANSWERS_WITHOUT_USAGE,
     STREAM_ENDS,
     NOT_READ,
     EVENTS,

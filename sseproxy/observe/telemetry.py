@@ -281,14 +281,16 @@ class RouteObserver:
             recorder.move(metrics.STREAMS_ACTIVE, labels, -1)
             if exchange.garbled:
                 recorder.count(metrics.EVENTS_GARBLED, labels, exchange.garbled)
-            if exchange.usage is None:
+            if exchange.usage is None and not exchange.repeats:
                 recorder.count(metrics.WITHOUT_USAGE, (*labels, _why_without_usage(exchange)))
             if exchange.outcome is Outcome.COMPLETED and exchange.unread != "encoded":
                 recorder.count(metrics.STREAM_ENDS, (*labels, "marker" if exchange.marker_seen else "eof"))
+        elif exchange.lacks_usage and exchange.outcome is Outcome.COMPLETED:
+            recorder.count(metrics.ANSWERS_WITHOUT_USAGE, labels)
         _count_moved(exchange, told)
         if exchange.unread is not None:
             recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
-        if exchange.finish_reason is not None:
+        if exchange.finish_reason is not None and not exchange.repeats:
             recorder.count(metrics.FINISHED, (*detailed, metrics.reason_label(exchange.finish_reason)))
         if exchange.usage is not None:
             self._count_usage(exchange.usage, completed=exchange.outcome is Outcome.COMPLETED)
@@ -300,7 +302,7 @@ class RouteObserver:
 
     def _count_usage(self, usage: Usage, *, completed: bool) -> None:
         for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
-            if tokens := getattr(usage, kind, None):
+            if tokens := getattr(usage, kind):
                 self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
         if usage.seconds:
             self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)

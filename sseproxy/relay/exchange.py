@@ -14,6 +14,8 @@ from ..wire.meaning import DELTA, Meaning, Usage
 
 # At most so many gaps are kept for the median. Between 16 and 32 are enough for a good estimate.
 _MAX_GAPS = 32
+# Answers are asked for until they are there, and soon after that. Each takes some 100 bytes.
+_MAX_KEPT = 10_000
 
 
 class Observer(Protocol):
@@ -33,6 +35,33 @@ class Observer(Protocol):
     def finished(self, exchange: Exchange) -> None: ...
 
 
+class Kept:
+    """The answers that upstreams keep and that were counted here, the latest ones: each is counted once.
+
+    This is of one worker, because none knows what others have counted.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[int, None] = {}
+
+    def settle(self, exchange: Exchange) -> None:
+        """Says of an exchange that has ended whether it repeats what was counted."""
+        if exchange.usage is None:
+            return
+        if exchange.kept_as is None:
+            # One that is not generated in the background was counted with the answer to its POST.
+            exchange.repeats = exchange.fetches
+        else:
+            # Names may have any length; their hashes are not chosen by anybody.
+            name = hash((exchange.upstream, exchange.kept_as))
+            exchange.repeats = name in self._counted
+            self._counted[name] = None
+            if len(self._counted) > _MAX_KEPT:
+                del self._counted[next(iter(self._counted))]
+        if exchange.repeats:
+            exchange.usage = None
+
+
 class Exchange:
     """The record of one request and its response. Times are values of `perf_counter`."""
 
@@ -41,8 +70,10 @@ class Exchange:
         "api",
         "cause",
         "client",
+        "complained",
         "ended_at",
         "events",
+        "fetches",
         "finish_reason",
         "first_delta_at",
         "first_event_at",
@@ -51,6 +82,8 @@ class Exchange:
         "garbled",
         "head_at",
         "is_stream",
+        "kept_as",
+        "lacks_usage",
         "last_delta_at",
         "longest_gap",
         "marker_seen",
@@ -62,12 +95,14 @@ class Exchange:
         "path",
         "reason",
         "received_at",
+        "repeats",
+        "reported_error",
         "request_bytes",
         "request_id",
         "response_bytes",
         "route",
         "status",
-        "stream_error",
+        "streamed_reasoning",
         "traceparent",
         "unread",
         "upstream",
@@ -114,11 +149,24 @@ class Exchange:
         self.request_bytes = 0
         self.response_bytes = 0
         self.usage: Usage | None = None
+        self.lacks_usage = False
+        """A JSON answer tells no usage, and should."""
+        self.fetches = False
+        """It asks for an answer that was generated before, or is."""
+        self.repeats = False
+        """Its usage is counted already, as that of another exchange."""
+        self.kept_as: str | None = None
+        """The name under which the upstream keeps the answer, for whoever asks for it later."""
+        self.streamed_reasoning = False
+        """Some of the reasoning was among the deltas."""
         self.finish_reason: str | None = None
         self.marker_seen = False
         """Whether the end marker of the dialect was seen and forwarded."""
-        self.stream_error = False
-        self.unread: Literal["encoded", "oversize", "failed"] | None = None
+        self.reported_error = False
+        """Whether the upstream has reported an error."""
+        self.complained = False
+        """Whether the upstream has sent a code or a message. That is an error if nothing else comes."""
+        self.unread: Literal["encoded", "oversize", "unknown", "failed"] | None = None
         """Why the body, or a part of it, could not be inspected."""
         self.outcome: Outcome | None = None
 
@@ -130,9 +178,19 @@ class Exchange:
         self.status = status
         self.head_at = perf_counter()
         if event_stream:
+            self.streams()
+        self.observer.response_head(self.head_at - self.received_at)
+
+    def streams(self) -> None:
+        """Its response is a stream."""
+        if not self.is_stream:
             self.is_stream = True
             self.observer.stream_started()
-        self.observer.response_head(self.head_at - self.received_at)
+
+    @property
+    def succeeded(self) -> bool:
+        """Its response is no error, nor another answer that generates nothing."""
+        return self.status is not None and 200 <= self.status < 300
 
     def happened(self, meaning: Meaning, read_at: float) -> None:
         """Records an event that was read at `read_at` and has been written to the client."""
@@ -143,16 +201,27 @@ class Exchange:
         if meaning is DELTA:
             return
         if meaning.usage is not None:
-            earlier = self.usage if meaning.overlay else None
-            self.usage = meaning.usage if earlier is None else earlier.overlaid(meaning.usage)
+            self.usage = meaning.usage if self.usage is None else self.usage.updated(meaning.usage)
         if meaning.finish is not None:
             self.finish_reason = meaning.finish
         if meaning.end or meaning.more:
             self.marker_seen = meaning.end
         if meaning.error:
-            self.stream_error = True
+            self.reported_error = True
+        if meaning.complaint:
+            self.complained = True
+        if meaning.reasoning:
+            self.streamed_reasoning = True
+        if meaning.kept_as is not None:
+            self.kept_as = meaning.kept_as
         if not meaning.understood:
             self.garbled += 1
+
+    def answered(self, meaning: Meaning) -> None:
+        """The whole of a JSON body was written downstream."""
+        self.usage, self.finish_reason, self.kept_as = meaning.usage, meaning.finish, meaning.kept_as
+        # Where the status says that it is an error, the client knows; and what is fetched failed before.
+        self.reported_error = (meaning.error or meaning.complaint) and self.succeeded and not self.fetches
 
     def _begins(self, meaning: Meaning, read_at: float) -> None:
         """Records an event before the first token, the first token itself, or a later event without a delta."""
@@ -194,18 +263,22 @@ class Exchange:
         """From the first delta to the last one, divided by the output tokens after the first.
 
         None unless all of it is known: two deltas at least, and the final counts of a stream that was completed.
+        Reasoning that was not streamed is left out.
         """
         usage = self.usage
-        if self.outcome is not Outcome.COMPLETED or usage is None or usage.output is None:
+        if self.outcome is not Outcome.COMPLETED or usage is None or usage.output is None or not usage.final:
             return None
-        streamed = usage.output - (usage.reasoning or 0)
+        streamed = usage.output if self.streamed_reasoning else usage.output - (usage.reasoning or 0)
         if self.first_delta_at is None or self.deltas < 2 or streamed < 2:
             return None
         return (self.last_delta_at - self.first_delta_at) / (streamed - 1)
 
     def completed(self) -> Outcome:
         """The outcome if the whole response was forwarded."""
-        return Outcome.UPSTREAM_ERROR if self.stream_error else Outcome.COMPLETED
+        counted = self.usage is not None and not self.usage.is_zero
+        empty = self.first_token_at is None and not counted and self.finish_reason is None
+        failed = self.reported_error or (self.complained and empty)
+        return Outcome.UPSTREAM_ERROR if failed else Outcome.COMPLETED
 
     def failed(self, error: ExchangeError) -> Outcome:
         """The outcome if `error` ends the exchange now. After the end marker, most errors do not matter any more."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 from ..errors import ExchangeError
 from ..wire.deltas import DeltaMatcher, delta_matcher
 from ..wire.dialects import Dialect, Form
-from ..wire.extract import Gist
-from ..wire.meaning import DELTA, NOTHING
+from ..wire.extract import Elements, Gist
+from ..wire.meaning import DELTA, NOTHING, REASONING
 from ..wire.sse import EventParser
 from .exchange import Exchange
 
+# The first byte of JSON, with which no useful line of an event stream begins, and what may be before it.
+_JSON_MARKS = (b"{", b"[")
+_BEFORE_JSON = b" \t\r\n\xef\xbb\xbf"
 # So many matchers are made in a row without a match. If none of them has matched, the events of this stream differ too
 # much, and no more matchers are made.
 _TRIES = 8
@@ -91,16 +94,33 @@ class EventInspector(Inspector):
 
 
 class StreamInspector(EventInspector):
-    """Inspects an event stream in `dialect`. `max_event` is the limit in bytes of an event (`limits.event`)."""
+    """Inspects a body that may be an event stream, in `dialect`. `max_event` is the limit in bytes of an event.
 
-    __slots__ = ("_matcher_made_at", "_read", "_text", "_tries", "awaits_token", "matcher")
+    The body decides what it is. If it begins as JSON it is JSON, whatever the request and the Content-Type say. If
+    these do not say that it is a stream, it is one from its first event on.
+    """
+
+    __slots__ = (
+        "_begun",
+        "_dialect",
+        "_json",
+        "_matcher_made_at",
+        "_read",
+        "_text",
+        "_tries",
+        "awaits_token",
+        "matcher",
+    )
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
-        parser = EventParser(dialect.max_event(max_event), dialect.members)
+        parser = EventParser(max_event, dialect.members)
         super().__init__(exchange, parser, dialect.form)
+        self._dialect = dialect
         self._read = dialect.read
         self._text = dialect.text
-        self.awaits_token = dialect.generates
+        self._begun = False
+        self._json: JsonInspector | None = None
+        self.awaits_token = dialect.generates and exchange.is_stream
         # How many more matchers may be made, and the number of events when the last one was made.
         self._tries = _TRIES
         self._matcher_made_at = 0
@@ -109,16 +129,23 @@ class StreamInspector(EventInspector):
     def look(self, payload: bytes, read_at: float) -> bool:
         exchange, parser = self._exchange, self._parser
         fresh, meaning = parser.fresh, NOTHING
+        if not fresh and (self._json is not None or self._is_json(payload)):
+            assert self._json is not None
+            return self._json.look(payload, read_at)
         if self.matcher is not None and exchange.events > self._matcher_made_at:
             self._tries = _TRIES
         events = parser.feed(payload)
+        if events and not exchange.events:
+            exchange.streams()
         for kind, data in events:
             if data is None:
                 exchange.unread = "oversize"
             meaning = NOTHING if data is None else self._read(kind, data)
+            if meaning is not DELTA and data is not None:
+                meaning = self._dialect.judged(meaning, data)
             exchange.happened(meaning, read_at)
         self.matcher = None
-        if meaning is DELTA and len(events) == 1 and fresh and parser.fresh and self._tries:
+        if (meaning is DELTA or meaning is REASONING) and len(events) == 1 and fresh and parser.fresh and self._tries:
             self._tries -= 1
             self._matcher_made_at = exchange.events
             self.matcher = delta_matcher(payload, self._text)
@@ -127,29 +154,84 @@ class StreamInspector(EventInspector):
             return not self.awaits_token
         return bool(events)
 
+    def _is_json(self, payload: bytes) -> bool:
+        """Whether the body is JSON, if `payload` is its beginning."""
+        if not self._begun:
+            mark = payload.lstrip(_BEFORE_JSON)[:1]
+            self._begun = bool(mark)
+            if mark in _JSON_MARKS:
+                self._json = JsonInspector(self._exchange, self._dialect)
+        return self._json is not None
+
+    def end(self) -> None:
+        exchange = self._exchange
+        if self._json is not None:
+            self._json.end()
+        elif self._begun and not (exchange.events or self._parser.comments):
+            exchange.unread = "unknown"
+
     def failed(self) -> Inspector:
+        if self._json is not None:
+            return self._json.failed()
         # The parser has got all bytes so far, so it still knows where events begin and end.
         self._exchange.unread = "failed"
         return EventInspector(self._exchange, self._parser, self._form)
 
+    def heartbeat(self) -> bytes:
+        return super().heartbeat() if self._json is None else b""
+
+    def farewell(self, error: ExchangeError) -> bytes:
+        return super().farewell(error) if self._json is None else b""
+
 
 class JsonInspector(Inspector):
-    """Inspects a JSON body in `dialect`."""
+    """Inspects a JSON body in `dialect`: a response, or a list of what are events in a stream."""
 
-    __slots__ = ("_gist", "_read")
+    __slots__ = ("_dialect", "_elements", "_gist")
 
     def __init__(self, exchange: Exchange, dialect: Dialect) -> None:
         super().__init__(exchange)
-        self._read = dialect.read
-        self._gist = Gist(dialect.members)
+        self._dialect = dialect
+        self._gist: Gist | None = None
+        self._elements: Elements | None = None
 
     def look(self, payload: bytes, read_at: float) -> bool:
+        if self._elements is not None:
+            return self._look_at_elements(self._elements, payload, read_at)
+        if self._gist is None:
+            mark = payload.lstrip(_BEFORE_JSON)[:1]
+            if mark == b"[" and self._dialect.generates and self._exchange.succeeded:
+                self._exchange.streams()
+                self._elements = Elements(self._dialect.members)
+                return self._look_at_elements(self._elements, payload, read_at)
+            if not mark:
+                return True
+            self._gist = Gist(self._dialect.members)
         self._gist.feed(payload)
         return True
 
+    def _look_at_elements(self, elements: Elements, payload: bytes, read_at: float) -> bool:
+        exchange = self._exchange
+        found = elements.feed(payload)
+        for text in found:
+            exchange.happened(self._dialect.meaning_of(b"", text), read_at)
+        return bool(found) or elements.given_up
+
     def end(self) -> None:
-        text = self._gist.text()
+        exchange, elements = self._exchange, self._elements
+        if elements is not None:
+            if not elements.ended:
+                exchange.unread = "oversize" if elements.too_much else "unknown"
+            return
+        text = self._gist.text() if self._gist is not None else b""
         if text is None:
-            self._exchange.unread = "oversize"
-        else:
-            self._exchange.usage = self._read(b"", text).usage
+            exchange.unread = "oversize"
+            return
+        meaning = self._dialect.meaning_of(b"", text)
+        exchange.answered(meaning)
+        if meaning.usage is not None or exchange.fetches or not exchange.succeeded:
+            return
+        if not meaning.understood:
+            exchange.unread = "unknown"
+        # One that is generated in the background is told with it later.
+        exchange.lacks_usage = self._dialect.generates and not exchange.reported_error and meaning.kept_as is None

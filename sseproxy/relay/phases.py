@@ -34,7 +34,7 @@ from ..errors import (
 )
 from ..wire import headers
 from ..wire.coding import READABLE, Inflater, coding_of
-from ..wire.dialects import Dialect, dialect_of, form_of, model_in
+from ..wire.dialects import Dialect, asks_for_stream, dialect_of, form_of, model_in
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
 from ..wire.request import RequestReader, Splice, reader_of
@@ -220,6 +220,7 @@ class Relay:
         exchange = self._exchange or self._recorded()
         if self._passing is not None:
             exchange.model = exchange.model or self._passing.model_so_far
+        self._proxy.kept.settle(exchange)
         exchange.finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
@@ -299,13 +300,21 @@ class Relay:
         wants_usage = route.usage.request and dialect.asks_usage and is_json and plain
         if wants_usage or (proxy.models and tells_model and self._coding is not None):
             await self._collect(clock, route.timeouts.body)
-        elif tells_model and plain and proxy.names_models and self._read is None and not self._read_what_came():
-            # The body is forwarded as it arrives, and read at the same time.
+        elif (
+            tells_model
+            and plain
+            and (dialect.generates or proxy.names_models)
+            and self._read is None
+            and not self._read_what_came()
+        ):
+            # The body is forwarded as it arrives, and read at the same time. If it asks for a stream, the response is
+            # one, whatever its Content-Type is.
             self._passing = reader_of(request.fields)
             request.body.watched_by(self._passing.feed)
         read, self._read = self._read, None
         model = (None if read is None else read.model) or model_in(known_as)
         exchange.model, exchange.api = model, dialect.name
+        exchange.fetches = dialect.keeps and request.method != "POST"
         exchange.observer = proxy.observer(route.name, upstream.name, routes.model_label(proxy.models, model))
         asking: Splice | None = None
         if wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
@@ -323,16 +332,23 @@ class Relay:
             head = await self._ask(upstream, target, None, model, clock, inspect=inspect)
             # The error may have had another reason, and only quote the option. If the same request streams without the
             # option, the upstream has refused the option.
-            if head.status < 300 and headers.is_event_stream(head.fields):
+            if head.status < 300 and headers.body_kind(head.fields) in ("events", "open"):
                 upstream.remember_stream_options(model, taken=False)
         elif asking is not None and head.status < 300:
             upstream.remember_stream_options(model, taken=True)
+        kind = headers.body_kind(head.fields)
+        asked = (
+            kind == "events"
+            or asks_for_stream(known_as, query)
+            or headers.accepts_events(request.fields)
+            or any(reader is not None and reader.streams for reader in (read, self._passing))
+        )
         # These are only needed to send the request. They are freed, because a stream may take long.
         del read
         request.answered()
         if head.status in _WITH_LOCATION:
             head.fields = upstream.rewrite_location(head.fields, route)
-        self._respond(head, dialect, clock, route.heartbeat, strip=asking is not None)
+        self._respond(head, kind, dialect, clock, route.heartbeat, asked=asked, strip=asking is not None)
         return None
 
     def _admit(self) -> None:
@@ -578,9 +594,20 @@ class Relay:
         return True
 
     def _respond(
-        self, head: ResponseHead, dialect: Dialect, clock: Clock, heartbeat: float | None, *, strip: bool
+        self,
+        head: ResponseHead,
+        kind: headers.BodyKind,
+        dialect: Dialect,
+        clock: Clock,
+        heartbeat: float | None,
+        *,
+        asked: bool,
+        strip: bool,
     ) -> None:
-        """Sends the response head to the client, and begins phase 6, Body."""
+        """Sends the response head to the client, and begins phase 6, Body. `kind` is what the body is labelled as.
+
+        `asked`: the client wants a stream. `strip`: sseproxy has requested usage that the client does not want.
+        """
         request, downstream, transport = self._request, self._downstream, self._downstream.transport
         attempt, exchange = self._attempt, self._exchange
         assert attempt is not None
@@ -588,8 +615,11 @@ class Relay:
         assert connection is not None
         assert exchange is not None
         assert transport is not None
-        event_stream = headers.is_event_stream(head.fields) and head.framing is not None
-        strips = strip and event_stream and head.framing != 0 and not headers.is_encoded(head.fields)
+        succeeded = 200 <= head.status < 300
+        event_stream = head.framing is not None and (kind == "events" or (kind == "open" and asked and succeeded))
+        # A stream that is labelled as JSON has no length before it has ended.
+        maybe = event_stream or (kind == "json" and asked and succeeded and not isinstance(head.framing, int))
+        strips = strip and maybe and head.framing not in (None, 0) and not headers.is_encoded(head.fields)
         stripper = UsageStripper() if strips else None
         if head.framing is None or (isinstance(head.framing, int) and stripper is None):
             self._framing_out = head.framing
@@ -622,12 +652,13 @@ class Relay:
                 connection,
                 downstream,
                 exchange,
-                self._inspector(head, event_stream, dialect, exchange),
+                self._inspector(head, kind, dialect, exchange),
                 clock,
                 framing_in=head.framing,
                 framing_out=self._framing_out,
                 reusable=reusable,
-                heartbeat=heartbeat,
+                # Whoever does not know that it is a stream must not find one in it.
+                heartbeat=heartbeat if kind == "events" else None,
                 stripper=stripper,
             )
             self._pump.start(head_out)
@@ -641,12 +672,20 @@ class Relay:
             self._clock.only_client(downstream.stall_detector())
             await downstream.flushed()
 
-    def _inspector(self, head: ResponseHead, event_stream: bool, dialect: Dialect, exchange: Exchange) -> Inspector:
+    def _inspector(self, head: ResponseHead, kind: headers.BodyKind, dialect: Dialect, exchange: Exchange) -> Inspector:
+        """What reads the body, by what was asked and by the `kind` that it is labelled as."""
+        # What another GET fetches was counted when it was generated.
+        posted = self._request.method == "POST"
+        if not (kind == "events" or posted or dialect.keeps):
+            return Inspector(exchange)
         if headers.is_encoded(head.fields):
             exchange.unread = "encoded"
-        elif event_stream:
-            return StreamInspector(exchange, dialect, self._proxy.limits.event)
-        elif self._request.method == "POST" and headers.is_json(head.fields):
-            # A GET may return an earlier response, whose tokens have been counted already.
+            return Inspector(exchange)
+        may_stream = exchange.is_stream or (dialect.generates and exchange.succeeded)
+        if kind == "json" and not (may_stream and not isinstance(head.framing, int)):
             return JsonInspector(exchange, dialect)
+        if may_stream and kind != "other":
+            return StreamInspector(exchange, dialect, self._proxy.limits.event)
+        if posted and exchange.succeeded:
+            exchange.unread = "unknown"
         return Inspector(exchange)

@@ -44,6 +44,9 @@ _BRACKET_OR_QUOTE: Final = re.compile(rb'["\[\]{}]')
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 # Opening brackets are 1, closing ones -1.
 _SIGNS: Final = bytes.maketrans(b"[]{}", b"\x01\xff\x01\xff")
+# What may be between two objects in a list.
+_BETWEEN: Final = re.compile(rb"[ \t\n\r,]+")
+_PIECE: Final = 1024
 # Bytes that are skipped in one step at most, and bytes that are searched bracket by bracket.
 _STEP, _FINE = 16 * 1024, 64
 
@@ -101,6 +104,8 @@ _QUOTE, _COMMA, _OPEN_OBJECT, _CLOSE_OBJECT, _OPEN_LIST, _CLOSE_LIST = b'",{}[]'
 class Extract:
     """The wanted members of one object. `feed` takes its text, however it is split.
 
+    Nothing may follow the object, unless it is `one_of` several.
+
     `spans` has the positions in the text of the wanted values of the outermost object; if a name occurs several times,
     those of the last one. `closed_at` is the position of the last bracket.
     """
@@ -113,6 +118,7 @@ class Extract:
         "_members",
         "_name",
         "_offset",
+        "_one_of",
         "_open",
         "_out",
         "_passed",
@@ -127,8 +133,9 @@ class Extract:
         "too_much",
     )
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, *, one_of: bool = False) -> None:
         self.spans: dict[bytes, tuple[int, int]] = {}
+        self._one_of = one_of
         self.closed_at = 0
         self.too_much = False
         """Whether the text exceeds one of the limits."""
@@ -155,7 +162,7 @@ class Extract:
         self._quoted = False
 
     def feed(self, part: bytes) -> None:
-        if self._broken or self.too_much:
+        if self.given_up:
             return
         text = plain = self._rest + part
         if b"\\" in text:
@@ -169,9 +176,18 @@ class Extract:
         # After an error, the rest is not parsed, so its length does not matter.
         self.too_much |= len(self._rest) > _MAX_TOKEN and not self._broken
 
+    @property
+    def given_up(self) -> bool:
+        """Whether the text is not an object, or exceeds a limit."""
+        return self._broken or self.too_much
+
     def text(self) -> bytes | None:
         """The extract. None if the text so far is not one complete object, or exceeds a limit."""
-        return bytes(self._out) if self._state is _END and not (self._broken or self.too_much) else None
+        return bytes(self._out) if self._state is _END and not self.given_up else None
+
+    def after(self) -> bytes | None:
+        """The text after the end of one of several objects. None if the object has not ended."""
+        return self._rest if self._state is _END else None
 
     def so_far(self) -> bytes:
         """The extract of the members so far. Only for wanted members that are not containers."""
@@ -180,7 +196,7 @@ class Extract:
     def _walk(self, text: bytes, plain: bytes) -> int:
         """Parses `text`, and returns up to where. `plain` is the same text with its escapes replaced."""
         at, size = 0, len(plain)
-        while at < size and not (self._broken or self.too_much):
+        while at < size and not (self._broken or self.too_much or (self._one_of and self._state is _END)):
             state, byte = self._state, plain[at]
             if state is _STRING or state is _PASSING:
                 end = plain.find(b'"', at) + 1 if state is _STRING else self._pass(plain, at)
@@ -404,3 +420,58 @@ class Gist:
         if self.extract is None:
             return bytes(self._begun)
         return None if self.extract.too_much else self.extract.text() or b""
+
+
+class Elements:
+    """The objects in a list, which are extracted one after the other as they come; `feed` takes its text in any split.
+
+    `given_up`: there is something else in it, or too much in one.
+    """
+
+    __slots__ = ("_begun", "_extract", "_members", "ended", "given_up", "too_much")
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._begun = False
+        self._extract: Extract | None = None
+        self.ended = self.given_up = self.too_much = False
+
+    def feed(self, part: bytes) -> list[bytes]:
+        """The extracts of the objects that `part` completes, in order."""
+        found: list[bytes] = []
+        at = 0
+        while at < len(part) and not (self.ended or self.given_up):
+            extract = self._extract
+            if extract is None:
+                between = _BETWEEN.match(part, at)
+                at = between.end() if between else at
+                if self._begun and part.startswith(b"{}", at):
+                    # There may be thousands of these in a read.
+                    found.append(b"{}")
+                    at += 2
+                else:
+                    at += self._begin(part[at : at + 1])
+                continue
+            # Of what follows an object, no more than this is copied.
+            piece = part[at : at + _PIECE]
+            extract.feed(piece)
+            rest, text = extract.after(), extract.text()
+            at += len(piece) - len(rest or b"")
+            if extract.given_up:
+                self.given_up, self.too_much = True, extract.too_much
+            elif text is not None:
+                found.append(text)
+                self._extract = None
+        return found
+
+    def _begin(self, mark: bytes) -> int:
+        """Takes what begins with `mark`; returns how much of that is no part of an object."""
+        if not mark:
+            return 0
+        if self._begun and mark == b"{":
+            self._extract = Extract(self._members, one_of=True)
+            return 0
+        self.ended = self._begun and mark == b"]"
+        self.given_up = not self.ended and (self._begun or mark != b"[")
+        self._begun = True
+        return 1

@@ -26,6 +26,8 @@ _FILE_NAMES: Final = frozenset({b"filename", b"filename*"})
 # white space, so there is little of it.
 _AFTER_DELIMITER: Final = re.compile(rb"--|[ \t]{0,256}(?=\r\n)")
 _MAY_COME: Final = re.compile(rb"-?|[ \t]{0,256}\r?")
+# The fields of the form that are read.
+_WANTED: Final = frozenset({b"model", b"stream"})
 # The fields of a part: its name, its file's name and its type. Starlette takes as many parts.
 _MAX_HEAD: Final = 4 * 1024
 _MAX_PARAMETERS: Final = 16
@@ -59,7 +61,7 @@ class FormReader:
     As of the members of an object in JSON, the last of several fields counts.
     """
 
-    __slots__ = ("_delimiter", "_ended", "_heads", "_model", "_parts", "_rest", "_value")
+    __slots__ = ("_delimiter", "_ended", "_found", "_heads", "_name", "_parts", "_rest", "_value")
 
     def __init__(self, boundary: bytes) -> None:
         self._delimiter = b"\r\n--" + boundary
@@ -68,9 +70,10 @@ class FormReader:
         self._heads = False
         self._ended = False
         self._parts = 0
-        # The line end and the value of the field that is being read, if it is the one that is wanted.
+        # The name of the field that is being read, if it is wanted, and its value with the line end before it.
+        self._name = b""
         self._value: bytearray | None = None
-        self._model: str | None = None
+        self._found: dict[bytes, str] = {}
 
     def feed(self, part: bytes) -> None:
         text, at, goes_on = self._rest + part, 0, True
@@ -81,12 +84,17 @@ class FormReader:
     @property
     def model(self) -> str | None:
         """The model's name, if it has at most 128 characters."""
-        return self._model
+        return self._found.get(b"model")
 
     @property
     def model_so_far(self) -> str | None:
         """The same: what has come of a form counts, whatever follows it."""
-        return self._model
+        return self.model
+
+    @property
+    def streams(self) -> bool:
+        """Whether it asks for a stream."""
+        return self._found.get(b"stream") == "true"
 
     def with_usage(self) -> None:
         """Of no form usage can be asked."""
@@ -128,8 +136,9 @@ class FormReader:
             found = _parameters(head[disposition.end() :].partition(b"\r\n")[0])
             parameters = dict(islice(found, _MAX_PARAMETERS))
             # What has the name of a file is one.
-            if parameters.get(b"name") == b"model" and not _FILE_NAMES & parameters.keys():
-                self._value = bytearray()
+            name = parameters.get(b"name", b"")
+            if name in _WANTED and not _FILE_NAMES & parameters.keys():
+                self._name, self._value = name, bytearray()
         self._heads = False
         # Where there is no content, the second of these line ends is that of the delimiter (RFC 2046, section 5.1.1).
         return end + 2, True
@@ -142,13 +151,14 @@ class FormReader:
         """The content of a part has ended."""
         if self._value is None:
             return
-        name: str | None = None
+        self._found.pop(self._name, None)
         with suppress(UnicodeDecodeError):
-            name = self._value[2:].decode()
-        self._model = None if name is None or len(name) > MAX_MODEL else name
+            value = self._value[2:].decode()
+            if len(value) <= MAX_MODEL:
+                self._found[self._name] = value
         self._value = None
 
     def _give_up(self) -> None:
         """It is no form, or has more in it than is looked at. Nobody knows what another reader makes of it."""
         self._ended = True
-        self._model = None
+        self._found.clear()

@@ -9,11 +9,14 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Final
+from typing import Final, Literal
 
 from ..errors import ProtocolError
 
 Field = tuple[bytes, bytes]
+
+BodyKind = Literal["events", "json", "open", "other"]
+"""The Content-Type of a body. `open` is one that does not say much: none, text, or bytes."""
 
 # Hop-by-hop fields: RFC 9110, section 7.6.1, and fields that older implementations treat in the same way. sseproxy sets
 # the framing on each side itself, and answers Expect itself.
@@ -326,10 +329,6 @@ def _has_type(fields: Fields, media_type: bytes) -> bool:
     return media_type in [value.split(b";")[0].strip().lower() for value in fields.named(b"content-type")]
 
 
-def is_event_stream(fields: Fields) -> bool:
-    return _has_type(fields, b"text/event-stream")
-
-
 def is_json(fields: Fields) -> bool:
     return _has_type(fields, b"application/json")
 
@@ -338,9 +337,24 @@ def is_form(fields: Fields) -> bool:
     return _has_type(fields, b"multipart/form-data")
 
 
+def body_kind(fields: Fields) -> BodyKind:
+    """What the Content-Type says that a body is."""
+    values = fields.named(b"content-type")
+    kind = values[0].split(b";")[0].strip().lower() if len(values) == 1 else b""
+    if _has_type(fields, b"text/event-stream"):
+        return "events"
+    if kind in (b"application/json", b"text/json") or kind.endswith(b"+json"):
+        return "json"
+    return "open" if not kind or kind.startswith(b"text/") or kind == b"application/octet-stream" else "other"
+
+
+def accepts_events(fields: Fields) -> bool:
+    return b"text/event-stream" in [token.split(b";")[0].strip() for token in fields.tokens(b"accept")]
+
+
 def is_encoded(fields: Fields) -> bool:
-    """Whether the body is compressed, and so cannot be inspected."""
-    return not {b"identity"}.issuperset(fields.tokens(b"content-encoding"))
+    """Whether the body is compressed, and so cannot be inspected. `none` is not a coding, but some servers send it."""
+    return not {b"identity", b"none"}.issuperset(fields.tokens(b"content-encoding"))
 
 
 def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> str:

@@ -91,10 +91,15 @@ class RequestReader:
         except UNREADABLE:
             return None
 
+    @property
+    def streams(self) -> bool:
+        """Whether it asks for a stream."""
+        return bytes(self._decoded().stream) == b"true"
+
     def with_usage(self) -> Splice | None:
         """The change that requests usage. None if the request does not stream, or has `include_usage` itself."""
         request = self._decoded()
-        if bytes(request.stream) != b"true":
+        if not self.streams:
             return None
         if request.stream_options is NULL:
             return self._added(b',"stream_options":{"include_usage":true}')

@@ -12,22 +12,15 @@ from typing import Final, Literal
 
 import msgspec
 
-from .meaning import UNREADABLE
+from .meaning import NULL, UNREADABLE, filled
 from .sse import BOM, LINE_END, EventParser, last_event_end
 
 # A backend that does not know `stream_options` responds with one of these status codes, and names it in the body.
 REFUSAL_STATUSES: Final = frozenset({400, 422})
 REFUSED: Final = b"stream_options"
 
-_NULL: Final = b"null"
 # An event may have usage. Many servers send `"usage": null` in all other events.
 _USAGE: Final = re.compile(rb'"usage"(?!\s*:\s*null)')
-_CHOICES: Final = b'"choices"'
-_EMPTY_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-# The only keys that a usage event may have. An event with other keys may have another purpose, and is not removed.
-_KEYS: Final = frozenset(
-    "id object created model system_fingerprint service_tier obfuscation timings usage choices".split()
-)
 # Bytes. A usage event is below 1 KiB, so a larger event is another one.
 _MAX_HELD: Final = 64 * 1024
 
@@ -38,18 +31,30 @@ _BETWEEN: Final = re.compile(rb"(?:(?::[^\r\n]*+)?(?:\r\n|\n|\r))+")
 # The first byte of an event's data.
 _FIRST_DATA: Final = re.compile(rb"(?<![^\r\n])data:[ \t]*+([^ \t\r\n])")
 
-_decode_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+class _Event(msgspec.Struct, gc=False):
+    choices: list[dict[str, msgspec.Raw]] | None = None
+    usage: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
+
+
+_decode_event: Final = msgspec.json.Decoder(_Event).decode
 
 
 def _tells_only_usage(data: bytes) -> bool:
-    if not _EMPTY_CHOICES.search(data):
-        return False
+    """Whether there is usage, and no choice that says anything, whatever else there is but an error.
+
+    Vendors put their own keys beside usage, leave the choices out, or have an empty one.
+    """
     try:
-        event = _decode_object(data)
+        event = _decode_event(data)
     except UNREADABLE:
         return False
-    choices = bytes(event.get("choices", _NULL)).translate(None, b" \t\r\n")
-    return choices == b"[]" and bytes(event.get("usage", _NULL)) != _NULL and event.keys() <= _KEYS
+    return (
+        bytes(event.usage) != b"null"
+        and not filled(event.error)
+        and not any(filled(said) for choice in event.choices or () for key, said in choice.items() if key != "index")
+    )
 
 
 class UsageStripper:
@@ -83,7 +88,7 @@ class UsageStripper:
             and self._between
             and payload.find(b"\n") == len(payload) - 2
             and b"\r" not in payload
-            and not _EMPTY_CHOICES.search(payload)
+            and not _USAGE.search(payload)
         ):
             self._after_cr = ""
             self._first = None
@@ -166,7 +171,9 @@ class UsageStripper:
         self._in_line = payload[-1] not in b"\r\n"
         if not self._passing:
             data = _FIRST_DATA.search(self._held)
-            if len(self._held) > _MAX_HELD or (data is not None and data[1] != b"{"):
+            # What begins as JSON is no event, whatever it is labelled as.
+            other = self._held[0] in b"{[" or (data is not None and data[1] != b"{")
+            if other or len(self._held) > _MAX_HELD:
                 self._passing = True
                 out += self._held
                 self._held.clear()
@@ -175,7 +182,7 @@ class UsageStripper:
 
 def _end_event(event: bytes, out: bytearray) -> Literal["forwarded", "dropped"]:
     """Adds the complete `event` to `out`, unless it is a usage event."""
-    possible = _CHOICES in event and _USAGE.search(event)
+    possible = _USAGE.search(event)
     # After an empty line, the parser does not take the first bytes for a byte order mark.
     whole = event if event.startswith(b"data:") else b"\n" + event
     events = EventParser(_MAX_HELD).feed(whole) if possible else []

@@ -21,7 +21,17 @@ from .media import IMAGES, SPEECH, TRANSCRIPTIONS
 from .messages import ANTHROPIC, MESSAGES
 from .responses import RESPONSES
 
-__all__ = ["DIALECTS", "DIALECT_NAMES", "OPENAI", "Dialect", "Form", "dialect_of", "form_of", "model_in"]
+__all__ = [
+    "DIALECTS",
+    "DIALECT_NAMES",
+    "OPENAI",
+    "Dialect",
+    "Form",
+    "asks_for_stream",
+    "dialect_of",
+    "form_of",
+    "model_in",
+]
 
 DIALECTS: Final = (
     CHAT,
@@ -40,6 +50,11 @@ DIALECTS: Final = (
 
 _MODEL_IN_PATH: Final = re.compile(rf"/(?:models|deployments)/([^/:]{{1,{MAX_MODEL}}})[/:]")
 
+# Google's methods that stream, which answer in a list where the query does not ask for events; and what GET
+# /responses/{id} is asked for.
+_STREAMING_PATH: Final = re.compile(r":stream[A-Z][A-Za-z]*$")
+_STREAMING_QUERY: Final = re.compile(r"[?&](?:alt=sse|stream=true)(?:&|$)", re.IGNORECASE)
+
 DIALECT_NAMES: Final = tuple(dialect.name for dialect in DIALECTS)
 
 
@@ -47,6 +62,11 @@ def model_in(path: str) -> str | None:
     """The model in `path`, as in the APIs of Gemini, Vertex AI and Azure. None if there is none, or it is too long."""
     match = _MODEL_IN_PATH.search(path)
     return match[1] if match else None
+
+
+def asks_for_stream(path: str, query: str) -> bool:
+    """Whether a request asks for a stream by its `path` or its `query`, which is empty or begins with `?`."""
+    return bool(_STREAMING_PATH.search(path) or _STREAMING_QUERY.search(query))
 
 
 # Cached, because most requests have one of a few paths. The cache is small, because a path may be as long as a head.

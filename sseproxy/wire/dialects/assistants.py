@@ -11,7 +11,6 @@ from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import (
     DELTA,
-    END,
     FAILED,
     NOTHING,
     NULL,
@@ -41,10 +40,12 @@ class _ThreadDelta(msgspec.Struct, gc=False):
 
 
 class _ThreadEvent(msgspec.Struct, gc=False):
+    id: msgspec.Raw = NULL
     object: str = ""
     status: msgspec.Raw = NULL
     delta: _ThreadDelta | None = None
     usage: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
 
 
 _decode_thread_event: Final = msgspec.json.Decoder(_ThreadEvent).decode
@@ -57,18 +58,21 @@ def read_run(kind: bytes, data: bytes) -> Meaning:
 
     The usage of a run includes the usage of its steps, so that of the steps is not read.
     """
-    if data == b"[DONE]":
-        return END
     if kind == b"error":
         return FAILED
     try:
         event = _decode_thread_event(data)
     except UNREADABLE:
         return read_rest(kind, data)
+    if filled(event.error) and not event.object:
+        return FAILED
     if event.object == "thread.run":
         status = text_of(event.status)
         return Meaning(
-            usage=read_usage(event.usage), finish=status if status in _RUN_ENDS else None, error=status == "failed"
+            usage=read_usage(event.usage),
+            finish=status if status in _RUN_ENDS else None,
+            error=status == "failed",
+            kept_as=text_of(event.id),
         )
     delta = event.delta or _ThreadDelta()
     pieces = delta.content or []
@@ -83,4 +87,5 @@ ASSISTANTS: Final = Dialect(
     read_run,
     _MEMBERS,
     text_under("value", "arguments"),
+    keeps=True,
 )

@@ -9,7 +9,19 @@ import msgspec
 
 from ..deltas import text_under
 from ..extract import wanted
-from ..meaning import DELTA, END, NOTHING, NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage, text_of
+from ..meaning import (
+    DELTA,
+    NOTHING,
+    NULL,
+    REASONING,
+    UNREADABLE,
+    Meaning,
+    Rest,
+    filled,
+    read_rest,
+    read_usage,
+    text_of,
+)
 from .dialect import Dialect
 
 
@@ -22,12 +34,17 @@ class _Delta(msgspec.Struct, gc=False):
     function_call: msgspec.Raw = NULL
     audio: msgspec.Raw = NULL
     images: msgspec.Raw = NULL
+    reasoning_text: msgspec.Raw = NULL
+    reasoning_details: msgspec.Raw = NULL
+    annotations: msgspec.Raw = NULL
 
 
 class _Choice(msgspec.Struct, gc=False):
     delta: _Delta | None = None
     text: msgspec.Raw = NULL
+    message: _Delta | None = None
     finish_reason: msgspec.Raw = NULL
+    usage: msgspec.Raw = NULL
 
 
 class _Groq(msgspec.Struct, gc=False):
@@ -35,7 +52,9 @@ class _Groq(msgspec.Struct, gc=False):
     error: msgspec.Raw = NULL
 
 
-class _Chunk(msgspec.Struct, gc=False):
+class Chunk(msgspec.Struct, gc=False):
+    """What is read of a chunk."""
+
     choices: list[_Choice] | None = None
     usage: msgspec.Raw = NULL
     x_groq: _Groq | None = None
@@ -46,26 +65,55 @@ class _Kind(msgspec.Struct, gc=False):
     object: msgspec.Raw = NULL
 
 
+class _OpenChoice(msgspec.Struct, gc=False):
+    delta: dict[str, msgspec.Raw] | None = None
+
+
+class _OpenChunk(msgspec.Struct, gc=False):
+    choices: list[_OpenChoice] | None = None
+
+
+# What is in a delta and no content, whatever it says.
+_NO_CONTENT: Final = frozenset(
+    "role name id object type status model provider index tool_call_id finish_reason stop_reason".split()
+)
+# That the upstream could not go on: OpenRouter and Mistral, Cohere, DeepSeek, Zhipu, SGLang.
+_FAILURES: Final = frozenset({"error", "ERROR", "insufficient_system_resource", "network_error", "abort"})
+_decode_open_chunk: Final = msgspec.json.Decoder(_OpenChunk).decode
 _decode_kind: Final = msgspec.json.Decoder(_Kind).decode
-_decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
-_MEMBERS: Final = wanted(_Chunk, _Kind, Rest)
+_decode_chunk: Final = msgspec.json.Decoder(Chunk).decode
+_MEMBERS: Final = wanted(Chunk, _Kind, Rest)
 
 
-def _generated(choice: _Choice) -> bool:
-    delta = choice.delta
-    return filled(choice.text) or (
-        delta is not None
-        and (
-            # The most frequent ones first.
-            filled(delta.content)
-            or filled(delta.reasoning_content)
-            or filled(delta.reasoning)
-            or filled(delta.tool_calls)
-            or filled(delta.refusal)
-            or filled(delta.function_call)
-            or filled(delta.audio)
-            or filled(delta.images)
-        )
+def _generated(choice: _Choice) -> Meaning:
+    """What a choice has generated: REASONING, DELTA, or NOTHING."""
+    if filled(choice.text):
+        return DELTA
+    return _content(choice.delta) or _content(choice.message) or NOTHING
+
+
+def _content(delta: _Delta | None) -> Meaning | None:
+    if delta is None:
+        return None
+    # In the order of how often they are what is filled.
+    if filled(delta.content):
+        return DELTA
+    if any(map(filled, (delta.reasoning_content, delta.reasoning, delta.reasoning_text, delta.reasoning_details))):
+        return REASONING
+    others = (delta.tool_calls, delta.refusal, delta.function_call, delta.audio, delta.images, delta.annotations)
+    return DELTA if any(map(filled, others)) else None
+
+
+def _has_other_content(data: bytes) -> bool:
+    """Whether there is text, or a list, in a delta under a name that is not known here: each vendor has its own."""
+    try:
+        chunk = _decode_open_chunk(data)
+    except UNREADABLE:
+        return False
+    return any(
+        name not in _NO_CONTENT and filled(value) and bytes(value)[:1] in (b'"', b"[")
+        for choice in chunk.choices or ()
+        for name, value in (choice.delta or {}).items()
     )
 
 
@@ -79,32 +127,41 @@ def _is_error(data: bytes) -> bool:
 
 def read_completion(kind: bytes, data: bytes) -> Meaning:
     """https://platform.openai.com/docs/api-reference/chat-streaming, and the deviations of other servers."""
-    if data == b"[DONE]":
-        return END
     try:
         chunk = _decode_chunk(data)
     except UNREADABLE:
         return read_rest(kind, data)
-    delta, finish = False, None
+    generated, finish, inner = NOTHING, None, NULL
     for choice in chunk.choices or ():
-        delta = delta or _generated(choice)
+        if generated is NOTHING:
+            generated = _generated(choice)
         if filled(choice.finish_reason):
             finish = text_of(choice.finish_reason) or finish
+        if choice.usage is not NULL:
+            inner = choice.usage
     usage = read_usage(chunk.usage)
     if usage is None and chunk.x_groq is not None:
         usage = read_usage(chunk.x_groq.usage)
-    # OpenRouter reports an error as the finish reason.
-    error = kind == b"error" or filled(chunk.error) or finish == "error"
+    if usage is None and inner is not NULL:
+        usage = read_usage(inner)
+    error = kind == b"error" or filled(chunk.error) or (finish is not None and finish in _FAILURES)
     error |= chunk.x_groq is not None and filled(chunk.x_groq.error)
     if chunk.choices is None and not error:
         error = _is_error(data)
+    if chunk.choices and generated is NOTHING and _has_other_content(data):
+        generated = DELTA
     if usage is None and finish is None and not error:
-        return DELTA if delta else NOTHING
-    return Meaning(delta, usage, finish, error=error)
+        return generated
+    if usage is not None and generated.delta and finish is None:
+        # More comes, and will be counted.
+        usage = usage._replace(final=False)
+    return generated._replace(usage=usage, finish=finish, error=error)
 
 
-_TEXT: Final = text_under("content", "reasoning_content", "reasoning", "text", "arguments")
-CHAT: Final = Dialect("chat", re.compile(r"/chat/completions$"), read_completion, _MEMBERS, _TEXT, asks_usage=True)
+# Vertex AI has Mistral's models, and others, in this API.
+_PATHS: Final = r"/chat/completions$|/publishers/(?!anthropic/)[^/]+/models/[^/]+:(streamR|r)awPredict$"
+_TEXT: Final = text_under("content", "reasoning_content", "reasoning", "reasoning_text", "text", "arguments")
+CHAT: Final = Dialect("chat", re.compile(_PATHS), read_completion, _MEMBERS, _TEXT, asks_usage=True)
 COMPLETIONS: Final = Dialect(
     "completions", re.compile(r"/completions$"), read_completion, _MEMBERS, _TEXT, asks_usage=True
 )

@@ -7,19 +7,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..extract import Members
-from ..meaning import Meaning
+from ..meaning import COMPLAINT, NOTHING, Meaning, complains
 from .form import OPENAI, Form
 
 
 class Dialect(NamedTuple):
     """One API.
 
-    `path` matches the path of a request to the upstream. `read(type, data)` returns the meaning of an event. `members`
-    are the members that `read` needs; of a large event, `read` gets only these. `text` finds generated text in an
-    event. `form` is how its clients are told of errors, and what they take as a heartbeat.
+    `path` matches the path of a request to the upstream. `read(type, data)` returns the meaning of an event as the API
+    defines it, and `judged` what it means in the end. `members` are the members that `read` needs; of a large event,
+    `read` gets only these. `text` finds generated text in an event. `form` is how its clients are told of errors, and
+    what they take as a heartbeat.
 
-    `generates`: its streams have a first token. `large`: its events may have megabytes. `asks_usage`: its streams have
-    usage only if the request asks for it.
+    `generates`: its responses have content, and its streams have a first token. `asks_usage`: its streams have usage
+    only if the request asks for it. `keeps`: its responses are kept by the upstream, and can be fetched later.
     """
 
     name: str
@@ -28,13 +29,14 @@ class Dialect(NamedTuple):
     members: Members
     text: re.Pattern[bytes]
     generates: bool = True
-    large: bool = False
     form: Form = OPENAI
     asks_usage: bool = False
+    keeps: bool = False
 
-    def max_event(self, usual: int) -> int:
-        """The limit in bytes of an event that is inspected. `usual` is the limit for events without images.
+    def meaning_of(self, kind: bytes, data: bytes) -> Meaning:
+        """The meaning of an event, or of a JSON body."""
+        return self.judged(self.read(kind, data), data)
 
-        Six times the default of 4 MiB is enough for a PNG of 4096 x 4096 pixels in base64.
-        """
-        return 6 * usual if self.large else usual
+    def judged(self, meaning: Meaning, data: bytes) -> Meaning:
+        """`meaning` as returned by `read`. But if `data` has only a code or a message, it is a complaint."""
+        return COMPLAINT if meaning == NOTHING and self.generates and complains(data) else meaning

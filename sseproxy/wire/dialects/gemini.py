@@ -18,8 +18,13 @@ from .form import Form, document
 
 class _Part(msgspec.Struct, gc=False):
     text: msgspec.Raw = NULL
+    thought: msgspec.Raw = NULL
     functionCall: msgspec.Raw = NULL
+    functionResponse: msgspec.Raw = NULL
+    toolCall: msgspec.Raw = NULL
+    toolResponse: msgspec.Raw = NULL
     inlineData: msgspec.Raw = NULL
+    fileData: msgspec.Raw = NULL
     executableCode: msgspec.Raw = NULL
     codeExecutionResult: msgspec.Raw = NULL
 
@@ -33,20 +38,30 @@ class _Candidate(msgspec.Struct, gc=False):
     finishReason: msgspec.Raw = NULL
 
 
+class _Feedback(msgspec.Struct, gc=False):
+    blockReason: msgspec.Raw = NULL
+
+
 class _Generation(msgspec.Struct, gc=False):
     candidates: list[_Candidate] | None = None
+    promptFeedback: _Feedback | None = None
     usageMetadata: msgspec.Raw = NULL
     error: msgspec.Raw = NULL
 
 
-_decode_generation: Final = msgspec.json.Decoder(_Generation).decode
-_MEMBERS: Final = wanted(_Generation, Rest)
+class _Wrapped(_Generation, gc=False):
+    """Code Assist has one in another."""
+
+    response: _Generation | None = None
 
 
-def _generated_part(part: _Part) -> bool:
-    return any(
-        map(filled, (part.text, part.functionCall, part.inlineData, part.executableCode, part.codeExecutionResult))
-    )
+_decode_generation: Final = msgspec.json.Decoder(_Wrapped).decode
+_MEMBERS: Final = wanted(_Wrapped, Rest)
+
+
+def _generated(part: _Part) -> bool:
+    made = (part.text, part.functionCall, part.toolCall, part.inlineData, part.executableCode)
+    return any(map(filled, (*made, part.functionResponse, part.toolResponse, part.fileData, part.codeExecutionResult)))
 
 
 def read_gemini(kind: bytes, data: bytes) -> Meaning:
@@ -55,20 +70,26 @@ def read_gemini(kind: bytes, data: bytes) -> Meaning:
     There is no end marker. The last event has a finish reason.
     """
     try:
-        event = _decode_generation(data)
+        outer = _decode_generation(data)
     except UNREADABLE:
         return read_rest(kind, data)
+    event = outer.response or outer
     candidates = event.candidates or []
     contents = [candidate.content for candidate in candidates if candidate.content is not None]
-    finish = next((text_of(candidate.finishReason) for candidate in candidates if filled(candidate.finishReason)), None)
-    delta = any(_generated_part(part) for content in contents for part in content.parts or ())
+    reasons = (text_of(candidate.finishReason) for candidate in candidates if filled(candidate.finishReason))
+    finish = next(filter(None, reasons), None)
+    if not candidates and event.promptFeedback is not None:
+        finish = text_of(event.promptFeedback.blockReason)
+    parts = [part for content in contents for part in content.parts or () if _generated(part)]
+    usage = read_usage(event.usageMetadata)
     return Meaning(
-        delta=delta,
-        usage=read_usage(event.usageMetadata),
+        delta=bool(parts),
+        usage=usage if usage is None or finish is not None else usage._replace(final=False),
         finish=finish,
         end=finish is not None,
-        error=filled(event.error),
-        more=delta and finish is None,
+        error=kind == b"error" or filled(event.error) or filled(outer.error),
+        more=bool(parts) and finish is None,
+        reasoning=any(bytes(part.thought) == b"true" for part in parts),
     )
 
 
@@ -115,6 +136,5 @@ GEMINI: Final = Dialect(
     read_gemini,
     _MEMBERS,
     text_under("text"),
-    large=True,
     form=GOOGLE,
 )

@@ -9,7 +9,8 @@ import msgspec
 
 from ..deltas import text_under
 from ..extract import wanted
-from ..meaning import END, FAILED, NOTHING, NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage
+from ..meaning import FAILED, NOTHING, NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage
+from .chat import Chunk, read_completion
 from .dialect import Dialect
 
 
@@ -21,18 +22,17 @@ class _MediaEvent(msgspec.Struct, gc=False):
     b64_json: msgspec.Raw = NULL
     usage: msgspec.Raw = NULL
     error: msgspec.Raw = NULL
+    choices: msgspec.Raw = NULL
 
 
 # A delta in a stream that has an end marker for each of its parts, so an earlier one was not the last.
 _DELTA_OF_A_PART: Final = Meaning(delta=True, more=True)
 _decode_media_event: Final = msgspec.json.Decoder(_MediaEvent).decode
-_MEMBERS: Final = wanted(_MediaEvent, Rest)
+_MEMBERS: Final = wanted(Chunk, _MediaEvent, Rest)
 
 
 def read_media(kind: bytes, data: bytes) -> Meaning:
     """https://platform.openai.com/docs/api-reference/audio and /images: speech, transcripts and images."""
-    if data == b"[DONE]":
-        return END
     try:
         event = _decode_media_event(data)
     except UNREADABLE:
@@ -45,6 +45,9 @@ def read_media(kind: bytes, data: bytes) -> Meaning:
     if event.type:
         blob = filled(event.audio) or filled(event.b64_json)
         return _DELTA_OF_A_PART if blob or filled(event.delta) or filled(event.text) else NOTHING
+    if event.choices is not NULL:
+        # vLLM's and SGLang's transcripts are chunks like those of a completion.
+        return read_completion(kind, data)
     return Meaning(usage=read_usage(event.usage))
 
 
@@ -53,5 +56,5 @@ TRANSCRIPTIONS: Final = Dialect(
     "transcriptions", re.compile(r"/audio/(transcriptions|translations)$"), read_media, _MEMBERS, text_under("delta")
 )
 IMAGES: Final = Dialect(
-    "images", re.compile(r"/images/(generations|edits)$"), read_media, _MEMBERS, text_under("delta"), large=True
+    "images", re.compile(r"/images/(generations|edits)$"), read_media, _MEMBERS, text_under("delta")
 )

@@ -16,6 +16,7 @@ from ..meaning import (
     FAILED,
     NOTHING,
     NULL,
+    REASONING,
     UNREADABLE,
     Meaning,
     Rest,
@@ -28,12 +29,20 @@ from .dialect import Dialect
 from .form import COMMENT, Form, document, error_event
 
 
-class _Block(msgspec.Struct, gc=False):
+class _Delta(msgspec.Struct, gc=False):
     text: msgspec.Raw = NULL
     thinking: msgspec.Raw = NULL
     partial_json: msgspec.Raw = NULL
     citation: msgspec.Raw = NULL
+    content: msgspec.Raw = NULL
     stop_reason: msgspec.Raw = NULL
+
+
+class _Block(msgspec.Struct, gc=False):
+    type: str = ""
+    text: msgspec.Raw = NULL
+    thinking: msgspec.Raw = NULL
+    content: msgspec.Raw = NULL
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -43,11 +52,16 @@ class _Message(msgspec.Struct, gc=False):
 class _MessageEvent(msgspec.Struct, gc=False):
     type: str = ""
     message: _Message | None = None
-    delta: _Block | None = None
+    content_block: _Block | None = None
+    delta: _Delta | None = None
     usage: msgspec.Raw = NULL
     stop_reason: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
 
 
+# Blocks whose content comes in deltas, and those that say something else. All others, calls of tools, their results,
+# what is redacted, begin with something that was generated.
+_EMPTY_AT_FIRST: Final = frozenset({"", "text", "thinking", "compaction", "fallback", "mcp_tool_listing"})
 _decode_message_event: Final = msgspec.json.Decoder(_MessageEvent).decode
 _MEMBERS: Final = wanted(_MessageEvent, Rest)
 
@@ -61,22 +75,31 @@ def read_message(kind: bytes, data: bytes) -> Meaning:
         event = _decode_message_event(data)
     except UNREADABLE:
         return read_rest(kind, data)
-    delta = event.delta or _Block()
+    delta = event.delta or _Delta()
     match event.type:
         case "content_block_delta":
-            parts = (delta.text, delta.thinking, delta.partial_json, delta.citation)
+            if filled(delta.thinking):
+                return REASONING
+            # A signature is none of it.
+            parts = (delta.text, delta.partial_json, delta.citation, delta.content)
             return DELTA if any(map(filled, parts)) else NOTHING
+        case "content_block_start":
+            block = event.content_block or _Block()
+            begun = any(map(filled, (block.text, block.thinking, block.content)))
+            return DELTA if begun or block.type not in _EMPTY_AT_FIRST else NOTHING
         case "message_start":
-            return Meaning(usage=read_usage(event.message.usage) if event.message is not None else None)
+            # What it tells of the output is before anything was generated.
+            usage = read_usage(event.message.usage) if event.message is not None else None
+            return Meaning(usage=None if usage is None else usage._replace(output=None, reasoning=None, final=False))
         case "message_delta":
-            return Meaning(usage=read_usage(event.usage), finish=text_of(delta.stop_reason), overlay=True)
+            return Meaning(usage=read_usage(event.usage), finish=text_of(delta.stop_reason))
         case "message_stop":
             return END
         case "error":
             return FAILED
         case "message":
             return Meaning(usage=read_usage(event.usage), finish=text_of(event.stop_reason))
-    return FAILED if kind == b"error" else NOTHING
+    return FAILED if kind == b"error" or filled(event.error) else NOTHING
 
 
 # https://docs.anthropic.com/en/api/errors; another status below 500 is the client's fault, and from there on the API's.

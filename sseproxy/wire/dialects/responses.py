@@ -12,10 +12,10 @@ from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import (
     DELTA,
-    END,
     FAILED,
     NOTHING,
     NULL,
+    REASONING,
     UNREADABLE,
     Meaning,
     Rest,
@@ -28,51 +28,82 @@ from .dialect import Dialect
 from .form import OPENAI, error_event, openai_error
 
 
-class _Response(msgspec.Struct, gc=False):
+class _Answer(msgspec.Struct, gc=False):
+    id: msgspec.Raw = NULL
     status: msgspec.Raw = NULL
+    background: msgspec.Raw = NULL
     usage: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
 
 
-class _ResponseEvent(msgspec.Struct, gc=False):
+class _Item(msgspec.Struct, gc=False):
+    type: str = ""
+
+
+class _Part(msgspec.Struct, gc=False):
+    text: msgspec.Raw = NULL
+
+
+class _ResponseEvent(_Answer, gc=False):
+    """An event, or an answer that is no stream."""
+
     type: str = ""
     delta: msgspec.Raw = NULL
     partial_image_b64: msgspec.Raw = NULL
-    response: _Response | None = None
-    status: msgspec.Raw = NULL
-    usage: msgspec.Raw = NULL
-    error: msgspec.Raw = NULL
+    response: _Answer | None = None
+    item: _Item | None = None
+    part: _Part | None = None
 
 
 _decode_response_event: Final = msgspec.json.Decoder(_ResponseEvent).decode
 _MEMBERS: Final = wanted(_ResponseEvent, Rest)
 _RESPONSE_ENDS: Final = frozenset(
-    {"response.completed", "response.incomplete", "response.failed", "response.cancelled"}
+    {"response.completed", "response.incomplete", "response.failed", "response.cancelled", "response.done"}
 )
+_ENDED: Final = frozenset({"completed", "incomplete", "failed", "cancelled"})
+# What the model asks for, beside the calls.
+_REQUESTS: Final = frozenset({"program", "mcp_approval_request"})
+
+
+def _of_answer(answer: _Answer, *, end: bool) -> Meaning:
+    """What `answer` says, which is in the last event, or all of the body."""
+    status = text_of(answer.status)
+    return Meaning(
+        usage=read_usage(answer.usage),
+        finish=status if end or status in _ENDED else None,
+        end=end,
+        error=status == "failed" or filled(answer.error),
+        kept_as=text_of(answer.id) if bytes(answer.background) == b"true" else None,
+    )
 
 
 def read_response(kind: bytes, data: bytes) -> Meaning:
     """https://platform.openai.com/docs/api-reference/responses-streaming"""
-    if data == b"[DONE]":
-        return END
     try:
         event = _decode_response_event(data)
     except UNREADABLE:
         return read_rest(kind, data)
-    if event.type in _RESPONSE_ENDS:
-        response = event.response or _Response()
-        return Meaning(
-            usage=read_usage(response.usage),
-            finish=text_of(response.status),
-            end=True,
-            error=event.type == "response.failed",
-        )
-    if event.type == "error" or kind == b"error" or (not event.type and filled(event.error)):
+    name = event.type
+    if name in _RESPONSE_ENDS:
+        meaning = _of_answer(event.response or _Answer(), end=True)
+        failed = name == "response.failed" or filled(event.error)
+        return meaning._replace(error=True) if failed else meaning
+    if name == "error" or kind == b"error" or (name and filled(event.error)):
         return FAILED
-    if event.type.endswith(".delta"):
-        return DELTA if filled(event.delta) else NOTHING
-    if filled(event.partial_image_b64):
+    if name.endswith(".delta"):
+        if not filled(event.delta):
+            return NOTHING
+        return REASONING if name == "response.reasoning_text.delta" else DELTA
+    if name == "response.output_item.added":
+        begun = event.item is not None and (event.item.type.endswith("_call") or event.item.type in _REQUESTS)
+        return DELTA if begun else NOTHING
+    if name == "response.content_part.added":
+        return DELTA if event.part is not None and filled(event.part.text) else NOTHING
+    if name == "response.image_generation_call.partial_image":
+        return DELTA if filled(event.partial_image_b64) else NOTHING
+    if name == "response.output_text.annotation.added":
         return DELTA
-    return NOTHING if event.type else Meaning(usage=read_usage(event.usage), finish=text_of(event.status))
+    return NOTHING if name else _of_answer(event, end=False)
 
 
 def _farewell(error: ExchangeError, number: int) -> bytes:
@@ -83,10 +114,10 @@ def _farewell(error: ExchangeError, number: int) -> bytes:
 
 RESPONSES: Final = Dialect(
     "responses",
-    re.compile(r"/responses(/[^/]+)?$"),
+    re.compile(r"/responses(/(?!input_tokens$)[^/]+(/cancel)?)?$"),
     read_response,
     _MEMBERS,
     text_under("delta"),
-    large=True,
     form=OPENAI._replace(farewell=_farewell),
+    keeps=True,
 )
