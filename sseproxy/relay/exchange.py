@@ -249,7 +249,8 @@ class Exchange:
 
     def completed(self) -> Outcome:
         """The outcome if all of the response was forwarded."""
-        empty = self.first_token_at is None and self.usage is None and self.finish_reason is None
+        counted = self.usage is not None and not self.usage.is_zero
+        empty = self.first_token_at is None and not counted and self.finish_reason is None
         failed = self.reported_error or (self.complained and empty)
         return Outcome.UPSTREAM_ERROR if failed else Outcome.COMPLETED
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..extract import Members
-from ..meaning import COMPLAINT, NOTHING, Meaning, complains
+from ..meaning import NOTHING, Meaning, complains
 
 
 class Dialect(NamedTuple):
@@ -35,5 +35,12 @@ class Dialect(NamedTuple):
         return self.judged(self.read(kind, data), data)
 
     def judged(self, meaning: Meaning, data: bytes) -> Meaning:
-        """`meaning` as `read` has it, unless `data` says nothing that the API knows, and a code or a message."""
-        return COMPLAINT if meaning == NOTHING and self.generates and complains(data) else meaning
+        """`meaning` as `read` has it, unless `data` says nothing that the API knows, and a code or a message.
+
+        Counts that are all zero say nothing: MiniMax and others put them beside the code.
+        """
+        usage = meaning.usage
+        if meaning.delta:
+            return meaning
+        says_nothing = meaning == NOTHING if usage is None else usage.is_zero and meaning == Meaning(usage=usage)
+        return meaning._replace(complaint=True) if says_nothing and self.generates and complains(data) else meaning
