@@ -173,6 +173,11 @@ def test_what_generates_nothing_means_nothing(name: str, document: dict[str, Any
         ("messages", {"type": "message_stop"}, END),
         (
             "messages",
+            {"stop_reason": "end_turn", "usage": {"output_tokens": 2}},
+            Meaning(usage=Usage(None, 2), finish="end_turn"),
+        ),
+        (
+            "messages",
             {"type": "message", "stop_reason": "end_turn", "usage": {"input_tokens": 3, "output_tokens": 2}},
             Meaning(usage=Usage(3, 2), finish="end_turn"),
         ),

@@ -237,11 +237,15 @@ COMPLAINTS: list[dict[str, Any]] = [
     {"message": "Input is too long for requested model."},
     {"object": "error", "message": "does not exist", "code": 404},
     {"status": "error", "error_message": "no capacity"},
+    {"choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0}, "base_resp": {"status_code": 1000}},
+    {"success": False, "result": None},
+    {"code": "00010", "msg": "no"},
 ]
 NO_COMPLAINTS: list[dict[str, Any]] = [
     {"code": 200, "msg": "ok", "data": {}},
     {"base_resp": {"status_code": 0, "status_msg": "success"}},
     {"code": 0, "message": "Success"},
+    {"code": "00000", "success": True, "msg": "OK"},
     {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "code": "x", "message": "a warning"},
     {"usage": {"prompt_tokens": 1}, "message": "a warning"},
     {"id": "x", "object": "chat.completion", "choices": []},

@@ -43,6 +43,11 @@ class Usage(NamedTuple):
         counts = {name: max(count, getattr(self, name) or 0) for name, count in later.told().items()}
         return self._replace(**counts, final=later.final)
 
+    @property
+    def is_zero(self) -> bool:
+        """Nothing was counted."""
+        return not any(self.told().values())
+
     def told(self) -> dict[str, Any]:
         """The reported counts, by name."""
         return {name: count for name, count in self._asdict().items() if count is not None and name != "final"}
@@ -76,7 +81,6 @@ REASONING: Final = Meaning(delta=True, reasoning=True)
 END: Final = Meaning(end=True)
 GARBLED: Final = Meaning(understood=False)
 FAILED: Final = Meaning(error=True)
-COMPLAINT: Final = Meaning(complaint=True)
 
 
 # The fields are Raw, because a value may be anything. A wrong type, or a string that is not Unicode, in one of them
@@ -277,9 +281,7 @@ def read_rest(kind: bytes, data: bytes) -> Meaning:
 
 
 # An answer that is no error may say how it went, in a code or a word.
-_SUCCESSES: Final = frozenset(
-    {b"0", b"200", b"20000", b"true", b'"0"', b'"200"', b'"ok"', b'"success"', b'"succeeded"'}
-)
+_SUCCESSES: Final = frozenset({b"", b"200", b"20000", b"true", b"ok", b"success", b"succeeded"})
 _CODES: Final = frozenset(
     "code error_code errorCode errcode err_code status_code statusCode ret success retcode fault errors Error".split()
 )
@@ -290,6 +292,12 @@ _TEXTS: Final = frozenset(
 _AROUND: Final = frozenset({"base_resp", "header", "Response", "ResponseMetadata", "output"})
 _decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _MENTIONS: Final = re.compile(rb'"(?:%b)"' % b"|".join(name.encode() for name in sorted(_CODES | _TEXTS)))
+
+
+def _is_success(spelled: bytes) -> bool:
+    """Whether a code or a message says that all is well. A code of zeros does."""
+    said = spelled.strip(b'"').lower()
+    return (said.strip(b"0") if said.isdigit() and said.startswith(b"0") else said) in _SUCCESSES
 
 
 def complains(data: bytes, *, around: bool = True) -> bool:
@@ -305,9 +313,9 @@ def complains(data: bytes, *, around: bool = True) -> bool:
     except UNREADABLE:
         return False
     for name, value in members.items():
-        if name in _CODES and filled(value) and bytes(value).lower() not in _SUCCESSES:
+        if name in _CODES and filled(value) and not _is_success(bytes(value)):
             return True
-        if name in _TEXTS and (text := text_of(value)) and b'"%b"' % text.lower().encode() not in _SUCCESSES:
+        if name in _TEXTS and bytes(value)[:1] == b'"' and filled(value) and not _is_success(bytes(value)):
             return True
         if around and name in _AROUND and complains(bytes(value), around=False):
             return True

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..extract import Members
-from ..meaning import COMPLAINT, NOTHING, Meaning, complains
+from ..meaning import NOTHING, Meaning, complains
 from .form import OPENAI, Form
 
 
@@ -38,5 +38,12 @@ class Dialect(NamedTuple):
         return self.judged(self.read(kind, data), data)
 
     def judged(self, meaning: Meaning, data: bytes) -> Meaning:
-        """`meaning` as returned by `read`. But if `data` has only a code or a message, it is a complaint."""
-        return COMPLAINT if meaning == NOTHING and self.generates and complains(data) else meaning
+        """`meaning` as returned by `read`. But if `data` has only a code or a message, it is a complaint.
+
+        Counts that are all zero do not matter: MiniMax and others send them with the code.
+        """
+        usage = meaning.usage
+        if meaning.delta:
+            return meaning
+        says_nothing = meaning == NOTHING if usage is None else usage.is_zero and meaning == Meaning(usage=usage)
+        return meaning._replace(complaint=True) if says_nothing and self.generates and complains(data) else meaning

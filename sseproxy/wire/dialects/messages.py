@@ -97,8 +97,11 @@ def read_message(kind: bytes, data: bytes) -> Meaning:
             return END
         case "error":
             return FAILED
-        case "message":
-            return Meaning(usage=read_usage(event.usage), finish=text_of(event.stop_reason))
+        case "message" | "":
+            # An answer that is no stream, which some leave without its type; or a bare error.
+            finish = text_of(event.stop_reason) if filled(event.stop_reason) else None
+            error = kind == b"error" or filled(event.error)
+            return Meaning(usage=read_usage(event.usage), finish=finish, error=error)
     return FAILED if kind == b"error" or filled(event.error) else NOTHING
 
 
