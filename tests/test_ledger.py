@@ -180,6 +180,24 @@ def test_a_ledger_of_another_layout_is_not_understood(ledger: Ledger) -> None:
         Ledger.left(os.dup(ledger.fd), [])
 
 
+def test_what_one_worker_has_seen_all_know(ledger: Ledger) -> None:
+    one, other = worker(ledger), worker(ledger)
+    names = [f"up resp_{number}" for number in range(1_000)]
+    assert not any(one.counted.add(name) for name in names)
+    assert all(row.counted.add(name) for row in (one, other) for name in names)
+    ledger.free_row(one.number)
+    assert not other.counted.add(names[0])
+
+
+def test_the_latest_names_are_remembered_in_bounded_memory(ledger: Ledger) -> None:
+    row = worker(ledger)
+    for number in range(100_000):
+        row.counted.add(f"up resp_{number}")
+    assert all(row.counted.add(f"up resp_{number}") for number in range(99_000, 100_000))
+    assert sum(row.counted.add(f"up resp_{number}") for number in range(1_000)) == 0
+    assert os.fstat(ledger.fd).st_blocks * 512 < 128 << 10
+
+
 def test_a_worker_alone_has_all() -> None:
     row = alone(NAMES)
     row.count("active").add(2)

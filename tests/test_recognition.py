@@ -489,11 +489,3 @@ async def test_what_failed_in_the_background_is_no_failure_of_who_asks(kept: Kep
     failed = response("r1", "failed", tokens=None) | {"error": {"code": "server_error", "message": "no"}}
     await kept.get("r1", as_json(failed))
     assert await kept.proxy.ended() == {"completed": 1}
-
-
-async def test_so_many_are_remembered(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sseproxy.relay.exchange._MAX_KEPT", 2)
-    for identity in ("a", "b", "c"):
-        await kept.get(identity, as_json(response(identity, "completed")))
-    assert await kept.get("b", as_json(response("b", "completed"))) == 21
-    assert await kept.get("a", as_json(response("a", "completed"))) == 28

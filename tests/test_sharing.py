@@ -178,6 +178,29 @@ async def test_connections_that_are_being_made_are_counted_over_all_workers(
             sock.close()
 
 
+async def test_a_response_that_is_fetched_by_way_of_several_workers_is_counted_once(
+    play: PlayScript, tmp_path: Path
+) -> None:
+    async def keeps(api: Peer) -> None:
+        usage = b'{"input_tokens":3,"output_tokens":7}'
+        body = b'{"id":"resp_1","object":"response","status":"completed","background":true,"usage":%b}' % usage
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        while True:
+            await api.message()
+            api.send(head, body)
+
+    async with ConfigFile(tmp_path, await play(keeps), workers="4").serve() as served:
+        await served.until("workers", 4)
+        clients = []
+        # As many connections as are shared by all of them.
+        for _ in range(12):
+            clients.append(await served.connect())
+            clients[-1].send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: p\r\n\r\n")
+            assert (await clients[-1].message()).complete
+        assert all(connections_of(worker) > 0 for worker in served.workers)
+        assert await served.sample(r'tokens_total\{.*type="output".*\}') == 7
+
+
 # --- connections ---
 
 

@@ -36,7 +36,10 @@ _COLUMNS: Final = 16 * 1024
 # The sketch of a row, in numbers of 32 bits.
 _DEPTH: Final = 8
 _BREADTH: Final = 32 * 1024
-_WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2
+# Names that were seen: in each row, buckets of so many.
+_BUCKETS: Final = 1024
+_IN_A_BUCKET: Final = 8
+_WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET
 # What the code before an upgrade leaves to the code after it.
 _DIRECTORY: Final = 1 << 20
 
@@ -107,6 +110,34 @@ class Sketch:
         return min(sum(small[place : place + size : 2 * _WIDTH]) - small[own + place] for place in self._places(client))
 
 
+class Seen:
+    """The names that workers have seen. About 8,000 of each worker are remembered, the latest ones.
+
+    A name is stored as a keyed hash of 63 bits, so nobody can choose one that is taken for another.
+    """
+
+    def __init__(self, table: Table, row: int) -> None:
+        self._cells = table.cells
+        self._key = table.secret
+        self._skipped = row * _WIDTH
+
+    def add(self, name: str) -> bool:
+        """Remembers `name`. Returns whether a worker knows it already."""
+        digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=self._key).digest()
+        # A cell that is 0 is empty.
+        value = (int.from_bytes(digest, "little") >> 1) or 1
+        cells = self._cells
+        first = _HEADER + _WIDTH + (value % _BUCKETS - _BUCKETS) * _IN_A_BUCKET
+        for start in range(first, first + cells[_AT_HEIGHT] * _WIDTH, _WIDTH):
+            if value in cells[start : start + _IN_A_BUCKET].tolist():
+                return True
+        own = first + self._skipped
+        for place in range(own + _IN_A_BUCKET - 1, own, -1):
+            cells[place] = cells[place - 1]
+        cells[own] = value
+        return False
+
+
 class Row:
     """A worker's row, with the `columns` that it knows by name."""
 
@@ -114,6 +145,8 @@ class Row:
         self.number = number
         self.clients = Sketch(table, number)
         """The connections of each client."""
+        self.counted = Seen(table, number)
+        """The responses whose usage was counted and that the upstream keeps."""
         self._table = table
         self._columns = columns
 

@@ -7,15 +7,16 @@ An `Exchange` is created when a request head has been received, and finished exa
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import ExchangeError, Outcome, StalledClient
 from ..wire.meaning import DELTA, Meaning, Usage
 
+if TYPE_CHECKING:
+    from ..ledger.table import Seen
+
 # At most so many gaps are kept for the median. Between 16 and 32 are enough for a good estimate.
 _MAX_GAPS = 32
-# Answers are asked for until they are there, and soon after that. Each takes some 100 bytes.
-_MAX_KEPT = 10_000
 
 
 class Observer(Protocol):
@@ -33,33 +34,6 @@ class Observer(Protocol):
     def forwarded(self, seconds: float, /) -> None: ...
     def released(self, seconds: float, /) -> None: ...
     def finished(self, exchange: Exchange) -> None: ...
-
-
-class Kept:
-    """The answers that upstreams keep and that were counted here, the latest ones: each is counted once.
-
-    This is of one worker, because none knows what others have counted.
-    """
-
-    def __init__(self) -> None:
-        self._counted: dict[int, None] = {}
-
-    def settle(self, exchange: Exchange) -> None:
-        """Says of an exchange that has ended whether it repeats what was counted."""
-        if exchange.usage is None:
-            return
-        if exchange.kept_as is None:
-            # One that is not generated in the background was counted with the answer to its POST.
-            exchange.repeats = exchange.fetches
-        else:
-            # Names may have any length; their hashes are not chosen by anybody.
-            name = hash((exchange.upstream, exchange.kept_as))
-            exchange.repeats = name in self._counted
-            self._counted[name] = None
-            if len(self._counted) > _MAX_KEPT:
-                del self._counted[next(iter(self._counted))]
-        if exchange.repeats:
-            exchange.usage = None
 
 
 class Exchange:
@@ -293,6 +267,18 @@ class Exchange:
         if self.is_stream and self.first_token_at is None:
             return Outcome.CLIENT_GONE_BEFORE_FIRST_TOKEN
         return Outcome.CLIENT_GONE_MID_STREAM
+
+    def count_once(self, counted: Seen) -> None:
+        """Drops usage that was counted before. `counted` has the kept responses that were counted."""
+        if self.usage is None:
+            return
+        if self.kept_as is None:
+            # A response that is not generated in the background was counted with the answer to its POST.
+            self.repeats = self.fetches
+        else:
+            self.repeats = counted.add(f"{self.upstream} {self.kept_as}")
+        if self.repeats:
+            self.usage = None
 
     def finish(self, outcome: Outcome) -> None:
         """Records the end. Called once, by the last phase of every exchange."""

@@ -220,7 +220,7 @@ class Relay:
         exchange = self._exchange or self._recorded()
         if self._passing is not None:
             exchange.model = exchange.model or self._passing.model_so_far
-        self._proxy.kept.settle(exchange)
+        exchange.count_once(self._proxy.counted)
         exchange.finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:

@@ -13,7 +13,7 @@ from . import routes
 from .admission import Admission, Connections, pending
 from .answers import Answer
 from .downstream import Request
-from .exchange import Exchange, Kept, Observer
+from .exchange import Exchange, Observer
 from .phases import Relay, new_request_id
 from .server import DownstreamServer
 from .upstream import Upstream
@@ -82,7 +82,7 @@ class Proxy:
         }
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
-        self.kept = Kept()
+        self.counted = row.counted
         self.active: set[Relay] = set()
         self.inflating = asyncio.Lock()
         self.retiring = False
