@@ -218,10 +218,12 @@ class Relay:
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
         exchange = self._exchange or self._recorded()
-        if self._passing is not None:
-            exchange.model = exchange.model or self._passing.model_so_far
-        exchange.count_once(self._proxy.counted)
-        exchange.finish(outcome)
+        try:
+            if self._passing is not None:
+                exchange.model = exchange.model or self._passing.model_so_far
+            exchange.count_once(self._proxy.counted)
+        finally:
+            exchange.finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The record of the exchange. Creates it if there is none yet."""

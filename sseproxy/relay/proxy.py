@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -41,7 +42,9 @@ class LoopLag:
         self._begin()
 
     def _begin(self) -> None:
-        self._timer = self._loop.call_later(_LAG_INTERVAL, self._fired, perf_counter() + _LAG_INTERVAL)
+        # A CPU quota stops a worker at regular times, every 100 ms. Timers with equal intervals could miss all of them.
+        interval = _LAG_INTERVAL * random.uniform(0.8, 1.2)
+        self._timer = self._loop.call_later(interval, self._fired, perf_counter() + interval)
 
     def _fired(self, due: float) -> None:
         before, self._latest = self._latest, max(0.0, perf_counter() - due)
