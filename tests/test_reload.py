@@ -641,7 +641,7 @@ async def test_a_hundred_reloads_under_load_refuse_nothing_and_cut_nothing(tmp_p
                 asyncio.get_running_loop().create_task(keep_asking(served, body, keep=keep)) for body, keep in 2 * work
             ]
             for number in range(RELOADS):
-                file.write(upstream, drain_timeout=f"{number + 1}s")
+                file.write(upstream, drain_timeout=f"{number + 1}s", workers=str(1 + number % 3))
                 assert await reload(served) == (200, "reloaded\n")
                 assert not any(task.done() for task in tasks), [task for task in tasks if task.done()]
             over.set()
