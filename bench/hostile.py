@@ -38,7 +38,7 @@ PATIENCE = 60.0
 QUIET = 0.5
 # Just below the limits. Above them a body is refused (max_body), and an event is forwarded without being read
 # (limits.event).
-BODY, LARGE_EVENT, EVENT = 31 * MIB, 24 * MIB - KIB, 4 * MIB - KIB
+BODY, EVENT = 31 * MIB, 32 * MIB - KIB
 ANSWER = 64 * MIB
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 CHOSEN, ASKED = "/chosen/chat/completions", "/asked/chat/completions"
@@ -56,7 +56,7 @@ class Bound:
 BODIES_CHOSEN = Bound("Request bodies, read for their model", 0.05, 3 * BODY)
 BODIES_ASKED = Bound("Request bodies, read to ask for usage", 0.05, 3 * BODY)
 UNFINISHED = Bound("Request bodies that never end", 0.05, 96 * MIB)
-EVENTS = Bound("Events of a stream", 0.01, 3 * 24 * MIB)
+EVENTS = Bound("Events of a stream", 0.01, 16 * MIB)
 ANSWERS = Bound("JSON answers", 0.01, 16 * MIB)
 TINY_CHUNKS = Bound("Bodies in chunks of one byte", 0.05, 16 * MIB)
 SILENT = Bound("TLS connections without a handshake", 0.05, 400 * 128 * KIB)
@@ -279,15 +279,15 @@ def events() -> list[Sent]:
     counts = b'],"usage":{"input_tokens":1,"output_tokens":2}}}\n\n'
     picture = b'data: {"type":"image_generation.partial_image","b64_json":"'
     return [
-        Sent("Gemini's parts", gemini, filled(parts, b",{}", b"]}}]}\n\n", LARGE_EVENT)),
-        Sent("an image", "/v1/images/generations", filled(picture, b"AAAA", b'"}\n\n', LARGE_EVENT)),
-        Sent("outputs", "/v1/responses", filled(completed, output, counts, LARGE_EVENT)),
+        Sent("Gemini's parts", gemini, filled(parts, b",{}", b"]}}]}\n\n", EVENT)),
+        Sent("an image", "/v1/images/generations", filled(picture, b"AAAA", b'"}\n\n', EVENT)),
+        Sent("outputs", "/v1/responses", filled(completed, output, counts, EVENT)),
         Sent("choices", chat, filled(b'data: {"choices":[', b",{}", b"]}\n\n", EVENT)),
         Sent("nested", chat, filled(b'data: {"choices":', b"[", b"\n\n", EVENT)),
-        Sent("one line", chat, filled(b"data: ", b"x", b"\n\n", LARGE_EVENT)),
-        Sent("empty lines of data", chat, filled(b"", b"data:\n", b"\n", LARGE_EVENT)),
-        Sent("comments", chat, filled(b"", b":\n", b"\n", LARGE_EVENT)),
-        Sent("events without data", chat, filled(b"", b"x\r\r", b"\n\n", LARGE_EVENT)),
+        Sent("one line", chat, filled(b"data: ", b"x", b"\n\n", EVENT)),
+        Sent("empty lines of data", chat, filled(b"", b"data:\n", b"\n", EVENT)),
+        Sent("comments", chat, filled(b"", b":\n", b"\n", EVENT)),
+        Sent("events without data", chat, filled(b"", b"x\r\r", b"\n\n", EVENT)),
         Sent("usage in all events", ASKED, filled(b"", b'data:{"usage":1,"choices":[]}\n\n', b"\n\n", EVENT)),
     ]
 
@@ -301,6 +301,7 @@ def answers() -> list[Sent]:
         Sent("lists", path, filled(b"[", b",[]", b"]", ANSWER)),
         Sent("lists as usage", path, filled(b'{"usage":[', b",[]", b"]}", ANSWER)),
         Sent("members", path, filled(b"{", b',"a":1', b"}", ANSWER)),
+        Sent("a list of Gemini's", "/v1beta/models/m:streamGenerateContent", filled(b"[", b",{}", b"]", ANSWER)),
     ]
 
 
@@ -425,11 +426,11 @@ SITUATIONS: tuple[Callable[[], Coroutine[Any, Any, Figures]], ...] = (
     unfinished_bodies,
     lambda: what_upstreams_send(
         EVENTS,
-        "24 MiB: parts, outputs, an image, one line, many lines, many events; 4 MiB: choices, nesting, usages",
+        "32 MiB: parts, outputs, an image, choices, nesting, one line, many lines, many events, usages",
         events(),
         streamed,
     ),
-    lambda: what_upstreams_send(ANSWERS, "64 MiB: embeddings, lists, members", answers(), answered),
+    lambda: what_upstreams_send(ANSWERS, "64 MiB: embeddings, lists, members, a list of Gemini's", answers(), answered),
     tiny_chunks,
     silent_connections,
     trusted_hops,

@@ -1,14 +1,14 @@
 """The table: one file in memory (memfd_create(2)), mapped by the supervisor and by every worker.
 
-It has a row for each worker and a column for each number. A worker writes only its own row, and reads all rows. So
-there are no locks, and a sum is exact except for what changes while it is read: a limit is never felt below its number,
-and is exceeded by at most (workers - 1) for a moment.
+It has a row for each worker and a column for each number. A worker writes only its own row, and reads all rows. So no
+locks are needed. A sum is exact, except for changes while it is read. So no request is refused below a limit, and a
+limit is exceeded for a moment by fewer than there are workers.
 
-The supervisor gives a row to each worker and a column to each name. The workers of all generations are in the same
-table. When a worker has ended, whatever way, its row is set to zero.
+The supervisor assigns a row to each worker and a column to each name. The workers of all generations are in the same
+table. When a worker has ended, in whatever way, its row is set to zero.
 
-The cells of one row lie next to each other, and not those of one column. So a row that nobody uses takes no memory,
-and cores that write do not share a cache line.
+The cells of a row are next to each other in memory. So a row that is not used takes no memory, and cores that write do
+not share a cache line.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from typing import Final
 
 import msgspec
 
-# The meaning of the cells in a file. Another version of the program, after an upgrade, may not know it.
+# The version of the layout. After an upgrade, the new code may not know the layout of the old code.
 _LAYOUT: Final = 1
 _CELL: Final = 8
-# The first cells: the layout, how many rows there are, and a row below which all workers are.
+# The first cells: the layout, the number of rows, and the number of rows up to the last one that is in use.
 _AT_LAYOUT, _AT_ROWS, _AT_HEIGHT = range(3)
 _SECRET: Final = slice(64, 96)
 _HEADER: Final = 512
-# Names: limits, routes, upstreams, and what is to come.
+# Columns. Each limit, route and upstream needs one.
 _COLUMNS: Final = 16 * 1024
-# The sketch of a row, in numbers of 32 bits.
+# The lines and the cells of a line in the sketch of a row. Its cells have 32 bits.
 _DEPTH: Final = 8
 _BREADTH: Final = 32 * 1024
-# Names that were seen: in each row, buckets of so many.
+# The names that a worker has seen: buckets, and names in a bucket.
 _BUCKETS: Final = 1024
 _IN_A_BUCKET: Final = 8
 _WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET
-# What the code before an upgrade leaves to the code after it.
+# Bytes for what the old code leaves to the new code in an upgrade: the names of the columns.
 _DIRECTORY: Final = 1 << 20
 
 
 class Count:
-    """One number: what this worker has of it, and what all workers have."""
+    """One number: the part of this worker, and the sum of all workers."""
 
     __slots__ = ("_cells", "_column", "_own")
 
@@ -55,31 +55,31 @@ class Count:
         self._own = self._column + row * _WIDTH
 
     def add(self, number: int) -> None:
-        """This worker has `number` more."""
+        """Adds `number` to the part of this worker."""
         self._cells[self._own] += number
 
     @property
     def own(self) -> int:
-        """What this worker has."""
+        """The part of this worker."""
         return self._cells[self._own]
 
     def each(self) -> list[int]:
-        """What each worker has, by its row. Rows that nobody has are 0."""
+        """The part of each worker, by row. It is 0 in rows that are not used."""
         cells = self._cells
         return cells[self._column : self._column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
 
     def total(self) -> int:
-        """What all workers have."""
+        """The sum of all workers."""
         return sum(self.each())
 
 
 class Sketch:
-    """How much clients have of something, by their addresses: a count-min sketch, so its size is fixed.
+    """Counts for each client address. It is a count-min sketch, so its size is fixed.
 
-    Cormode and Muthukrishnan, "An improved data stream summary" (2005). What others have of a client is never told too
-    low. It is told too high if in each of the 8 lines another client falls into the same one of 32,768 cells. With n
-    things in all that is (1 - e^(-n / 32768))^8: for 1,000 one in 10^12, for 10,000 one in 40,000, and then it is
-    usually too high by one. The cells are chosen by a keyed hash, so that nobody can aim at a cell.
+    Cormode and Muthukrishnan, "An improved data stream summary" (2005). A count is never too low. It is too high if in
+    each of the 8 lines another client has the same one of 32,768 cells. For n counted things the probability is
+    (1 - e^(-n / 32768))^8: one in 10^12 for 1,000, one in 40,000 for 10,000. Then it is usually too high by one. A
+    keyed hash chooses the cells, so nobody can choose an address that has the cells of another one.
     """
 
     def __init__(self, table: Table, row: int) -> None:
@@ -89,20 +89,20 @@ class Sketch:
         self._row = row
 
     def _places(self, client: str) -> Iterable[int]:
-        """Where `client` is in each line, in the first row."""
+        """The cell of `client` in each line, of the first row."""
         digest = blake2b(client.encode(), digest_size=2 * _DEPTH, key=self._key).digest()
         first = 2 * (_HEADER + _COLUMNS)
         for line, value in enumerate(struct.unpack(f"{_DEPTH}H", digest)):
             yield first + line * _BREADTH + value % _BREADTH
 
     def add(self, client: str, number: int) -> None:
-        """`client` has `number` more with this worker."""
+        """Adds `number` to the count of `client` in this worker."""
         skipped = 2 * self._row * _WIDTH
         for place in self._places(client):
             self._small[skipped + place] += number
 
     def others(self, client: str) -> int:
-        """How much `client` has with all other workers."""
+        """The count of `client` in all other workers."""
         small, size = self._small, 2 * _WIDTH * self._cells[_AT_HEIGHT]
         if size == 2 * _WIDTH:
             return 0
@@ -111,9 +111,9 @@ class Sketch:
 
 
 class Seen:
-    """The names that workers have seen. About 8,000 of each worker are remembered, the latest ones.
+    """The names that workers have seen. Of each worker, about the last 8,000 are remembered.
 
-    A name is stored as a keyed hash of 63 bits, so nobody can choose one that is taken for another.
+    A name is stored as a keyed hash of 63 bits, so nobody can choose a name that is confused with another one.
     """
 
     def __init__(self, table: Table, row: int) -> None:
@@ -122,7 +122,7 @@ class Seen:
         self._skipped = row * _WIDTH
 
     def add(self, name: str) -> bool:
-        """Remembers `name`. Returns whether a worker knows it already."""
+        """Remembers `name`. Returns whether any worker has remembered it before."""
         digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=self._key).digest()
         # A cell that is 0 is empty.
         value = (int.from_bytes(digest, "little") >> 1) or 1
@@ -139,7 +139,7 @@ class Seen:
 
 
 class Row:
-    """A worker's row, with the `columns` that it knows by name."""
+    """A worker's row. `columns` has the columns that it uses, by name."""
 
     def __init__(self, table: Table, number: int, columns: Mapping[str, int]) -> None:
         self.number = number
@@ -173,9 +173,9 @@ class Table:
 
 
 class Ledger:
-    """The table as the supervisor has it: it gives out rows and columns.
+    """The table in the supervisor, which assigns rows and columns.
 
-    `rows` are for all workers of all generations at the same time.
+    There are `rows` for all workers of all generations that exist at the same time.
     """
 
     def __init__(self, rows: int = 256) -> None:
@@ -189,9 +189,9 @@ class Ledger:
 
     @classmethod
     def left(cls, fd: int, rows: Iterable[int]) -> Ledger:
-        """The one that the code before an upgrade has left, of which workers still have `rows`.
+        """Opens the ledger that the old code has left in an upgrade. Workers still use `rows`.
 
-        Raises `ValueError` if it is not understood.
+        Raises `ValueError` if it has another layout.
         """
         ledger = cls.__new__(cls)
         ledger._table = Table(fd)
@@ -207,7 +207,7 @@ class Ledger:
         return ledger
 
     def leave(self) -> int:
-        """Writes down which columns there are, for the code after an upgrade. Returns the file."""
+        """Stores the names of the columns for the new code in an upgrade. Returns the file descriptor."""
         directory = msgspec.json.encode(self._columns)
         start = self._directory()
         self._table.map[start : start + _CELL + len(directory)] = struct.pack("q", len(directory)) + directory
@@ -221,7 +221,7 @@ class Ledger:
         return self._table.fd
 
     def take_row(self) -> int:
-        """A row for a worker that is about to be started. Raises `OSError` if there is none left."""
+        """Assigns a row to a worker that is about to be started. Raises `OSError` if there is none left."""
         rows = self._table.cells[_AT_ROWS]
         row = next((row for row in range(rows) if row not in self._taken), None)
         if row is None:
@@ -231,20 +231,20 @@ class Ledger:
         return row
 
     def free_row(self, row: int) -> None:
-        """Its worker has ended. Whatever it counted is gone."""
+        """Sets the row of a worker that has ended to zero, and makes it free for another one."""
         self._clear(row)
         self._taken.discard(row)
         self._set_height()
 
     def _clear(self, row: int) -> None:
-        # It takes no memory any more either.
+        # This also gives the memory back.
         self._table.map.madvise(mmap.MADV_REMOVE, (_HEADER + row * _WIDTH) * _CELL, _WIDTH * _CELL)
 
     def _set_height(self) -> None:
         self._table.cells[_AT_HEIGHT] = max(self._taken, default=-1) + 1
 
     def columns(self, names: Iterable[str], in_use: Iterable[str]) -> dict[str, int]:
-        """The columns of `names`. Those that are neither these nor `in_use`, and are 0, are given to others.
+        """Assigns columns to `names`. Columns of other names that are not `in_use`, and are 0, become free.
 
         Raises `OSError` if there are too many.
         """
@@ -266,14 +266,14 @@ class Ledger:
 
     @property
     def names(self) -> set[str]:
-        """Of all columns."""
+        """The names of all columns."""
         return set(self._columns)
 
     def row(self, number: int, columns: Mapping[str, int]) -> Row:
         return Row(self._table, number, columns)
 
     def count(self, name: str) -> Count:
-        """What all workers have of `name`. Nothing is written here. Raises `KeyError`."""
+        """The number called `name`, for reading. Raises `KeyError` if there is no such column."""
         return Count(self._table.cells, 0, self._columns[name])
 
     def close(self) -> None:
@@ -281,13 +281,13 @@ class Ledger:
 
 
 def alone(names: Iterable[str]) -> Row:
-    """A row of a ledger that nobody else has."""
+    """A row of a ledger with only one worker."""
     ledger = Ledger(rows=1)
     return ledger.row(ledger.take_row(), ledger.columns(names, ()))
 
 
 def opened(fd: int, row: int, columns: Mapping[str, int]) -> Row:
-    """A worker's row of the ledger in the file `fd`, which is closed: the mapping stays."""
+    """Opens a worker's row of the ledger in the file `fd`. Closes `fd`; the mapping stays."""
     try:
         return Row(Table(fd), row, columns)
     finally:

@@ -1,12 +1,12 @@
 """Accepting connections, evenly among the workers.
 
-All workers accept on the same sockets, and whoever comes first has the connection: with nothing more, a few workers
-have nearly all of them. So a worker that has clearly more than the least busy one leaves the sockets to the others. It
-comes back when they have as many, or when a connection waits and they do not take it: a worker that hangs holds nobody
-up.
+All workers listen on the same sockets, and the first one that wakes up accepts a connection. Without further
+measures, a few workers would get nearly all connections. So a worker that has clearly more connections than the least
+busy one stops listening. It listens again when the others have as many. It also does so when a connection waits and
+the others do not accept it, so a worker that hangs delays nobody.
 
-It is uvloop's server that comes and goes, on a duplicate of each socket. To accept by hand would cost 40 us more for
-each connection, 107 instead of 66.
+To stop and to start, uvloop's server on a duplicate of each socket is closed and created. `accept` in our own code
+would cost 40 us more for each connection: 107 instead of 66.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from ..ledger.table import Row
 from ..relay.admission import CONNECTIONS
 from .listeners import BACKLOG
 
-# Under these names it is in the ledger which workers accept, and how often those that have left the sockets looked.
+# The names in the ledger: whether a worker accepts, and how often one that does not listen has looked at the others.
 _ACCEPTING, _LOOKS = NAMES = ("accepting", "looks")
-# Seconds until a worker that has left the sockets looks how things stand: at first, at most, and while somebody waits.
+# Seconds until a worker that does not listen looks at the others: at first, at most, and while a connection waits.
 _FIRST_LOOK, _LAST_LOOK, _WHILE_ONE_WAITS = 0.001, 0.008, 0.004
-# Who neither accepts nor looks for so long, while somebody waits, hangs. Longer than the time between two looks.
+# Seconds. A worker that neither accepts nor looks for so long, while a connection waits, hangs. This is longer than the
+# time between two looks.
 _HANGS_AFTER: Final = 0.012
-# What a worker has done: its connections, and its looks.
-_Deeds = tuple[int, int]
+# A worker's number of connections, and of looks.
+_Progress = tuple[int, int]
 
 
 def ahead_of(least: int) -> int:
-    """What the least busy worker has and a little more: who has more than this leaves the sockets to others."""
+    """The most connections with which a worker still listens, if the least busy one has `least`."""
     return least + 1 + least // 4
 
 
 class Accepting:
-    """Accepts on `sockets`, each connection with a new `protocol`, as long as others have not clearly fewer.
+    """Accepts connections on `sockets`, as long as other workers do not have clearly fewer.
 
-    `row` is this worker's in the ledger.
+    `protocol` creates the protocol of a connection. `row` is the worker's row in the ledger.
     """
 
     def __init__(self, sockets: Sequence[socket.socket], protocol: Callable[[], asyncio.Protocol], row: Row) -> None:
@@ -51,12 +52,12 @@ class Accepting:
         self._connections = row.count(CONNECTIONS)
         self._looks = row.count(_LOOKS)
         self._servers: list[asyncio.Server] = []
-        # Connections that were accepted and are not counted yet.
+        # Connections that were accepted and are not counted in the ledger yet.
         self._coming = 0
-        # Workers that let connections wait, with what they had done by then. Until they do more, they do not count.
-        self._hanging: dict[int, _Deeds] = {}
-        # What others had done when somebody was first seen waiting, and when that was.
-        self._since: tuple[float, dict[int, _Deeds]] | None = None
+        # Workers that hang, with their progress at that time. They are ignored until there is more.
+        self._hanging: dict[int, _Progress] = {}
+        # When a waiting connection was first seen, and the progress of the others at that time.
+        self._since: tuple[float, dict[int, _Progress]] | None = None
         self._look: asyncio.TimerHandle | None = None
         self._coming_back: asyncio.Task[None] | None = None
         self._waiting = select.poll()
@@ -68,7 +69,7 @@ class Accepting:
         await self._open()
 
     def stop(self) -> None:
-        """Accepts nothing any more. Connections that nobody has accepted are for others."""
+        """Stops for good, and closes the sockets. Connections that wait are left to other workers."""
         if self._accepts.own:
             self._accepts.add(-1)
         if self._look is not None:
@@ -87,7 +88,7 @@ class Accepting:
                 raise
             self._servers.append(server)
         if not self._accepts.own:
-            # It has been stopped meanwhile.
+            # `stop` was called meanwhile.
             self._close()
 
     def _close(self) -> None:
@@ -107,12 +108,12 @@ class Accepting:
             self._close()
             self._look_in(_FIRST_LOOK)
 
-    def _others(self) -> dict[int, _Deeds]:
-        """What the other workers that accept have done, by their rows. Those that hang are not among them."""
+    def _others(self) -> dict[int, _Progress]:
+        """The progress of the other workers that accept, by row. Workers that hang are left out."""
         accepting, connections, looks = self._accepts.each(), self._connections.each(), self._looks.each()
         others = {row: (connections[row], looks[row]) for row, accepts in enumerate(accepting) if accepts}
         others.pop(self._row, None)
-        return {row: deeds for row, deeds in others.items() if self._hanging.get(row) != deeds}
+        return {row: progress for row, progress in others.items() if self._hanging.get(row) != progress}
 
     def _is_ahead(self) -> bool:
         least = min((connections for connections, _ in self._others().values()), default=None)
@@ -122,7 +123,7 @@ class Accepting:
         self._look = self._loop.call_later(seconds, self._look_again, seconds)
 
     def _look_again(self, waited: float) -> None:
-        """Comes back, or looks again later."""
+        """Listens again, or looks again later."""
         self._looks.add(1)
         waits = bool(self._waiting.poll(0))
         if waits:
@@ -139,7 +140,7 @@ class Accepting:
         try:
             await self._open()
         except OSError:
-            # There is no descriptor left, as it may be where connections are many. Some will be free again.
+            # There is no file descriptor left. There will be some when connections end.
             self._close()
             if self._accepts.own:
                 self._look_in(_LAST_LOOK)
@@ -150,5 +151,5 @@ class Accepting:
             self._since = now, others
         elif now - self._since[0] >= _HANGS_AFTER:
             _, before = self._since
-            self._hanging |= {row: deeds for row, deeds in others.items() if before.get(row) == deeds}
+            self._hanging |= {row: progress for row, progress in others.items() if before.get(row) == progress}
             self._since = None
