@@ -288,6 +288,7 @@ def events() -> list[Sent]:
         Sent("empty lines of data", chat, filled(b"", b"data:\n", b"\n", EVENT)),
         Sent("comments", chat, filled(b"", b":\n", b"\n", EVENT)),
         Sent("events without data", chat, filled(b"", b"x\r\r", b"\n\n", EVENT)),
+        Sent("events that are no JSON", chat, filled(b"", b"data:1\n\n", b"\n\n", 4 * MIB)),
         Sent("usage in all events", ASKED, filled(b"", b'data:{"usage":1,"choices":[]}\n\n', b"\n\n", EVENT)),
     ]
 
@@ -301,7 +302,7 @@ def answers() -> list[Sent]:
         Sent("lists", path, filled(b"[", b",[]", b"]", ANSWER)),
         Sent("lists as usage", path, filled(b'{"usage":[', b",[]", b"]}", ANSWER)),
         Sent("members", path, filled(b"{", b',"a":1', b"}", ANSWER)),
-        Sent("a list of Gemini's", "/v1beta/models/m:streamGenerateContent", filled(b"[", b",{}", b"]", ANSWER)),
+        Sent("a list of Gemini's", "/v1beta/models/m:streamGenerateContent", filled(b"[", b",{}", b"]", 4 * MIB)),
     ]
 
 
@@ -430,7 +431,9 @@ SITUATIONS: tuple[Callable[[], Coroutine[Any, Any, Figures]], ...] = (
         events(),
         streamed,
     ),
-    lambda: what_upstreams_send(ANSWERS, "64 MiB: embeddings, lists, members, a list of Gemini's", answers(), answered),
+    lambda: what_upstreams_send(
+        ANSWERS, "64 MiB: embeddings, lists, members; 4 MiB: a list of Gemini's", answers(), answered
+    ),
     tiny_chunks,
     silent_connections,
     trusted_hops,
