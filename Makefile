@@ -8,6 +8,7 @@ RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH := bench/.venv/.installed
+TRUTH := bench/.venv-truth/.installed
 NODE_MODULES := tests/node/node_modules/.installed
 
 EXCHANGES ?= 10000
@@ -15,7 +16,7 @@ SEED ?= 1
 SECONDS ?= 3600
 
 .DEFAULT_GOAL := help
-.PHONY: help image demo test faults check lock wheel bench memory hostile soak fuzz clean dashboard-picture
+.PHONY: help image demo test faults check lock wheel bench truth memory hostile soak fuzz clean dashboard-picture
 
 # It has to say so to any Python, also to one that is far too old.
 define CHECK_PYTHON
@@ -121,6 +122,15 @@ bench: $(STAMP) $(BENCH)
 	$(BIN)/python -m bench.compare --json bench/result.json $(ARGS)
 	bench/.venv/bin/python bench/draw.py bench/result.json bench/result.png
 
+$(TRUTH): bench/truth.txt | $(MADE)
+	$(PYTHON) -m venv --clear bench/.venv-truth
+	bench/.venv-truth/bin/python -m pip install --quiet --disable-pip-version-check --requirement bench/truth.txt
+	touch $@
+
+## truth: the metrics next to what aiperf and guidellm measure
+truth: $(STAMP) $(TRUTH)
+	$(BIN)/python -m bench.truth
+
 ## memory: what a served proxy holds at worst
 memory: $(STAMP)
 	$(BIN)/python -m bench.memory
@@ -139,4 +149,4 @@ fuzz: $(STAMP)
 
 ## clean: remove the environments and what tests leave
 clean:
-	rm -rf .venv .venv-* bench/.venv tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* bench/.venv bench/.venv-truth tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
