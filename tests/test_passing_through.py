@@ -12,7 +12,6 @@ import pytest
 from pydantic import SecretStr
 
 from sseproxy import config
-from sseproxy.relay.downstream import WRITE_BUFFER
 from sseproxy.relay.heads import ResponseHeads
 from sseproxy.relay.upstream import RelayProtocol
 
@@ -529,12 +528,12 @@ async def test_a_connection_whose_last_read_blocked_a_client_serves_the_next(
     api.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     (connection,) = proxy.worker.proxy.server.connections
     assert connection.transport is not None
-    while connection.transport.get_write_buffer_size() < WRITE_BUFFER - 4_000:
-        api.send(chunk(b"x" * 2_000))
+    while connection.transport.get_write_buffer_size() < 15_000:
+        api.send(chunk(b"x" * 15_000))
         await api.drain()
         await asyncio.sleep(0.002)  # until the kernel takes no more
     assert not connection.writing_paused
-    api.send(chunk(b"y" * 7_000), LAST_CHUNK)
+    api.send(chunk(b"y" * 25_000), LAST_CHUNK)
     await until(lambda: proxy.sample("upstream_connections", state="idle") == 1)
     slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert (await slow.message()).complete

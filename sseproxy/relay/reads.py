@@ -21,9 +21,6 @@ MAX_READ: Final = 32 * 1024
 # Bytes. A read below this is small. Larger reads happen if events are large, if a body arrives as fast as the network
 # allows, or if the worker is late. The size of the pieces that are delivered never falls below this.
 _SMALL: Final = 4 * 1024
-# Bytes. The size of the pieces never rises above this. The events that take longest for their size have three bytes
-# each, and those of one piece take less than 10 ms together.
-_MAX_PIECE: Final = 8 * 1024
 # Seconds of CPU that one connection may take in one turn of the loop. A piece that takes half of it is too large. This
 # is CPU and not elapsed time: on a busy machine, smaller pieces would only cause more work.
 _TURN: Final = 0.002
@@ -81,7 +78,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         """Whether delivery is paused."""
         # Bytes that were read and wait to be delivered, and the size of a piece.
         self._ahead = b""
-        self._room = _MAX_PIECE
+        self._room = MAX_READ
         # Seconds that delivery has taken in this turn, and the handle of the next turn, if there is something to do.
         self._worked = 0.0
         self._turn: asyncio.Handle | None = None
@@ -104,7 +101,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
         self._settle()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer if self._room == _MAX_PIECE else self._buffer[: self._room]
+        return self._buffer if self._room == MAX_READ else self._buffer[: self._room]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.take(bytes(self._buffer[:nbytes]))
@@ -140,7 +137,7 @@ class BoundedReads(_Reads, asyncio.BufferedProtocol):
             if took > _TURN / 2:
                 self._room = max(self._room // 2, _SMALL)
             elif took < _TURN / 8:
-                self._room = min(self._room * 2, _MAX_PIECE)
+                self._room = min(self._room * 2, MAX_READ)
             self._worked += took
             if self._worked > _TURN:
                 self._wait_for_turn()
