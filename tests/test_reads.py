@@ -120,6 +120,22 @@ async def test_a_defect_in_a_later_turn_ends_the_connection_at_once(
     assert await proxy.ended() == {"truncated": 1}
 
 
+@given(
+    st.sampled_from([b"data:1\n\n", b",{}", b"1\r\nx\r\n", b"x", b'data: {"a": "' + b"x" * 300 + b'"}\n\n']),
+    st.integers(1, 40_000),
+    st.sampled_from([4096, 8192, MAX_READ]),
+)
+def test_a_piece_has_no_more_small_things_than_take_a_few_milliseconds(thing: bytes, size: int, room: int) -> None:
+    data = (thing * (size // len(thing) + 1))[:size]
+    piece = data[: reads.piece_size(data, room)]
+    assert 0 < len(piece) <= room
+    marks = sum(piece.count(mark) for mark in (b"\n", b"\r", b"{"))
+    assert marks <= 2_100 or len(piece) <= 8192
+    # Other bytes are not cut.
+    if thing.startswith((b"x", b"data: {")):
+        assert len(piece) == min(size, room)
+
+
 class Transport:
     """One that remembers whether it reads."""
 
