@@ -84,6 +84,7 @@ class Accepting:
             try:
                 server = await self._loop.create_server(self._accepted, sock=copy, backlog=BACKLOG)
             except BaseException:
+                # Nobody else has the copy.
                 copy.close()
                 raise
             self._servers.append(server)

@@ -208,6 +208,7 @@ class Relay:
                 if self._ticket is not None:
                     ends.callback(self._ticket.give_back)
         except Exception:
+            # The response has been sent, so nobody could do anything about it.
             log.exception("internal error at the end of an exchange")
         # This breaks reference cycles, so that all these objects are freed now, without the garbage collector.
         del self._task

@@ -67,6 +67,7 @@ class _Run(PlainReads):
             self._clock.touched = read_at
             exchange.generated(size, read_at)
         except Exception:
+            # The transport would only log it, and the body would lack what was read.
             log.exception("internal error while a response body was being forwarded")
             self._broke()
 
@@ -189,6 +190,7 @@ class Pump:
             if kept == payload and self._verbatim and self._inspector.matcher is not None:
                 self._begin_run(self._inspector.matcher)
         except Exception:
+            # The transport would only log it, and the body would lack what was read.
             log.exception("internal error while a response body was being forwarded")
             self._broke()
 

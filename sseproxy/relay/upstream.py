@@ -427,6 +427,7 @@ class Upstream:
                     if not protocol.requests or not (fresh or protocol.is_old or not protocol.is_quiet()):
                         return owned
                 except BaseException:
+                    # Nobody else has the connection.
                     connection.close()
                     raise
                 connection.close()
