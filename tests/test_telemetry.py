@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 
 from sseproxy import config
 from sseproxy.errors import Outcome, RequestError
+from sseproxy.observe import metrics
+from sseproxy.observe.metrics import Report
 from sseproxy.observe.registry import of_process
+from sseproxy.observe.telemetry import Telemetry
 from sseproxy.process.admin import takes_gzip
 from sseproxy.relay.exchange import Exchange
 from sseproxy.wire.meaning import DELTA, NOTHING, REASONING, Meaning, Usage
@@ -218,6 +221,31 @@ async def test_what_runs_is_told_unasked_every_second(proxy: RunningProxy, upstr
     await client.read_until(delta("b"))
     told = proxy.registry._counters["stream_deltas"]
     await until(lambda: sum(told.values()) == 2)
+
+
+async def test_of_thousands_of_streams_a_report_counts_some_and_the_next_ones_the_others() -> None:
+    reports: list[Report] = []
+
+    def send(report: Report) -> bool:
+        reports.append(report)
+        return True
+
+    running = Telemetry(asyncio.get_running_loop(), send, list)
+    exchanges = [Exchange("api", "up", running.observer("api", "up", ""), str(number), 0.0) for number in range(2_500)]
+    for exchange in exchanges:
+        exchange.begin()
+        exchange.events = exchange.other_events = 1
+    told = []
+    for _ in range(4):
+        running.report()
+        told.append(sum(value for name, _, value in reports[-1].counters if name == metrics.EVENTS.name))
+    assert told == [1_000, 1_000, 500, 0]
+    for exchange in exchanges:
+        exchange.events = exchange.other_events = 3
+        exchange.finish(Outcome.COMPLETED)
+    running.close()
+    told.append(sum(value for name, _, value in reports[-1].counters if name == metrics.EVENTS.name))
+    assert sum(told) == 7_500
 
 
 async def test_requests_durations_and_gaps_are_told_apart_by_model_stream_and_outcome(
