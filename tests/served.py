@@ -196,6 +196,10 @@ async def serve(
     finally:
         for peer in served.peers if served is not None else ():
             peer.writer.transport.abort()
+            # With TLS, it takes some turns of the loop, and the test may be over before.
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(1):
+                    await peer.writer.wait_closed()
         if process.returncode is None:
             workers += children(process.pid)
             process.kill()

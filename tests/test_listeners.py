@@ -48,7 +48,9 @@ def trusting(ca: trustme.CA) -> ssl.SSLContext:
 
 
 async def connect(served: Served, context: ssl.SSLContext) -> Peer:
-    return Peer(*await asyncio.open_connection("127.0.0.1", served.port, ssl=context))
+    peer = Peer(*await asyncio.open_connection("127.0.0.1", served.port, ssl=context))
+    served.peers.append(peer)
+    return peer
 
 
 async def streamed(client: Peer, upstream: ScriptedUpstream) -> str | None:

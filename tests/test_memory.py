@@ -24,11 +24,11 @@ def within_bound(figures: Figures) -> bool:
 
 
 async def test_a_client_that_does_not_read_holds_little_of_its_stream() -> None:
-    assert within_bound(await memory.stalled_clients(50, 32 * MIB))
+    assert within_bound(await memory.stalled_clients(50, 64 * MIB))
 
 
 async def test_an_upstream_that_does_not_read_holds_little_of_an_upload() -> None:
-    assert within_bound(await memory.uploads(50, 32 * MIB))
+    assert within_bound(await memory.uploads(50, 64 * MIB))
 
 
 async def test_the_heads_of_many_clients_are_refused_before_they_hold_much() -> None:
