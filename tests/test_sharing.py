@@ -315,9 +315,9 @@ async def test_a_worker_that_hangs_holds_up_nobody(
             assert sum(found) == 45
         finally:
             os.kill(hanging, signal.SIGCONT)
-        # It is the least busy one now.
+        # It is the least busy one now, and gets more than its share, however slowly it comes to.
         found = await shares([hanging], in_turn(clients, 20))
-        assert found[0] >= 15
+        assert found[0] > 20 / 4
 
 
 async def test_a_worker_that_was_killed_holds_up_nobody(
