@@ -16,7 +16,7 @@ import yaml
 from .values import Loc, dotted, quoted, shortened
 
 _SHARED = "!shared"
-_STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+_STR, _BOOL, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "seq", "map"))
 # A configuration has five levels. Much deeper documents could exhaust the stack of the parser.
 _MAX_DEPTH = 32
 INVALID: Final = object()
@@ -162,7 +162,7 @@ class Document:
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 self.report(loc, "merge keys (<<) are not supported", key.start_mark)
-            elif key.tag != _STR:
+            elif key.tag not in (_STR, _BOOL):  # YAML 1.1 reads a plain `on` as a boolean
                 self.report(loc, "expected a key that is text", key.start_mark)
             elif key.value in mapping:
                 first = self.parts[(*loc, key.value)].place.line + 1

@@ -214,13 +214,15 @@ def _validate(document: Document) -> Config | None:
         [_text(upstream.get("name")) for upstream in upstreams],
         [_text(route.get("name")) for route in routes],
         [_valid_match(route.get("match")) for route in routes],
-        [_text(route.get("upstream")) for route in routes],
+        [_names(route.get("upstream")) for route in routes],
         _valid_size(data, Config, "max_body"),
         _valid_size(data.get("limits", {}), Limits, "held"),
         spell=lambda loc, value: _spelled(document, loc, value),
     ):
-        # A default has no position. If `held` is one, the conflict is reported at `max_body`.
-        document.report(loc, message, document.parts[loc if loc in document.parts else ("max_body",)].place)
+        # A default has no position. If `held` is one, the conflict is reported at `max_body`. The upstream of a route
+        # need not be a list.
+        at = next((known for known in (loc, loc[:-1]) if known in document.parts and len(known) > 1), ("max_body",))
+        document.report(loc, message, document.parts[at].place)
     try:
         return Config.model_validate(data, context=DOCUMENT)
     except ValidationError as error:
@@ -234,6 +236,12 @@ def _entries(data: Mapping[str, object], section: str) -> list[dict[str, object]
     if not isinstance(entries, tuple):
         return []
     return [entry if isinstance(entry, dict) else {} for entry in entries]
+
+
+def _names(value: object) -> list[str | None]:
+    """The names of the upstreams of a route."""
+    targets = value if isinstance(value, tuple) else (value,)
+    return [_text(target.get("name") if isinstance(target, dict) else target) for target in targets]
 
 
 def _model_at(loc: Loc) -> type[BaseModel]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .addresses import Address
@@ -15,6 +25,9 @@ from .plain import TLS as PlainTLS
 from .plain import Options, Secret
 from .plain import UpstreamTLS as PlainUpstreamTLS
 from .values import (
+    TEXT,
+    Affinity,
+    AlsoAs,
     ApiKey,
     Count,
     CountOrOff,
@@ -34,18 +47,24 @@ from .values import (
     LogLevel,
     Methods,
     MetricsDetail,
+    ModelName,
     Name,
     Networks,
     PathPrefix,
     RequiredPath,
+    Retries,
     Share,
     Size,
     SizeOrOff,
+    Text,
     TLSVersion,
+    Until,
+    URLOrNone,
     URLText,
     Workers,
     dotted,
     expected,
+    is_address,
     quoted,
     spell_size,
 )
@@ -69,7 +88,7 @@ class _Model(BaseModel):
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return tuple(map(_plain, value))
     if isinstance(value, SecretStr):
         return Secret(value.get_secret_value())
@@ -173,21 +192,12 @@ class TLS(_Model):
         return for_clients(self.cert_file, self.key_file, self.min_version)
 
 
-class Upstream(_Model):
-    """A named API with a base URL."""
+class _WithKey(_Model):
+    """What may have an API key."""
 
-    name: Name
-    url: URLText
-    """The base URL. Its path replaces the prefix that `match.path` of the route has matched."""
-    api_key: ApiKey = None
-    """The API key that is sent instead of the client's credentials."""
-    api_key_file: ApiKeyFile = None
-    """A file with the API key, as an alternative to `api_key`. It is read at the start and at each reload."""
-    api_key_header: FieldName = "Authorization"
-    """The header field for the API key. `Authorization` gets `Bearer` and the key, other fields get only the key."""
-    max_connection_age: DurationOrOff = None
-    """A connection of this age, or up to a tenth less, gets no further requests. Running responses are not cut."""
-    tls: UpstreamTLS = UpstreamTLS()
+    if TYPE_CHECKING:
+        api_key: ApiKey
+        api_key_file: ApiKeyFile
 
     @model_validator(mode="after")
     def _one_key(self) -> Self:
@@ -203,6 +213,88 @@ class Upstream(_Model):
     def key(self) -> SecretStr | None:
         """The API key, from `api_key` or `api_key_file`."""
         return self.api_key_file.key if self.api_key_file is not None else self.api_key
+
+
+class Endpoint(_WithKey):
+    """One address that serves an upstream."""
+
+    url: URLText
+    """The base URL."""
+    api_key: ApiKey = None
+    """The API key of this endpoint. `None` means that of the upstream."""
+    api_key_file: ApiKeyFile = None
+    """A file with the API key of this endpoint."""
+
+    @model_serializer(mode="wrap")
+    def _as_text(self, handler: SerializerFunctionWrapHandler) -> object:
+        return handler(self) if self.key is not None else self.url
+
+
+def _endpoint(value: object) -> object:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class Health(_Model):
+    """Active checks of the endpoints of an upstream: a GET that has to be answered with a status from 200 to 299."""
+
+    path: PathPrefix
+    """The path that is requested. It starts at the host, not at the base URL."""
+    interval: Duration = 5.0
+    """Seconds between two checks of an endpoint."""
+    timeout: Duration = 2.0
+    """Seconds until a check that is not answered has failed."""
+
+
+class Ejection(_Model):
+    """When an endpoint that fails is not used for a while."""
+
+    failures: Count = 5
+    """So many failures since the last success, of all workers together."""
+    time: Duration = 10.0
+    """Seconds until it is tried again. Multiplied by how often it was ejected in a row, up to 60 seconds."""
+
+
+class Upstream(_WithKey):
+    """A named API. It has one base URL, or several that serve the same API."""
+
+    name: Name
+    url: URLOrNone = None
+    """The base URL. Its path replaces the prefix that `match.path` of the route has matched."""
+    urls: tuple[Annotated[Endpoint, BeforeValidator(_endpoint), AlsoAs(TEXT)], ...] = ()
+    """Instead of `url`: the base URLs of endpoints that serve the same API. Each request goes to the one with the
+    fewest active requests. An endpoint with a key of its own is written as a mapping with `url` and `api_key`."""
+    resolve: DurationOrOff = None
+    """Each address of the host in `url` is an endpoint. They are looked up this often. `None` means that a connection
+    goes to any address of the host."""
+    affinity: Affinity = ()
+    """Requests that have the same value go to the same endpoint, as long as it does not have more than 1.25 times the
+    mean of active requests. The first of these that a request has counts: `header:NAME`, `field:NAME` (a member of the
+    JSON body), `prefix:SIZE` (the first bytes of the messages)."""
+    health: Health | None = None
+    """Active checks. `None` means none."""
+    ejection: Ejection = Ejection()
+    api_key: ApiKey = None
+    """The API key that is sent instead of the client's credentials."""
+    api_key_file: ApiKeyFile = None
+    """A file with the API key, as an alternative to `api_key`. It is read at the start and at each reload."""
+    api_key_header: FieldName = "Authorization"
+    """The header field for the API key. `Authorization` gets `Bearer` and the key, other fields get only the key."""
+    max_connection_age: DurationOrOff = None
+    """A connection of this age, or up to a tenth less, gets no further requests. Running responses are not cut."""
+    tls: UpstreamTLS = UpstreamTLS()
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.url is None) == (not self.urls):
+            raise expected("either url or urls", show=False)
+        if self.resolve is not None and (self.url is None or is_address(self.url)):
+            raise expected("url with the name of a host beside resolve", show=False)
+        return self
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Its endpoints, as they are configured: `url`, or `urls`. Keys of the upstream are not repeated in them."""
+        return self.urls or (Endpoint(url=self.url or ""),)
 
 
 class Reload(_Model):
@@ -289,13 +381,71 @@ class UsageOptions(_Model):
     backends then add `"usage": null` to all other chunks, which are forwarded unchanged."""
 
 
+class Target(_Model):
+    """An upstream of a route, and the model that it is asked for."""
+
+    name: Text
+    """The name of an upstream."""
+    model: ModelName = None
+    """Replaces the model in the request. `None` leaves it as it is."""
+
+
+def _target(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _targets(value: object) -> object:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _spell_targets(targets: tuple[Target, ...]) -> object:
+    """One target without a model is written as its name."""
+    spelled = [target.name if target.model is None else target.model_dump() for target in targets]
+    return spelled[0] if len(spelled) == 1 and isinstance(spelled[0], str) else spelled
+
+
+class Retry(_Model):
+    """When a request is sent again, to another endpoint or upstream. It never is after a byte of an answer was sent."""
+
+    on: Retries = ("connect", "429", "503", "529")
+    """What is tried again elsewhere. `connect`: no connection could be made. `429`, `503`, `529`, `500`, `502`, `504`:
+    the status. `reset`: the connection ended before the response. `timeout`: the response did not begin in time. `same`
+    allows the same endpoint once more, if there is no other. With `reset`, `timeout`, `500`, `502`, `504`, the first
+    answer may have been generated, and is then paid for twice."""
+    attempts: Count = 2
+    """At most so many attempts at each upstream."""
+    until: Until = "head"
+    """Until when another attempt is possible: until the response `head`, the `first_token`, or the `end`. What has come
+    until then is held back. `first_token` and `end` include `reset` and `timeout`."""
+    wait: Duration = 3.0
+    """Seconds of a `retry-after` that are waited for before the same endpoint is asked again. With a longer one, the
+    next upstream is asked."""
+    within: Duration = 30.0
+    """No attempt begins later than so many seconds after the request. With `until: end` they may."""
+    max_body: Size = 1 << 20
+    """The largest request body that is kept to be sent again, in bytes."""
+    hold: Size = 1 << 20
+    """With `until: end`: the largest answer that is held back, in bytes. A larger one is sent from then on."""
+
+
 class Route(_Model):
     """Sends requests that match to an upstream."""
 
     name: Name
     match: Match
-    upstream: str
-    """The name of an upstream."""
+    upstream: Annotated[
+        tuple[Annotated[Target, BeforeValidator(_target), AlsoAs(TEXT)], ...],
+        BeforeValidator(_targets),
+        AlsoAs(TEXT),
+        PlainSerializer(_spell_targets),
+        Field(min_length=1),
+    ]
+    """The name of an upstream, or a list. The next one in the list is asked where the one before has no endpoint left
+    for a request. In the list, `{name: NAME, model: MODEL}` also replaces the model in the request."""
+    retry: Retry = Retry()
+    merge_models: bool = False
+    """Answer `GET .../models` with the models of all endpoints of the route. A request for a model that only some of
+    its upstreams have goes to these."""
     dialect: DialectName = "auto"
     """The API whose format responses have, and errors and heartbeats get. `auto` finds it by the path of the request
     to the upstream."""
@@ -365,7 +515,7 @@ class Config(_Model):
                 [upstream.name for upstream in self.upstreams],
                 [route.name for route in self.routes],
                 [route.match for route in self.routes],
-                [route.upstream for route in self.routes],
+                [[target.name for target in route.upstream] for route in self.routes],
                 self.max_body,
                 self.limits.held,
                 spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
@@ -379,8 +529,9 @@ class Config(_Model):
         """The files that this configuration names, as certificates and keys."""
         named = [self.tls.cert_file, self.tls.key_file] if self.tls is not None else []
         for upstream in self.upstreams:
-            key = upstream.api_key_file
-            named += [upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file, key.path if key else None]
+            keys = [each.api_key_file for each in (upstream, *upstream.urls)]
+            named += [upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file]
+            named += [key.path for key in keys if key is not None]
         return [path for path in named if path is not None]
 
     def upstream(self, name: str) -> Upstream:
@@ -395,7 +546,7 @@ def conflicts(
     upstreams: Sequence[str | None],
     routes: Sequence[str | None],
     matches: Sequence[Match | None],
-    uses: Sequence[str | None],
+    uses: Sequence[Sequence[str | None]],
     max_body: int | None,
     held: int | None,
     spell: Callable[[Loc, str | int], str],
@@ -426,7 +577,10 @@ def conflicts(
     if not names or len(names) < len(upstreams):
         return
     known = ", ".join(quoted(spell(("upstreams", index, "name"), name))[1:-1] for index, name in enumerate(names))
-    for index, use in enumerate(uses):
-        if use is not None and use not in names:
-            loc = ("routes", index, "upstream")
-            yield loc, f"expected the name of an upstream ({known}), got {quoted(spell(loc, use))}"
+    for index, targets in enumerate(uses):
+        for number, use in enumerate(targets):
+            loc: Loc = ("routes", index, "upstream", number)
+            if use is not None and use not in names:
+                yield loc, f"expected the name of an upstream ({known}), got {quoted(spell(loc, use))}"
+            elif use is not None and use in targets[:number]:
+                yield loc, f"expected each upstream once, got {quoted(spell(loc, use))} again"

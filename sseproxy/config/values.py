@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Annotated, Final, Literal, cast
+from typing import Annotated, Final, Literal, NamedTuple, cast
 
 from pydantic import (
     BeforeValidator,
@@ -41,7 +41,22 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
 _SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
+RETRIES: Final = ("connect", "429", "503", "529", "reset", "timeout", "500", "502", "504", "same")
+"""What a route's `retry.on` may name."""
+MAX_PREFIX: Final = 64 << 10
+"""Bytes. A longer prefix of messages would not tell conversations apart better."""
 _SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class Source(NamedTuple):
+    """Where a request has what it is assigned to an endpoint by.
+
+    `kind` is `header`, `field` or `prefix`; `what` is the name of the header field or of the member of the body, or
+    the number of bytes.
+    """
+
+    kind: str
+    what: str
 
 
 def expected(what: str, *, show: bool = True) -> PydanticCustomError:
@@ -229,6 +244,30 @@ def _one_of(*names: str) -> Callable[[object], str]:
     return read
 
 
+def _retry_on(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value in RETRIES:
+        return str(value)
+    raise expected(f"one of {', '.join(RETRIES)}")
+
+
+def _affinity(value: object) -> Source:
+    if isinstance(value, Source):
+        return value
+    kind, colon, what = value.partition(":") if isinstance(value, str) else ("", "", "")
+    size = _SIZE.fullmatch(what) if kind == "prefix" else None
+    if (kind == "header" and _TOKEN.fullmatch(what)) or (kind == "field" and what):
+        return Source(kind, what)
+    if size is not None and 0 < (number := int(size[1]) * _SIZE_BYTES[size[2]]) <= MAX_PREFIX:
+        return Source(kind, str(number))
+    raise expected("header:NAME, field:NAME, or prefix:SIZE with at most 64KiB, such as prefix:1KiB")
+
+
+def _spell_source(source: Source) -> str:
+    return f"{source.kind}:{spell_size(int(source.what)) if source.kind == 'prefix' else source.what}"
+
+
 def _share(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
@@ -251,6 +290,26 @@ def read_url(value: object) -> str:
     if "?" in text or "#" in text:
         raise expected("a URL without query and fragment", show=show)
     return str(url).rstrip("/")
+
+
+def is_address(url: str) -> bool:
+    """Whether the host of `url` is an IP address."""
+    try:
+        return bool(ipaddress.ip_address(URL(url).host or ""))
+    except ValueError:
+        return False
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise expected("text")
+
+
+def _model_or_none(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value and value.isprintable()):
+        return value
+    raise expected("the name of a model")
 
 
 def read_workers(value: object) -> int | Literal["auto"]:
@@ -286,7 +345,11 @@ _IN_BYTES: Final[JsonSchemaValue] = {"type": "string", "pattern": "^[0-9]+(B|KiB
 _VARIABLE: Final[JsonSchemaValue] = {"type": "string", "pattern": r"\$\{"}
 
 
-def _enum(*values: str | bool) -> JsonSchemaValue:
+def _as_in_yaml(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _enum(*values: str | bool | int) -> JsonSchemaValue:
     return {"enum": list(values)}
 
 
@@ -296,6 +359,16 @@ _OFF: Final = _enum("off", False)
 
 def _one_or_more(item: JsonSchemaValue) -> JsonSchemaValue:
     return {"anyOf": [item, {"type": "array", "items": item}]}
+
+
+class AlsoAs:
+    """Adds `schema` to the JSON schema of a type: values may be written in that form, too."""
+
+    def __init__(self, schema: JsonSchemaValue) -> None:
+        self._schema = schema
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [self._schema, handler(schema)]}
 
 
 class Option:
@@ -358,9 +431,29 @@ ListenAddresses = Annotated[tuple[ListenAddress, ...], Option(_addresses, _one_o
 URLText = Annotated[str, Option(read_url, TEXT)]
 """The URL of an API, canonical, without trailing slash."""
 
+URLOrNone = Annotated[str | None, Option(lambda value: None if value is None else read_url(value), TEXT, NONE)]
+
+Retries = Annotated[
+    tuple[Annotated[str, BeforeValidator(_retry_on)], ...],
+    Option(lambda value: () if value is None else value, {"type": "array", "items": _enum(*map(_as_in_yaml, RETRIES))}),
+]
+
+Until = Annotated[
+    Literal["head", "first_token", "end"],
+    Option(_one_of("head", "first_token", "end"), _enum("head", "first_token", "end")),
+]
+
+Affinity = Annotated[
+    tuple[Annotated[Source, Option(_affinity, TEXT, spell=_spell_source)], ...], Option(_listed, _one_or_more(TEXT))
+]
+
 ApiKey = Annotated[SecretStr | None, Option(_api_key, TEXT, NONE)]
 
 FieldName = Annotated[str, Option(_header, TEXT)]
+
+Text = Annotated[str, Option(_text, TEXT)]
+
+ModelName = Annotated[str | None, Option(_model_or_none, TEXT, NONE)]
 
 RequiredPath = Annotated[str, Option(_file_path, TEXT)]
 """The path of a file. A relative path starts at the working directory."""

@@ -5,7 +5,8 @@ locks are needed. A sum is exact, except for changes while it is read. So no req
 limit is exceeded for a moment by fewer than there are workers.
 
 The supervisor assigns a row to each worker and a column to each name. The workers of all generations are in the same
-table. When a worker has ended, in whatever way, its row is set to zero.
+table. When a worker has ended, in whatever way, its row is set to zero. The supervisor has a row of its own, in which it
+tells the workers what it has decided.
 
 The cells of a row are next to each other in memory. So a row that is not used takes no memory, and cores that write do
 not share a cache line.
@@ -25,10 +26,11 @@ from typing import Final
 import msgspec
 
 # The version of the layout. After an upgrade, the new code may not know the layout of the old code.
-_LAYOUT: Final = 1
+_LAYOUT: Final = 2
 _CELL: Final = 8
-# The first cells: the layout, the number of rows, and the number of rows up to the last one that is in use.
-_AT_LAYOUT, _AT_ROWS, _AT_HEIGHT = range(3)
+# The first cells: the layout, the number of rows, the number of rows up to the last one that is in use, and the row of
+# the supervisor.
+_AT_LAYOUT, _AT_ROWS, _AT_HEIGHT, _AT_SUPERVISOR = range(4)
 _SECRET: Final = slice(64, 96)
 _HEADER: Final = 512
 # Columns. Each limit, route and upstream needs one.
@@ -39,13 +41,18 @@ _BREADTH: Final = 32 * 1024
 # The names that a worker has seen: buckets, and names in a bucket.
 _BUCKETS: Final = 1024
 _IN_A_BUCKET: Final = 8
-_WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET
+# What rests: the latest time until which anything does, and so many pairs of a name and a time.
+_RESTS: Final = 64
+_WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET + 1 + 2 * _RESTS
+# Where the last two begin in a row.
+_AT_RESTS: Final = _WIDTH - 1 - 2 * _RESTS
+_AT_SEEN: Final = _AT_RESTS - _BUCKETS * _IN_A_BUCKET
 # Bytes for what the old code leaves to the new code in an upgrade: the names of the columns.
 _DIRECTORY: Final = 1 << 20
 
 
 class Count:
-    """One number: the part of this worker, and the sum of all workers."""
+    """One number: the part of this row, and the sum of all rows."""
 
     __slots__ = ("_cells", "_column", "_own")
 
@@ -58,9 +65,13 @@ class Count:
         """Adds `number` to the part of this worker."""
         self._cells[self._own] += number
 
+    def set(self, number: int) -> None:
+        """Sets the part of this row to `number`."""
+        self._cells[self._own] = number
+
     @property
     def own(self) -> int:
-        """The part of this worker."""
+        """The part of this row."""
         return self._cells[self._own]
 
     def each(self) -> list[int]:
@@ -127,7 +138,7 @@ class Seen:
         # A cell that is 0 is empty.
         value = (int.from_bytes(digest, "little") >> 1) or 1
         cells = self._cells
-        first = _HEADER + _WIDTH + (value % _BUCKETS - _BUCKETS) * _IN_A_BUCKET
+        first = _HEADER + _AT_SEEN + value % _BUCKETS * _IN_A_BUCKET
         for start in range(first, first + cells[_AT_HEIGHT] * _WIDTH, _WIDTH):
             if value in cells[start : start + _IN_A_BUCKET].tolist():
                 return True
@@ -138,8 +149,52 @@ class Seen:
         return False
 
 
+class Rests:
+    """Until when something is not used, by name, as all workers know it. Of each worker, 64 are remembered.
+
+    Times are whole microseconds of `perf_counter`, which is the same in all processes.
+    """
+
+    def __init__(self, table: Table, row: int) -> None:
+        self._cells = table.cells
+        self._key = table.secret
+        self._own = _HEADER + _AT_RESTS + row * _WIDTH
+
+    def _value(self, name: str) -> int:
+        digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=self._key).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def add(self, name: str, until: int) -> None:
+        """`name` rests until `until`. If there are too many, this replaces the one that rests shortest."""
+        value, cells, first = self._value(name), self._cells, self._own + 1
+        names, times = cells[first : first + _RESTS].tolist(), cells[first + _RESTS : first + 2 * _RESTS].tolist()
+        place = names.index(value) if value in names else times.index(min(times))
+        cells[first + place], cells[first + _RESTS + place] = value, until
+        times[place] = until
+        cells[self._own] = max(times)
+
+    def any(self, now: int) -> bool:
+        """Whether anything rests."""
+        return max(self._latest()) > now
+
+    def _latest(self) -> list[int]:
+        first = _HEADER + _AT_RESTS
+        return self._cells[first : first + self._cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
+
+    def until(self, name: str, now: int) -> int:
+        """Until when `name` rests: the latest time that any worker has told. Not after `now` if it does not rest."""
+        cells, value, found = self._cells, self._value(name), 0
+        for row, until in enumerate(self._latest()):
+            start = _HEADER + _AT_RESTS + row * _WIDTH + 1
+            if until > now:
+                names = cells[start : start + _RESTS].tolist()
+                if value in names:
+                    found = max(found, cells[start + _RESTS + names.index(value)])
+        return found
+
+
 class Row:
-    """A worker's row. `columns` has the columns that it uses, by name."""
+    """A row. `columns` has the columns that it uses, by name."""
 
     def __init__(self, table: Table, number: int, columns: Mapping[str, int]) -> None:
         self.number = number
@@ -147,12 +202,18 @@ class Row:
         """The connections of each client."""
         self.counted = Seen(table, number)
         """The responses whose usage was counted and that the upstream keeps."""
+        self.rests = Rests(table, number)
+        """What is not used for a while."""
         self._table = table
         self._columns = columns
 
     def count(self, name: str) -> Count:
         """Raises `KeyError` if there is no column of that name."""
         return Count(self._table.cells, self.number, self._columns[name])
+
+    def told(self, name: str) -> Count:
+        """The number `name` in the supervisor's row, for reading. Raises `KeyError` if there is no such column."""
+        return Count(self._table.cells, self._table.cells[_AT_SUPERVISOR], self._columns[name])
 
 
 class Table:
@@ -185,6 +246,7 @@ class Ledger:
         os.pwrite(fd, secrets.token_bytes(_SECRET.stop - _SECRET.start), _SECRET.start)
         self._table = Table(fd)
         self._taken: set[int] = set()
+        self._own: int | None = None
         self._columns: dict[str, int] = {}
 
     @classmethod
@@ -195,7 +257,8 @@ class Ledger:
         """
         ledger = cls.__new__(cls)
         ledger._table = Table(fd)
-        ledger._taken = set(rows)
+        ledger._own = ledger._table.cells[_AT_SUPERVISOR]
+        ledger._taken = {ledger._own, *rows}
         start = ledger._directory()
         (size,) = struct.unpack("q", ledger._table.map[start : start + _CELL])
         start += _CELL
@@ -219,6 +282,12 @@ class Ledger:
     @property
     def fd(self) -> int:
         return self._table.fd
+
+    def own_row(self) -> int:
+        """The row of the supervisor, which is assigned by the first call. Raises `OSError` if there is none left."""
+        if self._own is None:
+            self._own = self._table.cells[_AT_SUPERVISOR] = self.take_row()
+        return self._own
 
     def take_row(self) -> int:
         """Assigns a row to a worker that is about to be started. Raises `OSError` if there is none left."""

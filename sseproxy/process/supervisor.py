@@ -212,6 +212,7 @@ class Supervisor:
                 os.close(self._handover.ledger)
                 log.warning("limits do not include the requests that workers of the previous version still have")
         self._ledger = Ledger(max(_ROWS, _ROWS_PER_CORE * cores()))
+        self._ledger.own_row()
         return {}
 
     async def _take_over_from_predecessors(self, version: str) -> None:
@@ -529,12 +530,13 @@ class Supervisor:
         models = (*named.models, OTHER) if named.detail == "full" else ("",)
         for route in self.config.routes:
             # Counters start at 0, so that the first event is an increase that an alert can see.
-            labels = route.name, route.upstream
-            for code, outcome in _RARE_OUTCOMES:
-                for model in models if outcome is not Outcome.PROXY_ERROR else ("",):
-                    self._recorder.count(metrics.REQUESTS, (*labels, model, code, outcome.value), 0)
-            for kind in get_args(UpstreamErrorType):
-                self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
+            for target in route.upstream:
+                labels = route.name, target.name
+                for code, outcome in _RARE_OUTCOMES:
+                    for model in models if outcome is not Outcome.PROXY_ERROR else ("",):
+                        self._recorder.count(metrics.REQUESTS, (*labels, model, code, outcome.value), 0)
+                for kind in get_args(UpstreamErrorType):
+                    self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
         self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration
         if self.config.reload.watch is not None and (self._watching is None or self._watching.done()):
@@ -598,7 +600,8 @@ def _limits(config: Config) -> Iterator[tuple[str, Labels, float]]:
 
 def _used(config: Config) -> set[tuple[str, str]]:
     """The names and URLs of the upstreams that routes use."""
-    return {(name, config.upstream(name).url) for name in (route.upstream for route in config.routes)}
+    names = (target.name for route in config.routes for target in route.upstream)
+    return {(name, endpoint.url) for name in names for endpoint in config.upstream(name).endpoints}
 
 
 def _without(sockets: _Sockets, others: _Sockets) -> _Sockets:

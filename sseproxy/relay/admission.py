@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ..errors import ExchangeError, RequestError
+from ..ledger.endpoints import address_counts, endpoint_counts, labels, later_attempts
 from ..wire.headers import client_block
 from .body import RequestBody
 
@@ -44,8 +45,25 @@ def connections_within(descriptors: int) -> int:
 
 def counted(config: Config) -> list[str]:
     """The names of all counts in the ledger."""
-    routes, upstreams = config.routes, config.upstreams
-    return [CONNECTIONS, ACTIVE, *(on_route(route.name) for route in routes), *(pending(up.name) for up in upstreams)]
+    names = [CONNECTIONS, ACTIVE, *(on_route(route.name) for route in config.routes)]
+    fleet = fleet_upstreams(config)
+    for upstream in config.upstreams:
+        names.append(pending(upstream.name))
+        if upstream.name in fleet:
+            names.append(later_attempts(upstream.name))
+            for label in labels([endpoint.url for endpoint in upstream.endpoints]):
+                names += endpoint_counts(upstream.name, label)
+            if upstream.resolve is not None:
+                names += address_counts(upstream.name)
+    return names
+
+
+def fleet_upstreams(config: Config) -> set[str]:
+    """The names of the upstreams whose attempts are counted: those that have several endpoints or checks, and those of
+    routes with several upstreams. With all others there is nothing to choose.
+    """
+    fleet = {up.name for up in config.upstreams if up.urls or up.resolve is not None or up.health is not None}
+    return fleet | {target.name for route in config.routes if len(route.upstream) > 1 for target in route.upstream}
 
 
 def on_route(name: str) -> str:
