@@ -190,6 +190,22 @@ UPSTREAM_ERRORS = Metric(
     (*_R, "type"),
     "Failures of upstreams, by type: dns, connect, tls, timeout, reset, protocol.",
 )
+ENDPOINT_UP = Metric(
+    "endpoint_up", "gauge", ("upstream", "endpoint"), "1 if the endpoint is in use, 0 if it is ejected."
+)
+ENDPOINT_ACTIVE = Metric(
+    "endpoint_requests_active",
+    "gauge",
+    ("upstream", "endpoint"),
+    "Attempts in progress at the endpoint, of all workers, by which the endpoint for a request is chosen.",
+)
+ENDPOINT_EJECTIONS = Metric(
+    "endpoint_ejections",
+    "counter",
+    ("upstream", "endpoint", "reason"),
+    "How often the endpoint was ejected, by reason: failures, refused (no connection could be made) or health (its "
+    "checks failed). An ejection that goes on because a trial has failed counts again.",
+)
 REJECTED = Metric(
     "requests_rejected",
     "counter",
@@ -281,6 +297,9 @@ METRICS: Final = (
     FORWARD,
     RELEASE,
     UPSTREAM_ERRORS,
+    ENDPOINT_UP,
+    ENDPOINT_ACTIVE,
+    ENDPOINT_EJECTIONS,
     REJECTED,
     UPSTREAM_UP,
     CONNECTIONS,
