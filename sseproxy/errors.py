@@ -121,10 +121,12 @@ class ExchangeError(SseproxyError):
     outcome: Outcome = Outcome.UPSTREAM_ERROR
     cause: str | None = None
     """What exactly failed, for the access log. Clients do not get it: it may name addresses and certificates."""
+    attempts: int = 1
+    """How many attempts were made. This error ended the last one."""
 
     @property
     def message(self) -> str:
-        return str(self)
+        return str(self) if self.attempts == 1 else f"{self} This was the last of {self.attempts} attempts."
 
 
 class RequestError(ExchangeError):

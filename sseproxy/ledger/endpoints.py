@@ -119,6 +119,11 @@ class Standing:
         return not out or (out & _ROW_MASK == self._row and out != self._tried)
 
     @property
+    def is_out(self) -> bool:
+        """Whether it is ejected."""
+        return bool(self._out.own)
+
+    @property
     def on_trial(self) -> bool:
         """Whether it is ejected, and this worker is to try it."""
         return bool(self._out.own) and self.usable

@@ -190,6 +190,33 @@ UPSTREAM_ERRORS = Metric(
     (*_R, "type"),
     "Failures of upstreams, by type: dns, connect, tls, timeout, reset, protocol.",
 )
+_E: Final = ("upstream", "endpoint")
+
+ATTEMPTS = Metric(
+    "attempts",
+    "counter",
+    (*_E, "result"),
+    "Attempts at endpoints, by what became of them, for upstreams between whose endpoints there is a choice.",
+)
+RETRIES = Metric(
+    "retries",
+    "counter",
+    (*_R, "reason"),
+    "Attempts that were followed by another one, by why; the labels are those of the attempt that failed.",
+)
+DISCARDED_TOKENS = Metric(
+    "discarded_tokens",
+    "counter",
+    ("upstream", "model", "type"),
+    "Tokens of attempts that were thrown away, as far as the upstream told them; they are not in tokens.",
+)
+HELD = Metric(
+    "held_seconds",
+    "histogram",
+    _R,
+    "How long the beginning of an answer, or all of it, was held back (retry.until), for those that were sent.",
+    TO_TOKEN,
+)
 REJECTED = Metric(
     "requests_rejected",
     "counter",
@@ -281,6 +308,10 @@ METRICS: Final = (
     FORWARD,
     RELEASE,
     UPSTREAM_ERRORS,
+    ATTEMPTS,
+    RETRIES,
+    DISCARDED_TOKENS,
+    HELD,
     REJECTED,
     UPSTREAM_UP,
     CONNECTIONS,
