@@ -91,6 +91,11 @@ class Hold:
         self._connection.protocol.unread(bytes(self._raw))
 
     @property
+    def has_content(self) -> bool:
+        """Whether a part of it was generated."""
+        return self._record.first_token_at is not None
+
+    @property
     def usage(self) -> Usage | None:
         """The tokens of what is held, if they are known."""
         return self._record.usage

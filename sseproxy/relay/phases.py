@@ -30,6 +30,7 @@ from ..errors import (
     ProtocolError,
     RequestError,
     StalledClient,
+    Truncated,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -143,6 +144,8 @@ class Relay:
         self._clock: Clock | None = None
         self._attempt: Attempt | None = None
         self._course: Course | None = None
+        # What is held back of an attempt that has failed.
+        self._hold: Hold | None = None
         self._pump: Pump | None = None
         self._flushing = False
         self._framing_out: Framing | None = None
@@ -255,7 +258,7 @@ class Relay:
             log.exception("internal error at the end of an exchange")
         # This breaks reference cycles, so that all these objects are freed now, without the garbage collector.
         del self._task
-        self._ticket = self._clock = self._attempt = self._pump = self._course = None
+        self._ticket = self._clock = self._attempt = self._pump = self._course = self._hold = None
 
     def _record(self, outcome: Outcome) -> None:
         self._proxy.active.discard(self)
@@ -658,6 +661,7 @@ class Relay:
                 if error is not None:
                     raise error
                 assert asked is not None
+                self._release_failed(failure, options.until)
                 if course.several and failure.retry_after is None:
                     asked.head.fields = asked.head.fields.with_only(*_DO_NOT_RETRY)
                 return asked
@@ -666,6 +670,7 @@ class Relay:
                 exchange.observer.upstream_failed(error.kind, answered=False)
             assert self._attempt is not None
             self._attempt.end()
+            self._hold = None
             body.begin_again()
             step = following
 
@@ -716,7 +721,7 @@ class Relay:
         if head.status == 400 and course.has_fallback and await self._is_too_long(head, clock):
             return Failure("context")
         if question.route.retry.until != "head" and 200 <= head.status < 300 and course.several:
-            return await self._hold(head, question, clock)
+            return await self._hold_back(head, question, clock)
         return None
 
     async def _is_too_long(self, head: ResponseHead, clock: Clock) -> bool:
@@ -732,7 +737,7 @@ class Relay:
         peek.put_back()
         return is_too_long(body)
 
-    async def _hold(self, head: ResponseHead, question: _Question, clock: Clock) -> Failure | None:
+    async def _hold_back(self, head: ResponseHead, question: _Question, clock: Clock) -> Failure | None:
         """Holds back what `retry.until` says. Returns why it is not the answer, or None if it is."""
         attempt, exchange, ticket = self._attempt, self._recorded(), self._ticket
         assert attempt is not None
@@ -768,6 +773,7 @@ class Relay:
             if record.usage is not None and held != "answer":
                 exchange.observer.discarded(record.usage)
         if held != "answer":
+            self._hold = hold
             return Failure(str(held))
         exchange.observer.held(perf_counter() - begun_at)
         if options.until == "end":
@@ -775,6 +781,22 @@ class Relay:
             exchange.observer = exchange.observer.of_whole_answers()
         hold.put_back()
         return None
+
+    def _release_failed(self, failure: Failure, until: str) -> None:
+        """Lets the client have what was held back of the last attempt, which has failed.
+
+        If the client is to get a whole answer or none, and this is a part of one, raises `UpstreamError`.
+        """
+        hold, self._hold = self._hold, None
+        if hold is None:
+            return
+        if until == "first_token" or (failure.reason == "error" and not hold.has_content):
+            hold.put_back()
+            return
+        error = Truncated() if failure.reason in ("truncated", "reset") else UpstreamError("answer")
+        assert self._course is not None
+        error.attempts = self._course.attempts
+        raise error
 
     def _note(self, failure: Failure, step: Step, question: _Question) -> None:
         """Records that the attempt of `step` has failed."""
