@@ -67,6 +67,7 @@ outcome and is reported once.*
     errors          every exception that sseproxy raises; the only table of status, message and outcome
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
+      endpoints       how each endpoint of an upstream stands, and the addresses of a name
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       headers         hop-by-hop fields, forwarding fields, credentials
       framing         where a body ends: chunked, by length, by close
@@ -87,6 +88,7 @@ outcome and is reported once.*
       request         what a request asks for: its model, and where usage can be requested
       deltas          recognises, by its bytes, an event that differs from an earlier one only in its generated text
       usage           requests usage that the client did not request, and removes it from the response
+      refusals        how APIs say that a prompt is too long for the model
     relay           the life of an exchange
       proxy           all parts of the relay in one worker
       phases          the life of a request, in numbered phases
@@ -99,8 +101,12 @@ outcome and is reported once.*
       body            the one owner of a request's body
       answers         responses that sseproxy itself sends
       hangups         notices a hang-up on a connection that is not being read
-      attempt         one attempt at an upstream: connection, request, response head
-      upstream        the upstream's side: connections, and their errors
+      attempt         one attempt at an endpoint: connection, request, response head
+      upstream        an endpoint of an upstream: connections, and their errors
+      pool            which endpoint of an upstream is asked
+      affinity        what a request is assigned to an endpoint by
+      retry           whether a request is sent again, and where to
+      hold            holds back the beginning of an answer until it is clear that it is one
       pump            the hot path
       reads           how much is read from a transport at once, and when; the one owner of a transport's reading
       exchange        the record of an exchange
@@ -132,10 +138,10 @@ runs. `tests/test_imports.py` checks all this.
 One owner for each thing
 ------------------------
 A `Ticket` holds what a request occupies, and the last phase always releases it. A `RequestBody` owns the request's body
-from the first byte received to the last byte sent; no other code reads the body. A `Clock` owns all deadlines: the
-connect and response head deadlines fail the attempt, all others end the exchange. The upstream connection belongs to
-the attempt, until the pump takes it over. When several of these are closed together, each is closed even if closing
-another one raises.
+from the first byte received to the last byte sent; no other code reads the body. A `Clock` owns all deadlines: connect,
+response head, and while an answer is held back also first token and idle, fail the attempt; all others end the
+exchange. The upstream connection belongs to the attempt, until the pump takes it over. When several of these are closed
+together, each is closed even if closing another one raises.
 
 The hot path
 ------------
@@ -151,7 +157,9 @@ Words
 -----
 downstream / upstream   the client's side / the API's side
 route                   a match rule, and what happens to requests that match it
-upstream (noun)         a named API with a base URL
+upstream (noun)         a named API with one base URL or several
+endpoint                one address that serves an upstream
+attempt                 one try of an exchange at one endpoint
 exchange                one request and its response
 chunk                   bytes as they were read from a connection; "HTTP chunk" where chunked framing is meant
 event                   one server-sent event

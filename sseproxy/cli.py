@@ -184,8 +184,9 @@ def summary(supervisor: Supervisor) -> str:
     for route in settings.routes:
         conditions = [*route.match.methods, *(f"model {glob}" for glob in route.match.model)]
         when = f" ({', '.join(conditions)})" if conditions else ""
-        upstream = settings.upstream(route.upstream)
-        lines.append(f"  {route.match.path:<{width}}  ->  {upstream.url}{when}")
+        upstreams = [settings.upstream(target.name) for target in route.upstream]
+        urls = ", ".join(endpoint.url for upstream in upstreams for endpoint in upstream.endpoints)
+        lines.append(f"  {route.match.path:<{width}}  ->  {urls}{when}")
     lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz")
     lines.append(f"  workers: {supervisor.workers}")
     return "\n".join(lines) + "\n"

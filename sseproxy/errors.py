@@ -28,7 +28,7 @@ import os
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-UpstreamErrorType = Literal["dns", "connect", "tls", "timeout", "reset", "protocol"]
+UpstreamErrorType = Literal["dns", "connect", "tls", "timeout", "reset", "protocol", "answer"]
 
 
 class Outcome(enum.StrEnum):
@@ -121,10 +121,12 @@ class ExchangeError(SseproxyError):
     outcome: Outcome = Outcome.UPSTREAM_ERROR
     cause: str | None = None
     """What exactly failed, for the access log. Clients do not get it: it may name addresses and certificates."""
+    attempts: int = 1
+    """How many attempts were made. This error ended the last one."""
 
     @property
     def message(self) -> str:
-        return str(self)
+        return str(self) if self.attempts == 1 else f"{self} This was the last of {self.attempts} attempts."
 
 
 class RequestError(ExchangeError):
@@ -177,6 +179,7 @@ class UpstreamError(ExchangeError):
         "timeout": (504, "upstream_timeout", "The upstream did not answer in time."),
         "reset": (502, "upstream_disconnected", "The upstream closed the connection before it answered."),
         "protocol": (502, "upstream_protocol", "The upstream's response is not valid HTTP/1.1."),
+        "answer": (502, "upstream_failed", "The upstream's answer had an error, or no content."),
     }
 
     def __init__(self, kind: UpstreamErrorType, message: str | None = None, cause: str | None = None) -> None:

@@ -357,7 +357,7 @@ def settings(upstream_url: str, **more: Any) -> config.Config:
     tls = config.UpstreamTLS(**more.pop("tls", {}))
     upstream = config.Upstream(name="up", url=f"{upstream_url}/v1", api_key=more.pop("api_key", None), tls=tls)
     match, options = config.Match(path="/v1"), more.pop("route", {})
-    route = config.Route(name="api", match=match, upstream="up", timeouts=timeouts, **options)
+    route = config.Route(name="api", match=match, upstream=(config.Target(name="up"),), timeouts=timeouts, **options)
     defaults: dict[str, Any] = {
         "listen": config.Address("127.0.0.1", 0),
         "drain_timeout": 5.0,

@@ -531,14 +531,30 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
             config.Upstream(name="down", url=down),
         ),
         routes=(
-            config.Route(name="api", match=config.Match(path="/v1"), upstream="up", timeouts=timeouts, usage=asks),
             config.Route(
-                name="m", match=config.Match(path="/m", model=("m",)), upstream="up", timeouts=timeouts, heartbeat=0.2
+                name="api",
+                match=config.Match(path="/v1"),
+                upstream=(config.Target(name="up"),),
+                timeouts=timeouts,
+                usage=asks,
             ),
             config.Route(
-                name="hasty", match=config.Match(path="/hasty"), upstream="up", timeouts=hasty, heartbeat=0.01
+                name="m",
+                match=config.Match(path="/m", model=("m",)),
+                upstream=(config.Target(name="up"),),
+                timeouts=timeouts,
+                heartbeat=0.2,
             ),
-            config.Route(name="down", match=config.Match(path="/down"), upstream="down", timeouts=timeouts),
+            config.Route(
+                name="hasty",
+                match=config.Match(path="/hasty"),
+                upstream=(config.Target(name="up"),),
+                timeouts=hasty,
+                heartbeat=0.01,
+            ),
+            config.Route(
+                name="down", match=config.Match(path="/down"), upstream=(config.Target(name="down"),), timeouts=timeouts
+            ),
         ),
     )
 

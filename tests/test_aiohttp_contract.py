@@ -78,7 +78,7 @@ async def test_a_connector_makes_its_protocols_with_its_factory_and_keeps_them_i
 async def test_a_connector_asks_no_more_of_a_request_than_a_target_has(
     proxy: RunningProxy, upstream: ScriptedUpstream
 ) -> None:
-    api = proxy.worker.proxy.upstreams["up"]
+    (api,) = proxy.worker.proxy.upstreams["up"].endpoints
     connection = await api._connector.connect(api._target, [], ClientTimeout())
     await upstream.accept()
     assert type(connection.protocol).__name__ == "RelayProtocol"

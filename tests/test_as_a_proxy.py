@@ -95,7 +95,7 @@ async def test_an_answer_of_ours_has_nothing_of_the_request(proxy: RunningProxy,
     received = (await client.message()).body
     assert received
     assert b"EVIL" not in received
-    assert str(proxy.worker.proxy.upstreams["up"].host).encode() not in received
+    assert str(proxy.worker.proxy.upstreams["up"].endpoints[0].host).encode() not in received
 
 
 async def test_a_compressed_request_passes_as_it_is(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
@@ -344,8 +344,8 @@ async def test_a_path_that_is_spelled_otherwise_takes_the_same_route(
         upstream.url,
         upstreams=(up, config.Upstream(name="other", url=other.url)),
         routes=(
-            config.Route(name="all", match=config.Match(path="/v1"), upstream="other"),
-            config.Route(name="admin", match=config.Match(path="/v1/admin"), upstream="up"),
+            config.Route(name="all", match=config.Match(path="/v1"), upstream=(config.Target(name="other"),)),
+            config.Route(name="admin", match=config.Match(path="/v1/admin"), upstream=(config.Target(name="up"),)),
         ),
     )
     client = await proxy.connect()
@@ -378,8 +378,8 @@ async def test_a_path_that_is_spelled_otherwise_is_measured_all_the_same(
 async def test_a_route_for_any_model_reads_no_body_for_the_routes_behind_it(
     start: StartProxy, upstream: ScriptedUpstream
 ) -> None:
-    files = config.Route(name="files", match=config.Match(path="/v1/files"), upstream="up")
-    chat = config.Route(name="chat", match=config.Match(path="/v1", model=("*",)), upstream="up")
+    files = config.Route(name="files", match=config.Match(path="/v1/files"), upstream=(config.Target(name="up"),))
+    chat = config.Route(name="chat", match=config.Match(path="/v1", model=("*",)), upstream=(config.Target(name="up"),))
     proxy = await start(upstream.url, routes=(chat, files), max_body=10)
     client = await proxy.connect()
     body = b"x" * 1000

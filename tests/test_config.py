@@ -17,7 +17,19 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from sseproxy import config
-from sseproxy.config import Address, Admin, Config, Match, PassedSocket, Route, Timeouts, UnixAddress, Upstream, files
+from sseproxy.config import (
+    Address,
+    Admin,
+    Config,
+    Match,
+    PassedSocket,
+    Route,
+    Target,
+    Timeouts,
+    UnixAddress,
+    Upstream,
+    files,
+)
 from sseproxy.errors import ConfigError
 from sseproxy.wire.dialects import DIALECT_NAMES
 
@@ -101,7 +113,7 @@ MISTAKES = {
     "tagged_mapping": (f"admin: !!set {{}}\n{VALID}", f"f:1:1: admin: {TAG}"),
     "merge": (f"<<: {{workers: 2}}\n{VALID}", "f:1:1: merge keys (<<) are not supported"),
     "key_number": (f"1: 2\n{VALID}", "f:1:1: expected a key that is text"),
-    "key_boolean": (f"admin:\n  on: 2\n{VALID}", "f:2:3: admin: expected a key that is text"),
+    "key_boolean": (f"admin:\n  on: 2\n{VALID}", "f:2:3: admin.on: unknown key; expected one of hosts, listen"),
     "key_list": (f"? [a]\n: 2\n{VALID}", "f:1:3: expected a key that is text"),
     "key_alias": (f"*a : 2\n{VALID}", "f:1:1: expected a key that is text"),
     "duplicate_key": (
@@ -263,8 +275,8 @@ MISTAKES = {
     "api_key_without_space": (
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
         (
-            "f:1:45: upstreams[0].api_key…: unknown key; expected one of api_key, api_key_file, api_key_header, "
-            "max_connection_age, name, tls, url; did you mean 'api_key'?"
+            "f:1:45: upstreams[0].api_key…: unknown key; expected one of affinity, api_key, api_key_file, "
+            "api_key_header, ejection, health, max_connection_age, name, resolve, tls, url, urls; did you mean 'api_key'?"
         ),
     ),
     "ca_file_missing": (
@@ -311,7 +323,7 @@ MISTAKES = {
     ),
     "upstream_number": (
         match("{path: /v1}").replace("upstream: openai", "upstream: 5"),
-        "f:4:5: routes[0].upstream: expected text, got a number",
+        "f:4:5: routes[0].upstream: expected the name of an upstream, or a list of them, got a number (5)",
     ),
     "unknown_upstream": (
         VALID.replace("upstream: openai", "upstream: opnai"),
@@ -385,7 +397,7 @@ routes:
         f"f:8:5: upstreams[0].api_key: {API_KEY}",
         "f:8:18: upstreams[0].api_key: environment variable KEY is not set",
         "f:9:5: upstreams[1].name: expected a unique name, got that of upstreams[0]",
-        "f:9:5: upstreams[1].url: required key is missing",
+        "f:9:5: upstreams[1]: expected either url or urls",
         "f:13:24: routes[0].match.mehods: unknown key; expected one of methods, model, path; did you mean 'methods'?",
         "f:14:5: routes[0].upstream: expected the name of an upstream (openai, openai, ${NAME}), got 'opnai'",
         f"f:15:16: routes[0].timeouts.idle: {DURATION}, got a number (5)",
@@ -560,7 +572,7 @@ def test_a_body_that_would_never_fit_is_a_conflict(options: str, expected: str) 
             max_body=2,
             limits=config.Limits(held=1),
             upstreams=(Upstream(name="up", url="http://h"),),
-            routes=(Route(name="api", match=Match(path="/v1"), upstream="up"),),
+            routes=(Route(name="api", match=Match(path="/v1"), upstream=(Target(name="up"),)),),
         )
 
 
@@ -590,7 +602,7 @@ def test_minimal_config_loads() -> None:
     assert dict(loaded) == dict(
         Config(
             upstreams=(Upstream(name="openai", url="https://api.openai.com/v1", api_key=SecretStr(SECRET)),),
-            routes=(Route(name="api", match=Match(path="/v1"), upstream="openai"),),
+            routes=(Route(name="api", match=Match(path="/v1"), upstream=(Target(name="openai"),)),),
         )
     )
     assert loaded.variables == {"OPENAI_API_KEY"}
@@ -604,10 +616,12 @@ def assert_complete_with_defaults(model: BaseModel) -> None:
     assert model.model_fields_set == set(fields)
     for name, field in fields.items():
         value = getattr(model, name)
-        if not field.is_required():
+        # One of url and urls is required.
+        if not field.is_required() and name != "url":
             assert value == field.default, name
         for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, BaseModel):
+            # A target without a model is written as its name.
+            if isinstance(part, BaseModel) and not isinstance(part, config.Target):
                 assert_complete_with_defaults(part)
 
 
@@ -722,7 +736,7 @@ def test_models_take_values_in_python_and_check_them() -> None:
     assert Timeouts(connect=0.05, head=1).head == 1.0
     valid: dict[str, Any] = {
         "upstreams": (Upstream(name="a", url="http://h"),),
-        "routes": (Route(name="r", match=Match(path="/"), upstream="a"),),
+        "routes": (Route(name="r", match=Match(path="/"), upstream=(Target(name="a"),)),),
     }
     built = Config(**valid, max_body=1, workers=2, admin=Admin(listen=Address("", 0)))
     assert (built.max_body, built.workers) == (1, 2)
@@ -774,7 +788,7 @@ def test_environment_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> 
 def test_single_upstream(url: str, target: str, path: str) -> None:
     assert config.single(url) == Config(
         upstreams=(Upstream(name="upstream", url=target),),
-        routes=(Route(name="api", match=Match(path=path), upstream="upstream"),),
+        routes=(Route(name="api", match=Match(path=path), upstream=(Target(name="upstream"),)),),
     )
 
 

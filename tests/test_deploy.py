@@ -139,7 +139,7 @@ def test_an_upstream_in_the_cluster_can_be_reached() -> None:
     upstream, route = yaml.safe_load(
         re.sub("^#  ", "", text.partition("# A vLLM in the cluster")[2].partition("\n")[2], flags=re.M)
     )
-    url = URL(config.Upstream.model_validate(upstream, context=DOCUMENT).url)
+    url = URL(config.Upstream.model_validate(upstream, context=DOCUMENT).endpoints[0].url)
     config.Route.model_validate(route, context=DOCUMENT)
     assert route["upstream"] == upstream["name"]
     namespace = (url.host or "").split(".")[1]

@@ -370,7 +370,7 @@ async def test_the_end_of_one_of_several_is_not_that_of_the_stream(
 ) -> None:
     base = path[: path.index("/", 1)]
     up = config.Upstream(name="up", url=f"{upstream.url}{base}")
-    route = config.Route(name="api", match=config.Match(path=base), upstream="up")
+    route = config.Route(name="api", match=config.Match(path=base), upstream=(config.Target(name="up"),))
     proxy = await start(upstream.url, upstreams=(up,), routes=(route,))
     client, api = await begin(proxy, upstream, post(path=path))
     events = [first, second, last] if whole else [first, second]

@@ -1,4 +1,4 @@
-"""Which endpoints are used: the rules, with a ledger and with workers that do as a test says, and a clock of its own."""
+"""Which endpoints are used: the rules, with a ledger, workers that do as a test says, and a clock of its own."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ async def proxy(start: StartProxy, play: PlayScript, caplog: pytest.LogCaptureFi
     caplog.set_level(logging.CRITICAL)
     upstream = await play(answers)
     match = config.Match(path="/v1")
-    route = config.Route(name="api", match=match, upstream="up", usage=config.UsageOptions(request=True))
+    route = config.Route(
+        name="api", match=match, upstream=(config.Target(name="up"),), usage=config.UsageOptions(request=True)
+    )
     limits = config.Limits(active_requests=3)
     return await start(upstream.url, routes=(route,), limits=limits, metrics=config.Metrics(models=("m",)))
 

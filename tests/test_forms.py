@@ -207,9 +207,15 @@ async def test_what_a_route_takes_is_refused_as_the_upstreams_api(
 ) -> None:
     base = config.Upstream(name="up", url=f"{upstream.url}/v1")
     match = config.Match(path="/claude")
-    by_path = config.Route(name="a", match=match, upstream="up", timeouts=config.Timeouts(head=0.2))
+    by_path = config.Route(
+        name="a", match=match, upstream=(config.Target(name="up"),), timeouts=config.Timeouts(head=0.2)
+    )
     named = config.Route(
-        name="b", match=config.Match(path="/b"), upstream="up", dialect="gemini", timeouts=by_path.timeouts
+        name="b",
+        match=config.Match(path="/b"),
+        upstream=(config.Target(name="up"),),
+        dialect="gemini",
+        timeouts=by_path.timeouts,
     )
     proxy = await start(upstream.url, upstreams=(base,), routes=(by_path, named))
     late = UpstreamTimeout("head", 0.2)

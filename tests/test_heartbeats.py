@@ -35,7 +35,9 @@ BEAT = chunk(b": heartbeat\n")
 async def beating(start: StartProxy, upstream: ScriptedUpstream, **more: object) -> RunningProxy:
     timeouts = config.Timeouts(**more)  # type: ignore[arg-type]
     match = config.Match(path="/v1")
-    route = config.Route(name="api", match=match, upstream="up", heartbeat=SHORT, timeouts=timeouts)
+    route = config.Route(
+        name="api", match=match, upstream=(config.Target(name="up"),), heartbeat=SHORT, timeouts=timeouts
+    )
     return await start(upstream.url, routes=(route,))
 
 

@@ -51,7 +51,9 @@ ASKING = {"usage": config.UsageOptions(request=True)}
 def by_model(**limits: Any) -> dict[str, Any]:
     """A route for which the whole body is read first."""
     match = config.Match(path="/v1", model=("m*",))
-    route = config.Route(name="m", match=match, upstream="up", timeouts=config.Timeouts(body=SHORT))
+    route = config.Route(
+        name="m", match=match, upstream=(config.Target(name="up"),), timeouts=config.Timeouts(body=SHORT)
+    )
     return {"routes": (route,), "limits": config.Limits(**limits)}
 
 
@@ -494,7 +496,9 @@ async def test_a_request_of_which_nothing_can_be_kept_is_not_changed(
     """A backend that refuses what was put into it could not be asked again."""
     options = by_model(held=MIB, request_body_rate=None)
     chat = config.Match(path="/v1/asks")
-    asks = config.Route(name="chat", match=chat, upstream="up", usage=config.UsageOptions(request=True))
+    asks = config.Route(
+        name="chat", match=chat, upstream=(config.Target(name="up"),), usage=config.UsageOptions(request=True)
+    )
     options["routes"] += (asks,)
     proxy = await start(upstream.url, max_body=MIB, **options)
     body = b'{"model":"m","stream":true,"messages":["%b"]}' % (b"x" * 200)
@@ -543,7 +547,10 @@ async def test_a_body_that_begins_fast_and_goes_on_slowly_is_cut(start: StartPro
 async def test_the_total_counts_while_a_body_is_collected(start: StartProxy, upstream: ScriptedUpstream) -> None:
     match = config.Match(path="/v1", model=("m*",))
     timeouts = config.Timeouts(total=SHORT)
-    proxy = await start(upstream.url, routes=(config.Route(name="m", match=match, upstream="up", timeouts=timeouts),))
+    proxy = await start(
+        upstream.url,
+        routes=(config.Route(name="m", match=match, upstream=(config.Target(name="up"),), timeouts=timeouts),),
+    )
     client = await slowly(proxy, 1000)
     response = await client.message()
     assert (response.status, response.json()["error"]["code"]) == (504, "upstream_timeout")
@@ -690,7 +697,7 @@ async def test_what_came_on_an_idle_connection_meets_no_request(
     api.send(OK)
     assert (await client.message()).body == b"ok"
     await until(lambda: proxy.sample("upstream_connections", state="idle") == 1)
-    up = proxy.worker.proxy.upstreams["up"]
+    (up,) = proxy.worker.proxy.upstreams["up"].endpoints
     connection = await up.connect(lambda: None)
     connection.release(reusable=True)
     # Written and looked for in the same turn of the loop.

@@ -508,7 +508,7 @@ ELSEWHERE = [
 async def test_a_location_at_the_upstream_comes_back_here(
     start: StartProxy, upstream: ScriptedUpstream, said: str, told: str
 ) -> None:
-    routed = config.Route(name="api", match=config.Match(path="/api"), upstream="up")
+    routed = config.Route(name="api", match=config.Match(path="/api"), upstream=(config.Target(name="up"),))
     proxy = await start(upstream.url, routes=(routed,))
     client = await proxy.connect()
     name = f"127.0.0.1:{upstream.port}"
@@ -539,7 +539,7 @@ async def test_two_locations_are_nobodys(proxy: RunningProxy, upstream: Scripted
 async def test_a_location_that_comes_back_leads_to_no_other_host(
     start: StartProxy, upstream: ScriptedUpstream, path: str
 ) -> None:
-    routed = config.Route(name="all", match=config.Match(path="/"), upstream="up")
+    routed = config.Route(name="all", match=config.Match(path="/"), upstream=(config.Target(name="up"),))
     up = config.Upstream(name="up", url=upstream.url)
     proxy = await start(upstream.url, routes=(routed,), upstreams=(up,))
     client, api = await begin_with(proxy, upstream, request_for("/x"))
@@ -555,7 +555,7 @@ PATHS = st.text("/v1x%2e~7E.\\", max_size=12).map(lambda rest: "/" + rest)
 
 @given(st.sampled_from(["", "/v1", "/%7Ea/b"]), st.sampled_from(["/", "/api", "/a/%2e"]), PATHS)
 def test_a_path_that_was_led_there_is_led_back(base: str, prefix: str, path: str) -> None:
-    route = config.Route(name="r", match=config.Match(path=prefix), upstream="up")
+    route = config.Route(name="r", match=config.Match(path=prefix), upstream=(config.Target(name="up"),))
     if not routes.Router([route]).candidates("GET", path):
         return
     there = routes.upstream_path(route, base, path)

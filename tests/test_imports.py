@@ -48,7 +48,8 @@ RELAY = [
         "relay.inspect",
         "relay.upstream",
     ),
-    *("relay.attempt", "relay.pump", "relay.phases", "relay.proxy"),
+    *("relay.pool", "relay.attempt", "relay.affinity", "relay.retry", "relay.hold", "relay.pump"),
+    *("relay.phases", "relay.proxy"),
 ]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

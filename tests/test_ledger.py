@@ -175,8 +175,8 @@ def test_the_code_after_an_upgrade_goes_on_with_it(ledger: Ledger) -> None:
 
 
 def test_a_ledger_of_another_layout_is_not_understood(ledger: Ledger) -> None:
-    os.pwrite(ledger.fd, b"\x02", 0)
-    with pytest.raises(ValueError, match="layout 2"):
+    os.pwrite(ledger.fd, b"\x03", 0)
+    with pytest.raises(ValueError, match="layout 3"):
         Ledger.left(os.dup(ledger.fd), [])
 
 

@@ -124,7 +124,12 @@ async def test_active_requests(start: StartProxy, upstream: ScriptedUpstream) ->
 
 async def test_active_requests_of_a_route(start: StartProxy, upstream: ScriptedUpstream) -> None:
     routes = tuple(
-        config.Route(name=name, match=config.Match(path=path), upstream="up", limits=config.RouteLimits(**limits))
+        config.Route(
+            name=name,
+            match=config.Match(path=path),
+            upstream=(config.Target(name="up"),),
+            limits=config.RouteLimits(**limits),
+        )
         for name, path, limits in (("api", "/v1", {"active_requests": 1}), ("files", "/v1/files", {}))
     )
     proxy = await start(upstream.url, routes=routes)

@@ -271,7 +271,7 @@ async def test_a_connection_that_has_its_age_ends_after_the_response_that_is_on_
     client, api = await begin(proxy, upstream)
     api.send(STREAM_HEAD, chunk(delta("Hi")))
     await client.read_until(delta("Hi"))
-    (connection,) = proxy.worker.proxy.upstreams["up"]._connector._acquired
+    (connection,) = proxy.worker.proxy.upstreams["up"].endpoints[0]._connector._acquired
     assert isinstance(connection, RelayProtocol)
     await until(lambda: connection.is_old)
     api.send(chunk(delta(" there")), chunk(DONE), LAST_CHUNK)
@@ -297,7 +297,7 @@ async def test_a_connection_that_has_its_age_while_it_is_idle_takes_no_other_req
     api.send(answer)
     assert (await client.message()).complete
     assert upstream.connections == 1
-    ((connection, _),) = next(iter(proxy.worker.proxy.upstreams["up"]._connector._conns.values()))
+    ((connection, _),) = next(iter(proxy.worker.proxy.upstreams["up"].endpoints[0]._connector._conns.values()))
     assert isinstance(connection, RelayProtocol)
     connection._old_at = 0.0
     client.send(post())
@@ -355,8 +355,10 @@ async def test_the_model_picks_the_route_and_the_body_stays_as_it_was(
 ) -> None:
     upstreams = tuple(config.Upstream(name=name, url=f"{upstream.url}/{name}") for name in ("small", "large"))
     routes = (
-        config.Route(name="small", match=config.Match(path="/v1"), upstream="small"),
-        config.Route(name="large", match=config.Match(path="/v1", model=("gpt-*",)), upstream="large"),
+        config.Route(name="small", match=config.Match(path="/v1"), upstream=(config.Target(name="small"),)),
+        config.Route(
+            name="large", match=config.Match(path="/v1", model=("gpt-*",)), upstream=(config.Target(name="large"),)
+        ),
     )
     proxy = await start(upstream.url, upstreams=upstreams, routes=routes, max_body=64)
     client = await proxy.connect()
@@ -505,7 +507,9 @@ async def test_a_body_where_none_may_be_reaches_nobody(
 
 
 async def test_a_route_can_say_which_dialect_is_spoken(start: StartProxy, upstream: ScriptedUpstream) -> None:
-    route = config.Route(name="api", match=config.Match(path="/v1"), upstream="up", dialect="messages")
+    route = config.Route(
+        name="api", match=config.Match(path="/v1"), upstream=(config.Target(name="up"),), dialect="messages"
+    )
     proxy = await start(upstream.url, routes=(route,))
     client, api = await begin(proxy, upstream, post(path="/v1/claude"))
     event = b'data: {"type":"content_block_delta","delta":{"text":"Hi"}}\n\n'

@@ -31,7 +31,7 @@ async def any_path(start: StartProxy, upstream: ScriptedUpstream, **route: Any) 
     return await start(
         upstream.url,
         upstreams=(config.Upstream(name="up", url=upstream.url),),
-        routes=(config.Route(name="all", match=config.Match(path="/"), upstream="up", **route),),
+        routes=(config.Route(name="all", match=config.Match(path="/"), upstream=(config.Target(name="up"),), **route),),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sseproxy.config import Match, Route
+from sseproxy.config import Match, Route, Target
 from sseproxy.errors import RequestError
 from sseproxy.relay.routes import (
     Router,
@@ -106,7 +106,7 @@ def test_a_path_without_dots_passes_with_any_query(path: str, query: str) -> Non
 
 def route(path: str, *model: str, name: str = "", methods: tuple[str, ...] = ()) -> Route:
     match = Match(path=path, model=model, methods=methods)
-    return Route(name=name or "r", match=match, upstream="up")
+    return Route(name=name or "r", match=match, upstream=(Target(name="up"),))
 
 
 def taken(routes: list[Route], path: str, method: str = "POST", model: str | None = None) -> str | None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
 from sseproxy import config
-from sseproxy.config import Address, Config, Limits, Match, Route, Timeouts, Upstream
+from sseproxy.config import Address, Config, Limits, Match, Route, Target, Timeouts, Upstream
 
 from .served import run
 
@@ -26,6 +26,16 @@ ENVIRONMENT = {
     "AZURE_RESOURCE": "resource",
 }
 SCHEMA = json.loads(json.dumps(config.schema()))
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a plain `on` as text, as editors do, which know YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if first not in "oO" or tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 LEAST: dict[str, Any] = {
@@ -48,7 +58,7 @@ async def test_the_schema_is_printed() -> None:
 def test_an_example_loads_and_is_what_the_schema_says(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")
-    VALIDATOR.validate(yaml.safe_load(text))
+    VALIDATOR.validate(yaml.load(text, _Loader))
     assert config.load(path, ENVIRONMENT).routes
 
 
@@ -112,16 +122,22 @@ def test_every_value_is_written_as_it_is_read(
         drain_timeout=time,
         limits=Limits(request_head=size, request_body=optional_size, active_requests=number),
         upstreams=(Upstream(name="up", url="http://h"),),
-        routes=(Route(name="r", match=Match(path="/"), upstream="up", timeouts=Timeouts(total=optional_time)),),
+        routes=(
+            Route(
+                name="r", match=Match(path="/"), upstream=(Target(name="up"),), timeouts=Timeouts(total=optional_time)
+            ),
+        ),
     )
     text = config.resolved(settings)
     assert config.parse(text, "resolved", {}) == settings
-    VALIDATOR.validate(yaml.safe_load(text))
+    VALIDATOR.validate(yaml.load(text, _Loader))
 
 
 def test_what_a_worker_is_handed_has_all_options_and_cannot_change() -> None:
     upstream = Upstream(name="up", url="http://h", api_key=SecretStr("sk-x"))
-    settings = Config(upstreams=(upstream,), routes=(Route(name="r", match=Match(path="/"), upstream="up"),))
+    settings = Config(
+        upstreams=(upstream,), routes=(Route(name="r", match=Match(path="/"), upstream=(Target(name="up"),)),)
+    )
     handed = pickle.loads(pickle.dumps(settings.plain()))
 
     def same(model: Any, options: Any) -> None:

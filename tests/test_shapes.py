@@ -186,7 +186,7 @@ async def begin(start: StartProxy, upstream: ScriptedUpstream, shape: Shape) -> 
     proxy = await start(
         upstream.url,
         upstreams=(config.Upstream(name="up", url=upstream.url),),
-        routes=(config.Route(name="all", match=config.Match(path="/"), upstream="up"),),
+        routes=(config.Route(name="all", match=config.Match(path="/"), upstream=(config.Target(name="up"),)),),
     )
     assert counted(proxy) == dict.fromkeys(counted(proxy), 0)
     client = await proxy.connect()

@@ -99,7 +99,7 @@ async def test_what_came_on_an_idle_connection_meets_no_request(
         # Its socket blocks, so that what it sends is there at once.
         with await asyncio.to_thread(answer) as api:
             assert (await client.message()).body == b"ok"
-            up = proxy.worker.proxy.upstreams["up"]
+            (up,) = proxy.worker.proxy.upstreams["up"].endpoints
             await until(lambda: up.connections() == (0, 1))
             ((protocol, _),) = next(iter(up._connector._conns.values()))
             assert isinstance(protocol, RelayProtocol)

@@ -30,7 +30,13 @@ BROKEN = b"ZZZ\r\n" + post() * 2
 def by_model(**timeouts: float) -> dict[str, Any]:
     """A route for which the whole body is read first."""
     match = config.Match(path="/v1", model=("m*",))
-    return {"routes": (config.Route(name="m", match=match, upstream="up", timeouts=config.Timeouts(**timeouts)),)}
+    return {
+        "routes": (
+            config.Route(
+                name="m", match=match, upstream=(config.Target(name="up"),), timeouts=config.Timeouts(**timeouts)
+            ),
+        )
+    }
 
 
 async def refused(client: Peer) -> None:
@@ -330,8 +336,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 def models(*models: str) -> tuple[config.Route, ...]:
     """A route for `models`, and one for all others."""
     return (
-        config.Route(name="named", match=config.Match(path="/v1", model=models), upstream="up"),
-        config.Route(name="rest", match=config.Match(path="/v1"), upstream="up"),
+        config.Route(name="named", match=config.Match(path="/v1", model=models), upstream=(config.Target(name="up"),)),
+        config.Route(name="rest", match=config.Match(path="/v1"), upstream=(config.Target(name="up"),)),
     )
 
 

@@ -26,7 +26,7 @@ from yarl import URL
 from ..errors import ConfigError
 from .document import INVALID, Document, position
 from .files import read_configuration
-from .model import Admin, Config, Limits, Match, Places, Route, Upstream, conflicts
+from .model import Admin, Config, Limits, Match, Places, Route, Target, Upstream, conflicts
 from .values import DOCUMENT, Loc, Size, quoted, read_address, read_url, read_workers, spell_size
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ def single(
     path = "/" if URL(target).raw_path == "/" else "/v1"
     return Config(
         upstreams=(Upstream(name="upstream", url=target),),
-        routes=(Route(name="api", match=Match(path=path), upstream="upstream"),),
+        routes=(Route(name="api", match=Match(path=path), upstream=(Target(name="upstream"),)),),
     ).model_copy(update=changes)
 
 
@@ -219,10 +219,10 @@ def _validate(document: Document) -> Config | None:
         _valid_size(data.get("limits", {}), Limits, "held"),
         spell=lambda loc, value: _spelled(document, loc, value),
     ):
-        # A default has no position. If `held` is one, the conflict is reported at `max_body`. The upstream of a route
-        # need not be a list.
-        at = next((known for known in (loc, loc[:-1]) if known in document.parts and len(known) > 1), ("max_body",))
-        document.report(loc, message, document.parts[at].place)
+        # The upstream of a route need not be a list.
+        loc = loc if loc in document.parts or loc[:-1] not in document.parts or len(loc) < 4 else loc[:-1]
+        # A default has no position. If `held` is one, the conflict is reported at `max_body`.
+        document.report(loc, message, document.parts[loc if loc in document.parts else ("max_body",)].place)
     try:
         return Config.model_validate(data, context=DOCUMENT)
     except ValidationError as error:
@@ -258,8 +258,10 @@ def _text(value: object) -> str | None:
 
 
 def _spelled(document: Document, loc: Loc, value: str | int) -> str:
-    if loc in document.parts:
-        return str(document.parts[loc].node.value)
+    # A target of a route is written as a name, or as a mapping with a name, in a list or by itself.
+    for known in ((*loc, "name"), loc, loc[:-1]):
+        if known in document.parts and isinstance(document.parts[known].node, yaml.ScalarNode):
+            return str(document.parts[known].node.value)
     return f"its default of {spell_size(value)}" if isinstance(value, int) else value
 
 

@@ -257,6 +257,8 @@ class Ejection(_Model):
 class Upstream(_WithKey):
     """A named API. It has one base URL, or several that serve the same API."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["url"]}, {"required": ["urls"]}]})
+
     name: Name
     url: URLOrNone = None
     """The base URL. Its path replaces the prefix that `match.path` of the route has matched."""
@@ -290,6 +292,10 @@ class Upstream(_WithKey):
         if self.resolve is not None and (self.url is None or is_address(self.url)):
             raise expected("url with the name of a host beside resolve", show=False)
         return self
+
+    @classmethod
+    def _plain_fields(cls) -> Iterable[str]:
+        return (*super()._plain_fields(), "endpoints")
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -395,7 +401,11 @@ def _target(value: object) -> object:
 
 
 def _targets(value: object) -> object:
-    return value if isinstance(value, tuple) else (value,)
+    if isinstance(value, str | dict | Target):
+        return (value,)
+    if isinstance(value, tuple):
+        return value
+    raise expected("the name of an upstream, or a list of them")
 
 
 def _spell_targets(targets: tuple[Target, ...]) -> object:

@@ -197,7 +197,7 @@ def _host_name(value: object) -> str:
 
 
 def _listed(value: object) -> tuple[object, ...]:
-    if isinstance(value, str):
+    if isinstance(value, str | int) and not isinstance(value, bool):
         return (value,)
     if isinstance(value, tuple):
         return value
@@ -255,7 +255,7 @@ def _retry_on(value: object) -> str:
 def _affinity(value: object) -> Source:
     if isinstance(value, Source):
         return value
-    kind, colon, what = value.partition(":") if isinstance(value, str) else ("", "", "")
+    kind, _, what = value.partition(":") if isinstance(value, str) else ("", "", "")
     size = _SIZE.fullmatch(what) if kind == "prefix" else None
     if (kind == "header" and _TOKEN.fullmatch(what)) or (kind == "field" and what):
         return Source(kind, what)
@@ -434,8 +434,8 @@ URLText = Annotated[str, Option(read_url, TEXT)]
 URLOrNone = Annotated[str | None, Option(lambda value: None if value is None else read_url(value), TEXT, NONE)]
 
 Retries = Annotated[
-    tuple[Annotated[str, BeforeValidator(_retry_on)], ...],
-    Option(lambda value: () if value is None else value, {"type": "array", "items": _enum(*map(_as_in_yaml, RETRIES))}),
+    tuple[Annotated[str, Option(_retry_on, _enum(*map(_as_in_yaml, RETRIES)), spell=_as_in_yaml)], ...],
+    Option(_listed, _one_or_more(_enum(*map(_as_in_yaml, RETRIES)))),
 ]
 
 Until = Annotated[

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
-from time import perf_counter
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -23,11 +22,6 @@ _ROW_BITS: Final = 16
 _ROW_MASK: Final = (1 << _ROW_BITS) - 1
 _PORTS: Final = {"http": 80, "https": 443}
 _LOW: Final = (1 << 64) - 1
-
-
-def micros() -> int:
-    """The time, as it is stored in the ledger."""
-    return int(perf_counter() * 1_000_000)
 
 
 def labels(urls: Sequence[str]) -> list[str]:
@@ -140,6 +134,11 @@ class Standing:
         return not out or (out & _ROW_MASK == self._row and out != self._tried)
 
     @property
+    def is_out(self) -> bool:
+        """Whether it is ejected."""
+        return bool(self._out.own)
+
+    @property
     def on_trial(self) -> bool:
         """Whether it is ejected, and this worker is to try it."""
         return bool(self._out.own) and self.usable
@@ -172,11 +171,6 @@ class Standing:
             count.set(0)
 
     # --- the supervisor ---
-
-    @property
-    def is_out(self) -> bool:
-        """Whether it is ejected."""
-        return bool(self._out.own)
 
     def evidence(self) -> Evidence:
         """What all workers have seen of it. Keeps the newest success, because the row of a worker that ends is lost."""

@@ -5,8 +5,8 @@ locks are needed. A sum is exact, except for changes while it is read. So no req
 limit is exceeded for a moment by fewer than there are workers.
 
 The supervisor assigns a row to each worker and a column to each name. The workers of all generations are in the same
-table. When a worker has ended, in whatever way, its row is set to zero. The supervisor has a row of its own, in which it
-tells the workers what it has decided.
+table. When a worker has ended, in whatever way, its row is set to zero. The supervisor has a row of its own, with what
+it has decided.
 
 The cells of a row are next to each other in memory. So a row that is not used takes no memory, and cores that write do
 not share a cache line.
@@ -41,11 +41,12 @@ _BREADTH: Final = 32 * 1024
 # The names that a worker has seen: buckets, and names in a bucket.
 _BUCKETS: Final = 1024
 _IN_A_BUCKET: Final = 8
-# What rests: the latest time until which anything does, and so many pairs of a name and a time.
-_RESTS: Final = 64
-_WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET + 1 + 2 * _RESTS
+# What rests: the latest time until which anything does, and so many pairs of a name and a time, in a page of memory.
+_RESTS: Final = 255
+_REST_CELLS: Final = 2 + 2 * _RESTS
+_WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET + _REST_CELLS
 # Where the last two begin in a row.
-_AT_RESTS: Final = _WIDTH - 1 - 2 * _RESTS
+_AT_RESTS: Final = _WIDTH - _REST_CELLS
 _AT_SEEN: Final = _AT_RESTS - _BUCKETS * _IN_A_BUCKET
 # Bytes for what the old code leaves to the new code in an upgrade: the names of the columns.
 _DIRECTORY: Final = 1 << 20
@@ -150,7 +151,7 @@ class Seen:
 
 
 class Rests:
-    """Until when something is not used, by name, as all workers know it. Of each worker, 64 are remembered.
+    """Until when something is not used, by name, as all workers know it. Of each worker, 255 are remembered.
 
     Times are whole microseconds of `perf_counter`, which is the same in all processes.
     """

@@ -190,19 +190,44 @@ UPSTREAM_ERRORS = Metric(
     (*_R, "type"),
     "Failures of upstreams, by type: dns, connect, tls, timeout, reset, protocol.",
 )
-ENDPOINT_UP = Metric(
-    "endpoint_up", "gauge", ("upstream", "endpoint"), "1 if the endpoint is in use, 0 if it is ejected."
+_E: Final = ("upstream", "endpoint")
+
+ATTEMPTS = Metric(
+    "attempts",
+    "counter",
+    (*_E, "result"),
+    "Attempts at endpoints, by what became of them, for upstreams between whose endpoints there is a choice.",
 )
+RETRIES = Metric(
+    "retries",
+    "counter",
+    (*_R, "reason"),
+    "Attempts that were followed by another one, by why; the labels are those of the attempt that failed.",
+)
+DISCARDED_TOKENS = Metric(
+    "discarded_tokens",
+    "counter",
+    ("upstream", "model", "type"),
+    "Tokens of attempts that were thrown away, as far as the upstream told them; they are not in tokens.",
+)
+HELD = Metric(
+    "held_seconds",
+    "histogram",
+    _R,
+    "How long the beginning of an answer, or all of it, was held back (retry.until), for those that were sent.",
+    TO_TOKEN,
+)
+ENDPOINT_UP = Metric("endpoint_up", "gauge", _E, "1 if the endpoint is in use, 0 if it is ejected.")
 ENDPOINT_ACTIVE = Metric(
     "endpoint_requests_active",
     "gauge",
-    ("upstream", "endpoint"),
+    _E,
     "Attempts in progress at the endpoint, of all workers, by which the endpoint for a request is chosen.",
 )
 ENDPOINT_EJECTIONS = Metric(
     "endpoint_ejections",
     "counter",
-    ("upstream", "endpoint", "reason"),
+    (*_E, "reason"),
     "How often the endpoint was ejected, by reason: failures, refused (no connection could be made) or health (its "
     "checks failed). An ejection that goes on because a trial has failed counts again.",
 )
@@ -297,6 +322,10 @@ METRICS: Final = (
     FORWARD,
     RELEASE,
     UPSTREAM_ERRORS,
+    ATTEMPTS,
+    RETRIES,
+    DISCARDED_TOKENS,
+    HELD,
     ENDPOINT_UP,
     ENDPOINT_ACTIVE,
     ENDPOINT_EJECTIONS,

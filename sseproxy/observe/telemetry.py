@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from itertools import islice
 from time import perf_counter
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..errors import Outcome
-from ..relay.exchange import Exchange
+from ..relay.exchange import Exchange, Observer
 from ..wire.meaning import Usage
 from . import metrics
 from .access import AccessLog
@@ -206,6 +206,7 @@ class RouteObserver:
         "_head",
         "_labels",
         "_of_model",
+        "_of_whole",
         "_recorder",
         "_telemetry",
         "first_event",
@@ -220,6 +221,7 @@ class RouteObserver:
         self._recorder = recorder
         self._labels = labels
         self._of_model = (*labels, model)
+        self._of_whole: RouteObserver | None = None
         self._detailed = (*labels, model if telemetry.detailed else "")
         self._connect = recorder.histogram(metrics.CONNECT_TIME, labels)
         self._head = recorder.histogram(metrics.TO_HEAD, labels)
@@ -241,6 +243,37 @@ class RouteObserver:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
         if not answered:
             self._recorder.set(metrics.UPSTREAM_UP, self._labels[1:], 0)
+
+    def attempted(self, endpoint: str, result: str) -> None:
+        self._recorder.count(metrics.ATTEMPTS, (self._labels[1], endpoint, result))
+
+    def retried(self, reason: str) -> None:
+        self._recorder.count(metrics.RETRIES, (*self._labels, reason))
+
+    def discarded(self, usage: Usage) -> None:
+        for kind, tokens in _counted(usage):
+            self._recorder.count(metrics.DISCARDED_TOKENS, (*self._of_model[1:], kind), tokens)
+
+    def held(self, seconds: float) -> None:
+        self._recorder.histogram(metrics.HELD, self._labels).observe(seconds)
+
+    def of_whole_answers(self) -> RouteObserver:
+        """The observer of exchanges that are held back until their end: it records no times between tokens."""
+        if self._of_whole is None:
+            self._of_whole = RouteObserver(self._telemetry, self._labels, self._of_model[-1])
+            self._of_whole.gap = lambda seconds, /: None
+        return self._of_whole
+
+    def handed_over(self, exchange: Exchange, to: Observer) -> None:
+        """From now on, `exchange` is counted for the labels of `to`. What it has moved so far stays with these."""
+        assert isinstance(to, RouteObserver)
+        running = self._telemetry.running
+        running[exchange] = _count_moved(exchange, running[exchange])
+        self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, -1)
+        self._recorder.move(metrics.REQUESTS_ACTIVE, to._labels, 1)
+        if exchange.is_stream:
+            self._recorder.move(metrics.STREAMS_ACTIVE, self._labels, -1)
+            self._recorder.move(metrics.STREAMS_ACTIVE, to._labels, 1)
 
     def connected(self, seconds: float, *, reused: bool) -> None:
         if reused:
@@ -307,14 +340,20 @@ class RouteObserver:
         self._telemetry.changed()
 
     def _count_usage(self, usage: Usage, *, completed: bool) -> None:
-        for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
-            if tokens := getattr(usage, kind):
-                self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
+        for kind, tokens in _counted(usage):
+            self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
         if usage.seconds:
             self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)
         for kind, of_one in (("input", usage.input), ("output", usage.output)):
             if completed and of_one is not None:
                 self._recorder.histogram(metrics.TOKENS_PER_REQUEST, (*self._detailed, kind)).observe(of_one)
+
+
+def _counted(usage: Usage) -> Iterator[tuple[str, int]]:
+    """The tokens of each type, without those that are 0 or not told."""
+    for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
+        if tokens := getattr(usage, kind):
+            yield kind, tokens
 
 
 def _why_without_usage(exchange: Exchange) -> str:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Final
 
 from yarl import URL
 
-from ..ledger.endpoints import MAX_ADDRESSES, Addresses, Standing, address_key, micros, of_host
+from ..ledger.endpoints import MAX_ADDRESSES, Addresses, Standing, address_key, of_host
 from ..ledger.table import Row
+from ..relay.pool import micros
 
 if TYPE_CHECKING:
     from ..config import Upstream

@@ -184,7 +184,7 @@ class Fleet:
         self, name: str, one: _Endpoint, active: Sequence[int], workers: Sequence[int], now: int
     ) -> Iterator[OnTrial]:
         """Names the next worker, unless the one that is named may still try the endpoint."""
-        if one.worker in workers:
+        if one.worker is not None and one.worker in workers:
             has = active[one.worker]
             one.active = min(one.active, has)
             if now - one.named_at < (_TO_PASS if has > one.active else _TO_BEGIN):

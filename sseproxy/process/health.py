@@ -23,11 +23,12 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from .. import __version__
-from ..ledger.endpoints import Standing, address_key, address_label, labels, micros, of_host
+from ..ledger.endpoints import Standing, address_key, address_label, labels, of_host
 from ..ledger.table import Ledger, Row
 from ..observe import metrics
 from ..observe.metrics import Labels, Recorder
 from ..relay.admission import counted, fleet_upstreams
+from ..relay.pool import micros
 from .discovery import JITTER, Address, Discovery, look_up
 from .ejection import Admitted, Ejected, Fleet, OnTrial
 

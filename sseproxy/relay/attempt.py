@@ -1,4 +1,4 @@
-"""One attempt at an upstream: it connects, sends the request, and receives the response head.
+"""One attempt at an endpoint: it connects, sends the request, and receives the response head.
 
 A deadline of these phases fails the attempt, not the exchange. `Attempt.end` closes the connection, unless the
 connection was given back to the pool before.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from time import perf_counter
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
 
 from ..errors import ExchangeError, InternalError
 from ..wire.framing import LAST_CHUNK, frame
@@ -18,7 +18,13 @@ from .body import RequestBody
 from .clock import Clock
 from .exchange import Exchange
 from .heads import ResponseHead
-from .upstream import Upstream, UpstreamConnection
+from .pool import Upstream, micros
+from .upstream import Endpoint, UpstreamConnection
+
+if TYPE_CHECKING:
+    from ..ledger.table import Count
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -47,36 +53,52 @@ class Outgoing(NamedTuple):
     """Called with each interim response (1xx)."""
 
 
+# What became of an attempt. An endpoint is ejected after several that failed.
+Verdict = Literal["succeeded", "failed", "refused", "open"]
+
+
 class Attempt:
-    """One attempt to send the request of `exchange` to `upstream`.
+    """One attempt to send the request of `exchange` to `endpoint` of `upstream`.
 
     `failed` is called with the error if the client's body is invalid; this ends the exchange. `released` is called when
-    the connection is aborted.
+    the connection is aborted. `later`: it is counted as a later attempt while it waits for the response head.
     """
 
     __slots__ = (
+        "_active",
         "_clock",
         "_error",
         "_exchange",
         "_failed",
         "_idempotent",
+        "_later",
         "_released",
         "_task",
         "_upload",
-        "_upstream",
         "_written_at",
+        "began_at",
         "connection",
+        "endpoint",
+        "judged",
     )
 
     def __init__(
         self,
         upstream: Upstream,
+        endpoint: Endpoint,
         exchange: Exchange,
         clock: Clock,
         failed: Callable[[ExchangeError], None],
         released: Callable[[], None],
+        *,
+        later: bool = False,
     ) -> None:
-        self._upstream = upstream
+        self.endpoint = endpoint
+        self.began_at = perf_counter()
+        self.judged = False
+        """Whether it is known what became of it."""
+        self._active: Count | None = None
+        self._later = upstream.later if later else None
         self._exchange = exchange
         self._clock = clock
         self._failed = failed
@@ -95,13 +117,26 @@ class Attempt:
         connection was used before; with `fresh` it never was. Raises `UpstreamError`, or `RequestError` if too many
         connections are being established.
         """
+        if self.endpoint.standing is not None:
+            self._active = self.endpoint.standing.active
+            self._active.add(1)
+        later, self._later = self._later, None
+        if later is None:
+            return await self.until(self._head(outgoing, fresh))
+        later.add(1)
+        try:
+            return await self.until(self._head(outgoing, fresh))
+        finally:
+            later.add(-1)
+
+    async def until(self, result: Coroutine[None, None, T]) -> T:
+        """Waits for the `result` of a part of this attempt. Meanwhile `fail` ends the attempt."""
         # The task is not a local variable: a cancelled task refers to this frame, so this would be a reference cycle.
         self._task = asyncio.current_task()
         assert self._task is not None
         cancelled = self._task.cancelling()
         try:
-            await self._connect(fresh)
-            return await self._send(outgoing)
+            return await result
         except asyncio.CancelledError:
             if self._error is None or self._task.uncancel() > cancelled:
                 raise
@@ -109,8 +144,12 @@ class Attempt:
         finally:
             self._task = None
 
+    async def _head(self, outgoing: Callable[[bool], Outgoing], fresh: bool) -> ResponseHead:
+        await self._connect(fresh)
+        return await self._send(outgoing)
+
     def fail(self, error: ExchangeError) -> bool:
-        """Ends `head` with `error`. Returns False if `head` has already returned."""
+        """Ends `head` or `until` with `error`. Returns False if neither is waiting."""
         if self._task is None:
             return False
         if self._error is None:
@@ -132,12 +171,35 @@ class Attempt:
         return written_at is None or self._idempotent or perf_counter() - written_at < _STALE_WITHIN
 
     @property
+    def begun(self) -> bool:
+        """Whether a part of the request has been sent."""
+        return self._written_at is not None
+
+    def judge(self, result: str, verdict: Verdict) -> None:
+        """Records what became of it: `result`, in words, and what that says of the endpoint. Only the first counts.
+
+        `refused`: no connection could be made. `open`: it says nothing of the endpoint.
+        """
+        standing = self.endpoint.standing
+        if standing is None or self.judged:
+            return
+        self.judged = True
+        if verdict == "succeeded":
+            standing.succeeded(micros())
+        elif verdict != "open":
+            standing.failed(micros(), refused=verdict == "refused")
+        self._exchange.observer.attempted(self.endpoint.label, result)
+
+    @property
     def uploads(self) -> bool:
         """Whether a part of the request's body has not been sent yet."""
         return self._upload is not None and not self._upload.done()
 
     def end(self) -> None:
         """Stops sending the request, and aborts the connection."""
+        active, self._active = self._active, None
+        if active is not None:
+            active.add(-1)
         if self._upload is not None:
             self._upload.cancel()
         if self.connection is not None:
@@ -147,7 +209,7 @@ class Attempt:
         """Phase 3: Connect."""
         begun = perf_counter()
         self._clock.enter("connect", begun)
-        self.connection = await self._upstream.connect(self._released, fresh=fresh)
+        self.connection = await self.endpoint.connect(self._released, fresh=fresh)
         self._exchange.observer.connected(perf_counter() - begun, reused=self.connection.protocol.requests > 0)
 
     async def _send(self, make: Callable[[bool], Outgoing]) -> ResponseHead:

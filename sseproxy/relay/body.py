@@ -207,9 +207,14 @@ class RequestBody:
             self._keep(part, held=False)
         return part
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the body can be read again, from its beginning: what was read has been kept."""
+        return not self._closed and (not self._begun or self._kept is not None)
+
     def begin_again(self) -> bool:
-        """Starts to read the body again, from its beginning. Returns False if what was read has not been kept."""
-        if self._closed or (self._begun and self._kept is None):
+        """Starts to read the body again, from its beginning. Returns False if it is not `repeatable`."""
+        if not self.repeatable:
             return False
         if self._kept is not None:
             self._ahead = deque((*self._kept, *self._ahead))

@@ -6,6 +6,7 @@ An `Exchange` is created when a request head has been received, and finished exa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -25,6 +26,12 @@ class Observer(Protocol):
     def started(self, exchange: Exchange) -> None: ...
     def rejected(self, reason: str) -> None: ...
     def upstream_failed(self, kind: str, *, answered: bool) -> None: ...
+    def attempted(self, endpoint: str, result: str) -> None: ...
+    def retried(self, reason: str) -> None: ...
+    def discarded(self, usage: Usage) -> None: ...
+    def held(self, seconds: float) -> None: ...
+    def of_whole_answers(self) -> Observer: ...
+    def handed_over(self, exchange: Exchange, to: Observer) -> None: ...
     def connected(self, seconds: float, *, reused: bool) -> None: ...
     def response_head(self, seconds: float) -> None: ...
     def stream_started(self) -> None: ...
@@ -42,10 +49,12 @@ class Exchange:
     __slots__ = (
         "_passed_over",
         "api",
+        "attempts",
         "cause",
         "client",
         "complained",
         "ended_at",
+        "endpoint",
         "events",
         "fetches",
         "finish_reason",
@@ -64,6 +73,7 @@ class Exchange:
         "method",
         "model",
         "observer",
+        "on_first_token",
         "other_events",
         "outcome",
         "path",
@@ -82,6 +92,7 @@ class Exchange:
         "upstream",
         "upstream_request_id",
         "usage",
+        "was_held",
     )
 
     def __init__(self, route: str, upstream: str, observer: Observer, request_id: str, received_at: float) -> None:
@@ -91,6 +102,11 @@ class Exchange:
         self.request_id = request_id
         self.received_at = received_at
         self.client = self.method = self.api = ""
+        self.endpoint = ""
+        """Which endpoint of the upstream was asked last. Empty if it has only one."""
+        self.attempts = 1
+        """How many attempts were made."""
+        self.on_first_token: Callable[[], None] | None = None
         self.model: str | None = None
         """The model that the request names."""
         self.traceparent: str | None = None
@@ -142,11 +158,20 @@ class Exchange:
         """Whether the upstream has sent a code or a message. That is an error if nothing else comes."""
         self.unread: Literal["encoded", "oversize", "unknown", "failed"] | None = None
         """Why the body, or a part of it, could not be inspected."""
+        self.was_held = False
+        """All of it was held back and sent at once, so there are no times between tokens."""
         self.outcome: Outcome | None = None
 
     def begin(self) -> None:
         """Counts the exchange as active, until `finish`."""
         self.observer.started(self)
+
+    def goes_to(self, upstream: str, endpoint: str, observer: Observer) -> None:
+        """The next attempt is at `endpoint` of `upstream`. From now on, `observer` observes."""
+        self.endpoint = endpoint
+        if observer is not self.observer:
+            self.observer.handed_over(self, observer)
+            self.upstream, self.observer = upstream, observer
 
     def head_received(self, status: int, event_stream: bool) -> None:
         self.status = status
@@ -207,6 +232,8 @@ class Exchange:
             self.first_delta_at = self.last_delta_at = read_at
             self.first_token_at = perf_counter()
             self.observer.first_token(self.first_token_at - self.received_at, self.request_id)
+            if self.on_first_token is not None:
+                self.on_first_token()
         else:
             self.other_events += 1
 
@@ -243,7 +270,7 @@ class Exchange:
         if self.outcome is not Outcome.COMPLETED or usage is None or usage.output is None or not usage.final:
             return None
         streamed = usage.output if self.streamed_reasoning else usage.output - (usage.reasoning or 0)
-        if self.first_delta_at is None or self.deltas < 2 or streamed < 2:
+        if self.first_delta_at is None or self.deltas < 2 or streamed < 2 or self.was_held:
             return None
         return (self.last_delta_at - self.first_delta_at) / (streamed - 1)
 

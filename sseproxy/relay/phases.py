@@ -8,7 +8,8 @@
 6. *Body*: the pump forwards the body.
 7. *End*: releases everything that the request occupies, and both connections, and records the one outcome.
 
-Phases 3 to 5 are an *attempt*. If the client leaves, the current phase is cancelled. If a deadline passes, or the drain
+Phases 3 to 5 are an *attempt*. There may be several (`retry`). The beginning of an answer may be held back until it is
+clear that it is one (`hold`). If the client leaves, the current phase is cancelled. If a deadline passes, or the drain
 timeout, the current phase fails.
 """
 
@@ -20,7 +21,7 @@ import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import (
     ExchangeError,
@@ -29,6 +30,7 @@ from ..errors import (
     ProtocolError,
     RequestError,
     StalledClient,
+    Truncated,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -37,22 +39,26 @@ from ..wire.coding import READABLE, Inflater, coding_of
 from ..wire.dialects import Dialect, asks_for_stream, dialect_of, form_of, model_in
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
-from ..wire.request import RequestReader, Splice, reader_of
+from ..wire.refusals import is_too_long
+from ..wire.request import RequestReader, Splice, changed, reader_of
 from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
-from . import routes
+from . import affinity, routes
 from .admission import Ticket
 from .answers import Answer, date, status_line
-from .attempt import Attempt, Outgoing
+from .attempt import Attempt, Outgoing, Verdict
 from .clock import Clock
 from .downstream import Request
 from .exchange import Exchange
 from .heads import ResponseHead
+from .hold import UNOBSERVED, Held, Hold
 from .inspect import Inspector, JsonInspector, StreamInspector
+from .pool import Upstream, micros
 from .pump import Peek, Pump
-from .upstream import Upstream
+from .retry import Course, Failure, Repeatable, Step, failure_in, failure_of
+from .upstream import Endpoint
 
 if TYPE_CHECKING:
-    from ..config import Route, Timeouts
+    from ..config import Route, Target, Timeouts
     from .proxy import Proxy
 
 log = logging.getLogger(__name__)
@@ -66,8 +72,45 @@ _MAX_REPEATED: Final = 1024 * 1024
 # The safe methods (RFC 9110, section 9.2.1), except TRACE, which is not relayed.
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+# openai-python, openai-node and others obey it.
+_DO_NOT_RETRY: Final = (b"X-Should-Retry", b"false")
 # Statuses with which a Location says where to go on (RFC 9110, section 10.2.2).
 _WITH_LOCATION: Final = frozenset({201, 300, 301, 302, 303, 307, 308})
+
+
+# What the outcome of an exchange says of the endpoint that was asked last. All others say nothing.
+_JUDGEMENTS: Final[dict[Outcome, tuple[str, Verdict]]] = {
+    Outcome.COMPLETED: ("completed", "succeeded"),
+    Outcome.UPSTREAM_ERROR: ("error", "failed"),
+    Outcome.TRUNCATED: ("truncated", "failed"),
+    Outcome.UPSTREAM_TIMEOUT_FIRST_TOKEN: ("timeout", "failed"),
+    Outcome.UPSTREAM_TIMEOUT_IDLE: ("timeout", "failed"),
+    Outcome.CLIENT_GONE_MID_STREAM: ("client_gone", "succeeded"),
+    Outcome.CLIENT_GONE_BEFORE_FIRST_TOKEN: ("client_gone", "open"),
+    Outcome.CLIENT_GONE_BEFORE_HEAD: ("client_gone", "open"),
+}
+
+
+class _Question(NamedTuple):
+    """What is asked of an upstream, whichever it is."""
+
+    route: Route
+    path: str
+    query: str
+    dialect: Dialect
+    model: str | None
+    read: RequestReader | FormReader | None
+    """The body, if it was read in advance."""
+    wants_usage: bool
+    inspect: bool
+
+
+class _Asked(NamedTuple):
+    """A response head, of which endpoint, and whether usage was requested that the client does not want."""
+
+    head: ResponseHead
+    endpoint: Endpoint
+    strip: bool
 
 
 def new_request_id() -> bytes:
@@ -100,6 +143,9 @@ class Relay:
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
         self._attempt: Attempt | None = None
+        self._course: Course | None = None
+        # What is held back of an attempt that has failed.
+        self._hold: Hold | None = None
         self._pump: Pump | None = None
         self._flushing = False
         self._framing_out: Framing | None = None
@@ -121,7 +167,7 @@ class Relay:
 
     def _deadline_passed(self, error: ExchangeError) -> None:
         """Fails the attempt, if `error` is about one of its deadlines, or else the exchange."""
-        of_attempt = isinstance(error, UpstreamTimeout) and error.phase in ("connect", "head")
+        of_attempt = isinstance(error, UpstreamTimeout) and error.phase != "total"
         if not (of_attempt and self._attempt is not None and self._attempt.fail(error)):
             self.fail(error)
 
@@ -212,14 +258,17 @@ class Relay:
             log.exception("internal error at the end of an exchange")
         # This breaks reference cycles, so that all these objects are freed now, without the garbage collector.
         del self._task
-        self._ticket = self._clock = self._attempt = self._pump = None
+        self._ticket = self._clock = self._attempt = self._pump = self._course = self._hold = None
 
     def _record(self, outcome: Outcome) -> None:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
         exchange = self._exchange or self._recorded()
+        exchange.on_first_token = None
         try:
+            if self._attempt is not None:
+                self._attempt.judge(*_JUDGEMENTS.get(outcome, ("abandoned", "open")))
             if self._passing is not None:
                 exchange.model = exchange.model or self._passing.model_so_far
             exchange.count_once(self._proxy.counted)
@@ -264,6 +313,9 @@ class Relay:
         if error.status in (429, 503):
             # Another replica, or the workers after a restart, can take the request.
             extra.append((b"Retry-After", b"1"))
+        if self._course is not None and self._course.several and isinstance(error, UpstreamError):
+            # Everything that could be tried was. SDKs would send it again, twice.
+            extra.append(_DO_NOT_RETRY)
         if error.status == 415:
             # RFC 9110, section 12.5.3.
             extra.append((b"Accept-Encoding", b", ".join(READABLE)))
@@ -287,13 +339,12 @@ class Relay:
             return Answer.to_options(keep_alive=keep_alive, extra=[(b"X-Request-Id", self._request_id)])
         route, path, query = await self._route()
         proxy, request = self._proxy, self._request
-        upstream = proxy.upstreams[route.upstream]
+        upstream = proxy.upstreams[route.upstream[0].name]
         exchange = self._recorded(route.name, upstream.name)
         assert self._ticket is not None
         self._ticket.enter(route.name)
         clock = self._start_clock(route.timeouts)
-        target = routes.upstream_path(route, upstream.base_path, path)
-        known_as = routes.normal_path(target)
+        known_as = routes.normal_path(routes.upstream_path(route, upstream.base_path, path))
         self._asked_as = known_as, route.dialect
         dialect = dialect_of(known_as, route.dialect)
 
@@ -301,7 +352,11 @@ class Relay:
         # Other forms are files, which have no model and may be large.
         tells_model = is_json or (dialect.generates and headers.is_form(request.fields))
         wants_usage = route.usage.request and dialect.asks_usage and is_json and plain
-        if wants_usage or (proxy.models and tells_model and self._coding is not None):
+        if (
+            wants_usage
+            or (proxy.models and tells_model and self._coding is not None)
+            or (route.name in proxy.reads_bodies and is_json and plain)
+        ):
             await self._collect(clock, route.timeouts.body)
         elif (
             tells_model
@@ -319,40 +374,34 @@ class Relay:
         exchange.model, exchange.api = model, dialect.name
         exchange.fetches = dialect.keeps and request.method != "POST"
         exchange.observer = proxy.observer(route.name, upstream.name, routes.model_label(proxy.models, model))
-        asking: Splice | None = None
-        if wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
-            asking = read.with_usage()
-            if asking is not None and not upstream.takes_stream_options(model) and not request.body.hold():
-                # If the upstream refused the option, there would be no copy of the client's own body to send.
-                asking = None
-
         # Responses to other requests are not generated. They are not inspected, so the upstream may compress them.
         inspect = dialect.generates or request.method == "POST"
-        target += query if upstream.credential is None else routes.without_key(query)
-        head = await self._ask(upstream, target, asking, model, clock, inspect=inspect)
-        if asking is not None and await self._refuses_stream_options(head, clock):
-            asking = None
-            head = await self._ask(upstream, target, None, model, clock, inspect=inspect)
-            # The error may have had another reason, and only quote the option. If the same request streams without the
-            # option, the upstream has refused the option.
-            if head.status < 300 and headers.body_kind(head.fields) in ("events", "open"):
-                upstream.remember_stream_options(model, taken=False)
-        elif asking is not None and head.status < 300:
-            upstream.remember_stream_options(model, taken=True)
+        question = _Question(route, path, query, dialect, model, read, wants_usage, inspect)
+        only = upstream.only
+        if only is not None and len(route.upstream) == 1 and "same" not in route.retry.on:
+            asked = await self._ask(upstream, only, route.upstream[0], question, clock)
+        else:
+            asked = await self._ask_any(question, clock)
+        head = asked.head
         kind = headers.body_kind(head.fields)
-        asked = (
-            kind == "events"
-            or asks_for_stream(known_as, query)
-            or headers.accepts_events(request.fields)
-            or any(reader is not None and reader.streams for reader in (read, self._passing))
-        )
+        streams = self._asks_for_stream(question, kind)
         # These are only needed to send the request. They are freed, because a stream may take long.
-        del read
+        del read, question
         request.answered()
         if head.status in _WITH_LOCATION:
-            head.fields = upstream.rewrite_location(head.fields, route)
-        self._respond(head, kind, dialect, clock, route.heartbeat, asked=asked, strip=asking is not None)
+            head.fields = asked.endpoint.rewrite_location(head.fields, route)
+        self._respond(head, kind, dialect, clock, route.heartbeat, asked=streams, strip=asked.strip)
         return None
+
+    def _asks_for_stream(self, question: _Question, kind: headers.BodyKind) -> bool:
+        """Whether the client wants a stream, or gets one: the body of the response is labelled as `kind`."""
+        target = routes.normal_path(routes.upstream_path(question.route, "", question.path))
+        return (
+            kind == "events"
+            or asks_for_stream(target, question.query)
+            or headers.accepts_events(self._request.fields)
+            or any(reader is not None and reader.streams for reader in (question.read, self._passing))
+        )
 
     def _admit(self) -> None:
         """Phase 1: Admit."""
@@ -478,32 +527,84 @@ class Relay:
             transport.write(_CONTINUE)
 
     async def _ask(
-        self, upstream: Upstream, target: str, asking: Splice | None, model: str | None, clock: Clock, *, inspect: bool
+        self,
+        upstream: Upstream,
+        endpoint: Endpoint,
+        target: Target,
+        question: _Question,
+        clock: Clock,
+        *,
+        later: bool = False,
+        keeps: int = 0,
+    ) -> _Asked:
+        """Phases 3 to 5, at `endpoint`. If there may be other attempts, up to `keeps` bytes of the body are kept.
+
+        Usage is requested, where the route wants it. If the upstream refuses the option, it is asked without it.
+        """
+        model, read, body = target.model or question.model, question.read, self._request.body
+        splices = _renaming(read, target.model)
+        asking: Splice | None = None
+        if question.wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
+            asking = read.with_usage()
+            if asking is not None and not upstream.takes_stream_options(model) and not body.hold():
+                # If the upstream refused the option, there would be no copy of the client's own body to send.
+                asking = None
+        if asking is None:
+            return _Asked(
+                await self._attempt_at(upstream, endpoint, question, splices, clock, later, keeps), endpoint, False
+            )
+        known = upstream.takes_stream_options(model)
+        asked = [*splices, asking]
+        head = await self._attempt_at(
+            upstream, endpoint, question, asked, clock, later, keeps, may_refuse=known is None
+        )
+        if await self._refuses_stream_options(head, clock):
+            head = await self._attempt_at(upstream, endpoint, question, splices, clock, later, keeps)
+            # The error may have had another reason, and only quote the option. If the same request streams without the
+            # option, the upstream has refused the option.
+            if head.status < 300 and headers.body_kind(head.fields) in ("events", "open"):
+                upstream.remember_stream_options(model, taken=False)
+            return _Asked(head, endpoint, False)
+        if head.status < 300:
+            upstream.remember_stream_options(model, taken=True)
+        return _Asked(head, endpoint, True)
+
+    async def _attempt_at(
+        self,
+        upstream: Upstream,
+        endpoint: Endpoint,
+        question: _Question,
+        splices: Sequence[Splice],
+        clock: Clock,
+        later: bool,
+        keeps: int,
+        *,
+        may_refuse: bool = False,
     ) -> ResponseHead:
         """Phases 3 to 5. Returns the response head.
 
-        This takes one attempt, or two if the first one met a pooled connection that the upstream had already closed. If
-        there is an `asking`, it is spliced into the client's body.
+        This takes one attempt, or two if the first one met a pooled connection that the upstream had already closed.
+        The body is sent with `splices`. With `may_refuse` it is kept, because it may have to be sent without them.
         """
-        request, body, ticket = self._request, self._request.body, self._ticket
-        exchange = self._recorded()
+        request, body, ticket, exchange = self._request, self._request.body, self._ticket, self._recorded()
         assert ticket is not None
-        # As long as it is not known whether the upstream accepts the option, the body may have to be sent again without
-        # it.
-        ticket.spare = asking is None or upstream.takes_stream_options(model) is True
-        idempotent = request.method in _SAFE_METHODS or bool(request.fields.named(b"idempotency-key"))
+        ticket.spare = not may_refuse
+        idempotent = self._is_idempotent
+        query = question.query if endpoint.credential is None else routes.without_key(question.query)
+        target = routes.upstream_path(question.route, endpoint.base_path, question.path) + query
 
         def outgoing(reused: bool) -> Outgoing:
             whole = body.whole
             framing = request.framing
             if whole is None:
-                body.keeps = _MAX_REPEATED if reused else 0
+                body.keeps = max(keeps, _MAX_REPEATED if reused else 0)
                 parts = []
             else:
-                body.keeps = sum(map(len, whole)) if reused or not ticket.spare else 0
-                parts = body.take() if asking is None else list(asking.into(body.take()))
+                size = sum(map(len, whole))
+                body.keeps = size if reused or may_refuse or size <= keeps else 0
+                parts = changed(body.take(), splices) if splices else body.take()
                 framing = None if framing is None else sum(map(len, parts))
-            head = self._head_out(upstream, target, framing, inspect=inspect)
+            head = self._head_out(endpoint, target, framing, inspect=question.inspect)
             rest = body if whole is None else None
             if rest is not None:
                 self._continue()
@@ -511,16 +612,212 @@ class Relay:
 
         again = False
         while True:
-            attempt = self._attempt = Attempt(upstream, exchange, clock, self.fail, self._released)
+            attempt = self._attempt = Attempt(
+                upstream, endpoint, exchange, clock, self.fail, self._released, later=later
+            )
             try:
                 return await attempt.head(outgoing, fresh=again)
             except UpstreamError:
-                attempt.end()
-                if again or not attempt.can_be_repeated or not body.begin_again():
+                if again or not attempt.can_be_repeated or not body.repeatable:
                     raise
+                attempt.end()
+                body.begin_again()
                 again = True
 
-    def _head_out(self, upstream: Upstream, target: str, framing: Framing | None, *, inspect: bool) -> bytes:
+    @property
+    def _is_idempotent(self) -> bool:
+        return self._request.method in _SAFE_METHODS or bool(self._request.fields.named(b"idempotency-key"))
+
+    async def _ask_any(self, question: _Question, clock: Clock) -> _Asked:
+        """Phases 3 to 5, at as many endpoints as it takes. Returns the answer, or the last response that is none."""
+        route, exchange, body = question.route, self._recorded(), self._request.body
+        options = route.retry
+        course = self._course = self._course_of(question)
+        step = course.first()
+        if step is None:
+            raise UpstreamError("dns", cause=f"{route.upstream[0].name}: no address is known")
+        while True:
+            self._goes_to(step, question)
+            exchange.attempts = course.attempts
+            if step.pause:
+                await asyncio.sleep(step.pause)
+            keeps = options.max_body if course.several else 0
+            asked, error = None, None
+            try:
+                asked = await self._ask(
+                    step.upstream, step.endpoint, step.target, question, clock, later=step.later, keeps=keeps
+                )
+                failure = await self._failure(asked.head, step, course, question, clock)
+            except UpstreamError as raised:
+                attempt = self._attempt
+                error, failure = raised, failure_of(raised, begun=attempt is not None and attempt.begun)
+                error.attempts = course.attempts
+            if failure is None:
+                assert asked is not None
+                return asked
+            self._note(failure, step, question)
+            following = course.next(failure) if body.repeatable else None
+            if following is None:
+                if error is not None:
+                    raise error
+                assert asked is not None
+                self._release_failed(failure, options.until)
+                if course.several and failure.retry_after is None:
+                    asked.head.fields = asked.head.fields.with_only(*_DO_NOT_RETRY)
+                return asked
+            exchange.observer.retried(failure.reason)
+            if error is not None:
+                exchange.observer.upstream_failed(error.kind, answered=False)
+            assert self._attempt is not None
+            self._attempt.end()
+            self._hold = None
+            body.begin_again()
+            step = following
+
+    def _course_of(self, question: _Question) -> Course:
+        route, proxy = question.route, self._proxy
+        read, dialect = question.read or self._passing, question.dialect
+        parts = self._request.body.whole if question.read is not None else None
+        sources = proxy.upstreams[route.upstream[0].name].affinity
+        key = affinity.key_of(sources, self._request.fields, parts) if sources else None
+        repeatable: Repeatable = "refused"
+        if dialect.keeps and dialect.generates and self._request.method == "POST" and dialect.name == "assistants":
+            repeatable = "connect"
+        elif read is not None and isinstance(read, RequestReader) and read.belongs_to_state:
+            repeatable = "connect"
+        elif dialect.generates or self._is_idempotent:
+            repeatable = "always"
+        targets = [
+            (target, proxy.upstreams[target.name])
+            for target in route.upstream
+            # Where the model cannot be replaced, that upstream would not know it.
+            if target.model is None or question.model is None or _renaming(question.read, target.model)
+        ]
+        if not targets:
+            raise RequestError("encoding" if self._coding != b"" else "body_too_large")
+        return Course(route.retry, targets, question.model, key, self._received_at, repeatable)
+
+    def _goes_to(self, step: Step, question: _Question) -> None:
+        proxy, exchange = self._proxy, self._recorded()
+        model = step.target.model or question.model
+        label = routes.model_label(proxy.models, model)
+        exchange.model = model
+        exchange.goes_to(
+            step.upstream.name, step.endpoint.label, proxy.observer(question.route.name, step.upstream.name, label)
+        )
+        standing = step.endpoint.standing
+        exchange.on_first_token = None
+        if standing is not None and standing.is_out:
+            # The first token is enough to know that it works again.
+            exchange.on_first_token = lambda: standing.passed(micros())
+
+    async def _failure(
+        self, head: ResponseHead, step: Step, course: Course, question: _Question, clock: Clock
+    ) -> Failure | None:
+        """Why the response with `head` is not the answer, or None if it is. Raises `UpstreamError`."""
+        failure = failure_in(head.status, head.fields, our_key=step.endpoint.credential is not None)
+        if failure is not None:
+            return failure
+        if head.status == 400 and course.has_fallback and await self._is_too_long(head, clock):
+            return Failure("context")
+        if question.route.retry.until != "head" and 200 <= head.status < 300 and course.several:
+            return await self._hold_back(head, question, clock)
+        return None
+
+    async def _is_too_long(self, head: ResponseHead, clock: Clock) -> bool:
+        """Whether the response says that the prompt is too long for the model. Nothing of it is lost."""
+        assert self._attempt is not None
+        connection = self._attempt.connection
+        assert connection is not None
+        if not head.framing:
+            return False
+        clock.enter("idle", perf_counter())
+        peek = Peek(connection, head.framing, _MAX_REFUSAL)
+        body = await self._attempt.until(peek.look())
+        peek.put_back()
+        return is_too_long(body)
+
+    async def _hold_back(self, head: ResponseHead, question: _Question, clock: Clock) -> Failure | None:
+        """Holds back what `retry.until` says. Returns why it is not the answer, or None if it is."""
+        attempt, exchange, ticket = self._attempt, self._recorded(), self._ticket
+        assert attempt is not None
+        assert ticket is not None
+        connection = attempt.connection
+        assert connection is not None
+        kind, options = headers.body_kind(head.fields), question.route.retry
+        streams = self._asks_for_stream(question, kind)
+        if not head.framing or headers.is_encoded(head.fields) or not question.dialect.generates:
+            return None
+        if options.until == "first_token" and not streams:
+            return None
+        record = Exchange("", "", UNOBSERVED, "", attempt.began_at)
+        record.status = head.status
+        record.is_stream = kind == "events" or (kind == "open" and streams)
+        begun_at = perf_counter()
+        inspector = self._inspector(head, kind, question.dialect, record)
+        hold = Hold(
+            connection,
+            head.framing,
+            record,
+            inspector,
+            clock,
+            until=options.until,
+            most=options.hold,
+            room=ticket.hold,
+        )
+        held: Held | None = None
+        try:
+            held = await attempt.until(hold.look())
+        finally:
+            ticket.release(hold.size)
+            if record.usage is not None and held != "answer":
+                exchange.observer.discarded(record.usage)
+        if held != "answer":
+            self._hold = hold
+            return Failure(str(held))
+        exchange.observer.held(perf_counter() - begun_at)
+        if options.until == "end":
+            exchange.was_held = True
+            exchange.observer = exchange.observer.of_whole_answers()
+        hold.put_back()
+        return None
+
+    def _release_failed(self, failure: Failure, until: str) -> None:
+        """Lets the client have what was held back of the last attempt, which has failed.
+
+        If the client is to get a whole answer or none, and this is a part of one, raises `UpstreamError`.
+        """
+        hold, self._hold = self._hold, None
+        if hold is None:
+            return
+        if until == "first_token" or (failure.reason == "error" and not hold.has_content):
+            hold.put_back()
+            return
+        error = Truncated() if failure.reason in ("truncated", "reset") else UpstreamError("answer")
+        assert self._course is not None
+        error.attempts = self._course.attempts
+        raise error
+
+    def _note(self, failure: Failure, step: Step, question: _Question) -> None:
+        """Records that the attempt of `step` has failed."""
+        attempt, model = self._attempt, step.target.model or question.model
+        ours = step.endpoint.credential is not None
+        if attempt is None:
+            return
+        if failure.reason == "429":
+            if ours and failure.retry_after:
+                step.upstream.rest(step.endpoint, model, failure.retry_after)
+            verdict: Verdict = "open"
+        elif failure.reason == "context":
+            verdict = "succeeded"
+        elif failure.reason in ("503", "529") and failure.retry_after:
+            step.upstream.rest(step.endpoint, None, failure.retry_after)
+            verdict = "open"
+        else:
+            verdict = "refused" if failure.reason == "connect" else "failed"
+        attempt.judge(failure.reason, verdict)
+
+    def _head_out(self, endpoint: Endpoint, target: str, framing: Framing | None, *, inspect: bool) -> bytes:
         """The request head for the upstream."""
         request, peer = self._request, self._downstream.address
         return headers.serialize(
@@ -528,13 +825,13 @@ class Relay:
             headers.to_upstream(
                 request.fields,
                 version=request.version,
-                host=upstream.host,
+                host=endpoint.host,
                 framing=framing_fields(framing),
                 peer=peer.encode() or b"unknown",
                 trusted=self._proxy.trusts(peer),
                 scheme=b"https" if self._downstream.is_tls else b"http",
                 request_id=self._request_id,
-                credential=upstream.credential,
+                credential=endpoint.credential,
                 inspect=inspect,
             ),
         )
@@ -660,6 +957,7 @@ class Relay:
                 framing_in=head.framing,
                 framing_out=self._framing_out,
                 reusable=reusable,
+                began_at=attempt.began_at,
                 # Whoever does not know that it is a stream must not find one in it.
                 heartbeat=heartbeat if kind == "events" else None,
                 stripper=stripper,
@@ -692,3 +990,9 @@ class Relay:
         if posted and exchange.succeeded:
             exchange.unread = "unknown"
         return Inspector(exchange)
+
+
+def _renaming(read: RequestReader | FormReader | None, model: str | None) -> list[Splice]:
+    """What replaces the model of a body by `model`: nothing, if it is None or cannot be replaced."""
+    splice = read.with_model(model) if isinstance(read, RequestReader) and model is not None else None
+    return [] if splice is None else [splice]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import Draining, RequestError
 from ..wire import headers
-from . import routes
-from .admission import Admission, Connections, pending
+from . import affinity, routes
+from .admission import Admission, Connections, fleet_upstreams, pending
 from .answers import Answer
 from .downstream import Request
 from .exchange import Exchange, Observer
 from .phases import Relay, new_request_id
+from .pool import Upstream
 from .server import DownstreamServer
-from .upstream import Upstream
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -79,10 +79,20 @@ class Proxy:
         self.names_models = config.access_log.exchanges != "off"
         self.router = routes.Router(config.routes)
         self.observer = observer
+        fleet = fleet_upstreams(config)
         self.upstreams = {
-            upstream.name: Upstream(upstream, config.limits, row.count(pending(upstream.name)))
+            upstream.name: Upstream(
+                upstream, config.limits, row, row.count(pending(upstream.name)), counted=upstream.name in fleet
+            )
             for upstream in config.upstreams
         }
+        self.reads_bodies = frozenset(
+            route.name
+            for route in config.routes
+            if any(target.model is not None for target in route.upstream)
+            or affinity.reads_body(self.upstreams[route.upstream[0].name].affinity)
+        )
+        """The routes whose bodies are read in advance, to replace the model or to assign the request to an endpoint."""
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.counted = row.counted

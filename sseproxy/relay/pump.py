@@ -73,7 +73,8 @@ class _Run(PlainReads):
 
 
 class Pump:
-    """Forwards one body. `framing_in` is the framing from the upstream, `framing_out` the one to the client.
+    """Forwards one body. `framing_in` is the framing from the upstream, `framing_out` the one to the client. The
+    attempt that it comes from began at `began_at`.
 
     With a `heartbeat`, an event stream that has been silent for so many seconds gets the heartbeat of its API.
     With a `stripper`, usage that the client has not requested is removed.
@@ -81,6 +82,7 @@ class Pump:
 
     __slots__ = (
         "_awaits_token",
+        "_began_at",
         "_body",
         "_chunked_out",
         "_clock",
@@ -114,6 +116,7 @@ class Pump:
         framing_in: Framing,
         framing_out: Framing,
         reusable: bool,
+        began_at: float,
         heartbeat: float | None = None,
         stripper: Stripper | None = None,
     ) -> None:
@@ -133,6 +136,7 @@ class Pump:
         self._chunked_out = framing_out == "chunked"
         self._extendable = exchange.is_stream and not isinstance(framing_out, int)
         self._reusable = reusable
+        self._began_at = began_at
         self._stripper = stripper
         self._heartbeat = heartbeat if self._extendable else None
         self._heartbeat_timer: asyncio.TimerHandle | None = None
@@ -150,7 +154,7 @@ class Pump:
         if self._heartbeat is not None:
             self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._beat, self._heartbeat)
         if self._awaits_token:
-            self._clock.enter("first_token", self._exchange.received_at)
+            self._clock.enter("first_token", self._began_at)
         else:
             self._clock.enter("idle", perf_counter())
         self._upstream.protocol.feed_to(self)

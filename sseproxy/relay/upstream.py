@@ -43,8 +43,12 @@ from .reads import BoundedReads, PlainReads
 from .routes import client_path
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+    from ..config import Endpoint as EndpointConfig
     from ..config import Limits, Route
     from ..config import Upstream as UpstreamConfig
+    from ..ledger.endpoints import Standing
     from ..ledger.table import Count
 
 # Seconds. uvicorn and Node.js close an idle connection after 5 s. With less than that, this side closes it first, so a
@@ -52,9 +56,6 @@ if TYPE_CHECKING:
 KEEPALIVE = 4.0
 # Connections that were opened together are closed at different times, within this share of their age. As in gRPC.
 _JITTER = 0.1
-# Models of one upstream for which it is remembered whether they accept `stream_options`. Clients choose their names, so
-# there must be a limit.
-_MAX_MODELS = 1024
 # Bytes of a body that may wait for the pump. The pump is attached one turn of the loop after the head was read.
 _HELD_LIMIT = 64 * 1024
 
@@ -310,9 +311,14 @@ class RelayProtocol(ResponseHandler):
 class _Target:
     """The attributes of an `aiohttp.ClientRequest` that the connector reads. One object serves all requests."""
 
-    proxy = proxy_auth = proxy_headers = server_hostname = None
+    proxy = proxy_auth = proxy_headers = None
+    server_hostname: str | None = None
 
-    def __init__(self, url: URL, tls: ssl.SSLContext | Literal[True]) -> None:
+    def __init__(self, url: URL, tls: ssl.SSLContext | Literal[True], address: str | None) -> None:
+        if address is not None:
+            # The name that the certificate must have, and that is told to the server (SNI).
+            self.server_hostname = url.raw_host
+            url = url.with_host(address)
         self.url = url
         self.ssl = tls
         self.host = url.raw_host
@@ -341,55 +347,57 @@ def _reason(error: BaseException) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
-def _credential(config: UpstreamConfig) -> tuple[bytes, bytes] | None:
+def _credential(header: str, secret: SecretStr | None) -> tuple[bytes, bytes] | None:
     """The header field with the API key, if there is one."""
-    if config.key is None:
+    if secret is None:
         return None
-    name, key = config.api_key_header, config.key.get_secret_value()
-    return name.encode(), (f"Bearer {key}" if name.lower() == "authorization" else key).encode()
+    key = secret.get_secret_value()
+    return header.encode(), (f"Bearer {key}" if header.lower() == "authorization" else key).encode()
 
 
-class Upstream:
-    """A named API and its connections. Create and close it in the running loop.
+class Endpoint:
+    """One address that serves an upstream, and the connections to it. Create and close it in the running loop.
 
-    `pending` counts the connections that are being established.
+    It is `config` of the upstream `of`. `pending` counts the connections to the upstream that are being established.
+    `standing` is what all workers know of it; None if nothing is counted. With an `address`, connections go there, and
+    everything else is as for the host in the URL.
     """
 
-    def __init__(self, config: UpstreamConfig, limits: Limits, pending: Count) -> None:
+    def __init__(
+        self,
+        config: EndpointConfig,
+        of: UpstreamConfig,
+        limits: Limits,
+        pending: Count,
+        label: str,
+        standing: Standing | None = None,
+        address: str | None = None,
+    ) -> None:
         url = URL(config.url, encoded=True)
-        self.name = config.name
-        self.credential = _credential(config)
+        self.label = label
+        """What it is called in metrics and in the log."""
+        self.standing = standing
+        self.credential = _credential(of.api_key_header, config.key or of.key)
         self.base_path = url.raw_path.rstrip("/")
+        self.port = url.port or 0
         self.host = (url.host_port_subcomponent or "").encode("ascii")
         # As which it may know itself: by the Host that it is sent, or with its port told all the same.
         self._names = {self.host.decode().lower(), f"{url.host_subcomponent}:{url.port}".lower()}
-        self._target = cast(ClientRequest, _Target(url, config.tls.context() if url.scheme == "https" else True))
+        self._target = cast(ClientRequest, _Target(url, of.tls.context() if url.scheme == "https" else True, address))
         loop = asyncio.get_running_loop()
         # Without a limit. With one, requests would wait in a queue of aiohttp that no metric shows.
         self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
-        self._stream_options: dict[str | None, bool] = {}
         self._connector._factory = cast(
             "functools.partial[ResponseHandler]",
             functools.partial(
                 RelayProtocol,
                 loop=loop,
                 heads=ResponseHeads(loop, limits.response_head),
-                max_age=config.max_connection_age,
+                max_age=of.max_connection_age,
             ),
         )
         self._max_pending = limits.pending_connects
         self._pending = pending
-
-    def takes_stream_options(self, model: str | None) -> bool | None:
-        """Whether `model` accepts `stream_options`. None if that is not known yet."""
-        return self._stream_options.get(model)
-
-    def remember_stream_options(self, model: str | None, taken: bool) -> None:
-        if self._stream_options.get(model) is taken:
-            return
-        while len(self._stream_options) >= _MAX_MODELS:
-            del self._stream_options[next(iter(self._stream_options))]
-        self._stream_options[model] = taken
 
     def rewrite_location(self, fields: headers.Fields, route: Route) -> headers.Fields:
         """`fields`, with a Location that leads to this upstream led through `route`, as nginx's proxy_redirect does.
@@ -442,11 +450,6 @@ class Upstream:
             raise UpstreamError("connect", cause=_reason(error)) from None
         finally:
             self._pending.add(-1)
-
-    @property
-    def connecting(self) -> int:
-        """How many of the connections in use are still being made."""
-        return self._pending.own
 
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""

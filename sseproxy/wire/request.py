@@ -22,6 +22,9 @@ class _Request(msgspec.Struct, gc=False):
     model: msgspec.Raw = NULL
     stream: msgspec.Raw = NULL
     stream_options: msgspec.Raw = NULL
+    background: msgspec.Raw = NULL
+    conversation: msgspec.Raw = NULL
+    previous_response_id: msgspec.Raw = NULL
 
 
 _decode_request: Final = msgspec.json.Decoder(_Request).decode
@@ -54,6 +57,14 @@ class Splice(NamedTuple):
             put = b""
             if changed:
                 yield changed
+
+
+def changed(parts: Iterable[bytes], splices: Iterable[Splice]) -> list[bytes]:
+    """The parts of a body with all `splices`, which do not overlap."""
+    # From the last to the first, so that each still finds its place.
+    for splice in sorted(splices, reverse=True):
+        parts = splice.into(parts)
+    return list(parts)
 
 
 class RequestReader:
@@ -95,6 +106,19 @@ class RequestReader:
     def streams(self) -> bool:
         """Whether it asks for a stream."""
         return bytes(self._decoded().stream) == b"true"
+
+    @property
+    def belongs_to_state(self) -> bool:
+        """Whether it continues something that the upstream keeps, or begins something that goes on by itself."""
+        request = self._decoded()
+        return bytes(request.background) == b"true" or any(
+            bytes(told) != b"null" for told in (request.conversation, request.previous_response_id)
+        )
+
+    def with_model(self, model: str) -> Splice | None:
+        """The change that replaces the model. None if it has none, or its position is not known."""
+        named = self._decoded().model is not NULL
+        return self._replaced(b"model", msgspec.json.encode(model)) if named else None
 
     def with_usage(self) -> Splice | None:
         """The change that requests usage. None if the request does not stream, or has `include_usage` itself."""

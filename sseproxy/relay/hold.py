@@ -1,0 +1,173 @@
+"""Holds back the beginning of an answer, or all of it, until it is clear that it is one.
+
+What is held is inspected like any body, but recorded nowhere. When it is released, the pump gets all of it at once, and
+forwards it in one write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from typing import Final, Literal, cast
+
+from ..errors import BrokenBodyError, Outcome
+from ..wire.framing import Framing, decoder
+from ..wire.meaning import Usage
+from .clock import Clock
+from .exchange import Exchange, Observer
+from .inspect import Inspector
+from .upstream import UpstreamConnection
+
+log = logging.getLogger(__name__)
+
+# Until the first token: bytes and events that are held at most. More is sent.
+_MAX_PRELUDE: Final = 64 * 1024
+_MAX_EVENTS: Final = 64
+
+Held = Literal["answer", "error", "truncated", "empty", "reset"]
+"""What the held bytes are. `answer`: they can be sent."""
+
+
+class _Unobserved:
+    """An observer that records nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return _ignore
+
+
+def _ignore(*args: object, **keywords: object) -> None:
+    pass
+
+
+UNOBSERVED: Final = cast("Observer", _Unobserved())
+
+
+class Hold:
+    """Reads the body on `connection` until it is known whether it is an answer.
+
+    `record` is an exchange that nobody observes, which began with the attempt, and `inspector` records in it. `until`
+    is the `first_token` or the `end`. At most `most` bytes are held; `room` takes room for so many, if there is any.
+    """
+
+    def __init__(
+        self,
+        connection: UpstreamConnection,
+        framing: Framing,
+        record: Exchange,
+        inspector: Inspector,
+        clock: Clock,
+        *,
+        until: str,
+        most: int,
+        room: Callable[[int], bool],
+    ) -> None:
+        self._connection = connection
+        self._record = record
+        self._inspector = inspector
+        self._clock = clock
+        self._awaits_token = inspector.awaits_token
+        self._whole = until == "end"
+        self._most = most if self._whole else min(most, _MAX_PRELUDE)
+        self._room = room
+        self._body = decoder(framing)
+        self._raw = bytearray()
+        self._found: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
+        self.size = 0
+        """Bytes that are held, and for which room was taken."""
+
+    async def look(self) -> Held:
+        """Waits until it is known what the body is."""
+        if self._awaits_token:
+            self._clock.enter("first_token", self._record.received_at)
+        else:
+            self._clock.enter("idle", perf_counter())
+        self._connection.protocol.feed_to(self)
+        return await self._found
+
+    def put_back(self) -> None:
+        """Gives what is held to the next sink."""
+        self._connection.protocol.unread(bytes(self._raw))
+
+    @property
+    def has_content(self) -> bool:
+        """Whether a part of it was generated."""
+        return self._record.first_token_at is not None
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens of what is held, if they are known."""
+        return self._record.usage
+
+    def data_received(self, data: bytes) -> None:
+        self._raw += data
+        if self._found.done():
+            # One more read may come before the next sink is there.
+            return
+        try:
+            self._take(data)
+        except Exception:
+            # The pump will say what it is.
+            log.exception("internal error while the beginning of a response body was held back; it is forwarded")
+            self._decide("answer")
+
+    def _take(self, data: bytes) -> None:
+        read_at, broken = perf_counter(), False
+        try:
+            payload = self._body.feed(data)
+        except BrokenBodyError as error:
+            payload, broken = error.payload, True
+        fits = self._room(len(data))
+        self.size += len(data) if fits else 0
+        if payload and self._inspector.look(payload, read_at):
+            if self._awaits_token:
+                self._awaits_token = False
+                self._clock.enter("idle", read_at)
+            else:
+                self._clock.touched = read_at
+        record = self._record
+        if broken:
+            self._decide("reset")
+        elif record.reported_error:
+            self._decide("error")
+        elif self._body.done:
+            self._end()
+        elif self._whole:
+            if not fits or len(self._raw) >= self._most:
+                self._decide("answer")
+        elif (
+            record.first_token_at is not None
+            or not fits
+            or len(self._raw) >= self._most
+            or record.events >= _MAX_EVENTS
+        ):
+            self._decide("answer")
+
+    def connection_lost(self, clean: bool) -> None:
+        if clean and self._body.end():
+            self._end()
+        else:
+            self._decide("truncated")
+
+    def _end(self) -> None:
+        if self._found.done():
+            return
+        self._inspector.end()
+        record = self._record
+        if record.completed() is Outcome.UPSTREAM_ERROR:
+            self._decide("error")
+        elif record.is_stream and _is_empty(record):
+            self._decide("empty")
+        else:
+            self._decide("answer")
+
+    def _decide(self, held: Held) -> None:
+        if not self._found.done():
+            self._found.set_result(held)
+
+
+def _is_empty(record: Exchange) -> bool:
+    """Whether a stream has ended without content, and without a reason why there is none."""
+    counted = record.usage is not None and bool(record.usage.output)
+    return record.first_token_at is None and not counted and record.finish_reason in (None, "stop")

@@ -1,0 +1,207 @@
+"""Which endpoint of an upstream is asked: the one with the fewest active requests, summed over all workers.
+
+Of those that have equally many, each is asked in turn. Endpoints that are ejected or that rest are left out. With
+affinity, requests with the same key go to the same endpoint, unless that has many more requests than the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator
+from hashlib import blake2b
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+from ..ledger.endpoints import Addresses, Standing, address_key, address_label, labels, later_attempts, of_host
+from .upstream import Endpoint
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
+
+    from ..config import Limits
+    from ..config import Upstream as UpstreamConfig
+    from ..ledger.table import Count, Row
+
+# Models of one upstream for which it is remembered whether they accept `stream_options`. Clients choose their names, so
+# there must be a limit.
+_MAX_MODELS: Final = 1024
+# An endpoint gets the requests that belong to it, as long as it does not have more than so many times the mean.
+# Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads" (2018).
+_MOST_OF_MEAN: Final = 1.25
+# Seconds that an endpoint rests at most, whatever its `retry-after` says.
+_MAX_REST: Final = 60.0
+# Later attempts that wait for a response head: at most this share of what is under way, and always so many.
+_LATER_SHARE: Final = 0.2
+_LATER_ALWAYS: Final = 3
+
+
+def micros() -> int:
+    """The time in whole microseconds, as it is stored in the ledger."""
+    return int(perf_counter() * 1_000_000)
+
+
+class Upstream:
+    """A named API: its endpoints. Create and close it in the running loop.
+
+    `pending` counts the connections to it that are being established. Its endpoints are counted in `row`, if they are
+    `counted` there.
+    """
+
+    def __init__(self, config: UpstreamConfig, limits: Limits, row: Row, pending: Count, *, counted: bool) -> None:
+        self.name = config.name
+        self.affinity = config.affinity
+        self._config = config
+        self._limits = limits
+        self._row = row
+        self._pending = pending
+        self.later = row.count(later_attempts(config.name)) if counted else None
+        """Later attempts that wait for a response head."""
+        self._rests = row.rests
+        self._stream_options: dict[str | None, bool] = {}
+        names = labels([endpoint.url for endpoint in config.endpoints])
+        self._named = [
+            Endpoint(each, config, limits, pending, label, Standing(row, config.name, label) if counted else None)
+            for each, label in zip(config.endpoints, names, strict=True)
+        ]
+        self.endpoints = self._named
+        # Those at addresses that were resolved, by place. One whose address is gone is kept while it has an exchange.
+        self._resolved: dict[int, tuple[IPv4Address | IPv6Address, Endpoint]] = {}
+        self._leaving: list[Endpoint] = []
+        self._addresses = (
+            Addresses(row, of_host(config.name, config.endpoints[0].url)) if config.resolve is not None else None
+        )
+        self._version = 0
+        # Workers begin at different ones.
+        self._turn = random.randrange(len(names))
+
+    @property
+    def base_path(self) -> str:
+        """The path of its URL, or of the first one."""
+        return self._named[0].base_path
+
+    @property
+    def only(self) -> Endpoint | None:
+        """Its one endpoint, if it has only one, for ever."""
+        return self._named[0] if len(self._named) == 1 and self._addresses is None else None
+
+    def takes_stream_options(self, model: str | None) -> bool | None:
+        """Whether `model` accepts `stream_options`. None if that is not known yet."""
+        return self._stream_options.get(model)
+
+    def remember_stream_options(self, model: str | None, taken: bool) -> None:
+        if self._stream_options.get(model) is taken:
+            return
+        while len(self._stream_options) >= _MAX_MODELS:
+            del self._stream_options[next(iter(self._stream_options))]
+        self._stream_options[model] = taken
+
+    def choose(
+        self, model: str | None, key: bytes | None, tried: Collection[Endpoint] = (), *, any_state: bool = False
+    ) -> Endpoint | None:
+        """The endpoint that is asked for `model`, or None if there is none left.
+
+        `key` is what the request is assigned by, if anything. None of those `tried` is chosen. With `any_state`, those
+        that are ejected or rest may be chosen as well.
+        """
+        if self._addresses is not None and self._addresses.version != self._version:
+            self._read_addresses(self._addresses)
+        left = [endpoint for endpoint in self.endpoints if endpoint not in tried]
+        if not any_state:
+            left = [endpoint for endpoint in left if endpoint.standing is None or endpoint.standing.usable]
+            if self._rests.any(now := micros()):
+                left = [endpoint for endpoint in left if not self._is_resting(endpoint, model, now)]
+            for endpoint in left:
+                if endpoint.standing is not None and endpoint.standing.on_trial:
+                    endpoint.standing.try_once()
+                    return endpoint
+        if len(left) < 2:
+            return left[0] if left else None
+        active = [0 if endpoint.standing is None else endpoint.standing.active.total() for endpoint in left]
+        if key is not None:
+            most = _MOST_OF_MEAN * (sum(active) + 1) / len(left)
+            ranks = sorted(range(len(left)), key=lambda place: _rank(key, left[place]), reverse=True)
+            # One is always below the mean.
+            return left[next(place for place in ranks if active[place] < most)]
+        least, size = min(active), len(left)
+        place = next(at % size for at in range(self._turn, self._turn + size) if active[at % size] == least)
+        self._turn = (place + 1) % size
+        return left[place]
+
+    def rest(self, endpoint: Endpoint, model: str | None, seconds: float) -> None:
+        """`endpoint` is not asked for `model`, or without one for anything, for so many seconds."""
+        until = micros() + int(min(seconds, _MAX_REST) * 1_000_000)
+        self._rests.add(self._rest_name(endpoint, model), until)
+
+    def _rest_name(self, endpoint: Endpoint, model: str | None) -> str:
+        return f"{self.name} {endpoint.label}" if model is None else f"{self.name} {endpoint.label} {model}"
+
+    def _is_resting(self, endpoint: Endpoint, model: str | None, now: int) -> bool:
+        names = {self._rest_name(endpoint, None), self._rest_name(endpoint, model)}
+        return any(self._rests.until(name, now) > now for name in names)
+
+    @property
+    def has_room_for_later(self) -> bool:
+        """Whether one more later attempt may be made: so a sick fleet is not hit twice as hard."""
+        assert self.later is not None
+        waiting = self.later.total()
+        if waiting < _LATER_ALWAYS:
+            return True
+        under_way = sum(one.standing.active.total() for one in self.endpoints if one.standing is not None)
+        return waiting < _LATER_SHARE * under_way
+
+    def _read_addresses(self, addresses: Addresses) -> None:
+        """Takes over what the name resolves to now."""
+        version = addresses.version
+        found = addresses.read()
+        config = self._config.endpoints[0]
+        port = self._named[0].port
+        for place, address in found.items():
+            known = self._resolved.get(place)
+            if known is None or known[0] != address:
+                if known is not None:
+                    self._leaving.append(known[1])
+                standing = Standing(self._row, of_host(self.name, config.url), address_key(place))
+                standing.forget()
+                self._resolved[place] = (
+                    address,
+                    Endpoint(
+                        config,
+                        self._config,
+                        self._limits,
+                        self._pending,
+                        address_label(address, port),
+                        standing,
+                        str(address),
+                    ),
+                )
+        for place in self._resolved.keys() - found.keys():
+            self._leaving.append(self._resolved.pop(place)[1])
+        # Before the first address is known, connections go to the name.
+        self.endpoints = [endpoint for _, endpoint in self._resolved.values()] or self._named
+        self._version = version
+
+    def _all(self) -> Iterator[Endpoint]:
+        yield from self._named
+        yield from (endpoint for _, endpoint in self._resolved.values())
+        yield from self._leaving
+
+    @property
+    def connecting(self) -> int:
+        """How many of the connections in use are still being made."""
+        return self._pending.own
+
+    def connections(self) -> tuple[int, int]:
+        """How many connections are (in use, idle)."""
+        # Connections to addresses that are gone are closed by their keep-alive timeout.
+        self._leaving = [endpoint for endpoint in self._leaving if any(endpoint.connections())]
+        counts = [endpoint.connections() for endpoint in self._all()]
+        return sum(used for used, _ in counts), sum(idle for _, idle in counts)
+
+    async def close(self) -> None:
+        for endpoint in self._all():
+            await endpoint.close()
+
+
+def _rank(key: bytes, endpoint: Endpoint) -> bytes:
+    """Thaler and Ravishankar, "A name-based mapping scheme for rendezvous" (1996)."""
+    return blake2b(endpoint.label.encode(), key=key, digest_size=8).digest()
