@@ -297,7 +297,7 @@ def concrete(expr: str) -> str:
 
 def without_threshold(expr: str) -> str:
     """The left side of an alert's comparison, whatever traffic there is."""
-    left = re.sub(r"\s(?:==|>|<)\s*[\d.]+\s*$", "", expr.strip())
+    left = re.sub(r"\s(?:==|>|<=?)\s*[\d.]+\s*$", "", expr.strip())
     assert left != expr.strip(), expr
     left = re.sub(r" > [\d.]+(?=\))", "", left)
     return re.sub(r"\[\d+m\]", f"[{WINDOW}]", left)
