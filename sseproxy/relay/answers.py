@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from ..errors import ExchangeError
 from ..wire import headers
 from ..wire.dialects import OPENAI, Form
+from .heads import ResponseHead
 
 _REASONS: Final = {
     200: b"OK",
@@ -49,6 +50,30 @@ def date() -> bytes:
 
 def status_line(status: int, reason: bytes | None = None) -> bytes:
     return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)
+
+
+def response_head(
+    head: ResponseHead,
+    request_id: bytes,
+    *,
+    framing: Sequence[headers.Field] | None,
+    event_stream: bool,
+    connection: bytes | None,
+    date: bytes | None,
+) -> bytes:
+    """The head of an upstream's response as it goes to the client."""
+    return headers.serialize(
+        status_line(head.status, head.reason),
+        headers.to_downstream(
+            head.fields,
+            version=head.version,
+            framing=framing,
+            event_stream=event_stream,
+            request_id=request_id,
+            connection=connection,
+            date=date,
+        ),
+    )
 
 
 class Answer(NamedTuple):

@@ -13,9 +13,9 @@ from ..wire import headers
 from . import affinity, routes
 from .admission import Admission, Connections, fleet_upstreams, pending
 from .answers import Answer
-from .downstream import Request
+from .downstream import Request, new_request_id
 from .exchange import Exchange, Observer
-from .phases import Relay, new_request_id
+from .phases import Relay
 from .pool import Upstream
 from .server import DownstreamServer
 
@@ -86,6 +86,16 @@ class Proxy:
             )
             for upstream in config.upstreams
         }
+        self.only = {
+            route.name: (upstream, upstream.only)
+            for route in config.routes
+            for target in route.upstream
+            if len(route.upstream) == 1
+            and target.model is None
+            and "same" not in route.retry.on
+            and (upstream := self.upstreams[target.name]).only is not None
+        }
+        """The upstream and the endpoint of each route for which there is never another one."""
         self.reads_bodies = frozenset(
             route.name
             for route in config.routes
