@@ -49,7 +49,7 @@ RELAY = [
         "relay.upstream",
     ),
     *("relay.pool", "relay.attempt", "relay.affinity", "relay.retry", "relay.hold", "relay.pump"),
-    *("relay.asking", "relay.phases", "relay.proxy"),
+    *("relay.models", "relay.asking", "relay.phases", "relay.proxy"),
 ]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

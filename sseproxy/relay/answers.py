@@ -105,6 +105,18 @@ class Answer(NamedTuple):
         return Answer(keep_alive, headers.serialize(status_line(error.status), fields), body)
 
     @staticmethod
+    def of_json(body: bytes, *, keep_alive: bool, extra: Sequence[headers.Field]) -> Answer:
+        """A response with `body`, which is JSON."""
+        fields = [
+            (b"Date", date()),
+            (b"Content-Type", b"application/json"),
+            (b"Content-Length", b"%d" % len(body)),
+            *extra,
+            *(() if keep_alive else ((b"Connection", b"close"),)),
+        ]
+        return Answer(keep_alive, headers.serialize(status_line(200), fields), body)
+
+    @staticmethod
     def to_options(*, keep_alive: bool, extra: Sequence[headers.Field]) -> Answer:
         """To an OPTIONS request that asks about this server itself (RFC 9110, section 9.3.7)."""
         fields = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -139,6 +140,7 @@ class Asking:
         question = self._asked
         only = self._proxy.only.get(question.route.name)
         if only is None:
+            await self._learn_models(question.route.name)
             return await self._ask_in_turn()
         upstream, endpoint = only
         return await self._ask(upstream, endpoint, None)
@@ -225,6 +227,16 @@ class Asking:
             body.begin_again()
             step = following
 
+    async def _learn_models(self, route: str) -> None:
+        """Waits for the lists of models, where requests are routed by them and they have never been fetched."""
+        models = self._proxy.models_of.get(route)
+        if models is None or not models.differ or models.known(self._request.fields) is not None:
+            return
+        self._clock.enter("head", perf_counter())
+        # Without a list, all upstreams are asked in their order.
+        with suppress(UpstreamError):
+            await models.get(self._request.fields)
+
     def _course_of(self, question: Question) -> Course:
         route, proxy, read = question.route, self._proxy, question.read
         sources = proxy.upstreams[route.upstream[0].name].affinity
@@ -236,6 +248,14 @@ class Asking:
             # An upstream whose model cannot be put into the request would not know the one that is in it.
             if target.model is None or question.model is None or _renaming(read, target.model)
         ]
+        known = proxy.models_of[route.name].known(self._request.fields) if route.name in proxy.models_of else None
+        if known is not None and question.model is not None and (having := known.upstreams_with(question.model)):
+            # One whose list is not known, or whose model is set, may have it as well.
+            targets = [
+                (target, upstream)
+                for target, upstream in targets
+                if upstream.name in having or target.model is not None or upstream.name not in known.of
+            ] or targets
         if not targets:
             raise RequestError("encoding" if question.coding != b"" else "body_too_large")
         return Course(route.retry, targets, question.model, key, self._exchange.received_at, self._repeatable(question))

@@ -46,6 +46,7 @@ from .clock import Clock
 from .downstream import Request
 from .exchange import Exchange
 from .inspect import inspector_of
+from .models import asks_for_models, merged
 from .pump import Pump
 
 if TYPE_CHECKING:
@@ -290,6 +291,8 @@ class Relay:
         self._asked_as = known_as, route.dialect
         dialect = dialect_of(known_as, route.dialect)
 
+        if route.merge_models and asks_for_models(request.method, routes.normal_path(path), route.match.path):
+            return await self._list_models(route, clock)
         is_json, plain = headers.is_json(request.fields), self._coding == b""
         # Other forms are files, which have no model and may be large.
         tells_model = is_json or (dialect.generates and headers.is_form(request.fields))
@@ -333,6 +336,15 @@ class Relay:
             asked.head.fields = asked.endpoint.rewrite_location(asked.head.fields, route)
         self._respond(asking, asked, kind, dialect, clock, route.heartbeat, streams=streams)
         return None
+
+    async def _list_models(self, route: Route, clock: Clock) -> Answer:
+        """The models of all endpoints of `route`."""
+        clock.enter("head", perf_counter())
+        listed = await self._proxy.models_of[route.name].get(self._request.fields)
+        exchange, body = self._recorded(), merged(listed.of.values())
+        exchange.status = 200
+        exchange.response_bytes += len(body)
+        return Answer.of_json(body, keep_alive=self._can_keep_alive(), extra=[(b"X-Request-Id", self._request.id)])
 
     def _admit(self) -> None:
         """Phase 1: Admit."""
