@@ -5,7 +5,7 @@ Times are whole microseconds of `perf_counter`, which is the same in all process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
@@ -48,8 +48,21 @@ def address_key(place: int) -> str:
     return f"#{place}"
 
 
+def of_host(upstream: str, url: str) -> str:
+    """The name of an upstream together with the host of its `url`.
+
+    The addresses of an upstream are counted under this name. So workers whose configuration has another host for the
+    upstream never use them.
+    """
+    (label,) = labels([url])
+    return f"{upstream} {label}"
+
+
 def address_counts(upstream: str) -> list[str]:
-    """The names in the ledger for the addresses that the name of an upstream resolves to, and their endpoints."""
+    """The names in the ledger for the addresses that a name resolves to, and their endpoints.
+
+    `upstream` is what `of_host` returns.
+    """
     names = [f"addresses {upstream}"]
     for place in range(MAX_ADDRESSES):
         names += _address(upstream, place) + endpoint_counts(upstream, address_key(place))
@@ -80,6 +93,8 @@ class Evidence(NamedTuple):
     succeeded_at: int
     passed_at: int
     """When a trial has passed: its first token was received, or its whole response."""
+    active: list[int]
+    """The exchanges that it answers, by row."""
 
 
 class Standing:
@@ -146,8 +161,9 @@ class Standing:
             self._failures.set(0)
             self._refusals.set(0)
             self._failing_since.set(now)
-        self._failures.add(1)
+        # In this order, so that the supervisor never reads fewer refusals than failures where each failure is one.
         self._refusals.add(int(refused))
+        self._failures.add(1)
 
     def forget(self) -> None:
         """Drops what this worker has seen of it, because it is at another address now."""
@@ -157,27 +173,31 @@ class Standing:
     # --- the supervisor ---
 
     def evidence(self) -> Evidence:
+        """What all workers have seen of it. Keeps the newest success, because the row of a worker that ends is lost."""
         succeeded_at = max(self._succeeded_at.each())
+        if succeeded_at > self._succeeded_at.own:
+            self._succeeded_at.set(succeeded_at)
         # What a worker saw before the last success of another one does not count any more.
         late = [since > succeeded_at for since in self._failing_since.each()]
         failures = sum(number for number, counts in zip(self._failures.each(), late, strict=True) if counts)
         refusals = sum(number for number, counts in zip(self._refusals.each(), late, strict=True) if counts)
-        return Evidence(failures, refusals, succeeded_at, max(self._passed_at.each()))
+        return Evidence(failures, refusals, succeeded_at, max(self._passed_at.each()), self.active.each())
 
     def eject(self, serial: int, trial: int | None) -> None:
         """It is not used, but by the worker with the row `trial`, once. `serial` is above 0, and new in each call."""
         self._out.set(serial << _ROW_BITS | (0 if trial is None else trial + 1))
 
-    def admit(self) -> None:
-        """It is used."""
+    def admit(self, now: int) -> None:
+        """It is used. Failures until `now` do not count any more, no worker's."""
+        self._succeeded_at.set(max(now, self._succeeded_at.own))
         self._out.set(0)
 
 
 class Addresses:
     """The addresses that the name of an upstream resolves to. The supervisor writes them, and workers read them.
 
-    `row` is that of the worker or of the supervisor. IPv4 addresses are stored as IPv6 addresses that are mapped to
-    them (RFC 4291, section 2.5.5.2).
+    `upstream` is what `of_host` returns. `row` is that of the worker or of the supervisor. IPv4 addresses are stored as
+    IPv6 addresses that are mapped to them (RFC 4291, section 2.5.5.2).
     """
 
     def __init__(self, row: Row, upstream: str) -> None:
@@ -199,7 +219,7 @@ class Addresses:
                 found[place] = address.ipv4_mapped or address
         return found
 
-    def replace(self, addresses: dict[int, IPv4Address | IPv6Address]) -> None:
+    def replace(self, addresses: Mapping[int, IPv4Address | IPv6Address], now: int) -> None:
         """Stores `addresses` by place, in the supervisor. Places that are not in it become empty."""
         for place, (high, low) in enumerate(self._cells):
             address = addresses.get(place)
@@ -208,7 +228,8 @@ class Addresses:
                 number |= 0xFFFF << 32
             high.set(_signed(number >> 64))
             low.set(_signed(number & _LOW))
-        self._version.set(self._version.own + 1)
+        # A time is another number even if there was no version in between, because the name was not looked up.
+        self._version.set(now)
 
 
 def _signed(number: int) -> int:

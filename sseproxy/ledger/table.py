@@ -19,7 +19,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from hashlib import blake2b
 from typing import Final
 
@@ -289,6 +289,15 @@ class Ledger:
         if self._own is None:
             self._own = self._table.cells[_AT_SUPERVISOR] = self.take_row()
         return self._own
+
+    def withdraw(self, kept: Collection[str]) -> None:
+        """Sets what the supervisor tells to zero, except under the names `kept`. So the columns can become free.
+
+        That includes what an earlier version has told.
+        """
+        own = self.own_row()
+        for name in self._columns.keys() - set(kept):
+            Count(self._table.cells, own, self._columns[name]).set(0)
 
     def take_row(self) -> int:
         """Assigns a row to a worker that is about to be started. Raises `OSError` if there is none left."""

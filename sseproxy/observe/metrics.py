@@ -217,6 +217,20 @@ HELD = Metric(
     "How long the beginning of an answer, or all of it, was held back (retry.until), for those that were sent.",
     TO_TOKEN,
 )
+ENDPOINT_UP = Metric("endpoint_up", "gauge", _E, "1 if the endpoint is in use, 0 if it is ejected.")
+ENDPOINT_ACTIVE = Metric(
+    "endpoint_requests_active",
+    "gauge",
+    _E,
+    "Attempts in progress at the endpoint, of all workers, by which the endpoint for a request is chosen.",
+)
+ENDPOINT_EJECTIONS = Metric(
+    "endpoint_ejections",
+    "counter",
+    (*_E, "reason"),
+    "How often the endpoint was ejected, by reason: failures, refused (no connection could be made) or health (its "
+    "checks failed). An ejection that goes on because a trial has failed counts again.",
+)
 REJECTED = Metric(
     "requests_rejected",
     "counter",
@@ -312,6 +326,9 @@ METRICS: Final = (
     RETRIES,
     DISCARDED_TOKENS,
     HELD,
+    ENDPOINT_UP,
+    ENDPOINT_ACTIVE,
+    ENDPOINT_EJECTIONS,
     REJECTED,
     UPSTREAM_UP,
     CONNECTIONS,

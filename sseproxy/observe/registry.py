@@ -5,7 +5,7 @@ It belongs to the supervisor and outlives the workers, so counters never fall.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -59,6 +59,18 @@ class Registry(Collector):
             for states in self._states.values():
                 for labels in [labels for labels in states if labels[0] == name]:
                     del states[labels]
+
+    def keep_endpoints(self, known: Collection[tuple[str, str]]) -> None:
+        """Drops the counters of endpoints that are not `known`, as (upstream, endpoint).
+
+        Addresses come and go. Without this, the series would become more and more.
+        """
+        for metric in METRICS:
+            if "endpoint" in metric.labels:
+                first, second = metric.labels.index("upstream"), metric.labels.index("endpoint")
+                counters = self._counters[metric.name]
+                for labels in [labels for labels in counters if (labels[first], labels[second]) not in known]:
+                    del counters[labels]
 
     def collect(self) -> Iterator[Family]:
         for metric in METRICS:

@@ -104,6 +104,13 @@ class _Workers:
 
     finishing = False
     """Whether newer workers have taken over, and these only finish their exchanges."""
+    ready: set[int]
+    """The workers that accept."""
+    _rows: dict[int, int]
+
+    def ready_rows(self) -> list[int]:
+        """The rows in the ledger of the workers that accept."""
+        return [self._rows[worker] for worker in self.ready if worker in self._rows]
 
     def _signal(self, number: signal.Signals) -> None:
         raise NotImplementedError

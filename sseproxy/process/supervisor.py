@@ -39,6 +39,7 @@ from ..relay.routes import OTHER, unreachable
 from . import accepting, notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors, cores
+from .health import Health
 from .listeners import clean_up, listen, refuse, url
 from .upgrade import Handover, RunningCode
 
@@ -54,6 +55,8 @@ _UPGRADING = "the proxy is being upgraded; the new version reads the configurati
 _MAX_FILE = 4 << 20
 # The number under which the registry has the limits. It is not the supervisor's own, because options come and go.
 _CONFIGURATION = -1
+# The same for what is known of endpoints.
+_FLEET = -2
 # Status codes and outcomes of requests that are rare. They are reported as 0 before the first one.
 _RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # Seconds that a reload waits for the old workers to stop accepting. They need one turn of their loops.
@@ -99,6 +102,7 @@ class Supervisor:
         self._recorder = Recorder()
         self._registry = Registry()
         self._ledger: Ledger
+        self._health: Health
         self._numbers = itertools.count(1)
         self._generation: Generation | None = None
         # All generations that still have a worker, the oldest first. `_generation` is the current one.
@@ -173,6 +177,7 @@ class Supervisor:
         for result in ("success", "failure"):
             self._recorder.count(metrics.RELOADS, (result,), 0)
         rows = self._open_ledger()
+        self._health = Health(self._ledger, self._recorder, self._ready_rows)
         for workers in self._handover.workers if self._handover is not None else ():
             predecessors = Predecessors(workers, self.config, self._ledger, rows, self._recorder, self._changed.set)
             self._generations.append(predecessors)
@@ -181,7 +186,10 @@ class Supervisor:
         await self._administer(self._admin_sockets)
         async with self._reloading:
             self._digests = await asyncio.to_thread(self._read_digests)
-            generation = self._generation = self._generate(self.config, self._sockets)
+            columns = self._columns(self.config)
+            await self._health.prepare(self.config, columns)
+            self._health.follow(self.config, columns)
+            generation = self._generation = self._generate(self.config, self._sockets, columns)
             if not await self._wait_for_start(generation, lambda: False):
                 if self._unready() is not None:
                     self._kill()
@@ -348,10 +356,12 @@ class Supervisor:
         known = self._handover.listening() if self._handover is not None else set()
         await self._admin.setup()
         self._ledger = Ledger()
+        self._ledger.own_row()
         anywhere = Address("127.0.0.1", 0)
         try:
             sockets: _Sockets = {anywhere: listen("listen", anywhere)}
-            worker = self._generate(self.config.model_copy(update={"workers": 1}), sockets)
+            config = self.config.model_copy(update={"workers": 1})
+            worker = self._generate(config, sockets, self._columns(config))
             if not await self._wait_for_start(worker, lambda: bool(worker.last_exit)):
                 raise ReloadError(worker.missing())
         finally:
@@ -365,6 +375,7 @@ class Supervisor:
     async def close(self) -> None:
         """Drains: fails readiness, stops accepting, and ends the workers. Returns when all of them have ended."""
         self._stop()
+        self._health.close()
         for task in self._tasks:
             task.cancel()
         _close(self._sockets)
@@ -386,6 +397,9 @@ class Supervisor:
             async with asyncio.timeout(_REPORT_TIMEOUT):
                 await asyncio.gather(*(generation.report() for generation in self._generations))
         self._registry.add(0, self._recorder.report())
+        self._registry.drop(_FLEET)
+        self._registry.add(_FLEET, Report([], [*self._health.gauges()], [], []))
+        self._registry.keep_endpoints(self._health.known())
         return self._registry
 
     def _unready(self) -> str | None:
@@ -398,13 +412,20 @@ class Supervisor:
             site = self._admin_sites[sock] = web.SockSite(self._admin, sock)
             await site.start()
 
-    def _generate(self, config: Config, sockets: _Sockets) -> Generation:
-        """Starts the workers of `config`. Raises `ReloadError` if there is too much to count."""
+    def _ready_rows(self) -> list[int]:
+        """The rows in the ledger of the workers that accept and will not be retired."""
+        return [row for generation in self._generations if not generation.finishing for row in generation.ready_rows()]
+
+    def _columns(self, config: Config) -> dict[str, int]:
+        """The columns of the ledger for `config`. Raises `ReloadError` if there is too much to count."""
         in_use = set[str]().union(*(each.names for each in self._generations))
         try:
-            columns = self._ledger.columns([*accepting.NAMES, *counted(config)], in_use)
+            return self._ledger.columns([*accepting.NAMES, *counted(config)], in_use)
         except OSError as error:
             raise ReloadError(f"the ledger: {error.strerror}") from None
+
+    def _generate(self, config: Config, sockets: _Sockets, columns: dict[str, int]) -> Generation:
+        """Starts the workers of `config`."""
         generation = Generation(
             config,
             _flat(sockets),
@@ -428,7 +449,9 @@ class Supervisor:
         # In a thread, because reading may take long, and the admin listener must answer meanwhile.
         config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
-        new = self._generate(config, clients)
+        columns = self._columns(config)
+        await self._health.prepare(config, columns)
+        new = self._generate(config, clients, columns)
         # If a worker ends before any has accepted, the others will fail as well.
         came_up = await self._wait_for_start(new, lambda: bool(new.last_exit) and not new.ready)
         try:
@@ -445,7 +468,9 @@ class Supervisor:
                 new.kill()
                 await self._end(new)
             _close_and_unlink(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
+            self._health.follow(self.config, self._columns(self.config))
             raise
+        self._health.follow(config, columns)
         await self._administer(_without(admin, self._admin_sockets))
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
         self._generation, self.config = new, config

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ..errors import ExchangeError, RequestError
-from ..ledger.endpoints import address_counts, endpoint_counts, labels, later_attempts
+from ..ledger.endpoints import address_counts, endpoint_counts, labels, later_attempts, of_host
 from ..wire.headers import client_block
 from .body import RequestBody
 
@@ -54,7 +54,7 @@ def counted(config: Config) -> list[str]:
             for label in labels([endpoint.url for endpoint in upstream.endpoints]):
                 names += endpoint_counts(upstream.name, label)
             if upstream.resolve is not None:
-                names += address_counts(upstream.name)
+                names += address_counts(of_host(upstream.name, upstream.endpoints[0].url))
     return names
 
 

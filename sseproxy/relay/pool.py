@@ -12,7 +12,7 @@ from hashlib import blake2b
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from ..ledger.endpoints import Addresses, Standing, address_key, address_label, labels, later_attempts
+from ..ledger.endpoints import Addresses, Standing, address_key, address_label, labels, later_attempts, of_host
 from .upstream import Endpoint
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ class Upstream:
         # Those at addresses that were resolved, by place. One whose address is gone is kept while it has an exchange.
         self._resolved: dict[int, tuple[IPv4Address | IPv6Address, Endpoint]] = {}
         self._leaving: list[Endpoint] = []
-        self._addresses = Addresses(row, config.name) if config.resolve is not None else None
+        self._addresses = (
+            Addresses(row, of_host(config.name, config.endpoints[0].url)) if config.resolve is not None else None
+        )
         self._version = 0
         # Workers begin at different ones.
         self._turn = random.randrange(len(names))
@@ -164,7 +166,7 @@ class Upstream:
             if known is None or known[0] != address:
                 if known is not None:
                     self._leaving.append(known[1])
-                standing = Standing(self._row, self.name, address_key(place))
+                standing = Standing(self._row, of_host(self.name, config.url), address_key(place))
                 standing.forget()
                 self._resolved[place] = (
                     address,
