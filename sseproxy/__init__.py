@@ -106,6 +106,8 @@ outcome and is reported once.*
       pool            which endpoint of an upstream is asked
       affinity        what a request is assigned to an endpoint by
       retry           whether a request is sent again, and where to
+      models          the models of all endpoints of a route, as one list
+      asking          asks endpoints until one has an answer
       hold            holds back the beginning of an answer until it is clear that it is one
       pump            the hot path
       reads           how much is read from a transport at once, and when; the one owner of a transport's reading

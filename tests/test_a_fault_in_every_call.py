@@ -64,6 +64,7 @@ NO_FAULTS = {
     "RequestHeads.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
     "_Accepted.__init__": "sets attributes; uvloop accepts nothing any more if it fails",
     "_Target.is_ssl": "compares two strings",
+    "Endpoint.connections": "belongs to no request",
     "Upstream.connections": "belongs to no request",
     "Telemetry._settle": "belongs to no request",
     "Telemetry.report": "belongs to no request",
@@ -100,7 +101,7 @@ NOT_BEFORE = {
     "_Reads.connection_lost": ROOT,
     "_Run.data_received": ROOT,
 }
-NOT_AFTER = {"HangupWatch.add": HANDS, "Upstream.connect": HANDS}
+NOT_AFTER = {"HangupWatch.add": HANDS, "Endpoint.connect": HANDS}
 
 
 # --- faults ---

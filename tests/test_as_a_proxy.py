@@ -155,9 +155,10 @@ async def test_an_upstream_that_takes_nothing_stops_the_reading_of_the_upload(
                 await client.writer.drain()
     # The kernel's buffers took most of it; what is kept here is what counts.
     (relay,) = proxy.worker.proxy.active
-    assert relay._attempt is not None
-    assert relay._attempt.connection is not None
-    held = relay._request.body._size + relay._attempt.connection.transport.get_write_buffer_size()
+    assert relay._asking is not None
+    assert relay._asking.attempt is not None
+    assert relay._asking.attempt.connection is not None
+    held = relay._request.body._size + relay._asking.attempt.connection.transport.get_write_buffer_size()
     assert 0 < held < 1_000_000
     assert sent < 100_000_000
     api.reader._transport.resume_reading()  # type: ignore[attr-defined]

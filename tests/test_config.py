@@ -276,7 +276,8 @@ MISTAKES = {
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
         (
             "f:1:45: upstreams[0].api_key…: unknown key; expected one of affinity, api_key, api_key_file, "
-            "api_key_header, ejection, health, max_connection_age, name, resolve, tls, url, urls; did you mean 'api_key'?"
+            "api_key_header, ejection, health, max_connection_age, name, resolve, tls, url, urls; did you mean "
+            "'api_key'?"
         ),
     ),
     "ca_file_missing": (

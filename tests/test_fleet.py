@@ -29,7 +29,7 @@ from .fleet import (
     then_resets,
     upstream,
 )
-from .harness import DONE, chunk, delta, kept_port, post, until, usage
+from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, chunk, delta, kept_port, post, until, usage
 
 KEY = SecretStr("sk-ours")
 
@@ -513,3 +513,77 @@ async def test_heads_of_the_same_stream_name_nothing_of_others(start: StartProxy
         for _ in range(2):
             answer = await ask(proxy, post())
             assert (answer.status, answer.get("x-node")) == (200, None)
+
+
+# --- heartbeats while an answer is held back ---
+
+
+async def test_heartbeats_begin_before_it_is_known_who_answers(start: StartProxy) -> None:
+    async def dies_late(peer: Peer) -> None:
+        peer.send(STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nX-Node: first\r\n\r\n"), chunk(ROLE))
+        await dying.wait()
+        peer.reset()
+
+    dying = asyncio.Event()
+    mark = b"\xef\xbb\xbf"
+    async with nodes(Node(usual=dies_late), Node(usual=streams(mark + ROLE, delta("Hi"), DONE))) as two:
+        proxy = await start(
+            "http://unused",
+            **fleet(upstream("a", two[0]), upstream("b", two[1]), retry={"until": "first_token"}, heartbeat=0.05),
+        )
+        client = await proxy.connect()
+        client.send(post())
+        head = await client.head()
+        assert (head.status, head.get("content-type"), head.get("x-node")) == (
+            200,
+            "text/event-stream; charset=utf-8",
+            None,
+        )
+        await client.read_until(chunk(b": heartbeat\n"))
+        dying.set()
+        rest = await client.read_until(LAST_CHUNK)
+        # What began the first answer, and the mark, which may only be at the beginning, are not in it.
+        assert rest.removeprefix(chunk(b": heartbeat\n")) == chunk(ROLE + delta("Hi") + DONE) + LAST_CHUNK
+        client.send(post())
+        assert (await client.message()).complete
+        assert await proxy.ended() == {"completed": 2}
+
+
+async def test_when_all_fail_after_a_heartbeat_the_stream_says_so(start: StartProxy) -> None:
+    async def dies_late(peer: Peer) -> None:
+        peer.send(STREAM_HEAD, chunk(ROLE))
+        await dying.wait()
+        peer.reset()
+
+    dying = asyncio.Event()
+    async with nodes(Node(usual=dies_late), Node(usual=status(503))) as two:
+        proxy = await start(
+            "http://unused",
+            **fleet(upstream("a", two[0]), upstream("b", two[1]), retry={"until": "first_token"}, heartbeat=0.05),
+        )
+        client = await proxy.connect()
+        client.send(post())
+        await client.read_until(chunk(b": heartbeat\n"))
+        dying.set()
+        rest, _ = await client.rest()
+        assert b"event: error\n" in rest
+        assert b"This was the last of 2 attempts." in rest
+        assert not rest.endswith(LAST_CHUNK)
+        assert await proxy.ended() == {"upstream_error": 1}
+        assert proxy.sample("streams_active") == 0
+        assert proxy.sample("requests_active") == 0
+        assert occupied(proxy) == 0
+
+
+async def test_a_client_that_leaves_after_a_heartbeat_has_seen_no_token(start: StartProxy) -> None:
+    async with nodes(Node(usual=streams(ROLE, end=False)), Node()) as two:
+        proxy = await start(
+            "http://unused",
+            **fleet(upstream("a", two[0]), upstream("b", two[1]), retry={"until": "first_token"}, heartbeat=0.05),
+        )
+        client = await proxy.connect()
+        client.send(post())
+        await client.read_until(chunk(b": heartbeat\n"))
+        client.reset()
+        assert await proxy.ended() == {"client_gone_before_first_token": 1}
+        assert not two[1].requests

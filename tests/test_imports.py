@@ -38,7 +38,7 @@ CONFIG = [
 ]
 # From the bottom up. What a module imports for its types alone is not counted: a connection knows its server's type.
 RELAY = [
-    *("relay.reads", "relay.hangups", "relay.answers", "relay.globs", "relay.routes", "relay.heads", "relay.body"),
+    *("relay.reads", "relay.hangups", "relay.globs", "relay.routes", "relay.heads", "relay.answers", "relay.body"),
     *(
         "relay.admission",
         "relay.downstream",
@@ -49,7 +49,7 @@ RELAY = [
         "relay.upstream",
     ),
     *("relay.pool", "relay.attempt", "relay.affinity", "relay.retry", "relay.hold", "relay.pump"),
-    *("relay.phases", "relay.proxy"),
+    *("relay.models", "relay.asking", "relay.phases", "relay.proxy"),
 ]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -209,9 +209,10 @@ async def test_an_answer_to_an_upload_that_the_upstream_does_not_take_is_whole_a
 ) -> None:
     client, api = await upload_until_blocked(proxy, upstream)
     (relay,) = proxy.worker.proxy.active
-    assert relay._attempt is not None
-    assert relay._attempt.connection is not None
-    transport = relay._attempt.connection.transport
+    assert relay._asking is not None
+    assert relay._asking.attempt is not None
+    assert relay._asking.attempt.connection is not None
+    transport = relay._asking.attempt.connection.transport
     assert transport.get_write_buffer_size()
     api.send(b"HTTP/1.1 413 Content Too Large\r\n", answer)
     if b"close" in answer:

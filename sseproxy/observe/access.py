@@ -88,6 +88,8 @@ def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_pat
         "client": exchange.client,
         "route": exchange.route,
         "upstream": exchange.upstream,
+        "endpoint": exchange.endpoint,
+        "attempts": exchange.attempts if exchange.endpoint else None,
         "api": exchange.api,
         "model": _shown(exchange.model),
         "method": _shown(exchange.method),

@@ -188,7 +188,7 @@ UPSTREAM_ERRORS = Metric(
     "upstream_errors",
     "counter",
     (*_R, "type"),
-    "Failures of upstreams, by type: dns, connect, tls, timeout, reset, protocol.",
+    "Failures of upstreams, by type: dns, connect, tls, timeout, reset, protocol, answer.",
 )
 _E: Final = ("upstream", "endpoint")
 

@@ -60,10 +60,11 @@ def counted(config: Config) -> list[str]:
 
 def fleet_upstreams(config: Config) -> set[str]:
     """The names of the upstreams whose attempts are counted: those that have several endpoints or checks, and those of
-    routes with several upstreams. With all others there is nothing to choose.
+    routes with several upstreams or attempts. With all others there is nothing to choose.
     """
     fleet = {up.name for up in config.upstreams if up.urls or up.resolve is not None or up.health is not None}
-    return fleet | {target.name for route in config.routes if len(route.upstream) > 1 for target in route.upstream}
+    routes = (route for route in config.routes if len(route.upstream) > 1 or "same" in route.retry.on)
+    return fleet | {target.name for route in routes for target in route.upstream}
 
 
 def on_route(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from ..errors import ExchangeError
 from ..wire import headers
 from ..wire.dialects import OPENAI, Form
+from .heads import ResponseHead
 
 _REASONS: Final = {
     200: b"OK",
@@ -51,6 +52,30 @@ def status_line(status: int, reason: bytes | None = None) -> bytes:
     return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)
 
 
+def response_head(
+    head: ResponseHead,
+    request_id: bytes,
+    *,
+    framing: Sequence[headers.Field] | None,
+    event_stream: bool,
+    connection: bytes | None,
+    date: bytes | None,
+) -> bytes:
+    """The head of an upstream's response as it goes to the client."""
+    return headers.serialize(
+        status_line(head.status, head.reason),
+        headers.to_downstream(
+            head.fields,
+            version=head.version,
+            framing=framing,
+            event_stream=event_stream,
+            request_id=request_id,
+            connection=connection,
+            date=date,
+        ),
+    )
+
+
 class Answer(NamedTuple):
     """What is left to send for a request: an error response, or nothing if the response was already sent.
 
@@ -78,6 +103,18 @@ class Answer(NamedTuple):
             *(() if keep_alive else ((b"Connection", b"close"),)),
         ]
         return Answer(keep_alive, headers.serialize(status_line(error.status), fields), body)
+
+    @staticmethod
+    def of_json(body: bytes, *, keep_alive: bool, extra: Sequence[headers.Field]) -> Answer:
+        """A response with `body`, which is JSON."""
+        fields = [
+            (b"Date", date()),
+            (b"Content-Type", b"application/json"),
+            (b"Content-Length", b"%d" % len(body)),
+            *extra,
+            *(() if keep_alive else ((b"Connection", b"close"),)),
+        ]
+        return Answer(keep_alive, headers.serialize(status_line(200), fields), body)
 
     @staticmethod
     def to_options(*, keep_alive: bool, extra: Sequence[headers.Field]) -> Answer:

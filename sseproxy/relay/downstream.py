@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import socket
 import struct
 from collections.abc import Callable
@@ -43,6 +44,7 @@ SILENCE = 2.0
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _NO_FIELDS = headers.Fields(())
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def address_of(transport: asyncio.BaseTransport) -> str:
@@ -58,15 +60,22 @@ class FlowControlled(Protocol):
     def resume_writing(self) -> None: ...
 
 
+def new_request_id() -> bytes:
+    """An id for a request whose client has none for it."""
+    return b"%016x" % random.getrandbits(64)
+
+
 class Request:
     """A request on a `connection`: the parsed head, and the `body` that is being received."""
 
     __slots__ = (
         "body",
         "connection",
+        "continued",
         "fields",
         "framing",
         "head_size",
+        "id",
         "keep_alive",
         "method",
         "problem",
@@ -85,6 +94,32 @@ class Request:
         self.keep_alive = head.keep_alive and head.problem is None and head.method != "CONNECT"
         self.problem = head.problem
         self.body = body
+        self.id = headers.request_id(head.fields) or new_request_id()
+        """The client's id of the request, or one that was made for it."""
+        self.continued = False
+        """Whether the client was told to continue (RFC 9110, section 10.1.1)."""
+
+    def send_continue(self) -> None:
+        """Sends `100 Continue`, once, to a client that expects it before its body."""
+        transport = self.connection.transport
+        if (
+            self.fields.named(b"expect")
+            and self.version == (1, 1)
+            and not (self.body.ended or self.continued)
+            and transport is not None
+        ):
+            self.continued = True
+            transport.write(_CONTINUE)
+
+    def send_interim(self, status: int, head: bytes) -> None:
+        """Sends `head`, that of an interim response, unless the client expects none."""
+        transport = self.connection.transport
+        # A client of HTTP/1.0 knows none, and one that was told to continue waits for no other 100.
+        if self.version == (1, 0) or (status == 100 and self.continued):
+            return
+        if transport is not None and not transport.is_closing():
+            self.continued = self.continued or status == 100
+            transport.write(head)
 
     def answered(self) -> None:
         """Drops the header fields. They are not needed after the response head, and a stream may take long."""

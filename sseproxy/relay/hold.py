@@ -13,9 +13,11 @@ from time import perf_counter
 from typing import Final, Literal, cast
 
 from ..errors import BrokenBodyError, Outcome
-from ..wire.framing import Framing, decoder
+from ..wire.dialects import Form
+from ..wire.framing import Framing, decoder, frame
 from ..wire.meaning import Usage
 from .clock import Clock
+from .downstream import DownstreamProtocol
 from .exchange import Exchange, Observer
 from .inspect import Inspector
 from .upstream import UpstreamConnection
@@ -171,3 +173,49 @@ def _is_empty(record: Exchange) -> bool:
     """Whether a stream has ended without content, and without a reason why there is none."""
     counted = record.usage is not None and bool(record.usage.output)
     return record.first_token_at is None and not counted and record.finish_reason in (None, "stop")
+
+
+class EarlyHead:
+    """Keeps a client waiting while answers are held back, with heartbeats in the `form` of its API.
+
+    After the first `interval` seconds, the head of the response goes out, and a heartbeat; then one in each interval.
+    The head says nothing of the endpoint, because another one may answer. `head` makes it, and is called when it is
+    sent.
+    """
+
+    __slots__ = ("_chunked", "_connection", "_head", "_interval", "_timer", "form", "sent")
+
+    def __init__(
+        self,
+        connection: DownstreamProtocol,
+        head: Callable[[], bytes],
+        interval: float,
+        form: Form,
+        *,
+        chunked: bool,
+    ) -> None:
+        self.form = form
+        self.sent = False
+        """Whether the head has gone out."""
+        self._connection = connection
+        self._head = head
+        self._interval = interval
+        self._chunked = chunked
+        self._timer = asyncio.get_running_loop().call_later(interval, self._beat)
+
+    def _beat(self) -> None:
+        transport = self._connection.transport
+        if transport is not None and not transport.is_closing() and not self._connection.writing_paused:
+            self.write(self.form.heartbeat)
+        self._timer = asyncio.get_running_loop().call_later(self._interval, self._beat)
+
+    def write(self, event: bytes) -> None:
+        """Sends `event` in the response."""
+        transport = self._connection.transport
+        if transport is not None:
+            head = b"" if self.sent else self._head()
+            self.sent = True
+            transport.write(head + (frame(event) if self._chunked else event))
+
+    def stop(self) -> None:
+        self._timer.cancel()

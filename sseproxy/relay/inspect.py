@@ -9,9 +9,11 @@ from ..errors import ExchangeError
 from ..wire.deltas import DeltaMatcher, delta_matcher
 from ..wire.dialects import Dialect, Form
 from ..wire.extract import Elements, Gist
+from ..wire.headers import BodyKind, is_encoded
 from ..wire.meaning import DELTA, NOTHING, REASONING
 from ..wire.sse import EventParser
 from .exchange import Exchange
+from .heads import ResponseHead
 
 # The first byte of JSON, with which no useful line of an event stream begins, and what may be before it.
 _JSON_MARKS = (b"{", b"[")
@@ -235,3 +237,24 @@ class JsonInspector(Inspector):
             exchange.unread = "unknown"
         # One that is generated in the background is told with it later.
         exchange.lacks_usage = self._dialect.generates and not exchange.reported_error and meaning.kept_as is None
+
+
+def inspector_of(
+    method: str, head: ResponseHead, kind: BodyKind, dialect: Dialect, exchange: Exchange, max_event: int
+) -> Inspector:
+    """What reads the body after `head`, by what was asked with `method` and by the `kind` that it is labelled as."""
+    # What another GET fetches was counted when it was generated.
+    posted = method == "POST"
+    if not (kind == "events" or posted or dialect.keeps):
+        return Inspector(exchange)
+    if is_encoded(head.fields):
+        exchange.unread = "encoded"
+        return Inspector(exchange)
+    may_stream = exchange.is_stream or (dialect.generates and exchange.succeeded)
+    if kind == "json" and not (may_stream and not isinstance(head.framing, int)):
+        return JsonInspector(exchange, dialect)
+    if may_stream and kind != "other":
+        return StreamInspector(exchange, dialect, max_event)
+    if posted and exchange.succeeded:
+        exchange.unread = "unknown"
+    return Inspector(exchange)

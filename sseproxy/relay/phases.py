@@ -8,20 +8,17 @@
 6. *Body*: the pump forwards the body.
 7. *End*: releases everything that the request occupies, and both connections, and records the one outcome.
 
-Phases 3 to 5 are an *attempt*. There may be several (`retry`). The beginning of an answer may be held back until it is
-clear that it is one (`hold`). If the client leaves, the current phase is cancelled. If a deadline passes, or the drain
-timeout, the current phase fails.
+Phases 3 to 5 are an *attempt*. There may be several: see `asking`. If the client leaves, the current phase is
+cancelled. If a deadline passes, or the drain timeout, the current phase fails.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import Sequence
 from contextlib import ExitStack
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ..errors import (
     ExchangeError,
@@ -30,92 +27,38 @@ from ..errors import (
     ProtocolError,
     RequestError,
     StalledClient,
-    Truncated,
     UpstreamError,
     UpstreamTimeout,
 )
 from ..wire import headers
 from ..wire.coding import READABLE, Inflater, coding_of
-from ..wire.dialects import Dialect, asks_for_stream, dialect_of, form_of, model_in
+from ..wire.dialects import Dialect, dialect_of, form_of, model_in
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
-from ..wire.refusals import is_too_long
-from ..wire.request import RequestReader, Splice, changed, reader_of
-from ..wire.usage import REFUSAL_STATUSES, REFUSED, UsageStripper
-from . import affinity, routes
+from ..wire.request import RequestReader, reader_of
+from ..wire.sse import MarkStripper, Stripper
+from ..wire.usage import UsageStripper
+from . import routes
 from .admission import Ticket
-from .answers import Answer, date, status_line
-from .attempt import Attempt, Outgoing, Verdict
+from .answers import Answer, date, response_head, status_line
+from .asking import DO_NOT_RETRY, Asked, Asking, Question
 from .clock import Clock
 from .downstream import Request
 from .exchange import Exchange
-from .heads import ResponseHead
-from .hold import UNOBSERVED, Held, Hold
-from .inspect import Inspector, JsonInspector, StreamInspector
-from .pool import Upstream, micros
-from .pump import Peek, Pump
-from .retry import Course, Failure, Repeatable, Step, failure_in, failure_of
-from .upstream import Endpoint
+from .inspect import inspector_of
+from .models import asks_for_models, merged
+from .pump import Pump
 
 if TYPE_CHECKING:
-    from ..config import Route, Target, Timeouts
+    from ..config import Route, Timeouts
     from .proxy import Proxy
 
 log = logging.getLogger(__name__)
 
-# Bytes of an error response that are searched for a refused option. Such responses are short.
-_MAX_REFUSAL: Final = 64 * 1024
 # A request may pass through sseproxy several times on purpose. More often than this, it is a loop.
 _MAX_PASSES: Final = 8
-# Bytes of a body that are kept while it is forwarded, in case it has to be sent again.
-_MAX_REPEATED: Final = 1024 * 1024
-# The safe methods (RFC 9110, section 9.2.1), except TRACE, which is not relayed.
-_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-# openai-python, openai-node and others obey it.
-_DO_NOT_RETRY: Final = (b"X-Should-Retry", b"false")
 # Statuses with which a Location says where to go on (RFC 9110, section 10.2.2).
 _WITH_LOCATION: Final = frozenset({201, 300, 301, 302, 303, 307, 308})
-
-
-# What the outcome of an exchange says of the endpoint that was asked last. All others say nothing.
-_JUDGEMENTS: Final[dict[Outcome, tuple[str, Verdict]]] = {
-    Outcome.COMPLETED: ("completed", "succeeded"),
-    Outcome.UPSTREAM_ERROR: ("error", "failed"),
-    Outcome.TRUNCATED: ("truncated", "failed"),
-    Outcome.UPSTREAM_TIMEOUT_FIRST_TOKEN: ("timeout", "failed"),
-    Outcome.UPSTREAM_TIMEOUT_IDLE: ("timeout", "failed"),
-    Outcome.CLIENT_GONE_MID_STREAM: ("client_gone", "succeeded"),
-    Outcome.CLIENT_GONE_BEFORE_FIRST_TOKEN: ("client_gone", "open"),
-    Outcome.CLIENT_GONE_BEFORE_HEAD: ("client_gone", "open"),
-}
-
-
-class _Question(NamedTuple):
-    """What is asked of an upstream, whichever it is."""
-
-    route: Route
-    path: str
-    query: str
-    dialect: Dialect
-    model: str | None
-    read: RequestReader | FormReader | None
-    """The body, if it was read in advance."""
-    wants_usage: bool
-    inspect: bool
-
-
-class _Asked(NamedTuple):
-    """A response head, of which endpoint, and whether usage was requested that the client does not want."""
-
-    head: ResponseHead
-    endpoint: Endpoint
-    strip: bool
-
-
-def new_request_id() -> bytes:
-    """An id for a request whose client has none for it."""
-    return b"%016x" % random.getrandbits(64)
 
 
 class Relay:
@@ -133,7 +76,6 @@ class Relay:
         self._received_at = max(downstream.read_at, downstream.free_at)
         # The path that was asked, and the name of its dialect: they tell which form of errors the client understands.
         self._asked_as = (request.target.partition("?")[0], "auto")
-        self._request_id = headers.request_id(request.fields) or new_request_id()
         self._coding = coding_of(request.fields.tokens(b"content-encoding"))
         # Reads the whole body before the request is sent.
         self._read: RequestReader | FormReader | None = None
@@ -142,14 +84,10 @@ class Relay:
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
-        self._attempt: Attempt | None = None
-        self._course: Course | None = None
-        # What is held back of an attempt that has failed.
-        self._hold: Hold | None = None
+        self._asking: Asking | None = None
         self._pump: Pump | None = None
         self._flushing = False
         self._framing_out: Framing | None = None
-        self._continued = False
         self._head_sent = False
         self._keep_alive = False
         self._error: ExchangeError | None = None
@@ -168,13 +106,14 @@ class Relay:
     def _deadline_passed(self, error: ExchangeError) -> None:
         """Fails the attempt, if `error` is about one of its deadlines, or else the exchange."""
         of_attempt = isinstance(error, UpstreamTimeout) and error.phase != "total"
-        if not (of_attempt and self._attempt is not None and self._attempt.fail(error)):
+        attempt = self._asking.attempt if self._asking is not None else None
+        if not (of_attempt and attempt is not None and attempt.fail(error)):
             self.fail(error)
 
     def _gone(self) -> None:
         """Called when the client has left."""
-        if self._attempt is not None:
-            self._attempt.end()
+        if self._asking is not None:
+            self._asking.end()
         if self._pump is not None:
             self._pump.stop()
         self._task.cancel()
@@ -246,8 +185,8 @@ class Relay:
                 ends.callback(self._record, outcome)
                 if self._clock is not None:
                     ends.callback(self._clock.stop)
-                if self._attempt is not None:
-                    ends.callback(self._attempt.end)
+                if self._asking is not None:
+                    ends.callback(self._asking.end)
                 if self._pump is not None:
                     ends.callback(self._pump.stop)
                 ends.callback(self._request.body.close)
@@ -257,18 +196,19 @@ class Relay:
             # The response has been sent, so nobody could do anything about it.
             log.exception("internal error at the end of an exchange")
         # This breaks reference cycles, so that all these objects are freed now, without the garbage collector.
+        if self._asking is not None:
+            self._asking.attempt = None
         del self._task
-        self._ticket = self._clock = self._attempt = self._pump = self._course = self._hold = None
+        self._ticket = self._clock = self._asking = self._pump = None
 
     def _record(self, outcome: Outcome) -> None:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
         exchange = self._exchange or self._recorded()
-        exchange.on_first_token = None
         try:
-            if self._attempt is not None:
-                self._attempt.judge(*_JUDGEMENTS.get(outcome, ("abandoned", "open")))
+            if self._asking is not None:
+                self._asking.judge(outcome)
             if self._passing is not None:
                 exchange.model = exchange.model or self._passing.model_so_far
             exchange.count_once(self._proxy.counted)
@@ -279,7 +219,7 @@ class Relay:
         """The record of the exchange. Creates it if there is none yet."""
         if self._exchange is None:
             observer = self._proxy.observer(route, upstream, routes.OTHER)
-            exchange = Exchange(route, upstream, observer, self._request_id.decode(), self._received_at)
+            exchange = Exchange(route, upstream, observer, self._request.id.decode(), self._received_at)
             self._exchange = exchange
             exchange.begin()
             exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
@@ -304,18 +244,21 @@ class Relay:
 
     def _refuse(self, error: ExchangeError) -> Answer:
         """The error response. If a response head was sent already, breaks the connection instead."""
+        early = self._asking.early if self._asking is not None else None
+        if early is not None and early.sent and self._pump is None:
+            early.write(early.form.farewell(error, 0))
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(keep_alive=False)
         exchange = self._recorded()
         exchange.status = error.status
-        extra = [(b"X-Request-Id", self._request_id)]
+        extra = [(b"X-Request-Id", self._request.id)]
         if error.status in (429, 503):
             # Another replica, or the workers after a restart, can take the request.
             extra.append((b"Retry-After", b"1"))
-        if self._course is not None and self._course.several and isinstance(error, UpstreamError):
+        if self._asking is not None and self._asking.exhausted and isinstance(error, UpstreamError):
             # Everything that could be tried was. SDKs would send it again, twice.
-            extra.append(_DO_NOT_RETRY)
+            extra.append(DO_NOT_RETRY)
         if error.status == 415:
             # RFC 9110, section 12.5.3.
             extra.append((b"Accept-Encoding", b", ".join(READABLE)))
@@ -336,7 +279,7 @@ class Relay:
         if self._request.method == "OPTIONS" and self._ends_here():
             self._recorded().status = 200
             keep_alive = self._can_keep_alive()
-            return Answer.to_options(keep_alive=keep_alive, extra=[(b"X-Request-Id", self._request_id)])
+            return Answer.to_options(keep_alive=keep_alive, extra=[(b"X-Request-Id", self._request.id)])
         route, path, query = await self._route()
         proxy, request = self._proxy, self._request
         upstream = proxy.upstreams[route.upstream[0].name]
@@ -348,6 +291,8 @@ class Relay:
         self._asked_as = known_as, route.dialect
         dialect = dialect_of(known_as, route.dialect)
 
+        if route.merge_models and asks_for_models(request.method, routes.normal_path(path), route.match.path):
+            return await self._list_models(route, clock)
         is_json, plain = headers.is_json(request.fields), self._coding == b""
         # Other forms are files, which have no model and may be large.
         tells_model = is_json or (dialect.generates and headers.is_form(request.fields))
@@ -376,32 +321,30 @@ class Relay:
         exchange.observer = proxy.observer(route.name, upstream.name, routes.model_label(proxy.models, model))
         # Responses to other requests are not generated. They are not inspected, so the upstream may compress them.
         inspect = dialect.generates or request.method == "POST"
-        question = _Question(route, path, query, dialect, model, read, wants_usage, inspect)
-        only = upstream.only
-        if only is not None and len(route.upstream) == 1 and "same" not in route.retry.on:
-            asked = await self._ask(upstream, only, route.upstream[0], question, clock)
-        else:
-            asked = await self._ask_any(question, clock)
-        head = asked.head
-        kind = headers.body_kind(head.fields)
-        streams = self._asks_for_stream(question, kind)
+        question = Question(route, path, query, dialect, model, read, self._passing, self._coding, wants_usage, inspect)
+        asking = self._asking = Asking(
+            proxy, request, exchange, self._ticket, clock, question, self.fail, self._early_head
+        )
+        asked = await asking.answer()
+        kind = headers.body_kind(asked.head.fields)
+        streams = asking.streams(kind)
         # These are only needed to send the request. They are freed, because a stream may take long.
         del read, question
+        asking.forget()
         request.answered()
-        if head.status in _WITH_LOCATION:
-            head.fields = asked.endpoint.rewrite_location(head.fields, route)
-        self._respond(head, kind, dialect, clock, route.heartbeat, asked=streams, strip=asked.strip)
+        if asked.head.status in _WITH_LOCATION:
+            asked.head.fields = asked.endpoint.rewrite_location(asked.head.fields, route)
+        self._respond(asking, asked, kind, dialect, clock, route.heartbeat, streams=streams)
         return None
 
-    def _asks_for_stream(self, question: _Question, kind: headers.BodyKind) -> bool:
-        """Whether the client wants a stream, or gets one: the body of the response is labelled as `kind`."""
-        target = routes.normal_path(routes.upstream_path(question.route, "", question.path))
-        return (
-            kind == "events"
-            or asks_for_stream(target, question.query)
-            or headers.accepts_events(self._request.fields)
-            or any(reader is not None and reader.streams for reader in (question.read, self._passing))
-        )
+    async def _list_models(self, route: Route, clock: Clock) -> Answer:
+        """The models of all endpoints of `route`."""
+        clock.enter("head", perf_counter())
+        listed = await self._proxy.models_of[route.name].get(self._request.fields)
+        exchange, body = self._recorded(), merged(listed.of.values())
+        exchange.status = 200
+        exchange.response_bytes += len(body)
+        return Answer.of_json(body, keep_alive=self._can_keep_alive(), extra=[(b"X-Request-Id", self._request.id)])
 
     def _admit(self) -> None:
         """Phase 1: Admit."""
@@ -475,7 +418,7 @@ class Relay:
         if self._read is not None or self._read_what_came():
             return
         clock.enter("body", perf_counter())
-        self._continue()
+        self._request.send_continue()
         read = reader_of(self._request.fields)
         assert self._ticket is not None
         self._ticket.collects = True
@@ -514,436 +457,89 @@ class Relay:
                 self._read.feed(part)
         return True
 
-    def _continue(self) -> None:
-        """Sends `100 Continue`, once, to a client that expects it before its body (RFC 9110, section 10.1.1)."""
-        request, transport = self._request, self._downstream.transport
-        if (
-            request.fields.named(b"expect")
-            and request.version == (1, 1)
-            and not (request.body.ended or self._continued)
-            and transport is not None
-        ):
-            self._continued = True
-            transport.write(_CONTINUE)
-
-    async def _ask(
-        self,
-        upstream: Upstream,
-        endpoint: Endpoint,
-        target: Target,
-        question: _Question,
-        clock: Clock,
-        *,
-        later: bool = False,
-        keeps: int = 0,
-    ) -> _Asked:
-        """Phases 3 to 5, at `endpoint`. If there may be other attempts, up to `keeps` bytes of the body are kept.
-
-        Usage is requested, where the route wants it. If the upstream refuses the option, it is asked without it.
-        """
-        model, read, body = target.model or question.model, question.read, self._request.body
-        splices = _renaming(read, target.model)
-        asking: Splice | None = None
-        if question.wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
-            asking = read.with_usage()
-            if asking is not None and not upstream.takes_stream_options(model) and not body.hold():
-                # If the upstream refused the option, there would be no copy of the client's own body to send.
-                asking = None
-        if asking is None:
-            return _Asked(
-                await self._attempt_at(upstream, endpoint, question, splices, clock, later, keeps), endpoint, False
-            )
-        known = upstream.takes_stream_options(model)
-        asked = [*splices, asking]
-        head = await self._attempt_at(
-            upstream, endpoint, question, asked, clock, later, keeps, may_refuse=known is None
-        )
-        if await self._refuses_stream_options(head, clock):
-            head = await self._attempt_at(upstream, endpoint, question, splices, clock, later, keeps)
-            # The error may have had another reason, and only quote the option. If the same request streams without the
-            # option, the upstream has refused the option.
-            if head.status < 300 and headers.body_kind(head.fields) in ("events", "open"):
-                upstream.remember_stream_options(model, taken=False)
-            return _Asked(head, endpoint, False)
-        if head.status < 300:
-            upstream.remember_stream_options(model, taken=True)
-        return _Asked(head, endpoint, True)
-
-    async def _attempt_at(
-        self,
-        upstream: Upstream,
-        endpoint: Endpoint,
-        question: _Question,
-        splices: Sequence[Splice],
-        clock: Clock,
-        later: bool,
-        keeps: int,
-        *,
-        may_refuse: bool = False,
-    ) -> ResponseHead:
-        """Phases 3 to 5. Returns the response head.
-
-        This takes one attempt, or two if the first one met a pooled connection that the upstream had already closed.
-        The body is sent with `splices`. With `may_refuse` it is kept, because it may have to be sent without them.
-        """
-        request, body, ticket, exchange = self._request, self._request.body, self._ticket, self._recorded()
-        assert ticket is not None
-        ticket.spare = not may_refuse
-        idempotent = self._is_idempotent
-        query = question.query if endpoint.credential is None else routes.without_key(question.query)
-        target = routes.upstream_path(question.route, endpoint.base_path, question.path) + query
-
-        def outgoing(reused: bool) -> Outgoing:
-            whole = body.whole
-            framing = request.framing
-            if whole is None:
-                body.keeps = max(keeps, _MAX_REPEATED if reused else 0)
-                parts = []
-            else:
-                size = sum(map(len, whole))
-                body.keeps = size if reused or may_refuse or size <= keeps else 0
-                parts = changed(body.take(), splices) if splices else body.take()
-                framing = None if framing is None else sum(map(len, parts))
-            head = self._head_out(endpoint, target, framing, inspect=question.inspect)
-            rest = body if whole is None else None
-            if rest is not None:
-                self._continue()
-            return Outgoing(request.method, head, parts, rest, framing == "chunked", idempotent, self._interim)
-
-        again = False
-        while True:
-            attempt = self._attempt = Attempt(
-                upstream, endpoint, exchange, clock, self.fail, self._released, later=later
-            )
-            try:
-                return await attempt.head(outgoing, fresh=again)
-            except UpstreamError:
-                if again or not attempt.can_be_repeated or not body.repeatable:
-                    raise
-                attempt.end()
-                body.begin_again()
-                again = True
-
-    @property
-    def _is_idempotent(self) -> bool:
-        return self._request.method in _SAFE_METHODS or bool(self._request.fields.named(b"idempotency-key"))
-
-    async def _ask_any(self, question: _Question, clock: Clock) -> _Asked:
-        """Phases 3 to 5, at as many endpoints as it takes. Returns the answer, or the last response that is none."""
-        route, exchange, body = question.route, self._recorded(), self._request.body
-        options = route.retry
-        course = self._course = self._course_of(question)
-        step = course.first()
-        if step is None:
-            raise UpstreamError("dns", cause=f"{route.upstream[0].name}: no address is known")
-        while True:
-            self._goes_to(step, question)
-            exchange.attempts = course.attempts
-            if step.pause:
-                await asyncio.sleep(step.pause)
-            keeps = options.max_body if course.several else 0
-            asked, error = None, None
-            try:
-                asked = await self._ask(
-                    step.upstream, step.endpoint, step.target, question, clock, later=step.later, keeps=keeps
-                )
-                failure = await self._failure(asked.head, step, course, question, clock)
-            except UpstreamError as raised:
-                attempt = self._attempt
-                error, failure = raised, failure_of(raised, begun=attempt is not None and attempt.begun)
-                error.attempts = course.attempts
-            if failure is None:
-                assert asked is not None
-                return asked
-            self._note(failure, step, question)
-            following = course.next(failure) if body.repeatable else None
-            if following is None:
-                if error is not None:
-                    raise error
-                assert asked is not None
-                self._release_failed(failure, options.until)
-                if course.several and failure.retry_after is None:
-                    asked.head.fields = asked.head.fields.with_only(*_DO_NOT_RETRY)
-                return asked
-            exchange.observer.retried(failure.reason)
-            if error is not None:
-                exchange.observer.upstream_failed(error.kind, answered=False)
-            assert self._attempt is not None
-            self._attempt.end()
-            self._hold = None
-            body.begin_again()
-            step = following
-
-    def _course_of(self, question: _Question) -> Course:
-        route, proxy = question.route, self._proxy
-        read, dialect = question.read or self._passing, question.dialect
-        parts = self._request.body.whole if question.read is not None else None
-        sources = proxy.upstreams[route.upstream[0].name].affinity
-        key = affinity.key_of(sources, self._request.fields, parts) if sources else None
-        repeatable: Repeatable = "refused"
-        if dialect.keeps and dialect.generates and self._request.method == "POST" and dialect.name == "assistants":
-            repeatable = "connect"
-        elif read is not None and isinstance(read, RequestReader) and read.belongs_to_state:
-            repeatable = "connect"
-        elif dialect.generates or self._is_idempotent:
-            repeatable = "always"
-        targets = [
-            (target, proxy.upstreams[target.name])
-            for target in route.upstream
-            # Where the model cannot be replaced, that upstream would not know it.
-            if target.model is None or question.model is None or _renaming(question.read, target.model)
-        ]
-        if not targets:
-            raise RequestError("encoding" if self._coding != b"" else "body_too_large")
-        return Course(route.retry, targets, question.model, key, self._received_at, repeatable)
-
-    def _goes_to(self, step: Step, question: _Question) -> None:
-        proxy, exchange = self._proxy, self._recorded()
-        model = step.target.model or question.model
-        label = routes.model_label(proxy.models, model)
-        exchange.model = model
-        exchange.goes_to(
-            step.upstream.name, step.endpoint.label, proxy.observer(question.route.name, step.upstream.name, label)
-        )
-        standing = step.endpoint.standing
-        exchange.on_first_token = None
-        if standing is not None and standing.is_out:
-            # The first token is enough to know that it works again.
-            exchange.on_first_token = lambda: standing.passed(micros())
-
-    async def _failure(
-        self, head: ResponseHead, step: Step, course: Course, question: _Question, clock: Clock
-    ) -> Failure | None:
-        """Why the response with `head` is not the answer, or None if it is. Raises `UpstreamError`."""
-        failure = failure_in(head.status, head.fields, our_key=step.endpoint.credential is not None)
-        if failure is not None:
-            return failure
-        if head.status == 400 and course.has_fallback and await self._is_too_long(head, clock):
-            return Failure("context")
-        if question.route.retry.until != "head" and 200 <= head.status < 300 and course.several:
-            return await self._hold_back(head, question, clock)
-        return None
-
-    async def _is_too_long(self, head: ResponseHead, clock: Clock) -> bool:
-        """Whether the response says that the prompt is too long for the model. Nothing of it is lost."""
-        assert self._attempt is not None
-        connection = self._attempt.connection
-        assert connection is not None
-        if not head.framing:
-            return False
-        clock.enter("idle", perf_counter())
-        peek = Peek(connection, head.framing, _MAX_REFUSAL)
-        body = await self._attempt.until(peek.look())
-        peek.put_back()
-        return is_too_long(body)
-
-    async def _hold_back(self, head: ResponseHead, question: _Question, clock: Clock) -> Failure | None:
-        """Holds back what `retry.until` says. Returns why it is not the answer, or None if it is."""
-        attempt, exchange, ticket = self._attempt, self._recorded(), self._ticket
-        assert attempt is not None
-        assert ticket is not None
-        connection = attempt.connection
-        assert connection is not None
-        kind, options = headers.body_kind(head.fields), question.route.retry
-        streams = self._asks_for_stream(question, kind)
-        if not head.framing or headers.is_encoded(head.fields) or not question.dialect.generates:
-            return None
-        if options.until == "first_token" and not streams:
-            return None
-        record = Exchange("", "", UNOBSERVED, "", attempt.began_at)
-        record.status = head.status
-        record.is_stream = kind == "events" or (kind == "open" and streams)
-        begun_at = perf_counter()
-        inspector = self._inspector(head, kind, question.dialect, record)
-        hold = Hold(
-            connection,
-            head.framing,
-            record,
-            inspector,
-            clock,
-            until=options.until,
-            most=options.hold,
-            room=ticket.hold,
-        )
-        held: Held | None = None
-        try:
-            held = await attempt.until(hold.look())
-        finally:
-            ticket.release(hold.size)
-            if record.usage is not None and held != "answer":
-                exchange.observer.discarded(record.usage)
-        if held != "answer":
-            self._hold = hold
-            return Failure(str(held))
-        exchange.observer.held(perf_counter() - begun_at)
-        if options.until == "end":
-            exchange.was_held = True
-            exchange.observer = exchange.observer.of_whole_answers()
-        hold.put_back()
-        return None
-
-    def _release_failed(self, failure: Failure, until: str) -> None:
-        """Lets the client have what was held back of the last attempt, which has failed.
-
-        If the client is to get a whole answer or none, and this is a part of one, raises `UpstreamError`.
-        """
-        hold, self._hold = self._hold, None
-        if hold is None:
-            return
-        if until == "first_token" or (failure.reason == "error" and not hold.has_content):
-            hold.put_back()
-            return
-        error = Truncated() if failure.reason in ("truncated", "reset") else UpstreamError("answer")
-        assert self._course is not None
-        error.attempts = self._course.attempts
-        raise error
-
-    def _note(self, failure: Failure, step: Step, question: _Question) -> None:
-        """Records that the attempt of `step` has failed."""
-        attempt, model = self._attempt, step.target.model or question.model
-        ours = step.endpoint.credential is not None
-        if attempt is None:
-            return
-        if failure.reason == "429":
-            if ours and failure.retry_after:
-                step.upstream.rest(step.endpoint, model, failure.retry_after)
-            verdict: Verdict = "open"
-        elif failure.reason == "context":
-            verdict = "succeeded"
-        elif failure.reason in ("503", "529") and failure.retry_after:
-            step.upstream.rest(step.endpoint, None, failure.retry_after)
-            verdict = "open"
-        else:
-            verdict = "refused" if failure.reason == "connect" else "failed"
-        attempt.judge(failure.reason, verdict)
-
-    def _head_out(self, endpoint: Endpoint, target: str, framing: Framing | None, *, inspect: bool) -> bytes:
-        """The request head for the upstream."""
-        request, peer = self._request, self._downstream.address
+    def _early_head(self, content_type: bytes) -> bytes:
+        """The head of an event stream that is sent now, before it is known which endpoint will answer."""
+        request, exchange = self._request, self._recorded()
+        self._framing_out = "chunked" if request.version == (1, 1) else "close"
+        self._keep_alive = self._can_keep_alive()
+        self._head_sent = True
+        exchange.head_received(200, event_stream=True)
         return headers.serialize(
-            b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
-            headers.to_upstream(
-                request.fields,
-                version=request.version,
-                host=endpoint.host,
-                framing=framing_fields(framing),
-                peer=peer.encode() or b"unknown",
-                trusted=self._proxy.trusts(peer),
-                scheme=b"https" if self._downstream.is_tls else b"http",
-                request_id=self._request_id,
-                credential=endpoint.credential,
-                inspect=inspect,
-            ),
-        )
-
-    def _interim(self, head: ResponseHead) -> None:
-        """Forwards an interim response (RFC 9110, section 15.2)."""
-        request, transport = self._request, self._downstream.transport
-        # A client of HTTP/1.0 knows none, and one that was told to continue waits for no other 100.
-        if request.version == (1, 0) or (head.status == 100 and self._continued):
-            return
-        if transport is None or transport.is_closing():
-            return
-        self._continued = self._continued or head.status == 100
-        transport.write(self._head_in(head, framing=(), event_stream=False, connection=None, date=None))
-
-    def _head_in(
-        self,
-        head: ResponseHead,
-        *,
-        framing: Sequence[headers.Field] | None,
-        event_stream: bool,
-        connection: bytes | None,
-        date: bytes | None,
-    ) -> bytes:
-        """The head of a response as it goes to the client."""
-        return headers.serialize(
-            status_line(head.status, head.reason),
+            status_line(200),
             headers.to_downstream(
-                head.fields,
-                version=head.version,
-                framing=framing,
-                event_stream=event_stream,
-                request_id=self._request_id,
-                connection=connection,
-                date=date,
+                headers.Fields([(b"Content-Type", content_type)]),
+                version=(1, 1),
+                framing=framing_fields(self._framing_out),
+                event_stream=True,
+                request_id=request.id,
+                connection=self._connection_option(),
+                date=date(),
             ),
         )
 
-    def _released(self) -> None:
-        gone_at = self._downstream.gone_at
-        if gone_at is not None:
-            self._recorded().observer.released(perf_counter() - gone_at)
-
-    async def _refuses_stream_options(self, head: ResponseHead, clock: Clock) -> bool:
-        """Whether the response refuses `stream_options`. If it does, the attempt is ended; if not, nothing is lost."""
-        assert self._attempt is not None
-        connection = self._attempt.connection
-        assert connection is not None
-        if head.status not in REFUSAL_STATUSES or not head.framing or not self._request.body.begin_again():
-            return False
-        clock.enter("idle", perf_counter())
-        peek = Peek(connection, head.framing, _MAX_REFUSAL)
-        if REFUSED not in await peek.look():
-            peek.put_back()
-            return False
-        if peek.whole and not self._attempt.uploads:
-            connection.release(reusable=head.reusable)
-        # If the request is still being sent, the connection cannot be reused, and is aborted.
-        self._attempt.end()
-        return True
+    def _connection_option(self) -> bytes | None:
+        """The value of Connection in the response, if it has one."""
+        if not self._keep_alive:
+            return b"close"
+        return b"keep-alive" if self._request.version == (1, 0) else None
 
     def _respond(
         self,
-        head: ResponseHead,
+        asking: Asking,
+        asked: Asked,
         kind: headers.BodyKind,
         dialect: Dialect,
         clock: Clock,
         heartbeat: float | None,
         *,
-        asked: bool,
-        strip: bool,
+        streams: bool,
     ) -> None:
         """Sends the response head to the client, and begins phase 6, Body. `kind` is what the body is labelled as.
 
-        `asked`: the client wants a stream. `strip`: sseproxy has requested usage that the client does not want.
+        `streams`: the client wants a stream.
         """
         request, downstream, transport = self._request, self._downstream, self._downstream.transport
-        attempt, exchange = self._attempt, self._exchange
+        head, attempt, exchange = asked.head, asking.attempt, self._exchange
         assert attempt is not None
         connection = attempt.connection
         assert connection is not None
         assert exchange is not None
         assert transport is not None
         succeeded = 200 <= head.status < 300
-        event_stream = head.framing is not None and (kind == "events" or (kind == "open" and asked and succeeded))
+        event_stream = head.framing is not None and (kind == "events" or (kind == "open" and streams and succeeded))
         # A stream that is labelled as JSON has no length before it has ended.
-        maybe = event_stream or (kind == "json" and asked and succeeded and not isinstance(head.framing, int))
-        strips = strip and maybe and head.framing not in (None, 0) and not headers.is_encoded(head.fields)
-        stripper = UsageStripper() if strips else None
-        if head.framing is None or (isinstance(head.framing, int) and stripper is None):
-            self._framing_out = head.framing
+        maybe = event_stream or (kind == "json" and streams and succeeded and not isinstance(head.framing, int))
+        strips = asked.strip and maybe and head.framing not in (None, 0) and not headers.is_encoded(head.fields)
+        stripper: Stripper | None = UsageStripper() if strips else None
+        begun = asking.early is not None and asking.early.sent
+        if begun:
+            # A heartbeat has gone out already.
+            stripper = MarkStripper(stripper)
+            head_out = b""
         else:
-            self._framing_out = "chunked" if request.version == (1, 1) else "close"
-        self._keep_alive = self._can_keep_alive()
-        option = b"close" if not self._keep_alive else b"keep-alive" if request.version == (1, 0) else None
-        head_out = self._head_in(
-            head,
-            # Responses to HEAD, and 304, have the length of a body that is not sent; a 204 has no such field.
-            framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
-            event_stream=event_stream,
-            connection=option,
-            date=date(),
-        )
-        self._head_sent = True
-        exchange.head_received(head.status, event_stream)
+            if head.framing is None or (isinstance(head.framing, int) and stripper is None):
+                self._framing_out = head.framing
+            else:
+                self._framing_out = "chunked" if request.version == (1, 1) else "close"
+            self._keep_alive = self._can_keep_alive()
+            head_out = response_head(
+                head,
+                request.id,
+                # Responses to HEAD, and 304, have the length of a body that is not sent; a 204 has no such field.
+                framing=None if head.framing is None and head.status != 204 else framing_fields(self._framing_out),
+                event_stream=event_stream,
+                connection=self._connection_option(),
+                date=date(),
+            )
+            self._head_sent = True
+            exchange.head_received(head.status, event_stream)
         exchange.upstream_request_id = headers.upstream_request_id(head.fields)
         if attempt.uploads:
             request.body.forget()
         else:
             request.body.close()
         reusable = head.reusable and not attempt.uploads
-        if head.framing is None or head.framing == 0:
+        if head.framing is None or (head.framing == 0 and not begun):
             transport.write(head_out)
             connection.release(reusable=reusable)
         else:
@@ -952,7 +548,7 @@ class Relay:
                 connection,
                 downstream,
                 exchange,
-                self._inspector(head, kind, dialect, exchange),
+                inspector_of(request.method, head, kind, dialect, exchange, self._proxy.limits.event),
                 clock,
                 framing_in=head.framing,
                 framing_out=self._framing_out,
@@ -972,27 +568,3 @@ class Relay:
             self._flushing = True
             self._clock.only_client(downstream.stall_detector())
             await downstream.flushed()
-
-    def _inspector(self, head: ResponseHead, kind: headers.BodyKind, dialect: Dialect, exchange: Exchange) -> Inspector:
-        """What reads the body, by what was asked and by the `kind` that it is labelled as."""
-        # What another GET fetches was counted when it was generated.
-        posted = self._request.method == "POST"
-        if not (kind == "events" or posted or dialect.keeps):
-            return Inspector(exchange)
-        if headers.is_encoded(head.fields):
-            exchange.unread = "encoded"
-            return Inspector(exchange)
-        may_stream = exchange.is_stream or (dialect.generates and exchange.succeeded)
-        if kind == "json" and not (may_stream and not isinstance(head.framing, int)):
-            return JsonInspector(exchange, dialect)
-        if may_stream and kind != "other":
-            return StreamInspector(exchange, dialect, self._proxy.limits.event)
-        if posted and exchange.succeeded:
-            exchange.unread = "unknown"
-        return Inspector(exchange)
-
-
-def _renaming(read: RequestReader | FormReader | None, model: str | None) -> list[Splice]:
-    """What replaces the model of a body by `model`: nothing, if it is None or cannot be replaced."""
-    splice = read.with_model(model) if isinstance(read, RequestReader) and model is not None else None
-    return [] if splice is None else [splice]

@@ -127,6 +127,12 @@ class Upstream:
         self._turn = (place + 1) % size
         return left[place]
 
+    def usable(self) -> list[Endpoint]:
+        """The endpoints that are not ejected, or all if none is left."""
+        if self._addresses is not None and self._addresses.version != self._version:
+            self._read_addresses(self._addresses)
+        return [one for one in self.endpoints if one.standing is None or not one.standing.is_out] or self.endpoints
+
     def rest(self, endpoint: Endpoint, model: str | None, seconds: float) -> None:
         """`endpoint` is not asked for `model`, or without one for anything, for so many seconds."""
         until = micros() + int(min(seconds, _MAX_REST) * 1_000_000)

@@ -13,9 +13,10 @@ from ..wire import headers
 from . import affinity, routes
 from .admission import Admission, Connections, fleet_upstreams, pending
 from .answers import Answer
-from .downstream import Request
+from .downstream import Request, new_request_id
 from .exchange import Exchange, Observer
-from .phases import Relay, new_request_id
+from .models import ModelLists
+from .phases import Relay
 from .pool import Upstream
 from .server import DownstreamServer
 
@@ -86,6 +87,22 @@ class Proxy:
             )
             for upstream in config.upstreams
         }
+        self.only = {
+            route.name: (upstream, upstream.only)
+            for route in config.routes
+            for target in route.upstream
+            if len(route.upstream) == 1
+            and target.model is None
+            and "same" not in route.retry.on
+            and (upstream := self.upstreams[target.name]).only is not None
+        }
+        """The upstream and the endpoint of each route for which there is never another one."""
+        self.models_of = {
+            route.name: ModelLists([self.upstreams[one.name] for one in route.upstream if one.model is None])
+            for route in config.routes
+            if route.merge_models
+        }
+        """The lists of models of the routes that merge them. An upstream whose model is set has none to choose from."""
         self.reads_bodies = frozenset(
             route.name
             for route in config.routes
@@ -137,6 +154,8 @@ class Proxy:
         self.loop_lag.stop()
         await self.server.shutdown(1.0)
         self.server.hangups.close()
+        for models in self.models_of.values():
+            await models.close()
         for upstream in self.upstreams.values():
             await upstream.close()
 

@@ -8,7 +8,7 @@ from typing import Final
 # In the words of OpenAI and those that copy it (`context_length_exceeded`, "maximum context length"; vLLM, SGLang,
 # Groq, Mistral, DeepSeek), of Anthropic ("prompt is too long: 210000 tokens > 200000", "exceed context limit"), Gemini
 # ("The input token count (1100000) exceeds the maximum number of tokens allowed"), llama.cpp
-# (`exceed_context_size_error`, "exceeds the available context size"), TGI ("`inputs` tokens + `max_new_tokens` must be"),
+# (`exceed_context_size_error`, "exceeds the available context size"), TGI ("`inputs` tokens + `max_new_tokens` must"),
 # Bedrock ("Input is too long for requested model"), Cohere ("too many tokens"), xAI ("maximum prompt length").
 _TOO_LONG: Final = re.compile(
     rb"""

@@ -1,0 +1,548 @@
+"""Asks endpoints until one has an answer: phases 3 to 5, as often as it takes.
+
+With one endpoint this is one attempt. Otherwise a `Course` says which endpoint is asked next. The beginning of an
+answer may be held back until it is clear that it is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ..errors import ExchangeError, Outcome, RequestError, Truncated, UpstreamError
+from ..wire import headers
+from ..wire.dialects import Dialect, asks_for_stream
+from ..wire.form import FormReader
+from ..wire.framing import Framing, framing_fields
+from ..wire.refusals import is_too_long
+from ..wire.request import RequestReader, Splice, changed
+from ..wire.usage import REFUSAL_STATUSES, REFUSED
+from . import affinity, routes
+from .admission import Ticket
+from .answers import response_head
+from .attempt import Attempt, Outgoing, Verdict
+from .clock import Clock
+from .downstream import Request
+from .exchange import Exchange
+from .heads import ResponseHead
+from .hold import UNOBSERVED, EarlyHead, Held, Hold
+from .inspect import inspector_of
+from .pool import Upstream, micros
+from .pump import Peek
+from .retry import Course, Failure, Repeatable, Step, failure_in, failure_of
+from .upstream import Endpoint, UpstreamConnection
+
+if TYPE_CHECKING:
+    from ..config import Route, Target
+    from .proxy import Proxy
+
+# Bytes of an error response that are searched for a refused option. Such responses are short.
+_MAX_REFUSAL: Final = 64 * 1024
+# Bytes of a body that are kept while it is forwarded, in case it has to be sent again.
+_MAX_REPEATED: Final = 1024 * 1024
+# The safe methods (RFC 9110, section 9.2.1), except TRACE, which is not relayed.
+_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+# openai-python, openai-node and others obey it.
+DO_NOT_RETRY: Final = (b"X-Should-Retry", b"false")
+# What the outcome of an exchange says of the endpoint that was asked last. All others say nothing.
+_JUDGEMENTS: Final[dict[Outcome, tuple[str, Verdict]]] = {
+    Outcome.COMPLETED: ("completed", "succeeded"),
+    Outcome.UPSTREAM_ERROR: ("error", "failed"),
+    Outcome.TRUNCATED: ("truncated", "failed"),
+    Outcome.UPSTREAM_TIMEOUT_FIRST_TOKEN: ("timeout", "failed"),
+    Outcome.UPSTREAM_TIMEOUT_IDLE: ("timeout", "failed"),
+    Outcome.CLIENT_GONE_MID_STREAM: ("client_gone", "succeeded"),
+    Outcome.CLIENT_GONE_BEFORE_FIRST_TOKEN: ("client_gone", "open"),
+    Outcome.CLIENT_GONE_BEFORE_HEAD: ("client_gone", "open"),
+}
+
+
+class Question(NamedTuple):
+    """What is asked, whichever endpoint it is asked of."""
+
+    route: Route
+    path: str
+    query: str
+    dialect: Dialect
+    model: str | None
+    read: RequestReader | FormReader | None
+    """The body, if it was read in advance."""
+    passing: RequestReader | FormReader | None
+    """What reads the body while it is being forwarded."""
+    coding: bytes | None
+    wants_usage: bool
+    inspect: bool
+
+
+class Asked(NamedTuple):
+    """A response head, of which endpoint, and whether usage was requested that the client does not want."""
+
+    head: ResponseHead
+    endpoint: Endpoint
+    strip: bool
+
+
+class Asking:
+    """Asks for one exchange. `fail` ends the exchange with an error. Call `answer` once, and `end` at the end.
+
+    `early_head(content_type)` makes the head of a response that goes out before it is known whose answer it is. It is
+    called when that is sent.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_course",
+        "_early_head",
+        "_exchange",
+        "_fail",
+        "_hold",
+        "_proxy",
+        "_question",
+        "_request",
+        "_ticket",
+        "attempt",
+        "early",
+    )
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        request: Request,
+        exchange: Exchange,
+        ticket: Ticket,
+        clock: Clock,
+        question: Question,
+        fail: Callable[[ExchangeError], None],
+        early_head: Callable[[bytes], bytes],
+    ) -> None:
+        self._proxy = proxy
+        self._request = request
+        self._exchange = exchange
+        self._ticket = ticket
+        self._clock = clock
+        self._question: Question | None = question
+        self._fail = fail
+        self._early_head = early_head
+        self._course: Course | None = None
+        # What is held back of an attempt that has failed.
+        self._hold: Hold | None = None
+        self.attempt: Attempt | None = None
+        """The last attempt."""
+        self.early: EarlyHead | None = None
+        """The head that went out before it was known whose answer it is, if one did."""
+
+    async def answer(self) -> Asked:
+        """The answer, or the last response if none is an answer. Raises `UpstreamError` or `RequestError`."""
+        question = self._asked
+        only = self._proxy.only.get(question.route.name)
+        if only is None:
+            await self._learn_models(question.route.name)
+            return await self._ask_in_turn()
+        upstream, endpoint = only
+        return await self._ask(upstream, endpoint, None)
+
+    def forget(self) -> None:
+        """Drops what is only needed to ask. A stream may take long."""
+        self._question = None
+
+    @property
+    def _asked(self) -> Question:
+        assert self._question is not None
+        return self._question
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether more than one attempt was possible, so that it is of no use to ask again."""
+        return self._course is not None and self._course.several
+
+    def judge(self, outcome: Outcome) -> None:
+        """Records what the outcome of the exchange says of the endpoint that was asked last."""
+        self._exchange.on_first_token = None
+        if self.attempt is not None:
+            self.attempt.judge(*_JUDGEMENTS.get(outcome, ("abandoned", "open")))
+
+    def end(self) -> None:
+        """Ends the attempt that is under way."""
+        if self.early is not None:
+            self.early.stop()
+        if self.attempt is not None:
+            self.attempt.end()
+
+    def streams(self, kind: headers.BodyKind) -> bool:
+        """Whether the client wants a stream, or gets one: the body of the response is labelled as `kind`."""
+        question = self._asked
+        path = routes.normal_path(routes.upstream_path(question.route, "", question.path))
+        return (
+            kind == "events"
+            or asks_for_stream(path, question.query)
+            or headers.accepts_events(self._request.fields)
+            or any(reader is not None and reader.streams for reader in (question.read, question.passing))
+        )
+
+    # --- several attempts ---
+
+    async def _ask_in_turn(self) -> Asked:
+        question, exchange, body = self._asked, self._exchange, self._request.body
+        options = question.route.retry
+        course = self._course = self._course_of(question)
+        step = course.first()
+        if step is None:
+            raise UpstreamError("dns", cause=f"{question.route.upstream[0].name}: no address is known")
+        keeps = options.max_body if course.several else 0
+        while True:
+            self._goes_to(step)
+            exchange.attempts = course.attempts
+            if step.pause:
+                await asyncio.sleep(step.pause)
+            asked, error = None, None
+            try:
+                asked = await self._ask(step.upstream, step.endpoint, step.target, later=step.later, keeps=keeps)
+                failure = await self._failure(asked.head, step, course)
+            except UpstreamError as raised:
+                error, failure = raised, failure_of(raised, begun=self.attempt is not None and self.attempt.begun)
+                error.attempts = course.attempts
+            if failure is None:
+                assert asked is not None
+                return self._fitting(asked)
+            self._note(failure, step)
+            following = course.next(failure) if body.repeatable else None
+            if following is None:
+                if error is not None:
+                    raise error
+                assert asked is not None
+                self._release(failure)
+                if course.several and failure.retry_after is None:
+                    asked.head.fields = asked.head.fields.with_only(*DO_NOT_RETRY)
+                return self._fitting(asked)
+            exchange.observer.retried(failure.reason)
+            if error is not None:
+                exchange.observer.upstream_failed(error.kind, answered=False)
+            assert self.attempt is not None
+            self.attempt.end()
+            self._hold = None
+            body.begin_again()
+            step = following
+
+    async def _learn_models(self, route: str) -> None:
+        """Waits for the lists of models, where requests are routed by them and they have never been fetched."""
+        models = self._proxy.models_of.get(route)
+        if models is None or not models.differ or models.known(self._request.fields) is not None:
+            return
+        self._clock.enter("head", perf_counter())
+        # Without a list, all upstreams are asked in their order.
+        with suppress(UpstreamError):
+            await models.get(self._request.fields)
+
+    def _course_of(self, question: Question) -> Course:
+        route, proxy, read = question.route, self._proxy, question.read
+        sources = proxy.upstreams[route.upstream[0].name].affinity
+        parts = self._request.body.whole if read is not None and question.coding == b"" else None
+        key = affinity.key_of(sources, self._request.fields, parts) if sources else None
+        targets = [
+            (target, proxy.upstreams[target.name])
+            for target in route.upstream
+            # An upstream whose model cannot be put into the request would not know the one that is in it.
+            if target.model is None or question.model is None or _renaming(read, target.model)
+        ]
+        known = proxy.models_of[route.name].known(self._request.fields) if route.name in proxy.models_of else None
+        if known is not None and question.model is not None and (having := known.upstreams_with(question.model)):
+            # One whose list is not known, or whose model is set, may have it as well.
+            targets = [
+                (target, upstream)
+                for target, upstream in targets
+                if upstream.name in having or target.model is not None or upstream.name not in known.of
+            ] or targets
+        if not targets:
+            raise RequestError("encoding" if question.coding != b"" else "body_too_large")
+        return Course(route.retry, targets, question.model, key, self._exchange.received_at, self._repeatable(question))
+
+    def _repeatable(self, question: Question) -> Repeatable:
+        dialect, reader = question.dialect, question.read or question.passing
+        posts_to_state = dialect.name == "assistants" and self._request.method == "POST"
+        if posts_to_state or (isinstance(reader, RequestReader) and reader.belongs_to_state):
+            return "connect"
+        return "always" if dialect.generates or self._is_idempotent else "refused"
+
+    def _goes_to(self, step: Step) -> None:
+        question, proxy, exchange = self._asked, self._proxy, self._exchange
+        exchange.model = step.target.model or question.model
+        label = routes.model_label(proxy.models, exchange.model)
+        observer = proxy.observer(question.route.name, step.upstream.name, label)
+        exchange.goes_to(step.upstream.name, step.endpoint.label, observer)
+        standing = step.endpoint.standing
+        exchange.on_first_token = None
+        if standing is not None and standing.is_out:
+            # The first token is enough to know that it works again.
+            exchange.on_first_token = lambda: standing.passed(micros())
+
+    async def _failure(self, head: ResponseHead, step: Step, course: Course) -> Failure | None:
+        """Why the response with `head` is not the answer, or None if it is. Raises `UpstreamError`."""
+        failure = failure_in(head.status, head.fields, our_key=step.endpoint.credential is not None)
+        if failure is not None:
+            return failure
+        if head.status == 400 and course.has_fallback and await self._is_too_long(head):
+            return Failure("context")
+        if course.several and 200 <= head.status < 300 and self._asked.route.retry.until != "head":
+            return await self._hold_back(head)
+        return None
+
+    @property
+    def _connection(self) -> UpstreamConnection:
+        assert self.attempt is not None
+        assert self.attempt.connection is not None
+        return self.attempt.connection
+
+    async def _is_too_long(self, head: ResponseHead) -> bool:
+        """Whether the response says that the prompt is too long for the model. Nothing of it is lost."""
+        if not head.framing:
+            return False
+        assert self.attempt is not None
+        self._clock.enter("idle", perf_counter())
+        peek = Peek(self._connection, head.framing, _MAX_REFUSAL)
+        found = is_too_long(await self.attempt.until(peek.look()))
+        peek.put_back()
+        return found
+
+    async def _hold_back(self, head: ResponseHead) -> Failure | None:
+        """Holds back what `retry.until` says. Returns why it is not the answer, or None if it is."""
+        question, exchange, attempt = self._asked, self._exchange, self.attempt
+        assert attempt is not None
+        options, kind = question.route.retry, headers.body_kind(head.fields)
+        streams = self.streams(kind)
+        if not head.framing or headers.is_encoded(head.fields) or not question.dialect.generates:
+            return None
+        if options.until == "first_token" and not streams:
+            return None
+        record = Exchange("", "", UNOBSERVED, "", attempt.began_at)
+        record.status = head.status
+        record.is_stream = kind == "events" or (kind == "open" and streams)
+        begun_at = perf_counter()
+        hold = Hold(
+            self._connection,
+            head.framing,
+            record,
+            inspector_of(self._request.method, head, kind, question.dialect, record, self._proxy.limits.event),
+            self._clock,
+            until=options.until,
+            most=options.hold,
+            room=self._ticket.hold,
+        )
+        if kind == "events" and question.route.heartbeat is not None:
+            self._begin_early(head, question.route.heartbeat)
+        held: Held | None = None
+        try:
+            held = await attempt.until(hold.look())
+        finally:
+            self._ticket.release(hold.size)
+            if record.usage is not None and held != "answer":
+                exchange.observer.discarded(record.usage)
+        if held != "answer":
+            self._hold = hold
+            return Failure(str(held))
+        exchange.observer.held(perf_counter() - begun_at)
+        if options.until == "end":
+            exchange.was_held = True
+            exchange.observer = exchange.observer.of_whole_answers()
+        hold.put_back()
+        return None
+
+    def _begin_early(self, head: ResponseHead, interval: float) -> None:
+        """From now on, the client gets heartbeats, whichever endpoint will answer."""
+        if self.early is None and head.status == 200:
+            (content_type, *_) = head.fields.named(b"content-type")
+            self.early = EarlyHead(
+                self._request.connection,
+                partial(self._early_head, content_type),
+                interval,
+                self._asked.dialect.form,
+                chunked=self._request.version == (1, 1),
+            )
+
+    def _fitting(self, asked: Asked) -> Asked:
+        """`asked`, if it can still be the response. Otherwise raises `UpstreamError`.
+
+        When a head has gone out, only a stream can follow it.
+        """
+        if self.early is not None:
+            self.early.stop()
+            streams = asked.head.status == 200 and headers.body_kind(asked.head.fields) == "events"
+            if self.early.sent and not streams:
+                raise self._last(UpstreamError("answer", cause=f"status {asked.head.status}"))
+        return asked
+
+    def _release(self, failure: Failure) -> None:
+        """Lets the client have what was held back of the last attempt, which has failed.
+
+        If the client is to get a whole answer or none, and this is a part of one, raises `UpstreamError`.
+        """
+        hold, self._hold = self._hold, None
+        if hold is None:
+            return
+        if self._asked.route.retry.until == "first_token" or (failure.reason == "error" and not hold.has_content):
+            hold.put_back()
+        else:
+            raise self._last(Truncated() if failure.reason in ("truncated", "reset") else UpstreamError("answer"))
+
+    def _last(self, error: UpstreamError) -> UpstreamError:
+        assert self._course is not None
+        error.attempts = self._course.attempts
+        return error
+
+    def _note(self, failure: Failure, step: Step) -> None:
+        """Records what the failure of an attempt says of its endpoint."""
+        assert self.attempt is not None
+        verdict: Verdict = "refused" if failure.reason == "connect" else "failed"
+        if failure.reason == "429":
+            # Another key, or another model, may be free. The client's own key is not ours to judge.
+            if step.endpoint.credential is not None and failure.retry_after:
+                step.upstream.rest(step.endpoint, step.target.model or self._asked.model, failure.retry_after)
+            verdict = "open"
+        elif failure.reason in ("503", "529") and failure.retry_after:
+            step.upstream.rest(step.endpoint, None, failure.retry_after)
+            verdict = "open"
+        elif failure.reason == "context":
+            verdict = "succeeded"
+        self.attempt.judge(failure.reason, verdict)
+
+    # --- one endpoint ---
+
+    async def _ask(
+        self, upstream: Upstream, endpoint: Endpoint, target: Target | None, *, later: bool = False, keeps: int = 0
+    ) -> Asked:
+        """Asks `endpoint`. Up to `keeps` bytes of the body are kept, in case another attempt follows.
+
+        Usage is requested, where the route wants it. If the upstream refuses the option, it is asked without it.
+        """
+        question, body = self._asked, self._request.body
+        read, other_model = question.read, None if target is None else target.model
+        model = other_model or question.model
+        splices = _renaming(read, other_model)
+        asking: Splice | None = None
+        if question.wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
+            asking = read.with_usage()
+            if asking is not None and not upstream.takes_stream_options(model) and not body.hold():
+                # If the upstream refused the option, there would be no copy of the client's own body to send.
+                asking = None
+        # As long as it is not known whether the upstream accepts the option, the body may have to be sent again.
+        self._ticket.spare = asking is None or upstream.takes_stream_options(model) is True
+        if asking is None:
+            return Asked(await self._attempt(upstream, endpoint, splices, later, keeps), endpoint, False)
+        head = await self._attempt(upstream, endpoint, [*splices, asking], later, keeps)
+        if await self._refuses_stream_options(head):
+            self._ticket.spare = True
+            head = await self._attempt(upstream, endpoint, splices, later, keeps)
+            # The error may have had another reason, and only quote the option. If the same request streams without the
+            # option, the upstream has refused the option.
+            if head.status < 300 and headers.body_kind(head.fields) in ("events", "open"):
+                upstream.remember_stream_options(model, taken=False)
+            return Asked(head, endpoint, False)
+        if head.status < 300:
+            upstream.remember_stream_options(model, taken=True)
+        return Asked(head, endpoint, True)
+
+    async def _attempt(
+        self, upstream: Upstream, endpoint: Endpoint, splices: Sequence[Splice], later: bool, keeps: int
+    ) -> ResponseHead:
+        """Phases 3 to 5. Returns the response head.
+
+        This takes one attempt, or two if the first one met a pooled connection that the upstream had already closed.
+        The body is sent with `splices`.
+        """
+        question, request, body = self._asked, self._request, self._request.body
+        idempotent, spare = self._is_idempotent, self._ticket.spare
+        query = question.query if endpoint.credential is None else routes.without_key(question.query)
+        target = routes.upstream_path(question.route, endpoint.base_path, question.path) + query
+
+        def outgoing(reused: bool) -> Outgoing:
+            whole = body.whole
+            framing = request.framing
+            if whole is None:
+                body.keeps = max(keeps, _MAX_REPEATED if reused else 0)
+                parts = []
+            else:
+                size = sum(map(len, whole))
+                body.keeps = size if reused or not spare or size <= keeps else 0
+                parts = changed(body.take(), splices) if splices else body.take()
+                framing = None if framing is None else sum(map(len, parts))
+            head = self._head_out(endpoint, target, framing)
+            rest = body if whole is None else None
+            if rest is not None:
+                request.send_continue()
+            return Outgoing(request.method, head, parts, rest, framing == "chunked", idempotent, self._interim)
+
+        again = False
+        while True:
+            attempt = self.attempt = Attempt(
+                upstream, endpoint, self._exchange, self._clock, self._fail, self._released, later=later
+            )
+            try:
+                return await attempt.head(outgoing, fresh=again)
+            except UpstreamError:
+                attempt.end()
+                if again or not attempt.can_be_repeated or not body.begin_again():
+                    raise
+                again = True
+
+    @property
+    def _is_idempotent(self) -> bool:
+        return self._request.method in _SAFE_METHODS or bool(self._request.fields.named(b"idempotency-key"))
+
+    def _head_out(self, endpoint: Endpoint, target: str, framing: Framing | None) -> bytes:
+        """The request head for `endpoint`."""
+        request, connection = self._request, self._request.connection
+        peer = connection.address
+        return headers.serialize(
+            b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
+            headers.to_upstream(
+                request.fields,
+                version=request.version,
+                host=endpoint.host,
+                framing=framing_fields(framing),
+                peer=peer.encode() or b"unknown",
+                trusted=self._proxy.trusts(peer),
+                scheme=b"https" if connection.is_tls else b"http",
+                request_id=request.id,
+                credential=endpoint.credential,
+                inspect=self._asked.inspect,
+            ),
+        )
+
+    def _interim(self, head: ResponseHead) -> None:
+        """Forwards an interim response (RFC 9110, section 15.2)."""
+        # Nothing may come between a head and its body.
+        if self.early is None or not self.early.sent:
+            made = response_head(head, self._request.id, framing=(), event_stream=False, connection=None, date=None)
+            self._request.send_interim(head.status, made)
+
+    def _released(self) -> None:
+        gone_at = self._request.connection.gone_at
+        if gone_at is not None:
+            self._exchange.observer.released(perf_counter() - gone_at)
+
+    async def _refuses_stream_options(self, head: ResponseHead) -> bool:
+        """Whether the response refuses `stream_options`. If it does, the attempt is ended; if not, nothing is lost."""
+        attempt, connection = self.attempt, self._connection
+        assert attempt is not None
+        if head.status not in REFUSAL_STATUSES or not head.framing or not self._request.body.repeatable:
+            return False
+        self._clock.enter("idle", perf_counter())
+        peek = Peek(connection, head.framing, _MAX_REFUSAL)
+        if REFUSED not in await peek.look():
+            peek.put_back()
+            return False
+        if peek.whole and not attempt.uploads:
+            connection.release(reusable=head.reusable)
+        # If the request is still being sent, the connection cannot be reused, and is aborted.
+        attempt.end()
+        self._request.body.begin_again()
+        return True
+
+
+def _renaming(read: RequestReader | FormReader | None, model: str | None) -> list[Splice]:
+    """What replaces the model of a body by `model`: nothing, if it is None or cannot be replaced."""
+    splice = read.with_model(model) if isinstance(read, RequestReader) and model is not None else None
+    return [] if splice is None else [splice]
