@@ -155,7 +155,10 @@ class Fleet:
                     yield OnTrial(name, None)
             elif one.sick and not one.failed_checks:
                 one.sick = False
-                if not one.ejected:
+                if one.ejected:
+                    # What its checks have found is over. Whether requests succeed again, a trial shows.
+                    one.due = min(one.due, now)
+                else:
                     yield Admitted(name, now - one.out_since, now)
 
     def _trials(self, evidence: Mapping[str, Evidence], workers: Sequence[int], now: int) -> Iterator[Decision]:
