@@ -212,10 +212,14 @@ class _Upstream:
         for decision in self.fleet.decide(evidence, workers, now):
             standing = self.endpoints[decision.endpoint].standing
             match decision:
-                case Ejected(label, reason):
+                case Ejected(label, reason, again=again):
                     standing.eject(next(self._serials), None)
                     self._recorder.count(metrics.ENDPOINT_EJECTIONS, (self.config.name, label, reason))
-                    log.warning("upstream %s: endpoint %s is ejected%s", self.config.name, label, self._why(decision))
+                    # An endpoint that is gone for a day fails thousands of trials.
+                    level = logging.DEBUG if again else logging.WARNING
+                    log.log(
+                        level, "upstream %s: endpoint %s is ejected%s", self.config.name, label, self._why(decision)
+                    )
                 case OnTrial(worker=worker):
                     standing.eject(next(self._serials), worker)
                 case Admitted(label, time, at):
@@ -228,11 +232,11 @@ class _Upstream:
                     )
 
     def _why(self, decision: Ejected) -> str:
-        label, reason, failures, time = decision
+        label, reason, failures, time, again = decision
         if reason == "health":
             return f" until a health check passes: {failures} have failed, the last one with: {self._wrong[label]}"
         what = f"{failures} times no connection could be made" if reason == "refused" else f"{failures} failures"
-        return f" for {time / _SECOND:g} s: {what} {'since its last success' if failures > 1 else 'in its trial'}"
+        return f" for {time / _SECOND:g} s: {what} {'in its trial' if again else 'since its last success'}"
 
     def _end_checks(self) -> None:
         for task in self._checks.values():
