@@ -265,12 +265,11 @@ class Asking:
         """When the request may be repeated, as far as it is known now: its body may still be coming."""
         question, request = self._asked, self._request
         dialect, reader = question.dialect, question.read or question.passing
-        if request.method == "POST" and dialect.name == "assistants":
+        keeps, known = dialect.keeps and request.method == "POST", isinstance(reader, RequestReader)
+        if keeps and (dialect.name == "assistants" or not (known and request.body.ended)):
             return "connect"
-        if request.method == "POST" and dialect.name == "responses":
-            known = isinstance(reader, RequestReader) and request.body.ended
-            if not known or (isinstance(reader, RequestReader) and reader.belongs_to_state):
-                return "connect"
+        if isinstance(reader, RequestReader) and reader.belongs_to_state:
+            return "connect"
         return "always" if dialect.generates or self._is_idempotent else "refused"
 
     def _goes_to(self, step: Step) -> None:
