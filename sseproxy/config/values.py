@@ -65,14 +65,19 @@ def _addresses(value: object) -> object:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _api_key(value: object) -> SecretStr | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = SecretStr(value)
-    if isinstance(value, SecretStr) and API_KEY.fullmatch(value.get_secret_value()):
-        return value
-    raise expected("an API key: text of visible ASCII characters", show=False)
+def _secret(what: str) -> Callable[[object], SecretStr | None]:
+    """A reader of a secret, which is `what`."""
+
+    def read(value: object) -> SecretStr | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            value = SecretStr(value)
+        if isinstance(value, SecretStr) and API_KEY.fullmatch(value.get_secret_value()):
+            return value
+        raise expected(f"{what}: text of visible ASCII characters", show=False)
+
+    return read
 
 
 def _header(value: object) -> str:
@@ -358,7 +363,9 @@ ListenAddresses = Annotated[tuple[ListenAddress, ...], Option(_addresses, _one_o
 URLText = Annotated[str, Option(read_url, TEXT)]
 """The URL of an API, canonical, without trailing slash."""
 
-ApiKey = Annotated[SecretStr | None, Option(_api_key, TEXT, NONE)]
+ApiKey = Annotated[SecretStr | None, Option(_secret("an API key"), TEXT, NONE)]
+
+AdminToken = Annotated[SecretStr | None, Option(_secret("a token"), TEXT, NONE)]
 
 FieldName = Annotated[str, Option(_header, TEXT)]
 
@@ -413,8 +420,8 @@ _NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
 def dotted(loc: Loc) -> str:
     """A location as text: `path.to[0].key`.
 
-    Only the first word of a key is shown, and nothing below an `api_key`, because both may contain a secret: the YAML
-    `{api_key:secret}` has one key that includes it.
+    Only the first word of a key is shown, and nothing below an `api_key` or a `token`, because both may contain a
+    secret: the YAML `{api_key:secret}` has one key that includes it.
     """
     path = ""
     for key in loc:
@@ -423,7 +430,7 @@ def dotted(loc: Loc) -> str:
             continue
         word = _NOT_IN_WORD.split(key)[0][:64]
         path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
-        if key == "api_key":
+        if key in ("api_key", "token"):
             break
     return path.removeprefix(".")
 

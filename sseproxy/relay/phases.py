@@ -108,6 +108,11 @@ class Relay:
         self._keep_alive = False
         self._error: ExchangeError | None = None
 
+    @property
+    def exchange(self) -> Exchange | None:
+        """The record of the exchange, once there is one."""
+        return self._exchange
+
     def fail(self, error: ExchangeError) -> None:
         """Ends the exchange with `error`, from another task or a callback. Only the first error counts."""
         if self._error is not None:
@@ -261,7 +266,10 @@ class Relay:
         exchange = self._recorded()
         exchange.status = error.status
         extra = [(b"X-Request-Id", self._request_id)]
-        if error.status in (429, 503):
+        if error.final:
+            # The SDKs of OpenAI and Anthropic read it. Without it they would send the request again.
+            extra.append((b"X-Should-Retry", b"false"))
+        elif error.status in (429, 503):
             # Another replica, or the workers after a restart, can take the request.
             extra.append((b"Retry-After", b"1"))
         if error.status == 415:
@@ -339,6 +347,8 @@ class Relay:
                 upstream.remember_stream_options(model, taken=False)
         elif asking is not None and head.status < 300:
             upstream.remember_stream_options(model, taken=True)
+        if self._passing is not None:
+            exchange.model = model or self._passing.model_so_far
         kind = headers.body_kind(head.fields)
         asked = (
             kind == "events"
