@@ -82,9 +82,9 @@ class Request:
         return self.rates[-1] if self.rates and self.outcome is None else 0.0
 
     def count(self, now: float) -> None:
-        """Counts the tokens since the last time, once a second."""
+        """Counts the tokens since the last time, about once a second."""
         past = now - self._counted_at
-        if past >= 1 and self.outcome is None:
+        if past >= 0.9 and self.outcome is None:
             self.rates.append((self.told["deltas"] - self._counted) / past)
             self._counted, self._counted_at = self.told["deltas"], now
 
@@ -157,7 +157,9 @@ class Top:
         for id in left:
             self.requests.pop(id, None)
         for told in message["rows"]:
-            request = self.requests.setdefault(told["id"], Request(told, self.now))
+            request = self.requests.get(told["id"])
+            if request is None:
+                request = self.requests[told["id"]] = Request(told, self.now)
             request.told = request.told | told
             if request.outcome is not None and request.ended_at is None:
                 request.ended_at = self.now
@@ -318,11 +320,11 @@ class _Server:
                 raise SseproxyError(
                     f"{self._url}/live/events: status {response.status}, and not an event stream of sseproxy"
                 )
-            with suppress(asyncio.IncompleteReadError):  # the connection has ended
-                while block := await response.content.readuntil(b"\n\n"):
-                    fields = dict(line.split(": ", 1) for line in block.decode().splitlines() if ": " in line)
-                    if "event" in fields:
-                        yield fields["event"], json.loads(fields["data"])
+            # At the end of the connection, it returns what there is.
+            while (block := await response.content.readuntil(b"\n\n")).endswith(b"\n\n"):
+                fields = dict(line.split(": ", 1) for line in block.decode().splitlines() if ": " in line)
+                if "event" in fields:
+                    yield fields["event"], json.loads(fields["data"])
 
     async def cancel(self, id: str) -> str:
         """Cancels a request. Returns what came of it, in words."""

@@ -22,7 +22,7 @@ from ..relay.exchange import Exchange
 from .access import shown
 
 MOST_ROWS: Final = 1_000
-"""Rows of a reading, and of a snapshot. A thousand take 3 ms of a worker's loop, and 300 kB of a snapshot."""
+"""Rows of a reading, and of a snapshot. A thousand take a millisecond of a worker's loop, and 250 kB of a snapshot."""
 ID_SIZE: Final = 16
 """Characters of an id. They are random, so an id names one exchange of all workers, and nobody can guess one."""
 
