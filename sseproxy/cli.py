@@ -197,7 +197,7 @@ def summary(supervisor: Supervisor) -> str:
         when = f" ({', '.join(conditions)})" if conditions else ""
         upstream = settings.upstream(route.upstream)
         lines.append(f"  {route.match.path:<{width}}  ->  {upstream.url}{when}")
-    lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz")
+    lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz /live")
     lines.append(f"  workers: {supervisor.workers}")
     return "\n".join(lines) + "\n"
 

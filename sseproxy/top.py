@@ -102,7 +102,8 @@ class Request:
         """What it is sorted by."""
         match column:
             case "silence":
-                return -1.0 if (silence := self.silence(now)) is None else silence
+                # In whole seconds, so that rows do not change places with each token.
+                return -1.0 if (silence := self.silence(now)) is None else int(silence)
             case "first token":
                 return -1.0 if (first := self.first_token(now)) is None else first
             case "tokens/s":

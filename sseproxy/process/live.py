@@ -148,7 +148,7 @@ class Live:
         if (found := self._view.find(id)) is None:
             return web.Response(status=404, text=_UNKNOWN)
         worker, row = found
-        log.info("%s cancels a request of %s on the route %s", request.remote, row.client, row.route)
+        log.info("%s cancels a request of %s on the route %s", request.remote or "somebody", row.client, row.route)
         with self._looking():
             self._cancel(worker, id)
             try:
