@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from sseproxy.config import Admin
 from sseproxy.errors import Outcome
+from sseproxy.observe import live
 from sseproxy.observe.live import MOST_ROWS, Reader, Reading, Row, View
 from sseproxy.observe.registry import Registry
 from sseproxy.process.admin import application
@@ -269,6 +270,21 @@ def test_a_snapshot_is_bounded_and_says_how_many_more_there_are() -> None:
     assert min(int(id.partition("-")[2]) for id in looker.rows) >= 2 * MOST_ROWS // 3 - 1
 
 
+def test_when_the_systems_clock_is_set_all_rows_are_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, looker = View(), Looker()
+    view.add(1, Reading([row("a"), row("b")]))
+    view.step()
+    looker.take(view.snapshot(cancel=False))
+    before = looker.rows["a"]["since"]
+    real = live._epoch
+    monkeypatch.setattr(live, "_epoch", lambda: real() + 3600)
+    view.add(1, Reading([row("a"), row("b", outcome="completed")]))
+    view.step()
+    looker.take(view.changes)
+    assert looker.rows["a"]["since"] == pytest.approx(before + 3600, abs=1)
+    assert [told["id"] for told in looker.ended] == ["b"]
+
+
 def test_what_a_dead_worker_had_is_lost() -> None:
     view, looker = View(), Looker()
     view.add(1, Reading([row("a")]))
@@ -386,6 +402,25 @@ async def test_a_stream_of_events_ends_when_what_is_allowed_changes() -> None:
         workers.options = Admin(token=TOKEN)  # type: ignore[arg-type]
         with pytest.raises(EOFError):
             await looker.until(lambda: False)
+
+
+async def test_a_listener_that_closes_and_opens_again_has_lost_nobody() -> None:
+    """As in an upgrade that fails: whoever looked looks again, and a request that is being cancelled gets an answer."""
+    workers = Workers()
+    workers.options = Admin(token=TOKEN, cancel=True)  # type: ignore[arg-type]
+    workers.rows = [row("0123456789abcdef")]
+    async with workers.serve() as port:
+        async with watching(port) as looker:
+            await looker.until(lambda: bool(looker.rows))
+            cancelling = asyncio.ensure_future(ask_to_cancel(port, "0123456789abcdef"))
+            await until(lambda: workers.live._lookers == 2)
+            workers.live.end()
+            with pytest.raises(EOFError):
+                await looker.until(lambda: False)
+            assert (await cancelling)[0] == 202
+        workers.live.begin()
+        async with watching(port) as again:
+            await again.until(lambda: bool(again.rows))
 
 
 async def test_there_are_at_most_so_many_who_look() -> None:

@@ -26,6 +26,9 @@ MOST_ROWS: Final = 1_000
 ID_SIZE: Final = 16
 """Characters of an id. They are random, so an id names one exchange of all workers, and nobody can guess one."""
 
+# Seconds by which the system's clock may differ from what it was when a reading was told first.
+_CLOCK_STEP = 0.5
+
 _encode = msgspec.json.Encoder().encode
 T = TypeVar("T")
 
@@ -75,6 +78,11 @@ def _longest_silences(
         return (0 if since is None else int(now - since)) + (0.5 if is_known(item) else 0.0)
 
     return nlargest(MOST_ROWS, items, rank)
+
+
+def _epoch() -> float:
+    """The Unix timestamp at which `perf_counter` was 0, by the system's clock."""
+    return time.time() - perf_counter()  # noqa: TID251 - timestamps are exported
 
 
 def _quiet_since(exchange: Exchange) -> float | None:
@@ -143,7 +151,7 @@ class View:
         # The events of this step, once somebody wants them.
         self._snapshot = b""
         # From `perf_counter` to Unix timestamps: one value, so that a time that stays the same is told the same.
-        self._epoch = time.time() - perf_counter()  # noqa: TID251 - timestamps are exported
+        self._epoch = _epoch()
         self.number = 0
         """How many steps had changes."""
         self.changes = b""
@@ -172,14 +180,16 @@ class View:
 
     def step(self) -> None:
         """Writes `changes`, if anything has changed since the step before."""
+        if abs(self._epoch - _epoch()) > _CLOCK_STEP:
+            # The system's clock was set. All rows are told again.
+            self._epoch = _epoch()
+            self._told.clear()
         before, told = self._shown, self._told
         running = [(worker, row) for worker, (rows, _) in self._readings.items() for row in rows.values()]
         chosen = _longest_silences(running, lambda item: item[1].quiet_since, lambda item: item[1].id in before)
         shown_now = {row.id: (worker, row) for worker, row in chosen}
-        self.ended = {id: row for id, row in self._ending.items() if id in before or id in shown_now}
+        self.ended = {id: row for id, row in self._ending.items() if id in before}
         self._ending = {}
-        for id in self.ended:
-            shown_now.pop(id, None)
         more = sum(more for _, more in self._readings.values()) + len(running) - len(shown_now)
 
         rows = []
@@ -194,7 +204,7 @@ class View:
                 told[row.id] = now
         left = [id for id in before if id not in shown_now and id not in self.ended]
         for id in [*left, *self.ended]:
-            del told[id]
+            told.pop(id, None)
         self._shown, self._snapshot = shown_now, b""
         if rows or left or more != self._more:
             self._more = more

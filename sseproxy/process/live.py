@@ -67,8 +67,9 @@ class Live:
         ]
 
     def begin(self) -> None:
-        """The listener is open."""
+        """The listener opens."""
         self._ending = False
+        self._turn = asyncio.Event()
 
     def end(self) -> None:
         """The listener closes: ends all event streams."""
@@ -98,14 +99,19 @@ class Live:
             self._turn.set()
             self._turn = asyncio.Event()
 
+    async def _next(self) -> bool:
+        """Waits for the next reading. Returns False if the listener closes."""
+        await self._turn.wait()
+        return not self._ending
+
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if self._lookers >= _MOST_LOOKERS:
             return web.Response(status=503, text=f"{_MOST_LOOKERS} others look already.\n")
         options = self._options()
         response = web.StreamResponse(headers=_EVENTS)
-        await response.prepare(request)
         try:
             with self._looking():
+                await response.prepare(request)
                 await response.write(_RETRY)
                 # What this event stream shows was allowed by these options, and ends with them.
                 await self._tell(request, response, lambda: self._options() == options)
@@ -117,8 +123,7 @@ class Live:
     async def _tell(self, request: web.Request, response: web.StreamResponse, allowed: Callable[[], bool]) -> None:
         view, told_at = self._view, perf_counter()
         told: int | None = None
-        while not self._ending:
-            await self._turn.wait()
+        while await self._next():
             transport = request.transport
             if transport is None or transport.is_closing() or not allowed():
                 return
@@ -154,7 +159,8 @@ class Live:
             try:
                 async with asyncio.timeout(_END_TIMEOUT):
                     while id not in self._view.ended:
-                        await self._turn.wait()
+                        if not await self._next():
+                            raise TimeoutError
                         if id not in self._view.ended and self._view.find(id) is None:
                             return web.Response(status=404, text=_UNKNOWN)
             except TimeoutError:
