@@ -78,6 +78,7 @@ async def test_everything_but_health_needs_the_token(served: Served) -> None:
     for path in HEALTH:
         assert await status_of(served, "GET", path) == 200
     assert (await run("healthcheck", "--admin", f"127.0.0.1:{served.admin}"))[0] == 0
+    assert TOKEN not in served.stderr
 
 
 async def test_without_a_token_everything_is_open(upstream: ScriptedUpstream, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The pages of the admin listener. Each is one file that needs nothing else, and is read when the process starts."""
+"""The pages of the admin listener. Each is sent as one file that needs nothing else. They are read at the start.
+
+`base.css` has the colors, and is in the style of each page.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Page:
     """
 
     def __init__(self, name: str) -> None:
-        self._text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+        self._text = _read(name).replace("{{base}}", _read("base.css"))
         policy = [
             "default-src 'none'",
             *(f"{kind}-src {' '.join(_digests(kind, self._text))}" for kind in ("script", "style")),
@@ -47,6 +50,10 @@ class Page:
         for name, value in values.items():
             text = text.replace(f"{{{{{name}}}}}", value)
         return web.Response(status=status, text=text, content_type="text/html", headers=self._fields)
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _digests(element: str, text: str) -> Iterator[str]:
