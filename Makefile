@@ -16,7 +16,7 @@ SEED ?= 1
 SECONDS ?= 3600
 
 .DEFAULT_GOAL := help
-.PHONY: help image demo test faults check lock wheel bench truth memory hostile soak fuzz clean dashboard-picture
+.PHONY: help image demo test faults check lock wheel bench truth memory hostile soak fuzz clean dashboard-picture live-picture
 
 # It has to say so to any Python, also to one that is far too old.
 define CHECK_PYTHON
@@ -110,6 +110,10 @@ image:
 ## dashboard-picture: grafana/dashboard.png (needs Debian's prometheus and chromium)
 dashboard-picture: $(STAMP)
 	$(BIN)/python -m grafana.render $(ARGS)
+
+## live-picture: configs/live.png (needs Debian's chromium)
+live-picture: $(STAMP)
+	$(BIN)/python -m bench.live_picture
 
 # What is only compared with, or draws, has an environment of its own.
 $(BENCH): bench/requirements.txt | $(MADE)

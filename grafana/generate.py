@@ -139,7 +139,7 @@ ROWS = (
             Panel(
                 "Not completed, by outcome",
                 "truncated and upstream_*: the upstream failed. client_gone_* and stalled_client: the client left or stalled. "
-                "rejected, drained and proxy_error: this proxy refused, stopped or failed.",
+                "rejected, drained and proxy_error: this proxy refused, stopped or failed. cancelled: an operator ended it.",
                 (
                     Query(
                         f'sum by (outcome) (rate(sseproxy_requests_total{{{R},outcome!="completed"}}[{RATE}]))',

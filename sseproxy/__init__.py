@@ -13,7 +13,7 @@ The promise
 Processes
 ---------
     sseproxy serve -- supervisor: owns the listening sockets, the metrics registry and the admin listener (/metrics,
-                   |              /livez, /readyz, /-/reload); never handles client traffic
+                   |              /livez, /readyz, /live, /-/reload); never handles client traffic
                    +- generation: the workers of one configuration; they start together and stop together
                       +- worker 1: uvloop, aiohttp's server and connector, one immutable configuration
                       +- worker N
@@ -25,6 +25,9 @@ counter never falls when a worker ends, while the gauges of that worker disappea
 memory and descriptors each worker uses, when `/metrics` is requested. When one end of the channel is closed, its
 process has ended: a worker whose supervisor has died drains and exits. A worker that does not answer a request for a
 report is first treated as not ready. If it still does not answer, it is killed and replaced.
+
+While somebody looks at `/live`, the supervisor asks the workers through the same channel what they have under way, four
+times a second. All who look share the answer. When nobody looks, nothing is read, and nothing is kept.
 
 All workers count in one table in shared memory, the ledger. Each worker writes its own row and reads all rows. So a
 limit is the limit of all workers together, also of those that are still finishing after a reload. Connections are
@@ -54,7 +57,8 @@ client, unchanged. Only then does it pass the chunk to the inspector in `relay.i
 `wire.dialects` to find out what it means. When the stream ends, for whatever reason, the exchange has exactly one
 outcome and is reported once.*
 
-    cli             the commands: serve, check-config, healthcheck, schema, demo
+    cli             the commands: serve, check-config, healthcheck, top, schema, demo
+    top             `sseproxy top`: the live view in a terminal
     demo            an OpenAI-compatible backend that sends tokens at a set rate
     demonstration   `sseproxy demo`: shows what the proxy does, in front of that backend
     config          a frozen, typed configuration; errors name file, line and column
@@ -121,6 +125,7 @@ outcome and is reported once.*
       registry        adds up the numbers of all workers, and writes the exposition format
       telemetry       counts events of exchanges, and sends reports from a worker to the supervisor
       access          the access log: one line for each exchange
+      live            the live view: rows of exchanges, and what has changed since the last reading
       logs            log lines that are written without blocking
     process
       supervisor      sockets, registry, reloads, signals
@@ -130,7 +135,10 @@ outcome and is reported once.*
       worker          one event loop, and how it ends
       accepting       connections, evenly shared with the other workers
       listeners       listening sockets: TCP, Unix, passed by systemd
-      admin           metrics, health, reload
+      admin           the admin listener: what it serves, and to whom
+      live            serves the live view: its event stream, and cancelling
+      login           the token of the admin listener, and the session of a browser
+      pages           the pages of the admin listener, each a file of its own
       health          follows the endpoints of a fleet: tells workers which are used, and checks them
       ejection        the rules by which an endpoint is used or not. No I/O
       discovery       looks up the addresses of a name

@@ -78,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     health.set_defaults(run=_healthcheck)
 
+    top = commands.add_parser(
+        "top",
+        help="show the requests that are under way",
+        description="Show the requests that are under way, as they change. Without a terminal, print them once.",
+    )
+    top.add_argument(
+        "--url", default="http://127.0.0.1:9464", metavar="URL", help="URL of the admin listener (%(default)s)"
+    )
+    top.add_argument("--token", metavar="T", help="admin.token; better in SSEPROXY_ADMIN_TOKEN, where nobody sees it")
+    top.set_defaults(run=_top)
+
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of a configuration", description="Print the JSON Schema, for editors."
     )
@@ -187,7 +198,7 @@ def summary(supervisor: Supervisor) -> str:
         upstreams = [settings.upstream(target.name) for target in route.upstream]
         urls = ", ".join(endpoint.url for upstream in upstreams for endpoint in upstream.endpoints)
         lines.append(f"  {route.match.path:<{width}}  ->  {urls}{when}")
-    lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz")
+    lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz /live")
     lines.append(f"  workers: {supervisor.workers}")
     return "\n".join(lines) + "\n"
 
@@ -252,6 +263,14 @@ def _healthcheck(options: argparse.Namespace) -> int:
     if status[:3] != b"200":
         raise SseproxyError(f"not ready: {reason[:_MAX_REASON].decode(errors='replace').strip()}")
     return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from . import top
+
+    return asyncio.run(top.run(options.url, options.token or os.environ.get("SSEPROXY_ADMIN_TOKEN")))
 
 
 def _schema(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@
           |    +-- Truncated            the upstream closed the connection before the end of the response
           +-- StalledClient             the client does not read, or does not send
           +-- Draining                  the drain timeout has passed
+          +-- Cancelled                 an operator has ended it
           +-- InternalError             a fault in sseproxy
 
 Exceptions of libraries (aiohttp's, OSError) are translated where they first appear, in `relay.upstream`. All other code
@@ -54,6 +55,8 @@ class Outcome(enum.StrEnum):
     """sseproxy itself answered the request. A part of the body may have been sent to the upstream before."""
     DRAINED = "drained"
     """The drain timeout passed before the end of the exchange."""
+    CANCELLED = "cancelled"
+    """An operator ended the exchange, through the admin listener."""
     PROXY_ERROR = "proxy_error"
     """A fault in sseproxy, or the death of the worker."""
 
@@ -123,6 +126,8 @@ class ExchangeError(SseproxyError):
     """What exactly failed, for the access log. Clients do not get it: it may name addresses and certificates."""
     attempts: int = 1
     """How many attempts were made. This error ended the last one."""
+    final: bool = False
+    """Whether the client must not try again. SDKs do so by themselves, unless a header field tells them not to."""
 
     @property
     def message(self) -> str:
@@ -248,6 +253,19 @@ class Draining(ExchangeError):
 
     def __init__(self) -> None:
         super().__init__("The proxy is shutting down; please try again.")
+
+
+class Cancelled(ExchangeError):
+    """An operator has ended the exchange, through the admin listener."""
+
+    status = 503
+    code = "cancelled"
+    type = "server_error"
+    outcome = Outcome.CANCELLED
+    final = True
+
+    def __init__(self) -> None:
+        super().__init__("An operator has cancelled this request.")
 
 
 class InternalError(ExchangeError):

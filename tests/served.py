@@ -17,6 +17,10 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientSession
 
+from sseproxy.config import Admin
+from sseproxy.observe.live import View
+from sseproxy.process.live import Live
+
 from .harness import DEADLINE, Peer, ScriptedUpstream
 
 
@@ -40,6 +44,15 @@ async def until_true(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE):
         while not condition():  # noqa: ASYNC110 - see above
             await asyncio.sleep(0.02)
+
+
+def nobody_looks() -> Live:
+    """The live view of an admin listener without workers."""
+
+    async def look() -> None:
+        raise AssertionError
+
+    return Live(View(), look, lambda worker, id: None, Admin)
 
 
 def children(pid: int) -> list[int]:

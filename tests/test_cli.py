@@ -201,7 +201,7 @@ async def test_flags_go_before_the_file_and_each_route_is_told(upstream: Scripte
             f"sseproxy {__version__} listens on http://127.0.0.1:{served.port}",
             "/v1         ->  http://127.0.0.1:1/v1",
             "/v1/models  ->  http://127.0.0.1:1/v1 (GET, model a, model b*)",
-            f"metrics and health: http://127.0.0.1:{served.admin}/metrics /livez /readyz",
+            f"metrics and health: http://127.0.0.1:{served.admin}/metrics /livez /readyz /live",
             "workers: 1",
         ]
 

@@ -10,6 +10,7 @@ import pytest
 
 from sseproxy import config
 from sseproxy.errors import (
+    Cancelled,
     Draining,
     ExchangeError,
     InternalError,
@@ -41,7 +42,7 @@ EVERY_ERROR: list[ExchangeError] = [
     *map(RequestError, RequestError._TABLE),
     *map(UpstreamError, UpstreamError._TABLE),
     *(UpstreamTimeout(phase, 3) for phase in UpstreamTimeout._WAITED_FOR),
-    *(Truncated(), StalledClient("took", 3), Draining(), InternalError()),
+    *(Truncated(), StalledClient("took", 3), Draining(), Cancelled(), InternalError()),
 ]
 EACH_ERROR = pytest.mark.parametrize("error", EVERY_ERROR, ids=lambda error: f"{type(error).__name__} {error.code}")
 EACH_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)

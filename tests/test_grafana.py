@@ -253,7 +253,8 @@ class Prometheus:
 
 
 @asynccontextmanager
-async def prometheus(directory: Path, served: Served) -> AsyncIterator[Prometheus]:
+async def prometheus(directory: Path, served: Served, **scrape: object) -> AsyncIterator[Prometheus]:
+    """A Prometheus that scrapes `served`, with further options in `scrape`."""
     # As the rules are, but quick.
     for path in RULES:
         text = re.sub(r"\[\d+m\]", f"[{WINDOW}]", path.read_text()).replace(
@@ -264,7 +265,7 @@ async def prometheus(directory: Path, served: Served) -> AsyncIterator[Prometheu
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
         "rule_files": [str(directory / path.name) for path in RULES],
         "scrape_configs": [
-            {"job_name": "sseproxy", "static_configs": [{"targets": [f"127.0.0.1:{served.admin}"]}]},
+            {"job_name": "sseproxy", "static_configs": [{"targets": [f"127.0.0.1:{served.admin}"]}], **scrape},
         ],
     }
     (directory / "prometheus.yml").write_text(yaml.safe_dump(written))

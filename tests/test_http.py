@@ -27,6 +27,7 @@ from sseproxy.wire.headers import Fields, check_beginning, one_hop_less
 
 from .conftest import StartProxy
 from .harness import LAST_CHUNK, STREAM_HEAD, Message, Peer, RunningProxy, ScriptedUpstream, begin, post
+from .served import nobody_looks
 from .splits import splits, steps
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -589,7 +590,7 @@ async def admin() -> AsyncIterator[int]:
     async def reload() -> None:
         raise AssertionError
 
-    async with TestServer(application(registry, lambda: None, reload, lambda: ())) as server:
+    async with TestServer(application(registry, lambda: None, reload, config.Admin, nobody_looks())) as server:
         assert server.port is not None
         yield server.port
 

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
     "process": {"wire", "ledger", "relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
+    "top": {"errors"},
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
-    "cli": {"process", "demo", "demonstration", "observe.logs", "relay.routes"} | EVERYWHERE,
+    "cli": {"process", "top", "demo", "demonstration", "observe.logs", "relay.routes"} | EVERYWHERE,
     "__main__": {"cli"},
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.

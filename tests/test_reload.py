@@ -38,7 +38,7 @@ from .harness import (
     settings,
     until,
 )
-from .served import ConfigFile, Served, alive, children, until_true
+from .served import ConfigFile, Served, alive, children, nobody_looks, until_true
 from .test_processes import python_that_works
 
 RELOADS = 100
@@ -504,7 +504,7 @@ async def test_no_web_page_can_reload(fields: dict[str, str], status: int) -> No
     async def registry() -> Registry:
         return Registry()
 
-    app = application(registry, lambda: None, reload, lambda: ("proxy.example",))
+    app = application(registry, lambda: None, reload, lambda: config.Admin(hosts=("proxy.example",)), nobody_looks())
     async with TestServer(app) as server, ClientSession() as session:
         async with session.post(server.make_url("/-/reload"), headers=fields) as response:
             assert response.status == status, await response.text()

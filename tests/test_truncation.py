@@ -70,6 +70,7 @@ WAYS = {
         _all, None, "did not finish within 1 seconds", "upstream_timeout", "upstream_timeout_total", {"total": 1.0}
     ),
     "drain": Way(_all, None, "shutting down", "draining", "drained", {}),
+    "cancel": Way(_all, None, "An operator has cancelled this request", "cancelled", "cancelled", {}),
 }
 
 
@@ -105,9 +106,13 @@ async def test_every_sdk_raises_with_our_message(start: StartProxy, play: PlaySc
     upstream = await play(partial(act, way))
     proxy = await start(upstream.url, timeouts=way.timeouts)
     reading = asyncio.ensure_future(read(proxy.url))
-    if way.outcome == "drained":
+    if name in ("drain", "cancel"):
         await until(lambda: proxy.sample("time_to_first_token_seconds_count") == len(apis))
-        proxy.worker.proxy.end_exchanges()
+        if name == "drain":
+            proxy.worker.proxy.end_exchanges()
+        else:
+            for row in (await proxy.worker.look()).rows:
+                proxy.worker.cancel(row.id)
     ended = await reading
     assert [end.api for end in ended] == list(apis)
     for end in ended:

@@ -26,6 +26,7 @@ from .plain import Options, Secret
 from .plain import UpstreamTLS as PlainUpstreamTLS
 from .values import (
     TEXT,
+    AdminToken,
     Affinity,
     AlsoAs,
     ApiKey,
@@ -144,6 +145,21 @@ class Admin(_Model):
     hosts: HostNames = ()
     """Further host names that requests may have in `Host`. IP addresses, `localhost` and the name of this machine are
     always allowed."""
+    token: AdminToken = None
+    """The token that requests need, except health checks. `None` means that none is needed."""
+    cancel: bool = False
+    """Whether an operator may end a request from the live view. This needs a `token`."""
+
+    @model_validator(mode="after")
+    def _cancel_is_protected(self) -> Self:
+        if self.cancel and self.token is None:
+            raise expected("token beside cancel: true, because without one anybody could end requests", show=False)
+        return self
+
+    @classmethod
+    def _plain_fields(cls) -> Iterable[str]:
+        # Workers do not serve this listener.
+        return [name for name in cls.model_fields if name != "token"]
 
 
 class UpstreamTLS(_Model):

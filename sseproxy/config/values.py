@@ -80,14 +80,19 @@ def _addresses(value: object) -> object:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _api_key(value: object) -> SecretStr | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = SecretStr(value)
-    if isinstance(value, SecretStr) and API_KEY.fullmatch(value.get_secret_value()):
-        return value
-    raise expected("an API key: text of visible ASCII characters", show=False)
+def _secret(what: str) -> Callable[[object], SecretStr | None]:
+    """A reader of a secret, which is `what`."""
+
+    def read(value: object) -> SecretStr | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            value = SecretStr(value)
+        if isinstance(value, SecretStr) and API_KEY.fullmatch(value.get_secret_value()):
+            return value
+        raise expected(f"{what}: text of visible ASCII characters", show=False)
+
+    return read
 
 
 def _header(value: object) -> str:
@@ -447,7 +452,9 @@ Affinity = Annotated[
     tuple[Annotated[Source, Option(_affinity, TEXT, spell=_spell_source)], ...], Option(_listed, _one_or_more(TEXT))
 ]
 
-ApiKey = Annotated[SecretStr | None, Option(_api_key, TEXT, NONE)]
+ApiKey = Annotated[SecretStr | None, Option(_secret("an API key"), TEXT, NONE)]
+
+AdminToken = Annotated[SecretStr | None, Option(_secret("a token"), TEXT, NONE)]
 
 FieldName = Annotated[str, Option(_header, TEXT)]
 
@@ -506,8 +513,8 @@ _NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
 def dotted(loc: Loc) -> str:
     """A location as text: `path.to[0].key`.
 
-    Only the first word of a key is shown, and nothing below an `api_key`, because both may contain a secret: the YAML
-    `{api_key:secret}` has one key that includes it.
+    Only the first word of a key is shown, and nothing below an `api_key` or a `token`, because both may contain a
+    secret: the YAML `{api_key:secret}` has one key that includes it.
     """
     path = ""
     for key in loc:
@@ -516,7 +523,7 @@ def dotted(loc: Loc) -> str:
             continue
         word = _NOT_IN_WORD.split(key)[0][:64]
         path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
-        if key == "api_key":
+        if key in ("api_key", "token"):
             break
     return path.removeprefix(".")
 

@@ -39,7 +39,7 @@ _WORDS: Final = frozenset(
 )
 
 
-def _shown(said_by_others: str | None, most: int = _MAX_NAME) -> str | None:
+def shown(said_by_others: str | None, most: int = _MAX_NAME) -> str | None:
     """Text from a client or an upstream, shortened, and without control characters."""
     if said_by_others is None:
         return None
@@ -47,7 +47,7 @@ def _shown(said_by_others: str | None, most: int = _MAX_NAME) -> str | None:
 
 
 def _whole_path(path: str) -> str | None:
-    return _shown(path, _MAX_PATH)
+    return shown(path, _MAX_PATH)
 
 
 # Cached, because most requests have one of a few paths.
@@ -91,13 +91,13 @@ def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_pat
         "endpoint": exchange.endpoint,
         "attempts": exchange.attempts if exchange.endpoint else None,
         "api": exchange.api,
-        "model": _shown(exchange.model),
-        "method": _shown(exchange.method),
+        "model": shown(exchange.model),
+        "method": shown(exchange.method),
         "path": paths(exchange.path),
         "status": exchange.status,
         "outcome": exchange.outcome,
         "reason": exchange.reason,
-        "cause": _shown(exchange.cause, _MAX_CAUSE),
+        "cause": shown(exchange.cause, _MAX_CAUSE),
         "stream": exchange.is_stream,
         "head_seconds": since(exchange.head_at),
         "first_token_seconds": since(exchange.first_token_at),
@@ -108,7 +108,7 @@ def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_pat
         "request_bytes": exchange.request_bytes,
         "response_bytes": exchange.response_bytes,
         "usage": usage,
-        "finish_reason": _shown(exchange.finish_reason),
+        "finish_reason": shown(exchange.finish_reason),
         "traceparent": exchange.traceparent,
     }
     return {name: value for name, value in said.items() if value not in (None, "", {})}

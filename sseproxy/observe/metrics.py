@@ -388,7 +388,7 @@ class Histogram(msgspec.Struct, array_like=True):
         self.exemplars = self.exemplars | other.exemplars if later else other.exemplars | self.exemplars
 
 
-class Report(msgspec.Struct, array_like=True):
+class Report(msgspec.Struct, array_like=True, tag="report"):
     """The changes in one worker since its last report, and the current values of gauges.
 
     Each entry is (metric, labels, value).

@@ -1,7 +1,8 @@
 """Counts what happens in exchanges, and sends the numbers from a worker to its supervisor.
 
 A worker sends reports through its channel. A report is a frame: a length of four bytes, and so many bytes of msgpack.
-In the other direction, the supervisor sends a byte to request a report now.
+In the other direction, the supervisor sends a byte. `?` requests a report now, `l` a reading for the live view, which
+is a frame as well. `x`, followed by the id of an exchange, cancels that exchange.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import asyncio
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from time import perf_counter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -21,6 +23,7 @@ from ..relay.exchange import Exchange, Observer
 from ..wire.meaning import Usage
 from . import metrics
 from .access import AccessLog
+from .live import ID_SIZE, Reading
 from .metrics import Labels, Metric, Recorder, Report
 
 # Seconds between two reports that were not requested. A worker that dies loses the numbers since its last report. Each
@@ -37,27 +40,44 @@ _EXEMPLAR_ID = 128 - len("request_id")
 
 _HEADER = struct.Struct("!I")
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Report).decode
+_decode = msgspec.msgpack.Decoder(Report | Reading).decode
+LOOK: Final = b"l"
+CANCEL: Final = b"x"
 
 
-def encode_report(report: Report) -> bytes:
+def encode_report(report: Report | Reading) -> bytes:
     body = _encode(report)
     return _HEADER.pack(len(body)) + body
+
+
+async def questions(reader: asyncio.StreamReader) -> AsyncIterator[tuple[bytes, str]]:
+    """What the supervisor asks a worker: the byte that says what, and an id if it has one. Ends with the channel."""
+    with suppress(asyncio.IncompleteReadError):
+        while question := await reader.read(1):
+            yield question, (await reader.readexactly(ID_SIZE)).decode() if question == CANCEL else ""
 
 
 class Reports:
     """Iterates over the reports of one worker, until the worker closes its end of the channel.
 
-    `reader` reads from the channel, `write` writes to it.
+    `reader` reads from the channel, `write` writes to it. `look` gets the readings for the live view.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, write: Callable[[bytes], object]) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        write: Callable[[bytes], object],
+        look: Callable[[Reading], object] = lambda reading: None,
+    ) -> None:
         self._reader = reader
         self._write = write
+        self._look = look
         self._answered = asyncio.Event()
         self._answered.set()
+        self._looked = asyncio.Event()
+        self._looked.set()
         self.number = 0
-        """How many reports have been received."""
+        """How many frames have been received."""
 
     async def __aiter__(self) -> AsyncIterator[Report]:
         try:
@@ -65,6 +85,10 @@ class Reports:
                 (size,) = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
                 report = _decode(await self._reader.readexactly(size))
                 self.number += 1
+                if isinstance(report, Reading):
+                    self._look(report)
+                    self._looked.set()
+                    continue
                 yield report
                 if report.asked:
                     self._answered.set()
@@ -72,6 +96,7 @@ class Reports:
             return
         finally:
             self._answered.set()
+            self._looked.set()
 
     def ask(self) -> None:
         """Requests a report from the worker, unless the last request has not been answered yet."""
@@ -83,6 +108,17 @@ class Reports:
         """Requests a report. Returns when the iteration has passed it, or when there are no more reports."""
         self.ask()
         await self._answered.wait()
+
+    async def looked(self) -> None:
+        """Requests a reading, unless one is on its way. Returns when it has come, or when there are no more."""
+        if self._looked.is_set():
+            self._looked.clear()
+            self._write(LOOK)
+        await self._looked.wait()
+
+    def cancel(self, id: str) -> None:
+        """Cancels the exchange that has this id in the latest reading."""
+        self._write(CANCEL + id.encode())
 
 
 class _Moved(NamedTuple):

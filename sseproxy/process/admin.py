@@ -1,8 +1,11 @@
-"""The admin listener: metrics, health, reload. It has a port of its own, so clients of the proxy cannot reach it.
+"""The admin listener: metrics, health, the live view, reload. It has a port of its own, which clients cannot reach.
 
-The browser of somebody who can reach it may send requests that any web page asks for. Two checks protect `/-/reload`.
-Requests from pages of other sites are refused. And the `Host` must be a known name, because a foreign name can be made
-to resolve to this address (DNS rebinding), and then the page would not count as one of another site.
+With `admin.token`, everything but health needs the token, or a browser's session (`login`).
+
+The browser of somebody who can reach it may send requests that any web page asks for. Two checks protect what changes
+something, and the live view. Requests from pages of other sites are refused; a link to a page may be followed. And the
+`Host` must be a known name, because a foreign name can be made to resolve to this address (DNS rebinding), and then the
+page would not count as one of another site.
 """
 
 from __future__ import annotations
@@ -16,12 +19,21 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 from yarl import URL
 
+from .. import __version__
+from ..config import Admin
 from ..errors import ProtocolError, ReloadError, SseproxyError
 from ..observe.registry import Registry, exposition
 from ..wire import headers
+from . import login, pages
+from .live import Live
 
-# These are read-only, and anybody who reaches the listener may read them. Probes send all kinds of `Host` fields.
+# These are read-only, and probes send all kinds of `Host` fields.
 _UNDER_ANY_NAME = frozenset({"/metrics", "/livez", "/readyz"})
+# These need no token: whoever asks can log in, or is a probe that knows none.
+_OPEN = frozenset({"/livez", "/readyz", "/login"})
+_PAGES = frozenset({"/", "/live"})
+# Bytes of a request body. The only one is that of the form with the token.
+_MAX_BODY = 16 * 1024
 
 
 def _host(authority: str) -> str | None:
@@ -68,12 +80,13 @@ def application(
     registry: Callable[[], Awaitable[Registry]],
     ready: Callable[[], str | None],
     reload: Callable[[], Awaitable[None]],
-    hosts: Callable[[], Collection[str]],
+    options: Callable[[], Admin],
+    live: Live,
 ) -> web.Application:
-    """Serves `GET /metrics`, `/livez` and `/readyz`, and `POST /-/reload`.
+    """Serves what `GET /` lists.
 
-    `ready` returns why this proxy is not ready, or None if it is. `reload` raises `SseproxyError` if it fails. `hosts`
-    returns further host names (`admin.hosts`) that are allowed.
+    `ready` returns why this proxy is not ready, or None if it is. `reload` raises `SseproxyError` if it fails.
+    `options` returns the current options.
     """
 
     @web.middleware
@@ -85,14 +98,41 @@ def application(
         except ProtocolError as error:
             return web.Response(status=400, text=f"The request is not valid HTTP/1.1: {error}.\n")
         authority = b"".join(fields.named(b"host")).decode()
-        if request.path not in _UNDER_ANY_NAME and not known(authority, hosts()):
+        if request.path not in _UNDER_ANY_NAME and not known(authority, options().hosts):
             return web.Response(
                 status=421,
                 text="This host name is not allowed. Use an IP address or localhost, or add the name to admin.hosts.\n",
             )
-        if request.method == hdrs.METH_POST and of_another_site(request, authority):
+        costs = request.method == hdrs.METH_POST or request.path == "/live/events"
+        if costs and of_another_site(request, authority):
             return web.Response(status=403, text="Pages of other sites are not allowed to do this.\n")
-        return await handler(request)
+        token = options().token
+        if token is None or request.path in _OPEN or login.admits(request, token.get_secret_value()):
+            return await handler(request)
+        if request.path in _PAGES and "text/html" in request.headers.get(hdrs.ACCEPT, ""):
+            response = pages.LOGIN.response(401, to=request.path, problem="")
+        else:
+            response = web.Response(status=401, text="This needs admin.token: Authorization: Bearer TOKEN\n")
+        # RFC 9110, section 11.6.1, and RFC 6750, section 3.
+        response.headers[hdrs.WWW_AUTHENTICATE] = 'Bearer realm="sseproxy"'
+        return response
+
+    async def index(request: web.Request) -> web.Response:
+        return pages.INDEX.response(version=__version__, cancel="on" if options().cancel else "off (admin.cancel)")
+
+    async def live_page(request: web.Request) -> web.Response:
+        return pages.LIVE.response()
+
+    async def log_in(request: web.Request) -> web.Response:
+        form, token = await request.post(), options().token
+        to = str(form.get("to", "/"))
+        to = to if to in _PAGES else "/"
+        if token is not None and not login.is_token(str(form.get("token", "")), token.get_secret_value()):
+            return pages.LOGIN.response(401, to=to, problem="This is not the token.")
+        response = web.Response(status=303, headers={hdrs.LOCATION: to, hdrs.CACHE_CONTROL: "no-store"})
+        if token is not None:
+            login.log_in(response, token.get_secret_value(), secure=request.secure)
+        return response
 
     async def metrics(request: web.Request) -> web.Response:
         body, content_type = exposition(await registry(), ",".join(request.headers.getall(hdrs.ACCEPT, [])))
@@ -119,9 +159,21 @@ def application(
             return web.Response(status=400, text=f"{error}\n")
         return web.Response(text="reloaded\n")
 
-    app = web.Application(middlewares=[guard])
+    async def begin(app: web.Application) -> None:
+        live.begin()
+
+    async def end(app: web.Application) -> None:
+        live.end()
+
+    app = web.Application(middlewares=[guard], client_max_size=_MAX_BODY)
+    app.on_startup.append(begin)
+    app.on_shutdown.append(end)
     app.add_routes(
         [
+            web.get("/", index),
+            web.get("/live", live_page),
+            *live.routes(),
+            web.post("/login", log_in),
             web.get("/metrics", metrics),
             web.get("/livez", livez),
             web.get("/readyz", readyz),

@@ -19,6 +19,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from math import ceil
 from time import perf_counter
 
@@ -26,6 +27,7 @@ from ..config import Config
 from ..errors import Outcome, ReloadError
 from ..ledger.table import Ledger
 from ..observe import metrics
+from ..observe.live import View
 from ..observe.metrics import Labels, Recorder, Report
 from ..observe.registry import Registry, of_process
 from ..observe.telemetry import Reports
@@ -135,7 +137,8 @@ class _Workers:
 class Generation(_Workers):
     """The workers of `config`. They accept on `sockets` until a method of `_Workers` is called.
 
-    `numbers` gives each worker a number that is unique among all generations; the registry uses it. Each worker has a
+    `numbers` gives each worker a number that is unique among all generations; the registry and the `view` of what is
+    under way use it. Each worker has a
     row in `ledger`, and `columns` are the columns that it uses. `changed` is called when a worker becomes ready or has
     ended. `check_code` is called before a worker is replaced; it raises `ReloadError` if the code on disk is not the
     code that is running.
@@ -149,6 +152,7 @@ class Generation(_Workers):
         ledger: Ledger,
         columns: dict[str, int],
         registry: Registry,
+        view: View,
         recorder: Recorder,
         changed: Callable[[], None],
         check_code: Callable[[], Awaitable[None]],
@@ -166,6 +170,7 @@ class Generation(_Workers):
         self._most_connections = 0
         self._rows: dict[int, int] = {}
         self._registry = registry
+        self._view = view
         self._recorder = recorder
         self._changed = changed
         self._check_code = check_code
@@ -238,6 +243,15 @@ class Generation(_Workers):
             cpu = (metrics.WORKER_CPU.name, (place,), max(0.0, seen.cpu_seconds - used))
             self._registry.add(number, Report([cpu], gauges, [], []))
         await asyncio.gather(*(reports.latest() for reports in self._reports.values()))
+
+    async def look(self) -> None:
+        """Asks all workers what they have under way, and waits until the view has all of it."""
+        await asyncio.gather(*(reports.looked() for reports in self._reports.values()))
+
+    def cancel(self, number: int, id: str) -> None:
+        """Cancels the exchange of worker `number` that has this id in the view, if it is one of these workers."""
+        if number in self._reports:
+            self._reports[number].cancel(id)
 
     async def ended(self) -> None:
         """Waits until every worker has ended. Call `drain`, `retire`, `expire` or `kill` first."""
@@ -315,7 +329,7 @@ class Generation(_Workers):
             if not writer.transport.is_closing():
                 writer.write(question)
 
-        reports = Reports(reader, ask)
+        reports = Reports(reader, ask, partial(self._view.add, number))
         watch = asyncio.get_running_loop().create_task(self._watch(number, process, reports))
         try:
             await self._follow(number, reports)
@@ -330,6 +344,7 @@ class Generation(_Workers):
         writer.close()
         del self._processes[number], self._places[number], self._channels[number], self._rows[number]
         self._changed()
+        self._view.drop(number)
         for labels, lost in self._registry.drop(number).items():
             # Neither its model nor its status is known here.
             self._recorder.count(metrics.REQUESTS, (*labels, "", "", Outcome.PROXY_ERROR.value), lost)
@@ -435,6 +450,12 @@ class Predecessors(_Workers):
 
     async def report(self) -> None:
         """Returns immediately: their numbers are not in the registry."""
+
+    async def look(self) -> None:
+        """Returns immediately: what they have under way is not in the view."""
+
+    def cancel(self, number: int, id: str) -> None:
+        """Does nothing, for the same reason."""
 
     async def ended(self) -> None:
         await asyncio.wait(self._keepers)

@@ -30,6 +30,7 @@ from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..ledger.table import Ledger
 from ..observe import metrics
+from ..observe.live import View
 from ..observe.logs import log_as
 from ..observe.metrics import Labels, Recorder, Report
 from ..observe.registry import Registry
@@ -41,6 +42,7 @@ from .admin import application
 from .generation import Generation, Predecessors, cores
 from .health import Health
 from .listeners import clean_up, listen, refuse, url
+from .live import Live
 from .upgrade import Handover, RunningCode
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,9 @@ class Supervisor:
         self._handover = handover
         self._sockets: _Sockets = {}
         self._admin_sockets: _Sockets = {}
-        served = application(self.registry, self._unready, self.reload, lambda: self.config.admin.hosts)
+        self._view = View()
+        live = Live(self._view, self._look, self._cancel, lambda: self.config.admin)
+        served = application(self.registry, self._unready, self.reload, lambda: self.config.admin, live)
         self._admin = web.AppRunner(served, access_log=None, shutdown_timeout=_REPORT_TIMEOUT)
         self._admin_sites: dict[socket.socket, web.SockSite] = {}
         # Sockets that the previous version listened on and this configuration does not, for clients and for admin.
@@ -402,6 +406,16 @@ class Supervisor:
         self._registry.keep_endpoints(self._health.known())
         return self._registry
 
+    async def _look(self) -> None:
+        """Asks all workers what they have under way. Of one that does not answer in time, the last reading counts."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_REPORT_TIMEOUT):
+                await asyncio.gather(*(generation.look() for generation in self._generations))
+
+    def _cancel(self, worker: int, id: str) -> None:
+        for generation in self._generations:
+            generation.cancel(worker, id)
+
     def _unready(self) -> str | None:
         if self.stopping.is_set():
             return "draining"
@@ -433,6 +447,7 @@ class Supervisor:
             self._ledger,
             columns,
             self._registry,
+            self._view,
             self._recorder,
             self._changed.set,
             self._check_code_or_upgrade,

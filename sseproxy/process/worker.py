@@ -30,9 +30,10 @@ import uvloop
 from ..ledger.table import Row, opened
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
+from ..observe.live import Reader, Reading
 from ..observe.logs import log_as, set_up_logging
 from ..observe.metrics import Labels, Metric, Report
-from ..observe.telemetry import Telemetry, encode_report
+from ..observe.telemetry import CANCEL, LOOK, Telemetry, encode_report, questions
 from ..relay.proxy import Proxy
 from .accepting import Accepting
 
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 # Bytes of reports that wait for a supervisor that does not read. Above that, the worker sends no report: the next one
 # that can be sent includes the changes of those that were not.
 _MAX_UNREAD_REPORTS = 1024 * 1024
+# Seconds after the last reading, until the ids of its rows are forgotten.
+_LOOKED_AT = 10.0
 # Seconds for exchanges that were ended at the deadline of a drain to write their last bytes.
 _FLUSH_TIMEOUT = 2.0
 
@@ -91,6 +94,9 @@ class Worker:
         self._config = config
         self.telemetry = Telemetry(loop, send, self._gauges, access, detailed=config.metrics.detail == "full")
         self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged, row, most_connections)
+        # What the live view reads, while somebody looks.
+        self._reader: Reader | None = None
+        self._forgetting: asyncio.TimerHandle | None = None
         tls = config.tls.context() if config.tls is not None else None
         self._accepting = Accepting(sockets, functools.partial(self.proxy.server, tls), row)
 
@@ -112,6 +118,35 @@ class Worker:
             yield metrics.CONNECTIONS, (name, "active"), in_use - upstream.connecting
             yield metrics.CONNECTIONS, (name, "connecting"), upstream.connecting
             yield metrics.CONNECTIONS, (name, "idle"), idle
+
+    async def look(self) -> Reading:
+        """What is under way now. The ids of its rows are known until the next call, or for `_LOOKED_AT` seconds."""
+        if self._reader is None:
+            upstreams = self.proxy.upstreams.items()
+            hosts = {name: upstream.only.host.decode() for name, upstream in upstreams if upstream.only is not None}
+            self._reader = Reader(hosts)
+        reader = self._reader
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+        self._forgetting = asyncio.get_running_loop().call_later(_LOOKED_AT, self._forget)
+        running = list(self.telemetry.running)
+        chosen = reader.choose(running)
+        if len(chosen) < len(running):
+            # To choose among many takes as long as to make the rows: the others have their turns in between.
+            await asyncio.sleep(0)
+        return reader.read(chosen, len(running))
+
+    def last_look(self) -> Reading | None:
+        """What has ended since the last call of `look`. None if nobody looks."""
+        return self._reader.read((), 0) if self._reader is not None else None
+
+    def _forget(self) -> None:
+        self._reader = self._forgetting = None
+
+    def cancel(self, id: str) -> None:
+        """Ends the exchange with this id in the latest reading, if it is still active."""
+        if self._reader is not None and (exchange := self._reader.find(id)) is not None:
+            self.proxy.cancel(exchange)
 
     async def start(self) -> None:
         """Starts to accept connections, and reports it."""
@@ -144,6 +179,8 @@ class Worker:
                 await asyncio.wait_for(self.proxy.server.empty.wait(), _FLUSH_TIMEOUT)
         await self.proxy.close()
         self.telemetry.close()
+        if self._forgetting is not None:
+            self._forgetting.cancel()
 
 
 async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -> None:
@@ -168,7 +205,7 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
     log_as(config)
     row = opened(ledger_fd, number, columns)
 
-    def send(report: Report) -> bool:
+    def write(report: Report | Reading) -> bool:
         if writer.transport.is_closing():
             # The supervisor has ended. Nobody needs the report, so it counts as sent.
             return True
@@ -178,16 +215,28 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
         return True
 
     sockets = [socket.socket(fileno=fd) for fd in listener_fds]
-    worker = Worker(config, sockets, send, row, most_connections, to_standard_output(config.access_log))
+    worker = Worker(config, sockets, write, row, most_connections, to_standard_output(config.access_log))
     await worker.start()
     # The objects that exist now live as long as the process. Frozen, they are not visited by any collection.
     gc.freeze()
     gc.enable()
 
+    async def look() -> None:
+        try:
+            write(await worker.look())
+        except Exception:
+            # What is looked at must not end because of it.
+            log.exception("internal error in the live view")
+
     async def watch_supervisor() -> None:
         try:
-            while await reader.read(1):
-                worker.telemetry.report(asked=True)
+            async for question, id in questions(reader):
+                if question == LOOK:
+                    await look()
+                elif question == CANCEL:
+                    worker.cancel(id)
+                else:
+                    worker.telemetry.report(asked=True)
         finally:
             # In a `finally`: if the supervisor died with unread reports, `read` raises ConnectionResetError.
             end()
@@ -198,6 +247,8 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
         await worker.retire(over)
     await worker.drain(None if ending.is_set() else 0.0)
     watch.cancel()
+    if (reading := worker.last_look()) is not None:
+        write(reading)
     writer.close()
     # The supervisor may have ended, or may not read.
     with suppress(OSError, TimeoutError):

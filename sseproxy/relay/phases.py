@@ -92,6 +92,11 @@ class Relay:
         self._keep_alive = False
         self._error: ExchangeError | None = None
 
+    @property
+    def exchange(self) -> Exchange | None:
+        """The record of the exchange, once there is one."""
+        return self._exchange
+
     def fail(self, error: ExchangeError) -> None:
         """Ends the exchange with `error`, from another task or a callback. Only the first error counts."""
         if self._error is not None:
@@ -253,11 +258,12 @@ class Relay:
         exchange = self._recorded()
         exchange.status = error.status
         extra = [(b"X-Request-Id", self._request.id)]
-        if error.status in (429, 503):
+        if error.status in (429, 503) and not error.final:
             # Another replica, or the workers after a restart, can take the request.
             extra.append((b"Retry-After", b"1"))
-        if self._asking is not None and self._asking.exhausted and isinstance(error, UpstreamError):
-            # Everything that could be tried was. SDKs would send it again, twice.
+        exhausted = self._asking is not None and self._asking.exhausted and isinstance(error, UpstreamError)
+        if error.final or exhausted:
+            # It is not wanted, or everything that could be tried was. SDKs would send it again, twice.
             extra.append(DO_NOT_RETRY)
         if error.status == 415:
             # RFC 9110, section 12.5.3.
@@ -326,6 +332,8 @@ class Relay:
             proxy, request, exchange, self._ticket, clock, question, self.fail, self._early_head
         )
         asked = await asking.answer()
+        if self._passing is not None:
+            exchange.model = exchange.model or self._passing.model_so_far
         kind = headers.body_kind(asked.head.fields)
         streams = asking.streams(kind)
         # These are only needed to send the request. They are freed, because a stream may take long.

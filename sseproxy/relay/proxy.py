@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from ..errors import Draining, RequestError
+from ..errors import Cancelled, Draining, RequestError
 from ..wire import headers
 from . import affinity, routes
 from .admission import Admission, Connections, fleet_upstreams, pending
@@ -150,6 +150,12 @@ class Proxy:
         """Ends all active exchanges with an error, because the drain timeout has passed."""
         for relay in list(self.active):
             relay.fail(Draining())
+
+    def cancel(self, exchange: Exchange) -> None:
+        """Ends `exchange`, if it is active, because an operator wants that."""
+        for relay in list(self.active):
+            if relay.exchange is exchange:
+                relay.fail(Cancelled())
 
     async def close(self) -> None:
         if self._closing_idle is not None:
