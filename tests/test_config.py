@@ -113,7 +113,7 @@ MISTAKES = {
     "tagged_mapping": (f"admin: !!set {{}}\n{VALID}", f"f:1:1: admin: {TAG}"),
     "merge": (f"<<: {{workers: 2}}\n{VALID}", "f:1:1: merge keys (<<) are not supported"),
     "key_number": (f"1: 2\n{VALID}", "f:1:1: expected a key that is text"),
-    "key_boolean": (f"admin:\n  on: 2\n{VALID}", "f:2:3: admin.on: unknown key; expected one of hosts, listen"),
+    "key_boolean": (f"admin:\n  on: 2\n{VALID}", "f:2:3: admin.on: unknown key; expected one of cancel, hosts, listen, token"),
     "key_list": (f"? [a]\n: 2\n{VALID}", "f:1:3: expected a key that is text"),
     "key_alias": (f"*a : 2\n{VALID}", "f:1:1: expected a key that is text"),
     "duplicate_key": (
