@@ -33,6 +33,8 @@ DOCUMENT: Final = object()
 """Validation context for values from a file. In a file, durations and sizes need a unit; in code they are numbers."""
 
 API_KEY = re.compile(r"[!-~]+")
+# A random token of 16 characters cannot be guessed over a network.
+_LONG_TOKEN = re.compile(r"[!-~]{16,1024}")
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
@@ -73,6 +75,14 @@ def _api_key(value: object) -> SecretStr | None:
     if isinstance(value, SecretStr) and API_KEY.fullmatch(value.get_secret_value()):
         return value
     raise expected("an API key: text of visible ASCII characters", show=False)
+
+
+def _token(value: object) -> SecretStr:
+    if isinstance(value, str):
+        value = SecretStr(value)
+    if isinstance(value, SecretStr) and _LONG_TOKEN.fullmatch(value.get_secret_value()):
+        return value
+    raise expected("a token: at least 16 visible ASCII characters", show=False)
 
 
 def _header(value: object) -> str:
@@ -360,6 +370,8 @@ URLText = Annotated[str, Option(read_url, TEXT)]
 
 ApiKey = Annotated[SecretStr | None, Option(_api_key, TEXT, NONE)]
 
+Token = Annotated[SecretStr, Option(_token, TEXT)]
+
 FieldName = Annotated[str, Option(_header, TEXT)]
 
 RequiredPath = Annotated[str, Option(_file_path, TEXT)]
@@ -413,8 +425,8 @@ _NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
 def dotted(loc: Loc) -> str:
     """A location as text: `path.to[0].key`.
 
-    Only the first word of a key is shown, and nothing below an `api_key`, because both may contain a secret: the YAML
-    `{api_key:secret}` has one key that includes it.
+    Only the first word of a key is shown, and nothing below an `api_key` or a `token`, because both may contain a
+    secret: the YAML `{api_key:secret}` has one key that includes it.
     """
     path = ""
     for key in loc:
@@ -423,7 +435,7 @@ def dotted(loc: Loc) -> str:
             continue
         word = _NOT_IN_WORD.split(key)[0][:64]
         path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
-        if key == "api_key":
+        if key in ("api_key", "token"):
             break
     return path.removeprefix(".")
 

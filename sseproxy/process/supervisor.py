@@ -33,14 +33,14 @@ from ..observe import metrics
 from ..observe.logs import log_as
 from ..observe.metrics import Labels, Recorder, Report
 from ..observe.registry import Registry
-from ..relay.admission import counted
 from ..relay.heads import check_parser
 from ..relay.routes import OTHER, unreachable
-from . import accepting, notify, upgrade
+from . import notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors, cores
 from .listeners import clean_up, listen, refuse, url
 from .upgrade import Handover, RunningCode
+from .worker import counted_by_a_worker
 
 log = logging.getLogger(__name__)
 
@@ -400,8 +400,9 @@ class Supervisor:
     def _generate(self, config: Config, sockets: _Sockets) -> Generation:
         """Starts the workers of `config`. Raises `ReloadError` if there is too much to count."""
         in_use = set[str]().union(*(each.names for each in self._generations))
+        config = config.with_probe()
         try:
-            columns = self._ledger.columns([*accepting.NAMES, *counted(config)], in_use)
+            columns = self._ledger.columns(counted_by_a_worker(config), in_use)
         except OSError as error:
             raise ReloadError(f"the ledger: {error.strerror}") from None
         generation = Generation(
