@@ -311,7 +311,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "collects 1 KiB before it forwards": held(by_bytes(1024, cuts=True)),
     "holds the answer back until it ends, or until there is more than 37.5 KiB": held(whole),
     "holds events back for about 300 ms, by a timer": held(by_timer(0.3)),
-    "cuts an answer after 15 s, although events come, by a reset": {"steady": stream(end="reset", ended_at=15.0)},
+    "cuts an answer after 3.25 s, although events come, by a reset": {"steady": stream(end="reset", ended_at=4.3)},
+    "does not end an answer that its origin has ended": {"steady": stream(end="unread")},
     "cuts an answer that is silent after 60 s, by a reset; with a heartbeat every 15 s it lives": {
         "silence": Silence(seconds=65, before=stream(), quiet=cut_at(60), beats=stream(), every=15)
     },

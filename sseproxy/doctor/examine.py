@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter
@@ -35,7 +36,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Of the client, in the middle of an upload."""
     leave_after: float = 0.5
     silent: float = 2.0
-    """Of the probe, when the client leaves."""
+    """Of the probe, after the client has left. Then it sends for half of that time."""
     upload: int = 20 << 20
     silence: float | None = None
     heartbeat: float = 15.0
@@ -231,10 +232,11 @@ class _Examination:
 
     async def _leaving(self, steady: Stream) -> list[Leaving]:
         # The request must have reached the probe before the client leaves.
-        patience = self._plan.leave_after + 2 * (steady.head_at or 0.0)
+        plan = self._plan
+        patience = plan.leave_after + min(1.0, 2 * (steady.head_at or 0.0))
         found: list[Leaving] = []
-        silent = self._plan.silent + patience
-        pace = Asked(events=round(2 / self._plan.every) + 2, every=self._plan.every)
+        silent = plan.silent + patience
+        pace = Asked(events=round(plan.silent / 2 / plan.every) + 2, every=plan.every)
         moments: dict[Moment, Asked] = {
             "before the head": msgspec.structs.replace(pace, before=silent),
             "in mid-stream": msgspec.structs.replace(pace, lull=2, silence=silent),
@@ -289,7 +291,9 @@ class _Examination:
                 report = report_in(bytes(answer.body)) or Report()
                 return Upload(size=len(body), status=200, pause=pause, took=report.took), continued
             stream = _without(answer.stream(), target)
-            accepted, refused = (0, len(body)) if pause or answer.status != 413 else await self._limit(len(body))
+            accepted, refused = 0, len(body)
+            if answer.status == 413:
+                accepted, refused = await self._limit(len(body), by_head=not pause)
             return (
                 Upload(
                     size=len(body), status=answer.status, accepted=accepted, refused=refused, message=stream.message
@@ -299,23 +303,31 @@ class _Examination:
         finally:
             connection.close()
 
-    async def _limit(self, refused: int) -> tuple[int, int]:
-        """The largest size of a request that is accepted, and the smallest that is refused, of those that are tried."""
-        low, high = -1, len(_SIZES)
+    async def _limit(self, refused: int, *, by_head: bool) -> tuple[int, int]:
+        """The largest size of a request that is accepted, and the smallest that is refused, of those that are tried.
+
+        `by_head`: a request is refused before its body is sent.
+        """
+        low, high = -1, bisect_left(_SIZES, refused)
         while high - low > 1:
             middle = (low + high) // 2
-            if await self._accepts(_SIZES[middle]):
+            if await self._accepts(_SIZES[middle], by_head=by_head):
                 low = middle
             else:
                 high = middle
-        return (_SIZES[low] if low >= 0 else 0), (_SIZES[high] if high < len(_SIZES) else refused)
+        return (_SIZES[low] if low >= 0 else 0), min([refused, *_SIZES[high : high + 1]])
 
-    async def _accepts(self, size: int) -> bool:
-        """Whether a request of so many bytes is not refused by its head."""
+    async def _accepts(self, size: int, *, by_head: bool) -> bool:
+        """Whether a request of so many bytes is not refused."""
+        asked = Asked(token=self._target.token, upload=True)
+        body = request(asked, filler=size - len(request(asked, filler=1)) + 1)
         connection = await Connection.open(self._target)
         try:
-            answer = connection.ask(self._target.head(size, expect=True), Asked(upload=True))
+            answer = connection.ask(self._target.head(size, expect=True), asked)
             await _told(answer)
+            if not (by_head or answer.status):
+                connection.send(body)
+                await until(answer, self._plan.patience)
             return answer.status != 413
         finally:
             connection.close()

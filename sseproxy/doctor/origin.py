@@ -196,6 +196,9 @@ class Origin:
                 "Server": "sseproxy-probe",
             }
         )
+        if request.version < (1, 1):
+            # Only the end of the connection can end it, whatever the client would like to keep.
+            response.force_close()
         await _until(began + asked.before)
         await response.prepare(request)
         writer = Writer(asked.size, version)

@@ -16,6 +16,7 @@ from .observed import End, Hop, Stream
 Kind = Literal[
     "buffered",
     "limit",
+    "endless",
     "silence",
     "truncation",
     "leaving",
@@ -135,6 +136,8 @@ def _of_cuts(hop: Hop) -> Iterator[Finding]:
         after, stream = limit
         text = f"cuts an answer after {spell_seconds(after)}, although events come, {_ending(stream)}"
         yield Finding(kind="limit", text=text, measure=1 / after)
+    elif hop.probed and hop.steady.end == "unread":
+        yield Finding(kind="endless", text="does not end an answer that its origin has ended")
     silence = hop.silence
     if silence is None:
         return
@@ -157,8 +160,10 @@ def _silent(stream: Stream) -> float:
 
 def _limit_of(hop: Hop) -> tuple[float, Stream] | None:
     """After how many seconds an answer is cut that was not silent."""
-    if hop.steady.status == 200 and not hop.steady.intact:
-        return max(hop.steady.ended_at, 0.001), hop.steady
+    stream = hop.steady
+    if stream.status == 200 and (stream.end in ("fin", "reset") or stream.error_event):
+        # Some proxies close the connection only a while after the last byte.
+        return max(stream.events[-1].received if stream.events else stream.ended_at, 0.001), stream
     silence = hop.silence
     if silence is not None and silence.beats is not None and not silence.beats.intact:
         quiet, beats = silence.quiet.ended_at, silence.beats.ended_at
