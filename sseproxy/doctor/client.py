@@ -10,6 +10,7 @@ import asyncio
 import re
 import ssl
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Final, NamedTuple, cast
@@ -33,6 +34,8 @@ _MAX_EVENT: Final = 1 << 20
 _MAX_ANSWER: Final = 16 << 20
 # Characters of an error page that are shown.
 _SHOWN: Final = 200
+# A cookie may let somebody in, and nothing here depends on one.
+_UNTOLD: Final = frozenset({b"set-cookie"})
 _STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([0-9]{3})[ \r]")
 _CHAT: Final = dialect_of("/chat/completions")
 
@@ -55,6 +58,11 @@ class Target(NamedTuple):
     key: str | None
     token: str
 
+    @property
+    def secrets(self) -> list[str]:
+        """The texts that no report may have."""
+        return [secret for secret in (self.key, self.token) if secret]
+
     def head(self, length: int, *, expect: bool = False) -> bytes:
         """The head of a request with a body of `length` bytes."""
         lines = [
@@ -75,11 +83,12 @@ class Target(NamedTuple):
 class Answer:
     """An answer as it arrives. `sent` is when its request was sent, by `perf_counter`.
 
-    `asked`: what the probe was asked for; None for an API.
+    `asked`: what the probe was asked for; None for an API. `secrets` are not told, if a hop sends them back.
     """
 
-    def __init__(self, sent: float, asked: Asked | None) -> None:
+    def __init__(self, sent: float, asked: Asked | None, secrets: Sequence[str] = ()) -> None:
         self.sent = sent
+        self._secrets = secrets
         self.status = 0
         self.events: list[Event] = []
         self.continued = False
@@ -214,7 +223,8 @@ class Answer:
             count = asked.events if asked.cut is None else min(asked.cut, asked.events)
             garbled = marks != expected or (whole and not self._error_event and len(marks) < count)
             rewritten = not is_unaltered(bytes(self.body), asked.size, marks, ended=whole)
-        fields = {name.decode("latin-1"): b", ".join(values).decode("latin-1") for name, values in self._named()}
+        named = [(name, values) for name, values in self._fields.by_name.items() if name not in _UNTOLD]
+        fields = {self._told(name): self._told(b", ".join(values)) for name, values in named}
         return Stream(
             status=self.status,
             version=self._version,
@@ -231,26 +241,30 @@ class Answer:
             message=self._message(),
         )
 
-    def _named(self) -> list[tuple[bytes, list[bytes]]]:
-        # A cookie may let somebody in, and nothing here depends on one.
-        return [(name, values) for name, values in self._fields.by_name.items() if name != b"set-cookie"]
+    def _told(self, data: bytes) -> str:
+        """`data` as text for a report: in one line, without secrets and without what a terminal would obey."""
+        text = data.decode(errors="replace")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return " ".join("".join(one if one.isprintable() else " " for one in text).split())
 
     def _message(self) -> str:
         """The beginning of an answer that is not a stream, as one line."""
         if self.status == 200 and self.events:
             return ""
         try:
-            text = msgspec.json.decode(self.body, type=_Error).error.message
+            message = msgspec.json.decode(self.body, type=_Error).error.message.encode(errors="replace")
         except ValueError:
-            text = re.sub(r"<[^>]*>", " ", self.body[: 20 * _SHOWN].decode(errors="replace"))
-        line = " ".join("".join(one if one.isprintable() else " " for one in text).split())
+            message = re.sub(rb"<[^>]*>", b" ", self.body[: 20 * _SHOWN])
+        line = self._told(message)
         return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 class Connection(asyncio.Protocol):
     """A connection to a hop. Its requests are sent one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, secrets: Sequence[str] = ()) -> None:
+        self._secrets = secrets
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
         self._writable = asyncio.Event()
@@ -266,7 +280,7 @@ class Connection(asyncio.Protocol):
         try:
             async with asyncio.timeout(_CONNECT_TIME):
                 _, protocol = await asyncio.get_running_loop().create_connection(
-                    cls,
+                    lambda: cls(target.secrets),
                     url.host,
                     url.port,
                     ssl=target.tls,
@@ -311,7 +325,7 @@ class Connection(asyncio.Protocol):
 
     def ask(self, data: bytes, asked: Asked | None = None) -> Answer:
         """Sends a request, or its beginning. Returns its answer, which has not come yet."""
-        self._answer = Answer(perf_counter(), asked)
+        self._answer = Answer(perf_counter(), asked, self._secrets)
         if self.closed:
             self._answer.lost(None)
         self.send(data)

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -30,7 +30,6 @@ _LONGEST_SILENCE = MAX_SECONDS - 30.0
 
 async def run(options: argparse.Namespace, write: Callable[[str], None]) -> int:
     """Returns the exit status. `write` gets the report."""
-    errors = Console(stderr=True)
     try:
         plan = msgspec.structs.replace(Plan(), silence=_silence(options))
         key = _key(options)
@@ -41,10 +40,11 @@ async def run(options: argparse.Namespace, write: Callable[[str], None]) -> int:
                 "--model."
             )
     except SseproxyError as error:
-        errors.print(f"sseproxy: {error}", markup=False, highlight=False, soft_wrap=True)
+        _complain(str(error))
         return NOT_EXAMINED
     hops: list[Hop] = []
     failures: list[Failure] = []
+    errors = Console(stderr=True)
     status = errors.status("") if errors.is_terminal else nullcontext()
     with status as shown:
         for index, url in enumerate(options.urls):
@@ -66,14 +66,19 @@ async def run(options: argparse.Namespace, write: Callable[[str], None]) -> int:
         try:
             Path(options.html).write_text(as_page(report), encoding="utf-8")  # noqa: ASYNC240 - nothing else waits
         except OSError as error:
-            why = (error.strerror or "").lower()
-            errors.print(f"sseproxy: --html: cannot write {options.html}: {why}", markup=False, highlight=False)
+            _complain(f"--html: cannot write {options.html}: {(error.strerror or '').lower()}")
             return NOT_EXAMINED
     if options.json:
         write(as_json(report))
     else:
         write(_text(report))
     return NOT_EXAMINED if failures else FOUND if report.faulty else GOOD
+
+
+def _complain(text: str) -> None:
+    # If it cannot be written, the exit status still tells.
+    with suppress(OSError):
+        sys.stderr.write(f"sseproxy: {text}\n")
 
 
 def _silence(options: argparse.Namespace) -> float | None:

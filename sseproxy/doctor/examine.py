@@ -99,22 +99,9 @@ async def examine_api(target: Target, url: str, model: str, progress: Callable[[
         stream = answer.stream()
         if stream.status != 200 or not stream.events:
             raise _cannot(answer, "the API", "does it stream chat completions of this model? Is the key right?")
-        return Hop(url=url, probed=False, steady=_without(stream, target))
+        return Hop(url=url, probed=False, steady=stream)
     finally:
         connection.close()
-
-
-def _without(stream: Stream, target: Target) -> Stream:
-    """`stream` without the secrets of `target`, if a hop has sent them back."""
-    secrets_of = [secret for secret in (target.token, target.key) if secret]
-
-    def clean(text: str) -> str:
-        for secret in secrets_of:
-            text = text.replace(secret, "***")
-        return text
-
-    fields = {name: clean(value) for name, value in stream.fields.items()}
-    return msgspec.structs.replace(stream, fields=fields, message=clean(stream.message))
 
 
 def _cannot(answer: Answer, who: str, hint: str) -> CannotExamine:
@@ -197,7 +184,7 @@ class _Examination:
     async def _stream(self, asked: Asked) -> Stream:
         answer, connection = await self._ask(asked, asked.due(asked.events) + self._plan.patience)
         connection.close()
-        return _without(answer.stream(), self._target)
+        return answer.stream()
 
     async def _report(self, asked: Asked) -> Report | None:
         answer, connection = await self._ask(asked, MAX_SECONDS)
@@ -222,7 +209,7 @@ class _Examination:
                 reused = again.status in (200, 429)
         finally:
             connection.close()
-        return _without(stream, self._target), reused
+        return stream, reused
 
     async def _deaths(self) -> dict[Literal["fin", "reset"], Stream]:
         plan, cut = self._plan, max(2, self._plan.events // 8)
@@ -290,7 +277,7 @@ class _Examination:
             if answer.status == 200:
                 report = report_in(bytes(answer.body)) or Report()
                 return Upload(size=len(body), status=200, pause=pause, took=report.took), continued
-            stream = _without(answer.stream(), target)
+            stream = answer.stream()
             accepted, refused = 0, len(body)
             if answer.status == 413:
                 accepted, refused = await self._limit(len(body), by_head=not pause)

@@ -138,7 +138,7 @@ class Origin:
             raise _Refused(400, f"The member probe of the request is not valid: {error}") from None
         if asked is None:
             raise _Refused(400, "The request has no member probe. Use: sseproxy doctor")
-        if not hmac.compare_digest(asked.token.encode(), self._token):
+        if not hmac.compare_digest(asked.token.encode("utf-8", "surrogatepass"), self._token):
             raise _Refused(401, "The token is wrong. The probe has printed its token, or the file of the proxy has it.")
         if large and not asked.upload:
             raise _Refused(413, f"A request without upload has at most {MAX_REQUEST} bytes.")

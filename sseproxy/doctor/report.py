@@ -169,6 +169,10 @@ def _speed(now: tuple[float, float] | None, before: tuple[float, float] | None) 
     return Cell(" / ".join(f"{'+' if value >= 0 else '-'}{spell_seconds(abs(value))}" for value in added))
 
 
+# Characters of a verdict with several URLs.
+_LONGEST: Final = 4000
+
+
 def printable(text: str, most: int = 120) -> str:
     """Text of others, without what a terminal would obey."""
     clean = "".join(one if one.isprintable() else "?" for one in text)
@@ -216,7 +220,7 @@ def show(examined: Examined, console: Console) -> None:
 
 def _parts(examined: Examined) -> Iterator[RenderableType]:
     bad = examined.faulty or examined.failures
-    yield Text(printable(examined.verdict, 4000), "bold red" if bad else "bold green")
+    yield Text(printable(examined.verdict, _LONGEST), "bold red" if bad else "bold green")
     hops = examined.hops
     if not hops:
         return
@@ -233,7 +237,9 @@ def _parts(examined: Examined) -> Iterator[RenderableType]:
         for finding in diagnosis.own:
             yield Text("")
             who = f"{index + 1}  {hops[index].url} " if len(hops) > 1 else ""
-            yield Text.assemble((printable(who), "bold"), (finding.text, "yellow" if finding.note else "red"))
+            yield Text.assemble(
+                (printable(who), "bold"), (printable(finding.text, _LONGEST), "yellow" if finding.note else "red")
+            )
             yield Padding(_changes(finding, diagnosis.claims), (0, 0, 0, 2))
 
 
@@ -243,7 +249,9 @@ def _table(examined: Examined) -> Table:
     for index in range(len(examined.hops)):
         table.add_column(str(index + 1) if len(examined.hops) > 1 else "", overflow="fold")
     for label, cells in _rows(examined):
-        table.add_row(Text(label, "dim"), *(Text(cell.text, _STYLES[cell.state]) for cell in cells))
+        table.add_row(
+            Text(label, "dim"), *(Text(printable(cell.text, _LONGEST), _STYLES[cell.state]) for cell in cells)
+        )
     return table
 
 
@@ -297,7 +305,7 @@ def as_page(examined: Examined) -> str:
     bad = examined.faulty or examined.failures
     body = [
         "<h1>sseproxy doctor</h1>",
-        f'<p class="verdict {"bad" if bad else "good"}">{_escaped(printable(examined.verdict, 4000))}</p>',
+        f'<p class="verdict {"bad" if bad else "good"}">{_escaped(examined.verdict)}</p>',
     ]
     if examined.hops:
         end = _end_of(examined.hops)
@@ -369,4 +377,4 @@ def _svg(label: str, times: Sequence[float], end: float) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(text)
+    return html.escape(printable(text, _LONGEST))
