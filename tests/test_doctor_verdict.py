@@ -115,14 +115,16 @@ def examined(
             second = stream_through(deliver, 150, PLAN.every * 0.4, 256, seed=seed + 1, **more)
         case _:
             second = stream_through(deliver, 240, PLAN.every * 0.4, 2097, seed=seed + 1, **more)
-    return arrival(first, second)
+    lag = 0.9 * usual
+    pace = min(max(4 * PLAN.every, 8 * lag), 1.0)
+    return arrival(first, second, stream_through(deliver, 20, pace, 256, seed=seed + 2, **more), lag)
 
 
 SEEDS = st.integers(0, 2**32)
 OFFSETS = st.floats(-1e6, 1e6)
 
 
-@given(SEEDS, st.floats(0, 0.02), st.floats(0, 0.25), OFFSETS)
+@given(SEEDS, st.floats(0, 0.12), st.floats(0, 0.5), OFFSETS)
 def test_a_right_path_on_a_busy_machine_is_no_alarm(seed: int, usual: float, stalls: float, offset: float) -> None:
     assert examined(at_once, seed=seed, usual=usual, stalls=stalls, offset=offset).how == "alone"
 

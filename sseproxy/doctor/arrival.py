@@ -2,8 +2,10 @@
 
 The probe sends events of equal size at an equal pace, and says when. The clocks of the two machines differ by an
 unknown amount, so only differences count: an event is late by how much longer it took than the fastest one. It was
-held if it was late by more than half a gap. Now and then that happens on any busy machine. A buffer holds at least
-every second event. So a stream is held if a quarter of its events are, and if a second stream shows the same.
+held if it was late by more than half a gap. A buffer holds at least every second event, at any pace. A busy machine
+holds events as well, but not for long, and not all the time. So a stream is held if a quarter of its events are, in
+each third of it, and if the same is true of a second stream, and of a slow one. Short delays do not hold the events of
+a slow stream. They are only told from those of a busy machine if the client and the probe were not late themselves.
 
 The second stream has another pace. Of a buffer that is emptied when it is full, the bursts of both streams have the
 same size. Of one that a timer empties, the first event of each burst was held for the same time in both. If neither is
@@ -33,6 +35,8 @@ _HELD: Final = 0.25
 # Bursts that differ by more than this from their median are not regular, and neither are sizes of two streams.
 SPREAD: Final = 0.3
 _REGULAR: Final = 0.8
+# Seconds. A machine whose timers are no later than this is not busy.
+_CALM: Final = 0.01
 # The whole was held if this share of it came at the end.
 _WHOLE: Final = 0.9
 # Buffers have sizes that are powers of two. Framing takes some percent of them.
@@ -68,7 +72,7 @@ class _Burst(NamedTuple):
 class _Timing(NamedTuple):
     late: list[float]
     held: float
-    """The share of held events."""
+    """The share of held events, in that third of the stream where it is least."""
     bursts: list[_Burst]
     """Without the last one, which the end of the stream has sent, and without the first one if there are others."""
     size: int
@@ -83,13 +87,15 @@ def _timing(events: Sequence[Event]) -> _Timing:
     late = [one - least for one in took]
     gaps = [(after.sent or 0.0) - (before.sent or 0.0) for before, after in pairwise(events)]
     pace = median(gaps)
-    held = sum(one > max(gap, pace) / 2 for one, gap in zip(late, gaps, strict=False)) / len(gaps)
+    held = [one > max(gap, pace) / 2 for one, gap in zip(late, gaps, strict=False)]
+    third = len(held) // 3
+    share = min(fmean(part) for part in (held[:third], held[third:-third], held[-third:]))
     bursts = list(_bursts(events, late, pace / 2))
     size = sum(event.size for event in events)
     last = bursts.pop()
     # The first burst has the response head in it, and a timer may have begun before it.
     return _Timing(
-        late, held, bursts[len(bursts) > 1 :], size, last.size, (events[-1].sent or 0.0) - (events[0].sent or 0.0)
+        late, share, bursts[len(bursts) > 1 :], size, last.size, (events[-1].sent or 0.0) - (events[0].sent or 0.0)
     )
 
 
@@ -104,29 +110,42 @@ def _bursts(events: Sequence[Event], late: Sequence[float], apart: float) -> Ite
     yield _Burst(late[first], size, events[first].received)
 
 
-def arrival(first: Sequence[Event], second: Sequence[Event] | None = None) -> Arrival:
-    """How the events of a probe arrive, by one stream or two of different pace."""
+def arrival(
+    first: Sequence[Event],
+    second: Sequence[Event] | None = None,
+    slow: Sequence[Event] | None = None,
+    lag: float = 0.0,
+) -> Arrival:
+    """How the events of a probe arrive, by one stream or by several of different pace.
+
+    `lag`: how late the client and the probe themselves were, in seconds.
+    """
     if len(first) < _FEWEST:
         return Arrival(how="alone")
     one = _timing(first)
-    two = _timing(second) if second is not None and len(second) >= _FEWEST else None
-    late = sorted(one.late)
-    middle, latest = median(late), late[-1]
-    if one.held < _HELD or (two is not None and two.held < _HELD):
-        return Arrival(how="alone", late=middle, latest=latest)
-    streams = [one] if two is None else [one, two]
+    others = [_timing(stream) for stream in (second, slow) if stream is not None and len(stream) >= _FEWEST]
+    found = _held_how([one, *others[:1]])
+    if one.held < _HELD or (others and others[0].held < _HELD):
+        found = Arrival(how="alone")
+    elif len(others) > 1 and others[1].held < _HELD and found.how != "time":
+        found = Arrival(how="irregularly")
+    if len(others) > 1 and others[1].held < _HELD and lag > _CALM:
+        found = Arrival(how="alone")
+    return msgspec.structs.replace(found, late=median(one.late), latest=max(one.late))
+
+
+def _held_how(streams: Sequence[_Timing]) -> Arrival:
+    """How events are held, given that they are."""
     if all(timing.last >= _WHOLE * timing.size for timing in streams):
-        return Arrival(how="whole", size=streams[-1].size, late=middle, latest=latest)
+        return Arrival(how="whole", size=streams[-1].size)
     sizes, times = _by_size(streams), _by_time(streams)
     if sizes is not None and (times is None or sizes <= times):
-        return Arrival(how="bytes", size=round_size(_mean_size(streams)), late=middle, latest=latest)
+        return Arrival(how="bytes", size=round_size(_mean_size(streams)))
     if times is not None:
         # Of a faster stream, the first event of a burst comes sooner after the timer has begun.
         held = median(burst.held for burst in min(streams, key=_pace_of).bursts)
-        return Arrival(
-            how="time", seconds=float(f"{held:.1g}" if held >= 0.01 else f"{held:.3f}"), late=middle, latest=latest
-        )
-    return Arrival(how="irregularly", late=middle, latest=latest)
+        return Arrival(how="time", seconds=float(f"{held:.1g}" if held >= 0.01 else f"{held:.3f}"))
+    return Arrival(how="irregularly")
 
 
 def needs_another(first: Sequence[Event]) -> Literal["", "faster", "larger"]:

@@ -55,6 +55,12 @@ _CONTINUE_TIME: Final = 1.5
 _BUSY_TIMES: Final = 10
 _BUSY_WAIT: Final = 1.0
 _MAX_UPLOAD_TIME: Final = 60.0
+# A slow stream is slower by this factor, and slow compared with how late timers are; in seconds, at most so slow.
+_SLOWER: Final = 4
+_OF_LAG: Final = 8
+_SLOWEST: Final = 1.0
+# Seconds between two measurements of that.
+_TICK: Final = 0.01
 # Of an API: what it is asked for, and how much of the answer is enough.
 _PROMPT: Final = "Count from 1 to 60. Write each number as a word, on a line of its own, and nothing else."
 _ENOUGH: Final = 200
@@ -126,8 +132,9 @@ class _Examination:
     async def run(self) -> Hop:
         plan, progress = self._plan, self._progress
         progress("arrival of events")
-        steady, reused = await self._steady()
+        steady, reused, lag = await self._steady()
         again: Stream | None = None
+        slow: Stream | None = None
         if need := needs_another(steady.events):
             progress("arrival of events, a second time")
             faster = Asked(events=round(2.5 * plan.events), every=plan.every * 0.4, wait=plan.wait)
@@ -138,6 +145,9 @@ class _Examination:
                 size=round(0.4 * MAX_RATE * plan.every * 0.4),
             )
             again = await self._stream(faster if need == "faster" else larger)
+            progress("arrival of events, a third time")
+            pace = min(max(_SLOWER * plan.every, _OF_LAG * lag), _SLOWEST)
+            slow = await self._stream(Asked(events=max(16, plan.events // 3), every=pace, wait=plan.wait))
         progress("an origin that dies")
         deaths = await self._deaths()
         progress("a client that leaves")
@@ -151,6 +161,8 @@ class _Examination:
             url=self._url,
             steady=steady,
             again=again,
+            slow=slow,
+            lag=lag,
             deaths=deaths,
             leaving=leaving,
             silence=silence,
@@ -193,11 +205,18 @@ class _Examination:
 
     # --- what is examined ---
 
-    async def _steady(self) -> tuple[Stream, bool]:
-        """A stream, and whether its connection could be used again."""
+    async def _steady(self) -> tuple[Stream, bool, float]:
+        """A stream, whether its connection could be used again, and how late client and probe were meanwhile."""
         plan = self._plan
         asked = Asked(events=plan.events, every=plan.every, wait=plan.wait)
-        answer, connection = await self._ask(asked, asked.due(asked.events) + plan.patience)
+        own: list[float] = []
+        measuring = asyncio.ensure_future(_measure(own))
+        try:
+            answer, connection = await self._ask(asked, asked.due(asked.events) + plan.patience)
+        finally:
+            measuring.cancel()
+        probes = [(event.sent or 0.0) - asked.due(number) for number, event in enumerate(answer.events)]
+        lag = max(_percentile(own), _percentile(probes))
         try:
             stream = answer.stream()
             if stream.status != 200 or not stream.events:
@@ -209,7 +228,7 @@ class _Examination:
                 reused = again.status in (200, 429)
         finally:
             connection.close()
-        return stream, reused
+        return stream, reused, lag
 
     async def _deaths(self) -> dict[Literal["fin", "reset"], Stream]:
         plan, cut = self._plan, max(2, self._plan.events // 8)
@@ -280,7 +299,7 @@ class _Examination:
             stream = answer.stream()
             accepted, refused = 0, len(body)
             if answer.status == 413:
-                accepted, refused = await self._limit(len(body), by_head=not pause)
+                accepted, refused = await self._limit(len(body), by_head=not (pause or answer.continued))
             return (
                 Upload(
                     size=len(body), status=answer.status, accepted=accepted, refused=refused, message=stream.message
@@ -333,6 +352,19 @@ class _Examination:
             self._progress(f"a silence of {seconds:g} s, with heartbeats")
             beats = await self._stream(msgspec.structs.replace(silent, heartbeat=every))
         return Silence(seconds=seconds, before=before, quiet=quiet, beats=beats, every=every)
+
+
+async def _measure(late: list[float]) -> None:
+    """Adds how late a timer fires, again and again."""
+    while True:
+        due = perf_counter() + _TICK
+        await asyncio.sleep(_TICK)
+        late.append(perf_counter() - due)
+
+
+def _percentile(values: list[float]) -> float:
+    """The 90th percentile; 0 if there is no value."""
+    return sorted(values)[int(0.9 * len(values))] if values else 0.0
 
 
 async def _told(answer: Answer) -> None:

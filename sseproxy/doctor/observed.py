@@ -95,6 +95,10 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True):
     steady: Stream
     again: Stream | None = None
     """A second stream with another pace, if the first one was in doubt."""
+    slow: Stream | None = None
+    """A third one with a slow pace."""
+    lag: float = 0.0
+    """How late the timers of client and probe fired during the first stream, in seconds; the 90th percentile."""
     deaths: dict[Literal["fin", "reset"], Stream] = {}
     """Streams whose origin died in the middle."""
     leaving: list[Leaving] = []

@@ -165,8 +165,8 @@ def _speed(now: tuple[float, float] | None, before: tuple[float, float] | None) 
         return _UNKNOWN
     if before is None:
         return Cell(" / ".join(spell_seconds(value) for value in now))
-    added = (value - other for value, other in zip(now, before, strict=True))
-    return Cell(" / ".join(f"{'+' if value >= 0 else '-'}{spell_seconds(abs(value))}" for value in added))
+    added = [round(value - other, 4) for value, other in zip(now, before, strict=True)]
+    return Cell(" / ".join(f"{'-' if value < 0 else '+'}{spell_seconds(abs(value))}" for value in added))
 
 
 # Characters of a verdict with several URLs.
@@ -298,6 +298,7 @@ code { font: .88em/1.45 ui-monospace, monospace; }
 _STRIP_WIDTH: Final = 1000
 _STRIP_HEIGHT: Final = 36
 _RADIUS: Final = 4.0
+_LARGEST: Final = 16.0
 
 
 def as_page(examined: Examined) -> str:
@@ -361,19 +362,21 @@ def _findings_html(examined: Examined) -> Iterator[str]:
 
 
 def _svg(label: str, times: Sequence[float], end: float) -> str:
-    """Events as dots on a line. Dots of events that arrived together lie over one another, and grow."""
-    inner = _STRIP_WIDTH - 4 * _RADIUS
-    columns: dict[int, int] = {}
+    """Events as dots on a line. Events that would lie over one another are one dot, which is larger."""
+    inner = _STRIP_WIDTH - 2 * _LARGEST
+    dots: list[tuple[float, int]] = []
     for time in times:
-        at = round(time / end * inner / (2 * _RADIUS))
-        columns[at] = columns.get(at, 0) + 1
-    dots = "".join(
-        f'<circle cx="{2 * _RADIUS + at * 2 * _RADIUS:.0f}" cy="{_STRIP_HEIGHT / 2:.0f}" '
-        f'r="{min(_RADIUS * count**0.5, _STRIP_HEIGHT / 2 - 2):.1f}"/>'
-        for at, count in sorted(columns.items())
+        at = _LARGEST + time / end * inner
+        if dots and at - dots[-1][0] < 2 * _RADIUS:
+            dots[-1] = dots[-1][0], dots[-1][1] + 1
+        else:
+            dots.append((at, 1))
+    circles = "".join(
+        f'<circle cx="{at:.0f}" cy="{_STRIP_HEIGHT / 2:.0f}" r="{min(_RADIUS * count**0.5, _LARGEST):.1f}"/>'
+        for at, count in dots
     )
     title = f"<title>{_escaped(f'{len(times)} events: {label}')}</title>"
-    return f'<svg viewBox="0 0 {_STRIP_WIDTH} {_STRIP_HEIGHT}" role="img">{title}{dots}</svg>'
+    return f'<svg viewBox="0 0 {_STRIP_WIDTH} {_STRIP_HEIGHT}" role="img">{title}{circles}</svg>'
 
 
 def _escaped(text: str) -> str:

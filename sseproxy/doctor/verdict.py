@@ -86,7 +86,8 @@ def diagnose(hops: Sequence[Hop]) -> list[Diagnosis]:
 
 def arrival_of(hop: Hop) -> Arrival:
     if hop.probed:
-        return arrival(hop.steady.events, hop.again.events if hop.again is not None else None)
+        second, slow = (stream.events if stream is not None else None for stream in (hop.again, hop.slow))
+        return arrival(hop.steady.events, second, slow, hop.lag)
     return arrival_without_probe(hop.steady.events)
 
 
@@ -285,7 +286,7 @@ def sentence(hops: Sequence[Hop], diagnoses: Sequence[Diagnosis]) -> str:
         if not finding.note
     ]
     if not faults:
-        whole = "this path is" if len(hops) == 1 else f"all {len(hops)} hops are"
+        whole = {1: "this path is", 2: "both hops are"}.get(len(hops), f"all {len(hops)} hops are")
         late = diagnoses[-1].arrival.late
         how = f", {spell_seconds(late)} late at the median" if hops[-1].probed and late >= 0.0005 else ""
         return f"No fault found: {whole} unbuffered, and each event arrives alone{how}."
@@ -319,7 +320,7 @@ def spell_size(size: int) -> str:
 
 def spell_seconds(seconds: float) -> str:
     if seconds < 0.001:
-        return f"{seconds * 1000:.1f} ms"
+        return f"{seconds * 1000:.1f} ms" if seconds >= 0.00005 else "0 ms"
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
