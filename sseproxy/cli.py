@@ -228,6 +228,8 @@ def summary(supervisor: Supervisor) -> str:
         when = f" ({', '.join(conditions)})" if conditions else ""
         upstream = settings.upstream(route.upstream)
         lines.append(f"  {route.match.path:<{width}}  ->  {upstream.url}{when}")
+    if settings.probe is not None:
+        lines.append(f"  {settings.probe.path:<{width}}  ->  the probe for sseproxy doctor")
     lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz")
     lines.append(f"  workers: {supervisor.workers}")
     return "\n".join(lines) + "\n"

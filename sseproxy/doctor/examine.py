@@ -7,6 +7,7 @@ as it is.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from bisect import bisect_left
 from collections.abc import Callable
@@ -59,6 +60,8 @@ _MAX_UPLOAD_TIME: Final = 60.0
 _SLOWER: Final = 4
 _OF_LAG: Final = 8
 _SLOWEST: Final = 1.0
+# Seconds. A client that left is noticed within milliseconds.
+_DOUBTFUL: Final = 0.25
 # Seconds between two measurements of that.
 _TICK: Final = 0.01
 # Of an API: what it is asked for, and how much of the answer is enough.
@@ -247,15 +250,29 @@ class _Examination:
             "before the head": msgspec.structs.replace(pace, before=silent),
             "in mid-stream": msgspec.structs.replace(pace, lull=2, silence=silent),
         }
-        for when, silence in moments.items():
-            asked = msgspec.structs.replace(silence, id=secrets.randbits(60) + 1)
-            left = await self._leave(asked, patience)
-            report = None if left is None else await self._report(Asked(left=asked.id))
-            if left is None or report is None or not report.known:
-                continue
-            noticed = None if report.left is None else max(0.0, report.left - left)
-            found.append(Leaving(when=when, silent=asked.due(2) - left, noticed=noticed))
+        for when, asked in moments.items():
+            # Whoever seems to notice it late is asked again: a busy machine may have been to blame.
+            for _ in range(2):
+                seen = await self._left(when, asked, patience)
+                if seen is None:
+                    break
+                if not found or found[-1].when != when:
+                    found.append(seen)
+                elif seen.noticed is not None:
+                    found[-1] = min(seen, found[-1], key=lambda one: math.inf if one.noticed is None else one.noticed)
+                if seen.noticed is not None and seen.noticed < _DOUBTFUL:
+                    break
         return found
+
+    async def _left(self, when: Moment, asked: Asked, seconds: float) -> Leaving | None:
+        """Leaves a stream after so many seconds. None if it had ended before, or the probe never heard of it."""
+        asked = msgspec.structs.replace(asked, id=secrets.randbits(60) + 1)
+        left = await self._leave(asked, seconds)
+        report = None if left is None else await self._report(Asked(left=asked.id))
+        if left is None or report is None or not report.known:
+            return None
+        noticed = None if report.left is None else max(0.0, report.left - left)
+        return Leaving(when=when, silent=asked.due(2) - left, noticed=noticed)
 
     async def _leave(self, asked: Asked, seconds: float) -> float | None:
         """Leaves after so many seconds. Returns when that was, from the request on; None if the answer ended before."""
