@@ -330,12 +330,15 @@ def _probe(options: argparse.Namespace) -> int:
         address = Address.parse(options.listen)
     except ValueError:
         raise SseproxyError(f"--listen: expected HOST:PORT, got {options.listen!r}") from None
-    token = options.token or os.environ.get("SSEPROXY_PROBE_TOKEN") or secrets.token_urlsafe(24)
+    given = options.token or os.environ.get("SSEPROXY_PROBE_TOKEN")
+    token = given or secrets.token_urlsafe(24)
 
     def listening(url: str) -> None:
+        # A token that was given is a secret that is known already.
+        variable = "" if given else f"SSEPROXY_PROBE_TOKEN={token} "
         _print(
-            f"The probe answers at {url}\nExamine the hops in front of it, from the inside out:\n\n"
-            f"  SSEPROXY_PROBE_TOKEN={token} sseproxy doctor {url} URL...\n\n"
+            f"The probe answers at {url}\nExamine the hops in front of it, from the inside out"
+            f"{', with the token that was given' if given else ''}:\n\n  {variable}sseproxy doctor {url} URL...\n\n"
         )
 
     uvloop.run(origin.serve(address, token, listening))

@@ -329,6 +329,12 @@ WRONG: dict[str, dict[str, Any]] = {
     "makes an answer look complete whose origin closes the connection in the middle": {
         "deaths": {"fin": stream(), "reset": BROKEN}
     },
+    "makes an answer look complete whose origin closes the connection or resets the connection in the middle": {
+        "deaths": {"fin": stream(), "reset": stream()}
+    },
+    "leaves a client waiting whose origin resets the connection in the middle": {
+        "deaths": {"fin": BROKEN, "reset": stream(end="unread")}
+    },
     "never tells the origin that a client has left in mid-stream": {
         "leaving": [Leaving(when="in mid-stream", silent=2.0)]
     },

@@ -178,6 +178,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
 REMEDIES["content-length"] = REMEDIES["buffered"]
 _ANY: Final[dict[Kind, str]] = {
     "endless": "Look for two hops that speak HTTP/1.0 with each other, and let them speak HTTP/1.1.",
+    "hanging": "The hop does not see that its connection has ended. Look for a timeout that ends the answer instead.",
     "garbled": "No proxy may do this. Look for a plugin, a filter or a gateway that reads and writes events.",
     "content-type": "The stream must stay text/event-stream: clients that obey the standard do not read anything else.",
     "rewritten": "Gateways that translate between APIs do this. Without one, look for a filter that changes bodies.",

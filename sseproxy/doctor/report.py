@@ -135,7 +135,7 @@ def _column(hop: Hop, diagnosis: Diagnosis, speed: Speed, before: Speed | None) 
         "whole answer": cell("not cut", "limit"),
         "silence": cell(silence, "silence", known=hop.silence is not None),
         "client leaves": cell(f"noticed after {spell_seconds(quickest)}", "leaving", known=bool(hop.leaving)),
-        "origin dies": cell("the client can tell", "truncation", known=bool(hop.deaths)),
+        "origin dies": cell("the client can tell", "truncation", "hanging", known=bool(hop.deaths)),
         "upload": cell(upload, "refused", "collected", known=hop.upload is not None),
         "protocol": cell(_protocol(hop), "http10", "keep-alive", "continue"),
         "says it is": Cell(_said(hop)),

@@ -19,6 +19,7 @@ Kind = Literal[
     "endless",
     "silence",
     "truncation",
+    "hanging",
     "leaving",
     "garbled",
     "compressed",
@@ -174,12 +175,14 @@ def _limit_of(hop: Hop) -> tuple[float, Stream] | None:
 
 
 def _of_truncation(hop: Hop) -> Iterator[Finding]:
-    complete = [how for how, stream in hop.deaths.items() if stream.intact]
+    deaths = {"fin": "closes the connection", "reset": "resets the connection"}
+    complete = " or ".join(deaths[how] for how, stream in hop.deaths.items() if stream.intact)
     if complete:
-        how = {"fin": "closes the connection", "reset": "resets the connection"}
-        when = " or ".join(how[one] for one in complete)
-        text = f"makes an answer look complete whose origin {when} in the middle"
-        yield Finding(kind="truncation", text=text, measure=len(complete))
+        text = f"makes an answer look complete whose origin {complete} in the middle"
+        yield Finding(kind="truncation", text=text)
+    waiting = " or ".join(deaths[how] for how, stream in hop.deaths.items() if stream.end == "unread")
+    if waiting:
+        yield Finding(kind="hanging", text=f"leaves a client waiting whose origin {waiting} in the middle")
 
 
 def _of_leaving(hop: Hop) -> Iterator[Finding]:
