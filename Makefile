@@ -17,7 +17,7 @@ SECONDS ?= 3600
 RUNS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help image demo test faults check lock wheel bench truth memory hostile proof soak fuzz clean dashboard-picture
+.PHONY: help image demo test faults check lock wheel bench truth memory hostile proof soak fuzz clean dashboard-picture doctor-picture
 
 # It has to say so to any Python, also to one that is far too old.
 define CHECK_PYTHON
@@ -111,6 +111,10 @@ image:
 ## dashboard-picture: grafana/dashboard.png (needs Debian's prometheus and chromium)
 dashboard-picture: $(STAMP)
 	$(BIN)/python -m grafana.render $(ARGS)
+
+## doctor-picture: configs/doctor.png (needs Debian's nginx and chromium)
+doctor-picture: $(STAMP)
+	$(BIN)/python -m bench.picture
 
 # What is only compared with, or draws, has an environment of its own.
 $(BENCH): bench/requirements.txt | $(MADE)
