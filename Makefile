@@ -14,9 +14,11 @@ NODE_MODULES := tests/node/node_modules/.installed
 EXCHANGES ?= 10000
 SEED ?= 1
 SECONDS ?= 3600
+RUNS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help image demo test faults check lock wheel bench truth memory hostile soak fuzz clean dashboard-picture live-picture
+.PHONY: help image demo test faults check lock wheel bench truth memory hostile proof soak fuzz clean dashboard-picture \
+	live-picture doctor-picture
 
 # It has to say so to any Python, also to one that is far too old.
 define CHECK_PYTHON
@@ -115,6 +117,10 @@ dashboard-picture: $(STAMP)
 live-picture: $(STAMP)
 	$(BIN)/python -m bench.live_picture
 
+## doctor-picture: configs/doctor.png (needs Debian's nginx and chromium)
+doctor-picture: $(STAMP)
+	$(BIN)/python -m bench.picture
+
 # What is only compared with, or draws, has an environment of its own.
 $(BENCH): bench/requirements.txt | $(MADE)
 	$(PYTHON) -m venv --clear bench/.venv
@@ -142,6 +148,10 @@ memory: $(STAMP)
 ## hostile: the worst inputs: how long others wait, and what is held
 hostile: $(STAMP)
 	$(BIN)/python -m bench.hostile
+
+## proof: the doctor raises no false alarm on a busy machine; RUNS=200
+proof: $(STAMP)
+	$(BIN)/python -m bench.proof $(RUNS) $(ARGS)
 
 ## soak: mixed load for SECONDS=3600
 soak: $(STAMP)

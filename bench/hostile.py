@@ -5,7 +5,7 @@ three results: the largest gap of this stream while the input is processed (see 
 there is nothing else; and the largest memory of supervisor and worker, above that before the situation (see
 `bench.watch`). Each input is sent twice, and the smaller gap counts, because a busy machine causes gaps as well.
 
-`make hostile` prints the table for the README. The result of each single input goes to standard error.
+`make hostile` prints the table for bench/README.md. The result of each single input goes to standard error.
 """
 
 from __future__ import annotations

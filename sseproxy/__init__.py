@@ -57,10 +57,21 @@ client, unchanged. Only then does it pass the chunk to the inspector in `relay.i
 `wire.dialects` to find out what it means. When the stream ends, for whatever reason, the exchange has exactly one
 outcome and is reported once.*
 
-    cli             the commands: serve, check-config, healthcheck, top, schema, demo
+    cli             the commands: serve, check-config, healthcheck, top, schema, demo, probe, doctor
     top             `sseproxy top`: the live view in a terminal
     demo            an OpenAI-compatible backend that sends tokens at a set rate
     demonstration   `sseproxy demo`: shows what the proxy does, in front of that backend
+    doctor          finds the hop that harms streams
+      command         `sseproxy doctor`: examines hop after hop, and reports
+      report          the report: for a terminal, as a page of HTML, as JSON
+      remedies        what to change for each finding, by program
+      examine         which requests a hop gets; what is observed is returned as data
+      client          one request over a socket, and when each byte of the answer came
+      verdict         from observations to findings, and to one sentence. No I/O
+      arrival         how events arrive: alone, or held by a buffer or a timer. No I/O
+      observed        what was observed of a hop
+      origin          the probe: a server whose streams the doctor knows in advance
+      script          what a client asks of the probe, and the stream that it then sends. No I/O
     config          a frozen, typed configuration; errors name file, line and column
       addresses       listening addresses
       files           reading files, loading certificates
@@ -145,10 +156,11 @@ outcome and is reported once.*
       notify          notifications to systemd
 
 Imports go one way: wire <- relay <- process <- cli. `ledger` imports nothing else, and `observe` imports
-`relay.exchange`. Every module may import `config` and `errors`. Within `config` the order is files <- values <- named
-<- model <- loading. Imports take most of the time that a worker needs to start, so a worker imports neither the model
-nor a YAML parser. A health check runs every few seconds, so each command of `cli` imports what it needs only when it
-runs. `tests/test_imports.py` checks all this.
+`relay.exchange`. `doctor` imports `wire` and `ledger`; only `cli` imports it, and a worker that has a probe. Every
+module may import `config` and `errors`. Within `config` the order is files <- values <- named <- model <- loading.
+Imports take most of the time that a worker needs to start, so a worker imports neither the model nor a YAML parser. A
+health check runs every few seconds, so each command of `cli` imports what it needs only when it runs.
+`tests/test_imports.py` checks all this.
 
 One owner for each thing
 ------------------------

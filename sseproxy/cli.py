@@ -106,7 +106,49 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=_count, metavar="N", help="tokens per answer (60)")
     _add_listeners(demo)
     demo.set_defaults(run=_demo)
+
+    probe = commands.add_parser(
+        "probe",
+        help="answer sseproxy doctor in the place of an API",
+        description="Run the probe: put it in the place of an API, and examine the hops in front of it with "
+        "sseproxy doctor.",
+    )
+    probe.add_argument(
+        "--listen", default="127.0.0.1:8081", metavar="HOST:PORT", help="address for the hops (%(default)s)"
+    )
+    probe.add_argument(
+        "--token",
+        metavar="T",
+        help="the secret that the doctor has to have; by default SSEPROXY_PROBE_TOKEN, or a new one that is printed",
+    )
+    probe.set_defaults(run=_probe)
+    _add_doctor(commands)
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="find out which hop holds streams back, cuts them, or harms them otherwise",
+        description="Examine the hops between a client and an API. Name their base URLs from the inside out: first the "
+        "one next to the API, or to the probe, last the one that clients use. The exit status is 0 if all is well, 1 "
+        "if something was found, and 2 if a hop could not be examined.",
+    )
+    doctor.add_argument("urls", nargs="+", metavar="URL", help="a base URL such as https://llm.example.com/v1")
+    doctor.add_argument("--token", metavar="T", help="the token of the probe; by default SSEPROXY_PROBE_TOKEN")
+    doctor.add_argument(
+        "--model",
+        metavar="M",
+        help="there is no probe but an API: ask it for this model, and judge by its answer alone",
+    )
+    doctor.add_argument(
+        "--api-key-env", metavar="NAME", help="the environment variable with the key for the API or for a gateway"
+    )
+    doctor.add_argument("--silence", metavar="TIME", help="also examine a silence, for example of 65s; at most 4m30s")
+    doctor.add_argument("--ca-file", metavar="FILE", help="the authorities that are trusted for https, in PEM")
+    doctor.add_argument("--html", metavar="FILE", help="also write the report as one page of HTML")
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    doctor.set_defaults(run=_doctor)
 
 
 def _add_listeners(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +240,8 @@ def summary(supervisor: Supervisor) -> str:
         upstreams = [settings.upstream(target.name) for target in route.upstream]
         urls = ", ".join(endpoint.url for upstream in upstreams for endpoint in upstream.endpoints)
         lines.append(f"  {route.match.path:<{width}}  ->  {urls}{when}")
+    if settings.probe is not None:
+        lines.append(f"  {settings.probe.path:<{width}}  ->  the probe for sseproxy doctor")
     lines.append(f"  metrics and health: {supervisor.admin_url}/metrics /livez /readyz /live")
     lines.append(f"  workers: {supervisor.workers}")
     return "\n".join(lines) + "\n"
@@ -292,3 +336,38 @@ def _demo(options: argparse.Namespace) -> int:
     return uvloop.run(
         demonstration.run(Pace(**given), listen=options.listen, admin=options.admin, once=options.once, write=_print)
     )
+
+
+def _probe(options: argparse.Namespace) -> int:
+    import secrets
+
+    import uvloop
+
+    from .config import Address
+    from .doctor import origin
+
+    try:
+        address = Address.parse(options.listen)
+    except ValueError:
+        raise SseproxyError(f"--listen: expected HOST:PORT, got {options.listen!r}") from None
+    given = options.token or os.environ.get("SSEPROXY_PROBE_TOKEN")
+    token = given or secrets.token_urlsafe(24)
+
+    def listening(url: str) -> None:
+        # A token that was given is a secret that is known already.
+        variable = "" if given else f"SSEPROXY_PROBE_TOKEN={token} "
+        _print(
+            f"The probe answers at {url}\nExamine the hops in front of it, from the inside out"
+            f"{', with the token that was given' if given else ''}:\n\n  {variable}sseproxy doctor {url} URL...\n\n"
+        )
+
+    uvloop.run(origin.serve(address, token, listening))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import uvloop
+
+    from .doctor import command
+
+    return uvloop.run(command.run(options, _print))

@@ -5,6 +5,7 @@
      +-- ListenError                    cannot listen on an address
      +-- ParserError                    aiohttp was installed without its C parser
      +-- ReloadError                    a new configuration, or new code, cannot take over now
+     +-- CannotExamine                  the doctor cannot examine a hop
      +-- ProtocolError                  bytes that violate a wire format (raised by `sseproxy.wire`)
      |    +-- BrokenBodyError           in the framing of a body; has the payload before it
      +-- ExchangeError                  ends an exchange; has status, code and outcome
@@ -97,6 +98,10 @@ class ParserError(SseproxyError):
 
 class ReloadError(SseproxyError):
     """A new configuration, although valid, or new code cannot take over now. The old one stays in use."""
+
+
+class CannotExamine(SseproxyError):
+    """The doctor cannot examine a hop. The text says why, as a sentence about the hop, and what to do."""
 
 
 class ProtocolError(SseproxyError):

@@ -22,10 +22,8 @@ from sseproxy import config
 from sseproxy.ledger.table import alone
 from sseproxy.observe.metrics import Report
 from sseproxy.observe.registry import Registry, exposition
-from sseproxy.process import accepting
 from sseproxy.process.listeners import listen
-from sseproxy.process.worker import Worker
-from sseproxy.relay.admission import counted
+from sseproxy.process.worker import Worker, counted_by_a_worker
 
 DEADLINE = 10.0
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -346,7 +344,7 @@ async def start_proxy(settings: config.Config) -> RunningProxy:
         registry.add(1, decode(msgspec.msgpack.encode(report)))
         return True
 
-    row = alone([*accepting.NAMES, *counted(settings)])
+    row = alone(counted_by_a_worker(settings))
     worker = Worker(settings, [sock], send, row, settings.limits.connections)
     port = sock.getsockname()[1]
     await worker.start()

@@ -52,8 +52,8 @@ routes:
 VALID = UPSTREAMS + ROUTES
 
 TOP_KEYS = (
-    "access_log, admin, drain_timeout, limits, listen, log, max_body, metrics, reload, routes, tls, trusted_proxies, "
-    "upstreams, workers"
+    "access_log, admin, drain_timeout, limits, listen, log, max_body, metrics, probe, reload, routes, tls, "
+    "trusted_proxies, upstreams, workers"
 )
 TIMEOUT_KEYS = "body, connect, first_token, head, idle, total, write"
 HOST_PORT = "expected HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535, unix:/PATH, systemd or systemd:NAME"
@@ -113,7 +113,10 @@ MISTAKES = {
     "tagged_mapping": (f"admin: !!set {{}}\n{VALID}", f"f:1:1: admin: {TAG}"),
     "merge": (f"<<: {{workers: 2}}\n{VALID}", "f:1:1: merge keys (<<) are not supported"),
     "key_number": (f"1: 2\n{VALID}", "f:1:1: expected a key that is text"),
-    "key_boolean": (f"admin:\n  on: 2\n{VALID}", "f:2:3: admin.on: unknown key; expected one of cancel, hosts, listen, token"),
+    "key_boolean": (
+        f"admin:\n  on: 2\n{VALID}",
+        "f:2:3: admin.on: unknown key; expected one of cancel, hosts, listen, token",
+    ),
     "key_list": (f"? [a]\n: 2\n{VALID}", "f:1:3: expected a key that is text"),
     "key_alias": (f"*a : 2\n{VALID}", "f:1:1: expected a key that is text"),
     "duplicate_key": (
@@ -635,10 +638,13 @@ def test_reference_config_has_every_option_with_its_default() -> None:
 
 def test_reference_config_has_what_is_only_there_if_it_is_wanted() -> None:
     lines = (CONFIGS / "reference.yaml").read_text().splitlines()
-    section = lines[lines.index("tls:") :]
-    for name, field in config.TLS.model_fields.items():
-        (line,) = [line for line in section if line.startswith(f"  # {name}: ")]
-        assert field.default in (PydanticUndefined, None) or line == f'  # {name}: "{field.default}"'
+    for name, model in (("tls", config.TLS), ("probe", config.Probe)):
+        section = lines[lines.index(f"{name}:") :]
+        for option, field in model.model_fields.items():
+            line = next(line for line in section if line.startswith(f"  # {option}: "))
+            assert (
+                field.default in (PydanticUndefined, None) or line.replace('"', "") == f"  # {option}: {field.default}"
+            )
 
 
 def test_a_key_is_read_from_its_file_and_shown_nowhere(tmp_path: Path) -> None:

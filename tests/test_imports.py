@@ -25,11 +25,12 @@ MAY_IMPORT = {
     "ledger": {"ledger"},
     "relay": {"wire", "ledger", "relay"} | EVERYWHERE,
     "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
-    "process": {"wire", "ledger", "relay", "observe", "process"} | EVERYWHERE,
+    "process": {"wire", "ledger", "relay", "observe", "process", "doctor.origin"} | EVERYWHERE,
+    "doctor": {"wire", "ledger", "doctor"} | EVERYWHERE,
     "demo": set(),
     "top": {"errors"},
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
-    "cli": {"process", "top", "demo", "demonstration", "observe.logs", "relay.routes"} | EVERYWHERE,
+    "cli": {"process", "top", "demo", "demonstration", "doctor", "observe.logs", "relay.routes"} | EVERYWHERE,
     "__main__": {"cli"},
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
@@ -148,6 +149,7 @@ MODEL = {"pydantic", "yaml", "yarl", "sseproxy.config.model"}
 @pytest.mark.parametrize(
     ("arguments", "without", "most"),
     [
+        (["doctor", "--help"], SERVING | MODEL | {"http.client", "ssl", "rich", "sseproxy.doctor"}, 90),
         (["--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
         (["demo", "--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
         (["healthcheck", "--admin", "127.0.0.1:1"], SERVING | MODEL | {"http.client", "ssl", "email"}, 120),
@@ -186,6 +188,16 @@ def test_wire_does_no_io(path: Path) -> None:
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     assert not {name.partition(".")[0] for name in names} & {"aiohttp", "asyncio", "socket", "os", "pathlib", "logging"}
     assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(tree))
+
+
+PURE = ("script", "observed", "arrival", "verdict", "remedies")
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_what_the_doctor_concludes_needs_no_io(name: str) -> None:
+    found = set(imported(ROOT / "doctor" / f"{name}.py"))
+    assert found <= {f"doctor.{other}" for other in PURE}
+    test_wire_does_no_io(ROOT / "doctor" / f"{name}.py")
 
 
 def test_the_architecture_names_every_module() -> None:

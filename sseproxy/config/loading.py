@@ -26,8 +26,8 @@ from yarl import URL
 from ..errors import ConfigError
 from .document import INVALID, Document, position
 from .files import read_configuration
-from .model import Admin, Config, Limits, Match, Places, Route, Target, Upstream, conflicts
-from .values import DOCUMENT, Loc, Size, quoted, read_address, read_url, read_workers, spell_size
+from .model import Admin, Config, Limits, Match, Places, Probe, Route, Target, Upstream, conflicts
+from .values import DOCUMENT, Loc, PathPrefix, Size, quoted, read_address, read_url, read_workers, spell_size
 
 T = TypeVar("T")
 
@@ -217,12 +217,14 @@ def _validate(document: Document) -> Config | None:
         [_names(route.get("upstream")) for route in routes],
         _valid_size(data, Config, "max_body"),
         _valid_size(data.get("limits", {}), Limits, "held"),
+        _valid_path_of_probe(data.get("probe")),
         spell=lambda loc, value: _spelled(document, loc, value),
     ):
         # The upstream of a route need not be a list.
         loc = loc if loc in document.parts or loc[:-1] not in document.parts or len(loc) < 4 else loc[:-1]
         # A default has no position. If `held` is one, the conflict is reported at `max_body`.
-        document.report(loc, message, document.parts[loc if loc in document.parts else ("max_body",)].place)
+        instead = ("probe",) if loc[0] == "probe" else ("max_body",)
+        document.report(loc, message, document.parts[loc if loc in document.parts else instead].place)
     try:
         return Config.model_validate(data, context=DOCUMENT)
     except ValidationError as error:
@@ -272,6 +274,15 @@ def _valid_size(options: object, model: type[BaseModel], name: str) -> int | Non
     size = options.get(name, model.model_fields[name].default)
     try:
         return TypeAdapter(Size).validate_python(size, context=DOCUMENT if name in options else None)
+    except ValidationError:
+        return None
+
+
+def _valid_path_of_probe(options: object) -> str | None:
+    """The path of the probe, or its default. `None` if there is no probe, or the path is not valid."""
+    path = options.get("path", Probe.model_fields["path"].default) if isinstance(options, dict) else None
+    try:
+        return TypeAdapter(PathPrefix).validate_python(path, context=DOCUMENT)
     except ValidationError:
         return None
 

@@ -59,6 +59,7 @@ from .values import (
     SizeOrOff,
     Text,
     TLSVersion,
+    Token,
     Until,
     URLOrNone,
     URLText,
@@ -364,6 +365,15 @@ class Metrics(_Model):
     have neither `stream` nor `outcome`."""
 
 
+class Probe(_Model):
+    """The probe for `sseproxy doctor`, which answers in the place of an API. `None` means no probe."""
+
+    path: PathPrefix = "/sseproxy-probe"
+    """The prefix of its path. The doctor takes it with `/v1` after it as the base URL."""
+    token: Token
+    """A secret of at least 16 characters. Only requests of the doctor that have it are answered."""
+
+
 class Match(_Model):
     """The conditions of a route. A request must meet all of them."""
 
@@ -485,6 +495,12 @@ class Route(_Model):
     timeouts: Timeouts = Timeouts()
 
 
+PROBE = "sseproxy-probe"
+"""The name of the route and of the upstream of the probe, in metrics and in the access log."""
+# Seconds. A probe may be silent for 300.
+_PROBE_TIMEOUT = 360.0
+
+
 class Places:
     """Where the match of each route is in a file: `line:col`. The same options are equal wherever they are."""
 
@@ -519,6 +535,7 @@ class Config(_Model):
     limits: Limits = Limits()
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+    probe: Probe | None = None
 
     _variables: frozenset[str] = frozenset()
     _places: Places = Places()
@@ -546,12 +563,29 @@ class Config(_Model):
                 [[target.name for target in route.upstream] for route in self.routes],
                 self.max_body,
                 self.limits.held,
+                self.probe.path if self.probe is not None else None,
                 spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
             )
         ]
         if found:
             raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
         return self
+
+    def with_probe(self) -> Config:
+        """This configuration with the route and the upstream of the probe, if there is one.
+
+        Each worker has a probe of its own, and sets the port in the URL.
+        """
+        if self.probe is None:
+            return self
+        upstream = Upstream(name=PROBE, url="http://127.0.0.1")
+        route = Route(
+            name=PROBE,
+            match=Match(path=self.probe.path),
+            upstream=(Target(name=PROBE),),
+            timeouts=Timeouts(head=_PROBE_TIMEOUT, first_token=_PROBE_TIMEOUT, idle=_PROBE_TIMEOUT),
+        )
+        return self.model_copy(update={"upstreams": (*self.upstreams, upstream), "routes": (*self.routes, route)})
 
     def files(self) -> list[str]:
         """The files that this configuration names, as certificates and keys."""
@@ -577,13 +611,14 @@ def conflicts(
     uses: Sequence[Sequence[str | None]],
     max_body: int | None,
     held: int | None,
+    probe: str | None,
     spell: Callable[[Loc, str | int], str],
 ) -> Iterator[tuple[Loc, str]]:
     """Conflicts between options, as locations and messages.
 
-    These are: names and matches that occur twice, upstreams of routes (`uses`) that do not exist, and a `max_body` that
-    is larger than `limits.held`. `None` stands for an option that is not valid by itself. `spell` returns a name or a
-    size as a message may show it.
+    These are: names and matches that occur twice, upstreams of routes (`uses`) that do not exist, a `max_body` that is
+    larger than `limits.held`, and a path or a name of the `probe` that others have. `None` stands for an option that is
+    not valid by itself, and for no probe. `spell` returns a name or a size as a message may show it.
     """
     identities = [match and (match.path, frozenset(match.model), frozenset(match.methods)) for match in matches]
     columns: tuple[tuple[str, str, Sequence[object]], ...] = (
@@ -601,14 +636,23 @@ def conflicts(
         most, least = spell(("limits", "held"), held), spell(("max_body",), max_body)
         yield ("limits", "held"), f"expected at least max_body ({least}), got {most}"
 
+    if probe is not None:
+        for index, match in enumerate(matches):
+            if match is not None and match.path == probe:
+                yield ("probe", "path"), f"expected a path that no route has, got that of routes[{index}]"
+        for section, column in (("upstreams", upstreams), ("routes", routes)):
+            if PROBE in column:
+                loc = (section, column.index(PROBE), "name")
+                yield loc, f"expected another name: {PROBE} is the name of the probe"
+
     names = [name for name in upstreams if name is not None]
     if not names or len(names) < len(upstreams):
         return
     known = ", ".join(quoted(spell(("upstreams", index, "name"), name))[1:-1] for index, name in enumerate(names))
     for index, targets in enumerate(uses):
         for number, use in enumerate(targets):
-            loc: Loc = ("routes", index, "upstream", number)
+            place: Loc = ("routes", index, "upstream", number)
             if use is not None and use not in names:
-                yield loc, f"expected the name of an upstream ({known}), got {quoted(spell(loc, use))}"
+                yield place, f"expected the name of an upstream ({known}), got {quoted(spell(place, use))}"
             elif use is not None and use in targets[:number]:
-                yield loc, f"expected each upstream once, got {quoted(spell(loc, use))} again"
+                yield place, f"expected each upstream once, got {quoted(spell(place, use))} again"

@@ -33,6 +33,8 @@ DOCUMENT: Final = object()
 """Validation context for values from a file. In a file, durations and sizes need a unit; in code they are numbers."""
 
 API_KEY = re.compile(r"[!-~]+")
+# A random token of 16 characters cannot be guessed over a network.
+_LONG_TOKEN = re.compile(r"[!-~]{16,1024}")
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
@@ -93,6 +95,14 @@ def _secret(what: str) -> Callable[[object], SecretStr | None]:
         raise expected(f"{what}: text of visible ASCII characters", show=False)
 
     return read
+
+
+def _token(value: object) -> SecretStr:
+    if isinstance(value, str):
+        value = SecretStr(value)
+    if isinstance(value, SecretStr) and _LONG_TOKEN.fullmatch(value.get_secret_value()):
+        return value
+    raise expected("a token: at least 16 visible ASCII characters", show=False)
 
 
 def _header(value: object) -> str:
@@ -455,6 +465,8 @@ Affinity = Annotated[
 ApiKey = Annotated[SecretStr | None, Option(_secret("an API key"), TEXT, NONE)]
 
 AdminToken = Annotated[SecretStr | None, Option(_secret("a token"), TEXT, NONE)]
+
+Token = Annotated[SecretStr, Option(_token, TEXT)]
 
 FieldName = Annotated[str, Option(_header, TEXT)]
 

@@ -34,16 +34,16 @@ from ..observe.live import View
 from ..observe.logs import log_as
 from ..observe.metrics import Labels, Recorder, Report
 from ..observe.registry import Registry
-from ..relay.admission import counted
 from ..relay.heads import check_parser
 from ..relay.routes import OTHER, unreachable
-from . import accepting, notify, upgrade
+from . import notify, upgrade
 from .admin import application
 from .generation import Generation, Predecessors, cores
 from .health import Health
 from .listeners import clean_up, listen, refuse, url
 from .live import Live
 from .upgrade import Handover, RunningCode
+from .worker import counted_by_a_worker
 
 log = logging.getLogger(__name__)
 
@@ -434,14 +434,14 @@ class Supervisor:
         """The columns of the ledger for `config`. Raises `ReloadError` if there is too much to count."""
         in_use = set[str]().union(*(each.names for each in self._generations))
         try:
-            return self._ledger.columns([*accepting.NAMES, *counted(config)], in_use)
+            return self._ledger.columns(counted_by_a_worker(config.with_probe()), in_use)
         except OSError as error:
             raise ReloadError(f"the ledger: {error.strerror}") from None
 
     def _generate(self, config: Config, sockets: _Sockets, columns: dict[str, int]) -> Generation:
         """Starts the workers of `config`."""
         generation = Generation(
-            config,
+            config.with_probe(),
             _flat(sockets),
             self._numbers,
             self._ledger,

@@ -34,11 +34,14 @@ from ..observe.live import Reader, Reading
 from ..observe.logs import log_as, set_up_logging
 from ..observe.metrics import Labels, Metric, Report
 from ..observe.telemetry import CANCEL, LOOK, Telemetry, encode_report, questions
+from ..relay.admission import counted
 from ..relay.proxy import Proxy
+from . import accepting
 from .accepting import Accepting
 
 if TYPE_CHECKING:
     from ..config import Config
+    from ..doctor.origin import Origin
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,16 @@ async def _read_instructions(reader: asyncio.StreamReader) -> Instructions:
     return Instructions(*pickle.loads(await reader.readexactly(size)))
 
 
+def counted_by_a_worker(config: Config) -> list[str]:
+    """The names in the ledger of all that a worker counts."""
+    names = [*accepting.NAMES, *counted(config)]
+    if config.probe is not None:
+        from ..doctor.origin import NAMES
+
+        names += NAMES
+    return names
+
+
 class Worker:
     """The relay, on listening `sockets`. `send` sends a report; it returns False if it cannot send one now.
 
@@ -91,6 +104,9 @@ class Worker:
         access: AccessLog | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
+        self._probe: tuple[Origin, socket.socket] | None = None
+        if config.probe is not None:
+            config = self._make_probe(config, row)
         self._config = config
         self.telemetry = Telemetry(loop, send, self._gauges, access, detailed=config.metrics.detail == "full")
         self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged, row, most_connections)
@@ -99,6 +115,20 @@ class Worker:
         self._forgetting: asyncio.TimerHandle | None = None
         tls = config.tls.context() if config.tls is not None else None
         self._accepting = Accepting(sockets, functools.partial(self.proxy.server, tls), row)
+
+    def _make_probe(self, config: Config, row: Row) -> Config:
+        """Makes the probe. Returns `config` with its port."""
+        from ..doctor.origin import Origin
+
+        assert config.probe is not None
+        sock = socket.create_server(("127.0.0.1", 0))
+        self._probe = Origin(config.probe.token.get_secret_value(), row), sock
+        # The upstream of the probe is the last one (`Config.with_probe`).
+        *upstreams, upstream = config.upstreams
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        (endpoint,) = upstream.endpoints
+        upstream = upstream.model_copy(update={"url": url, "endpoints": (endpoint.model_copy(update={"url": url}),)})
+        return config.model_copy(update={"upstreams": (*upstreams, upstream)})
 
     def _stop_accepting(self) -> None:
         self._accepting.stop()
@@ -150,6 +180,9 @@ class Worker:
 
     async def start(self) -> None:
         """Starts to accept connections, and reports it."""
+        if self._probe is not None:
+            origin, sock = self._probe
+            await origin.start(sock)
         await self._accepting.start()
         self._report_accepting(True)
 
@@ -178,6 +211,8 @@ class Worker:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.proxy.server.empty.wait(), _FLUSH_TIMEOUT)
         await self.proxy.close()
+        if self._probe is not None:
+            await self._probe[0].close()
         self.telemetry.close()
         if self._forgetting is not None:
             self._forgetting.cancel()
