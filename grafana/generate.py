@@ -506,6 +506,29 @@ ROWS = (
             ),
         ),
     ),
+    Row(
+        "Clients",
+        (
+            Panel(
+                "Requests by client",
+                "Requests with the key of each client that end per second. Only with clients in the configuration.",
+                (Query(rate("client_requests_total", "client", P), "{{client}}"),),
+                "reqps",
+            ),
+            Panel(
+                "Active by client",
+                "Requests of each client in progress.",
+                (Query(f"sum by (client) (sseproxy_client_requests_active{{{P}}})", "{{client}}"),),
+                whole=True,
+            ),
+            Panel(
+                "Wrong keys",
+                "Requests with a key that nobody has. A deployment may still have an old key: the access log names its public part.",
+                (Query(rate("client_keys_rejected_total", "", P), "wrong keys"),),
+                "reqps",
+            ),
+        ),
+    ),
 )
 
 

@@ -68,6 +68,7 @@ outcome and is reported once.*
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
+      credentials     the keys of clients: where they are, and how they are removed
       headers         hop-by-hop fields, forwarding fields, credentials
       framing         where a body ends: chunked, by length, by close
       sse             an incremental parser of server-sent events, with bounded memory
@@ -91,6 +92,7 @@ outcome and is reported once.*
       proxy           all parts of the relay in one worker
       phases          the life of a request, in numbered phases
       admission       limits on connections and requests
+      clients         finds out who calls, and what the client may use
       globs           whether some globs match everything that another glob matches
       routes          finds the route of a request, and its path at the upstream; finds routes that are never used
       server          all client connections, from accept on
@@ -150,6 +152,7 @@ loop, so no connection makes the others wait.
 Words
 -----
 downstream / upstream   the client's side / the API's side
+client                  in the configuration: somebody with a key. Elsewhere: the other end of a downstream connection
 route                   a match rule, and what happens to requests that match it
 upstream (noun)         a named API with a base URL
 exchange                one request and its response

@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     health.set_defaults(run=_healthcheck)
 
+    key = commands.add_parser(
+        "key",
+        help="make a key for a client",
+        description="Print a new key, which is not stored anywhere, and the entry of the configuration that allows it.",
+    )
+    key.add_argument("name", metavar="NAME", help="name of the client")
+    key.set_defaults(run=_key)
+
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of a configuration", description="Print the JSON Schema, for editors."
     )
@@ -250,6 +258,27 @@ def _healthcheck(options: argparse.Namespace) -> int:
         raise SseproxyError(f"no answer from {options.admin}: it is not HTTP")
     if status[:3] != b"200":
         raise SseproxyError(f"not ready: {reason[:_MAX_REASON].decode(errors='replace').strip()}")
+    return 0
+
+
+def _key(options: argparse.Namespace) -> int:
+    from pydantic import TypeAdapter, ValidationError
+
+    from .config.values import Name
+    from .wire.credentials import digest, new_key, public_part
+
+    try:
+        name = TypeAdapter(Name).validate_python(options.name)
+    except ValidationError as error:
+        raise SseproxyError(f"NAME: {error.errors()[0]['msg']}") from None
+    key = new_key().encode()
+    _print(
+        f"{key.decode()}\n\n"
+        "# This is shown only once. Give the key to the client. The file gets only its digest:\n"
+        "clients:\n"
+        f"  - name: {name}\n"
+        f'    keys: ["sha256:{digest(key).hex()}"]  # {public_part(key)}\n'
+    )
     return 0
 
 

@@ -119,6 +119,9 @@ class ExchangeError(SseproxyError):
     code: str = "upstream_error"
     type: str = "upstream_error"
     outcome: Outcome = Outcome.UPSTREAM_ERROR
+    retry_after: float = 1.0
+    """With the status 429 or 503: seconds after which the client may try again. By default it is soon, because another
+    replica, or the workers after a restart, can take the request."""
     cause: str | None = None
     """What exactly failed, for the access log. Clients do not get it: it may name addresses and certificates."""
 
@@ -136,6 +139,15 @@ class RequestError(ExchangeError):
     _TABLE: ClassVar[dict[str, tuple[int, str]]] = {
         "bad_request": (400, "The request is not valid HTTP/1.1."),
         "bad_target": (400, "The request target is not a plain path: dot segments and control characters are refused."),
+        "missing_api_key": (
+            401,
+            "This request needs a key, in Authorization: Bearer, x-api-key, x-goog-api-key, api-key or ?key=.",
+        ),
+        "invalid_api_key": (401, "The key is not valid."),
+        "too_many_wrong_keys": (429, "There were too many wrong keys from this address."),
+        "route_not_allowed": (403, "This key may not use this route."),
+        "model_not_allowed": (403, "This key may not use this model."),
+        "model_twice": (400, "The request body names its model more than once."),
         "no_route": (404, "No route matches this request."),
         "method": (501, "This method is not supported."),
         "version": (505, "Only HTTP/1.1 and HTTP/1.0 are supported."),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ async def load(served: Served) -> None:
             client = Peer(*await asyncio.open_connection("127.0.0.1", served.port))
             body = json.dumps({"model": model, "stream": True}).encode()
             try:
-                client.send(post(body, path="/nowhere" if model == "nowhere" else "/v1/chat/completions"))
+                asked = post(body, path="/nowhere" if model == "nowhere" else "/v1/chat/completions")
+                client.send(asked.replace(b"Host: proxy", b"Host: proxy\r\nAuthorization: Bearer test"))
                 if model == "slow":
                     # Its client does not wait.
                     await asyncio.sleep(0.05)
@@ -307,7 +309,14 @@ def without_threshold(expr: str) -> str:
 async def test_a_real_prometheus_answers_every_panel_and_every_rule(tmp_path: Path) -> None:
     program("prometheus")
     async with ScriptedUpstream(backend) as upstream:
-        file = ConfigFile(tmp_path, upstream, metrics="{models: [gpt-a, gpt-b]}", limits="{active_requests: 2}")
+        key = f"sha256:{sha256(b'test').hexdigest()}"
+        file = ConfigFile(
+            tmp_path,
+            upstream,
+            metrics="{models: [gpt-a, gpt-b]}",
+            limits="{active_requests: 2}",
+            clients=f"[{{name: team-a, keys: '{key}'}}]",
+        )
         async with file.serve() as served, prometheus(tmp_path, served) as asked:
             loads = [asyncio.get_running_loop().create_task(load(served)) for _ in range(3)]
             try:

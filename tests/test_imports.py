@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "process": {"wire", "ledger", "relay", "observe", "process"} | EVERYWHERE,
     "demo": set(),
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
-    "cli": {"process", "demo", "demonstration", "observe.logs", "relay.routes"} | EVERYWHERE,
+    "cli": {"process", "demo", "demonstration", "observe.logs", "relay.routes", "wire.credentials"} | EVERYWHERE,
     "__main__": {"cli"},
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
@@ -40,6 +40,7 @@ CONFIG = [
 RELAY = [
     *("relay.reads", "relay.hangups", "relay.answers", "relay.globs", "relay.routes", "relay.heads", "relay.body"),
     *(
+        "relay.clients",
         "relay.admission",
         "relay.downstream",
         "relay.server",

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from .addresses import Address
 from .files import for_clients, for_upstream
-from .named import ApiKeyFile, CAFile, check_certificate
+from .named import ApiKeyFile, CAFile, KeysFile, check_certificate
 from .plain import TLS as PlainTLS
 from .plain import Options, Secret
 from .plain import UpstreamTLS as PlainUpstreamTLS
@@ -26,6 +26,7 @@ from .values import (
     FilePath,
     Globs,
     HostNames,
+    KeyDigests,
     ListenAddress,
     ListenAddresses,
     Loc,
@@ -35,6 +36,7 @@ from .values import (
     Methods,
     MetricsDetail,
     Name,
+    Names,
     Networks,
     PathPrefix,
     RequiredPath,
@@ -296,6 +298,8 @@ class Route(_Model):
     match: Match
     upstream: str
     """The name of an upstream."""
+    open: bool = False
+    """Whether requests need no key, if there are `clients`. For health checks of others."""
     dialect: DialectName = "auto"
     """The API whose format responses have, and errors and heartbeats get. `auto` finds it by the path of the request
     to the upstream."""
@@ -305,6 +309,38 @@ class Route(_Model):
     usage: UsageOptions = UsageOptions()
     limits: RouteLimits = RouteLimits()
     timeouts: Timeouts = Timeouts()
+
+
+class Client(_Model):
+    """Somebody who may call, with keys and what they allow."""
+
+    name: Name
+    """A label of the metrics, and in the access log."""
+    keys: KeyDigests = ()
+    """Digests of its keys, as `sseproxy key` prints them. Several, so that a key can be replaced by another one."""
+    keys_file: KeysFile = None
+    """A file with further digests, one in a line. `#` begins a comment. It is read at the start and at each reload."""
+    models: Globs = ()
+    """Globs for the models that it may use. An empty list allows all. Otherwise a request with a body has to name its
+    model."""
+    routes: Names = ()
+    """The names of the routes that it may use. An empty list allows all."""
+
+    @model_validator(mode="after")
+    def _has_keys(self) -> Self:
+        if not self.keys and self.keys_file is None:
+            raise expected("keys or keys_file; sseproxy key prints an entry with a new key", show=False)
+        return self
+
+    @classmethod
+    def _plain_fields(cls) -> Iterable[str]:
+        return (*(name for name in cls.model_fields if name not in ("keys", "keys_file")), "digests")
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digests of all its keys, in hexadecimal."""
+        spelled = (*self.keys, *(self.keys_file.digests if self.keys_file is not None else ()))
+        return tuple(one.removeprefix("sha256:") for one in spelled)
 
 
 class Places:
@@ -341,6 +377,8 @@ class Config(_Model):
     limits: Limits = Limits()
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+    clients: Annotated[tuple[Client, ...] | None, Field(min_length=1)] = None
+    """Who may call. `None` means everybody. With clients, each request needs a key, which never goes upstream."""
 
     _variables: frozenset[str] = frozenset()
     _places: Places = Places()
@@ -359,17 +397,18 @@ class Config(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        between = conflicts(
+            [upstream.name for upstream in self.upstreams],
+            [route.name for route in self.routes],
+            [route.match for route in self.routes],
+            [route.upstream for route in self.routes],
+            self.max_body,
+            self.limits.held,
+            spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
+        )
         found = [
             f"{dotted(loc)}: {message}"
-            for loc, message in conflicts(
-                [upstream.name for upstream in self.upstreams],
-                [route.name for route in self.routes],
-                [route.match for route in self.routes],
-                [route.upstream for route in self.routes],
-                self.max_body,
-                self.limits.held,
-                spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
-            )
+            for loc, message in (*between, *conflicts_of_clients(self.clients or (), self.routes))
         ]
         if found:
             raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
@@ -381,6 +420,7 @@ class Config(_Model):
         for upstream in self.upstreams:
             key = upstream.api_key_file
             named += [upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file, key.path if key else None]
+        named += [client.keys_file.path for client in self.clients or () if client.keys_file is not None]
         return [path for path in named if path is not None]
 
     def upstream(self, name: str) -> Upstream:
@@ -430,3 +470,27 @@ def conflicts(
         if use is not None and use not in names:
             loc = ("routes", index, "upstream")
             yield loc, f"expected the name of an upstream ({known}), got {quoted(spell(loc, use))}"
+
+
+def conflicts_of_clients(clients: Sequence[Client | None], routes: Sequence[Route | None]) -> Iterator[tuple[Loc, str]]:
+    """Conflicts between clients, and between clients and routes, as locations and messages.
+
+    These are: names and keys that occur twice, and routes that do not exist. `None` stands for a client or a route that
+    is not valid by itself.
+    """
+    names: dict[str, int] = {}
+    owners: dict[str, int] = {}
+    known = [route.name for route in routes if route is not None]
+    for index, client in enumerate(clients):
+        if client is None:
+            continue
+        if (first := names.setdefault(client.name, index)) != index:
+            yield ("clients", index, "name"), f"expected a unique name, got that of clients[{first}]"
+        shared = [first for digest in client.digests if (first := owners.setdefault(digest, index)) != index]
+        if shared:
+            option = "keys" if client.keys else "keys_file"
+            yield ("clients", index, option), f"expected keys of its own, got one of clients[{shared[0]}]"
+        missing = [name for name in client.routes if name not in known]
+        if missing and None not in routes:
+            spelled = f"the names of routes ({', '.join(known)}), got {quoted(missing[0])}"
+            yield ("clients", index, "routes"), f"expected {spelled}"

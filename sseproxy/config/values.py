@@ -33,6 +33,7 @@ DOCUMENT: Final = object()
 """Validation context for values from a file. In a file, durations and sizes need a unit; in code they are numbers."""
 
 API_KEY = re.compile(r"[!-~]+")
+KEY_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
@@ -229,6 +230,13 @@ def _one_of(*names: str) -> Callable[[object], str]:
     return read
 
 
+def _key_digest(value: object) -> str:
+    if isinstance(value, str) and KEY_DIGEST.fullmatch(value):
+        return value
+    # The value is not shown, because somebody may have put the key itself there.
+    raise expected("the digest of a key, as sseproxy key prints it: sha256: and 64 hexadecimal digits", show=False)
+
+
 def _share(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
@@ -373,6 +381,14 @@ Name = Annotated[str, Option(_name, {"type": "string", "pattern": f"^{_NAME.patt
 PathPrefix = Annotated[str, Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
 
 Globs = Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], Option(_listed, _one_or_more(TEXT))]
+
+Names = Annotated[tuple[Annotated[str, BeforeValidator(_name)], ...], Option(_listed, _one_or_more(TEXT))]
+
+KeyDigests = Annotated[
+    tuple[Annotated[str, BeforeValidator(_key_digest)], ...],
+    Option(_listed, _one_or_more({"type": "string", "pattern": f"^{KEY_DIGEST.pattern}$"})),
+]
+"""Digests of keys. The keys themselves are never in a file."""
 
 HostNames = Annotated[tuple[Annotated[str, BeforeValidator(_host_name)], ...], Option(_listed, _one_or_more(TEXT))]
 

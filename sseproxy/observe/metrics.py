@@ -196,6 +196,16 @@ REJECTED = Metric(
     ("route", "reason"),
     "Requests that sseproxy refused, by reason; a part of the body may have been sent before that.",
 )
+CLIENT_REQUESTS = Metric(
+    "client_requests",
+    "counter",
+    ("client", "outcome"),
+    "Requests with the key of a client that have ended, by why they ended.",
+)
+CLIENT_ACTIVE = Metric("client_requests_active", "gauge", ("client",), "Requests with the key of a client in progress.")
+KEYS_REJECTED = Metric(
+    "client_keys_rejected", "counter", (), "Requests that were refused because their key was wrong, or two differed."
+)
 CONNECT_TIME = Metric(
     "upstream_connect_seconds",
     "histogram",
@@ -286,6 +296,9 @@ METRICS: Final = (
     CONNECTIONS,
     CONNECT_TIME,
     REUSED,
+    CLIENT_REQUESTS,
+    CLIENT_ACTIVE,
+    KEYS_REJECTED,
     CLIENT_CONNECTIONS,
     LIMIT,
     LOOP_LAG,

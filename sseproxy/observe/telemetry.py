@@ -35,6 +35,9 @@ _CLIENT_CLOSED_REQUEST = 499
 # Characters. OpenMetrics allows 128 for the label names and values of an exemplar. Clients may choose longer ids.
 _EXEMPLAR_ID = 128 - len("request_id")
 
+# Why a request with a wrong key is refused.
+_WRONG_KEYS = frozenset({"invalid_api_key", "too_many_wrong_keys"})
+
 _HEADER = struct.Struct("!I")
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Report).decode
@@ -232,10 +235,14 @@ class RouteObserver:
     def started(self, exchange: Exchange) -> None:
         self._telemetry.running[exchange] = _NOTHING_YET
         self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
+        if exchange.client_name:
+            self._recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), 1)
         self._telemetry.changed()
 
     def rejected(self, reason: str) -> None:
         self._recorder.count(metrics.REJECTED, (self._labels[0], reason))
+        if reason in _WRONG_KEYS:
+            self._recorder.count(metrics.KEYS_REJECTED, ())
 
     def upstream_failed(self, kind: str, *, answered: bool) -> None:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
@@ -278,6 +285,9 @@ class RouteObserver:
         assert exchange.ended_at is not None
         told = self._telemetry.running.pop(exchange, _NOTHING_YET)
         recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
+        if exchange.client_name:
+            recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), -1)
+            recorder.count(metrics.CLIENT_REQUESTS, (exchange.client_name, exchange.outcome.value))
         code = exchange.status or _CLIENT_CLOSED_REQUEST
         recorder.count(metrics.REQUESTS, (*detailed, str(code), exchange.outcome.value))
         how = (str(exchange.is_stream).lower(), exchange.outcome.value) if self._telemetry.detailed else ("", "")

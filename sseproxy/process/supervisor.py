@@ -535,6 +535,9 @@ class Supervisor:
                     self._recorder.count(metrics.REQUESTS, (*labels, model, code, outcome.value), 0)
             for kind in get_args(UpstreamErrorType):
                 self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
+        for client in self.config.clients or ():
+            self._recorder.count(metrics.CLIENT_REQUESTS, (client.name, Outcome.COMPLETED.value), 0)
+            self._recorder.count(metrics.KEYS_REJECTED, (), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
         self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration
         if self.config.reload.watch is not None and (self._watching is None or self._watching.done()):

@@ -44,6 +44,7 @@ class Exchange:
         "api",
         "cause",
         "client",
+        "client_name",
         "complained",
         "ended_at",
         "events",
@@ -91,6 +92,8 @@ class Exchange:
         self.request_id = request_id
         self.received_at = received_at
         self.client = self.method = self.api = ""
+        self.client_name = ""
+        """The name of the client whose key the request has. Empty if it has none that is known."""
         self.model: str | None = None
         """The model that the request names."""
         self.traceparent: str | None = None

@@ -13,6 +13,7 @@ from ..wire import headers
 from . import routes
 from .admission import Admission, Connections, pending
 from .answers import Answer
+from .clients import Clients
 from .downstream import Request
 from .exchange import Exchange, Observer
 from .phases import Relay, new_request_id
@@ -83,6 +84,7 @@ class Proxy:
             upstream.name: Upstream(upstream, config.limits, row.count(pending(upstream.name)))
             for upstream in config.upstreams
         }
+        self.clients = None if config.clients is None else Clients(config.clients)
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.counted = row.counted

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, Literal
 
 from ..errors import ProtocolError
+from .credentials import CREDENTIALS
 
 Field = tuple[bytes, bytes]
 
@@ -82,7 +83,6 @@ _PROXY_ONLY: Final = frozenset(
         b"path-info",
     }
 )
-_CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key"})
 # To servers that pass fields as variables (CGI, RFC 3875, section 4.1.18, and WSGI), - and _ are the same.
 _FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-")
 # RFC 9110, section 7.6.3: the version of the message that was received. A pseudonym is used, so no host name is
@@ -128,6 +128,10 @@ class Fields:
         """The values of the field `name` (in lower case), in order."""
         return self.by_name.get(name, ())
 
+    def without(self, names: Collection[bytes]) -> Fields:
+        """These fields without those called `names` (in lower case)."""
+        return Fields([field for field in self.all if field[0].lower() not in names])
+
     def with_only(self, name: bytes, value: bytes) -> Fields:
         """These fields with one field `name`, which has this `value`, before all others."""
         return Fields([(name, value), *[field for field in self.all if field[0].lower() != name.lower()]])
@@ -156,12 +160,14 @@ def to_upstream(
     request_id: bytes,
     credential: Field | None,
     inspect: bool,
+    hides_keys: bool = False,
 ) -> list[Field]:
     """The fields of the request to the upstream. The client's request came in `version`.
 
     `framing` has the fields for the request's body. `peer` is the client's address, or `unknown`; if it is `trusted`,
-    its forwarding fields are kept. A `credential` replaces all credentials of the client. With `inspect`, no content
-    coding is requested, because a compressed response cannot be inspected.
+    its forwarding fields are kept. A `credential` replaces all credentials of the client; with `hides_keys` they are
+    dropped in any case. With `inspect`, no content coding is requested, because a compressed response cannot be
+    inspected.
 
     A field is also dropped if its name is spelled with `_`. Fields that only a proxy may set are dropped in this
     spelling even if the client is trusted: a proxy in front that removes them from its clients' requests may not know
@@ -180,7 +186,9 @@ def to_upstream(
     }
     drop |= {name for name, values in said.items() if not values}
     if credential is not None:
-        drop |= {*_CREDENTIALS, credential[0].translate(_FOLDED)}
+        drop |= {*CREDENTIALS, credential[0].translate(_FOLDED)}
+    elif hides_keys:
+        drop |= CREDENTIALS
     if inspect:
         drop.add(b"accept-encoding")
     out = [(b"Host", host)]

@@ -107,6 +107,8 @@ def read_message(kind: bytes, data: bytes) -> Meaning:
 
 # https://docs.anthropic.com/en/api/errors; another status below 500 is the client's fault, and from there on the API's.
 _ERROR_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
