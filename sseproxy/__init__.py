@@ -67,6 +67,7 @@ outcome and is reported once.*
     errors          every exception that sseproxy raises; the only table of status, message and outcome
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
+      windows         what was used within the last minute, hour or day
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       credentials     the keys of clients: where they are, and how they are removed
       headers         hop-by-hop fields, forwarding fields, credentials
@@ -86,13 +87,14 @@ outcome and is reported once.*
       form            finds the model in a form (multipart/form-data) as it arrives
       coding          decompresses request bodies in steps
       request         what a request asks for: its model, and where usage can be requested
+      demand          how many tokens a request may need
       deltas          recognises, by its bytes, an event that differs from an earlier one only in its generated text
       usage           requests usage that the client did not request, and removes it from the response
     relay           the life of an exchange
       proxy           all parts of the relay in one worker
       phases          the life of a request, in numbered phases
       admission       limits on connections and requests
-      clients         finds out who calls, and what the client may use
+      clients         finds out who calls, what the client may use, and how much it uses
       globs           whether some globs match everything that another glob matches
       routes          finds the route of a request, and its path at the upstream; finds routes that are never used
       server          all client connections, from accept on
@@ -133,7 +135,8 @@ runs. `tests/test_imports.py` checks all this.
 
 One owner for each thing
 ------------------------
-A `Ticket` holds what a request occupies, and the last phase always releases it. A `RequestBody` owns the request's body
+A `Ticket` holds what a request occupies, and a `Visit` what a client has reserved for it. The last phase always
+releases both. A `RequestBody` owns the request's body
 from the first byte received to the last byte sent; no other code reads the body. A `Clock` owns all deadlines: the
 connect and response head deadlines fail the attempt, all others end the exchange. The upstream connection belongs to
 the attempt, until the pump takes it over. When several of these are closed together, each is closed even if closing

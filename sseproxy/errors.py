@@ -9,6 +9,7 @@
      |    +-- BrokenBodyError           in the framing of a body; has the payload before it
      +-- ExchangeError                  ends an exchange; has status, code and outcome
           +-- RequestError              the request is refused, and not sent to the upstream
+          |    +-- LimitExceeded        its client has reached a limit
           +-- UpstreamError             the upstream's fault
           |    +-- UpstreamTimeout      the upstream did not meet a deadline
           |    +-- Truncated            the upstream closed the connection before the end of the response
@@ -147,6 +148,7 @@ class RequestError(ExchangeError):
         "too_many_wrong_keys": (429, "There were too many wrong keys from this address."),
         "route_not_allowed": (403, "This key may not use this route."),
         "model_not_allowed": (403, "This key may not use this model."),
+        "rate_limit_exceeded": (429, "This key has reached a limit."),
         "model_twice": (400, "The request body names its model more than once."),
         "no_route": (404, "No route matches this request."),
         "method": (501, "This method is not supported."),
@@ -177,6 +179,16 @@ class RequestError(ExchangeError):
             self.type = "overloaded_error"
         self.cause = cause
         super().__init__(message or usual)
+
+
+class LimitExceeded(RequestError):
+    """The client has reached its `limit`, which is the name of an option. It may try again in `retry_after` seconds."""
+
+    def __init__(self, limit: str, most: str, retry_after: float) -> None:
+        when = f"try again in {retry_after:.3g} seconds" if retry_after > 1 else "please try again"
+        super().__init__("rate_limit_exceeded", f"This key has reached its limit of {most}; {when}.")
+        self.limit = self.type = limit
+        self.retry_after = retry_after
 
 
 class UpstreamError(ExchangeError):

@@ -121,6 +121,8 @@ CONTRACT = {
     "requests_rejected": ("route reason", "counter"),
     "client_requests": ("client outcome", "counter"),
     "client_requests_active": ("client", "gauge"),
+    "client_tokens": ("client model type", "counter"),
+    "client_limited": ("client limit", "counter"),
     "client_keys_rejected": ("", "counter"),
     "upstream_connections": ("upstream state", "gauge"),
     "upstream_connect_seconds": ("R", CONNECT),

@@ -12,7 +12,7 @@ from .addresses import Address
 from .files import for_clients, for_upstream
 from .named import ApiKeyFile, CAFile, KeysFile, check_certificate
 from .plain import TLS as PlainTLS
-from .plain import Options, Secret
+from .plain import Options, Rate, Secret
 from .plain import UpstreamTLS as PlainUpstreamTLS
 from .values import (
     ApiKey,
@@ -39,6 +39,7 @@ from .values import (
     Names,
     Networks,
     PathPrefix,
+    RateOrOff,
     RequiredPath,
     Share,
     Size,
@@ -71,7 +72,7 @@ class _Model(BaseModel):
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, Rate):
         return tuple(map(_plain, value))
     if isinstance(value, SecretStr):
         return Secret(value.get_secret_value())
@@ -311,6 +312,19 @@ class Route(_Model):
     timeouts: Timeouts = Timeouts()
 
 
+class ClientLimits(_Model):
+    """Limits of one client, over all routes, workers and configurations together. Requests above one are answered
+    429."""
+
+    active_requests: CountOrOff = None
+    """Its requests that are being answered."""
+    requests: RateOrOff = None
+    """Its requests within a sliding window of time. Requests that are refused do not count."""
+    tokens: RateOrOff = None
+    """Its tokens within a sliding window of time: input and output, cached input included. What a request may need is
+    reserved before it is sent."""
+
+
 class Client(_Model):
     """Somebody who may call, with keys and what they allow."""
 
@@ -325,6 +339,7 @@ class Client(_Model):
     model."""
     routes: Names = ()
     """The names of the routes that it may use. An empty list allows all."""
+    limits: ClientLimits = ClientLimits()
 
     @model_validator(mode="after")
     def _has_keys(self) -> Self:
@@ -475,8 +490,8 @@ def conflicts(
 def conflicts_of_clients(clients: Sequence[Client | None], routes: Sequence[Route | None]) -> Iterator[tuple[Loc, str]]:
     """Conflicts between clients, and between clients and routes, as locations and messages.
 
-    These are: names and keys that occur twice, and routes that do not exist. `None` stands for a client or a route that
-    is not valid by itself.
+    These are: names and keys that occur twice, routes that do not exist, and a limit of tokens where the tokens of
+    streams are not known. `None` stands for a client or a route that is not valid by itself.
     """
     names: dict[str, int] = {}
     owners: dict[str, int] = {}
@@ -494,3 +509,14 @@ def conflicts_of_clients(clients: Sequence[Client | None], routes: Sequence[Rout
         if missing and None not in routes:
             spelled = f"the names of routes ({', '.join(known)}), got {quoted(missing[0])}"
             yield ("clients", index, "routes"), f"expected {spelled}"
+    for index, route in enumerate(routes):
+        # What has no limit of tokens, or is never chat, may go without.
+        if route is None or route.open or route.usage.request or route.dialect not in ("auto", "chat", "completions"):
+            continue
+        for client in clients:
+            if client is not None and client.limits.tokens and (not client.routes or route.name in client.routes):
+                yield (
+                    ("routes", index, "name"),
+                    f"expected usage: {{request: true}}, because client {client.name} has a limit of tokens",
+                )
+                break

@@ -28,6 +28,7 @@ from pydantic_core.core_schema import plain_serializer_function_ser_schema
 from yarl import URL
 
 from .addresses import Address, Listen, PassedSocket, UnixAddress
+from .plain import Rate
 
 DOCUMENT: Final = object()
 """Validation context for values from a file. In a file, durations and sizes need a unit; in code they are numbers."""
@@ -41,6 +42,8 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
+_RATE = re.compile(r"([1-9][0-9]{0,11})/1([smhd])")
+_RATE_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
 _SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -136,6 +139,16 @@ def _count_or_off(value: object) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     raise expected("a number from 1 up, or off")
+
+
+def _rate_or_off(value: object) -> Rate | None:
+    if value is None or value is False or value == "off":
+        return None
+    if isinstance(value, Rate):
+        return value
+    if isinstance(value, str) and (match := _RATE.fullmatch(value)):
+        return Rate(int(match[1]), _RATE_SECONDS[match[2]])
+    raise expected("a number within a time, such as 600/1m, with 1s, 1m, 1h or 1d, or off")
 
 
 def _size(value: object, info: ValidationInfo) -> int:
@@ -279,6 +292,13 @@ def _spell_duration(seconds: float | None) -> str:
     return "".join(parts)
 
 
+def spell_rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "off"
+    unit = next(unit for unit, seconds in _RATE_SECONDS.items() if seconds == rate.seconds)
+    return f"{rate.number}/1{unit}"
+
+
 def spell_size(size: int | None) -> str:
     if size is None:
         return "off"
@@ -350,6 +370,12 @@ Count = Annotated[int, Option(_count, _NUMBER)]
 
 CountOrOff = Annotated[int | None, Option(_count_or_off, _NUMBER, _OFF, NONE, spell=lambda n: n or "off")]
 """A number from 1 up, or `None`, which is written as `off`."""
+
+RateOrOff = Annotated[
+    Rate | None,
+    Option(_rate_or_off, {"type": "string", "pattern": f"^{_RATE.pattern}$"}, _OFF, NONE, spell=spell_rate),
+]
+"""A number within a time, written as `600/1m`, or `None`, which is written as `off`."""
 
 Share = Annotated[float, Option(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
 

@@ -5,7 +5,8 @@ locks are needed. A sum is exact, except for changes while it is read. So no req
 limit is exceeded for a moment by fewer than there are workers.
 
 The supervisor assigns a row to each worker and a column to each name. The workers of all generations are in the same
-table. When a worker has ended, in whatever way, its row is set to zero.
+table. When a worker has ended, in whatever way, its row is set to zero. What it has counted in windows of time
+(`windows`) still counts: the supervisor adds it to a row of its own.
 
 The cells of a row are next to each other in memory. So a row that is not used takes no memory, and cores that write do
 not share a cache line.
@@ -20,19 +21,22 @@ import secrets
 import struct
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
+from time import perf_counter
 from typing import Final
 
 import msgspec
 
+from . import windows
+
 # The version of the layout. After an upgrade, the new code may not know the layout of the old code.
-_LAYOUT: Final = 1
+_LAYOUT: Final = 2
 _CELL: Final = 8
 # The first cells: the layout, the number of rows, and the number of rows up to the last one that is in use.
 _AT_LAYOUT, _AT_ROWS, _AT_HEIGHT = range(3)
 _SECRET: Final = slice(64, 96)
 _HEADER: Final = 512
-# Columns. Each limit, route and upstream needs one.
-_COLUMNS: Final = 16 * 1024
+# Columns. Each limit, route and upstream needs one, and each client up to six.
+_COLUMNS: Final = 128 * 1024
 # The lines and the cells of a line in the sketch of a row. Its cells have 32 bits.
 _DEPTH: Final = 8
 _BREADTH: Final = 32 * 1024
@@ -41,18 +45,20 @@ _BUCKETS: Final = 1024
 _IN_A_BUCKET: Final = 8
 _WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET
 # Bytes for what the old code leaves to the new code in an upgrade: the names of the columns.
-_DIRECTORY: Final = 1 << 20
+_DIRECTORY: Final = 8 << 20
 
 
 class Count:
     """One number: the part of this worker, and the sum of all workers."""
 
-    __slots__ = ("_cells", "_column", "_own")
+    __slots__ = ("_cells", "_column", "_kept", "_own")
 
     def __init__(self, cells: memoryview[int], row: int, column: int) -> None:
         self._cells = cells
         self._column = _HEADER + column
         self._own = self._column + row * _WIDTH
+        # The supervisor's row comes after those of the workers.
+        self._kept = self._column + cells[_AT_ROWS] * _WIDTH
 
     def add(self, number: int) -> None:
         """Adds `number` to the part of this worker."""
@@ -62,6 +68,14 @@ class Count:
     def own(self) -> int:
         """The part of this worker."""
         return self._cells[self._own]
+
+    def put(self, value: int) -> None:
+        """Sets the part of this worker."""
+        self._cells[self._own] = value
+
+    def all(self) -> list[int]:
+        """The part of each worker, and what the supervisor has kept of workers that have ended."""
+        return [*self.each(), self._cells[self._kept]]
 
     def each(self) -> list[int]:
         """The part of each worker, by row. It is 0 in rows that are not used."""
@@ -154,6 +168,11 @@ class Row:
         """Raises `KeyError` if there is no column of that name."""
         return Count(self._table.cells, self.number, self._columns[name])
 
+    def window(self, name: str, seconds: int) -> windows.Window:
+        """What is used within so many seconds. Raises `KeyError` if there are no columns for it."""
+        even, odd = map(self.count, windows.names(name, seconds))
+        return windows.Window((even, odd), seconds)
+
 
 class Table:
     """The file `fd`, mapped. Raises `ValueError` if it has another layout."""
@@ -180,7 +199,7 @@ class Ledger:
 
     def __init__(self, rows: int = 256) -> None:
         fd = os.memfd_create("sseproxy-ledger")
-        os.ftruncate(fd, (_HEADER + rows * _WIDTH) * _CELL + _DIRECTORY)
+        os.ftruncate(fd, (_HEADER + rows * _WIDTH + _COLUMNS) * _CELL + _DIRECTORY)
         os.pwrite(fd, struct.pack("qq", _LAYOUT, rows), 0)
         os.pwrite(fd, secrets.token_bytes(_SECRET.stop - _SECRET.start), _SECRET.start)
         self._table = Table(fd)
@@ -202,7 +221,7 @@ class Ledger:
         ledger._columns = msgspec.json.decode(ledger._table.map[start : start + size], type=dict[str, int])
         for row in range(ledger._table.cells[_AT_ROWS]):
             if row not in ledger._taken:
-                ledger._clear(row)
+                ledger._empty(row)
         ledger._set_height()
         return ledger
 
@@ -214,7 +233,12 @@ class Ledger:
         return self.fd
 
     def _directory(self) -> int:
-        return (_HEADER + self._table.cells[_AT_ROWS] * _WIDTH) * _CELL
+        return (self._kept + _COLUMNS) * _CELL
+
+    @property
+    def _kept(self) -> int:
+        """The first cell of the supervisor's row."""
+        return _HEADER + self._table.cells[_AT_ROWS] * _WIDTH
 
     @property
     def fd(self) -> int:
@@ -232,26 +256,36 @@ class Ledger:
 
     def free_row(self, row: int) -> None:
         """Sets the row of a worker that has ended to zero, and makes it free for another one."""
-        self._clear(row)
+        self._empty(row)
         self._taken.discard(row)
         self._set_height()
 
-    def _clear(self, row: int) -> None:
+    def _empty(self, row: int) -> None:
+        """Sets `row` to zero, and keeps what was counted in it in windows of time."""
+        cells, first, kept = self._table.cells, _HEADER + row * _WIDTH, self._kept
+        counted = [
+            (column, value)
+            for name, column in self._columns.items()
+            if windows.length(name) is not None and (value := cells[first + column])
+        ]
         # This also gives the memory back.
-        self._table.map.madvise(mmap.MADV_REMOVE, (_HEADER + row * _WIDTH) * _CELL, _WIDTH * _CELL)
+        self._table.map.madvise(mmap.MADV_REMOVE, first * _CELL, _WIDTH * _CELL)
+        for column, value in counted:
+            cells[kept + column] = windows.added(cells[kept + column], value)
 
     def _set_height(self) -> None:
         self._table.cells[_AT_HEIGHT] = max(self._taken, default=-1) + 1
 
     def columns(self, names: Iterable[str], in_use: Iterable[str]) -> dict[str, int]:
-        """Assigns columns to `names`. Columns of other names that are not `in_use`, and are 0, become free.
+        """Assigns columns to `names`. Columns of other names that are not `in_use`, and count nothing, become free.
 
         Raises `OSError` if there are too many.
         """
         wanted = list(dict.fromkeys(names))
         kept = {*wanted, *in_use}
         for name, column in list(self._columns.items()):
-            if name not in kept and not any(Count(self._table.cells, 0, column).each()):
+            if name not in kept and not self._counts(name, column):
+                self._table.cells[self._kept + column] = 0
                 del self._columns[name]
         used, free = set(self._columns.values()), 0
         for name in wanted:
@@ -263,6 +297,11 @@ class Ledger:
                 used.add(free)
                 self._columns[name] = free
         return {name: self._columns[name] for name in wanted}
+
+    def _counts(self, name: str, column: int) -> bool:
+        """Whether anything is counted in the column called `name`."""
+        cells, seconds = Count(self._table.cells, 0, column).all(), windows.length(name)
+        return any(cells) if seconds is None else not windows.is_over(cells, seconds, perf_counter())
 
     @property
     def names(self) -> set[str]:

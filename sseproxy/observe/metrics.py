@@ -203,6 +203,18 @@ CLIENT_REQUESTS = Metric(
     "Requests with the key of a client that have ended, by why they ended.",
 )
 CLIENT_ACTIVE = Metric("client_requests_active", "gauge", ("client",), "Requests with the key of a client in progress.")
+CLIENT_TOKENS = Metric(
+    "client_tokens",
+    "counter",
+    ("client", "model", "type"),
+    "Tokens of a client as the upstream counts them; and, as estimated, those of answers that it has not counted.",
+)
+CLIENT_LIMITED = Metric(
+    "client_limited",
+    "counter",
+    ("client", "limit"),
+    "Requests that were refused because a limit of the client is reached.",
+)
 KEYS_REJECTED = Metric(
     "client_keys_rejected", "counter", (), "Requests that were refused because their key was wrong, or two differed."
 )
@@ -298,6 +310,8 @@ METRICS: Final = (
     REUSED,
     CLIENT_REQUESTS,
     CLIENT_ACTIVE,
+    CLIENT_TOKENS,
+    CLIENT_LIMITED,
     KEYS_REJECTED,
     CLIENT_CONNECTIONS,
     LIMIT,

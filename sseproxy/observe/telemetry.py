@@ -244,6 +244,9 @@ class RouteObserver:
         if reason in _WRONG_KEYS:
             self._recorder.count(metrics.KEYS_REJECTED, ())
 
+    def limited(self, client: str, limit: str) -> None:
+        self._recorder.count(metrics.CLIENT_LIMITED, (client, limit))
+
     def upstream_failed(self, kind: str, *, answered: bool) -> None:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
         if not answered:
@@ -286,8 +289,7 @@ class RouteObserver:
         told = self._telemetry.running.pop(exchange, _NOTHING_YET)
         recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
         if exchange.client_name:
-            recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), -1)
-            recorder.count(metrics.CLIENT_REQUESTS, (exchange.client_name, exchange.outcome.value))
+            self._count_client(exchange, exchange.outcome)
         code = exchange.status or _CLIENT_CLOSED_REQUEST
         recorder.count(metrics.REQUESTS, (*detailed, str(code), exchange.outcome.value))
         how = (str(exchange.is_stream).lower(), exchange.outcome.value) if self._telemetry.detailed else ("", "")
@@ -309,17 +311,26 @@ class RouteObserver:
         if exchange.finish_reason is not None and not exchange.repeats:
             recorder.count(metrics.FINISHED, (*detailed, metrics.reason_label(exchange.finish_reason)))
         if exchange.usage is not None:
-            self._count_usage(exchange.usage, completed=exchange.outcome is Outcome.COMPLETED)
+            self._count_usage(exchange.usage, exchange.client_name, completed=exchange.outcome is Outcome.COMPLETED)
         if (pace := exchange.seconds_per_token()) is not None:
             recorder.histogram(metrics.TPOT, self._of_model).observe(pace)
         if self._telemetry.access is not None:
             self._telemetry.access.ended(exchange)
         self._telemetry.changed()
 
-    def _count_usage(self, usage: Usage, *, completed: bool) -> None:
+    def _count_client(self, exchange: Exchange, outcome: Outcome) -> None:
+        name = exchange.client_name
+        self._recorder.move(metrics.CLIENT_ACTIVE, (name,), -1)
+        self._recorder.count(metrics.CLIENT_REQUESTS, (name, outcome.value))
+        if exchange.estimated:
+            self._recorder.count(metrics.CLIENT_TOKENS, (name, self._of_model[-1], "estimated"), exchange.estimated)
+
+    def _count_usage(self, usage: Usage, client: str, *, completed: bool) -> None:
         for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
             if tokens := getattr(usage, kind):
                 self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
+                if client:
+                    self._recorder.count(metrics.CLIENT_TOKENS, (client, self._of_model[-1], kind), tokens)
         if usage.seconds:
             self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)
         for kind, of_one in (("input", usage.input), ("output", usage.output)):

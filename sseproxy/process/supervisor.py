@@ -537,6 +537,9 @@ class Supervisor:
                 self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
         for client in self.config.clients or ():
             self._recorder.count(metrics.CLIENT_REQUESTS, (client.name, Outcome.COMPLETED.value), 0)
+            for limit in ("active_requests", "requests", "tokens"):
+                if getattr(client.limits, limit) is not None:
+                    self._recorder.count(metrics.CLIENT_LIMITED, (client.name, limit), 0)
             self._recorder.count(metrics.KEYS_REJECTED, (), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
         self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration

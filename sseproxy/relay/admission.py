@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import ExchangeError, RequestError
 from ..wire.headers import client_block
+from . import clients
 from .body import RequestBody
 
 if TYPE_CHECKING:
@@ -45,7 +46,12 @@ def connections_within(descriptors: int) -> int:
 def counted(config: Config) -> list[str]:
     """The names of all counts in the ledger."""
     routes, upstreams = config.routes, config.upstreams
-    return [CONNECTIONS, ACTIVE, *(on_route(route.name) for route in routes), *(pending(up.name) for up in upstreams)]
+    return [
+        *(CONNECTIONS, ACTIVE),
+        *(on_route(route.name) for route in routes),
+        *(pending(upstream.name) for upstream in upstreams),
+        *clients.counted(config.clients or ()),
+    ]
 
 
 def on_route(name: str) -> str:

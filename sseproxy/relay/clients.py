@@ -1,4 +1,8 @@
-"""Who calls: finds the client whose key a request has, and checks what the client may use.
+"""Who calls: finds the client whose key a request has, checks what the client may use, and counts what it uses.
+
+A request occupies a place of its client, and a part of its tokens is reserved, from before it is sent until its end.
+Then what the upstream has reported is charged. If it has reported nothing, what was seen is charged as an estimate. No
+stream is cut for a limit, so a limit of tokens may be exceeded by what the last requests have used more than reserved.
 
 Without `clients` in the configuration there is none of this. With them, a request needs a key, except on routes that
 are open to everybody.
@@ -10,20 +14,29 @@ import hmac
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from time import (
+    perf_counter,
+    time,  # noqa: TID251 - a timestamp is exported
+)
+from typing import TYPE_CHECKING, Final, Literal
 
-from ..errors import RequestError
+from ..errors import LimitExceeded, RequestError
+from ..ledger import windows
+from ..ledger.windows import Use
 from ..wire.credentials import digest, public_part
-from ..wire.dialects import models_in
+from ..wire.demand import OUTPUT, Demand
+from ..wire.dialects import RATE_LIMITS, Allowance, Form, models_in
 from ..wire.form import FormReader
-from ..wire.headers import client_block
+from ..wire.headers import Field, Fields, client_block
 from ..wire.request import ModelAudit, RequestReader
 from .routes import said, some
 
 if TYPE_CHECKING:
     from ..config import Client as Options
     from ..config import Route
+    from ..config.plain import Rate
+    from ..ledger.table import Count, Row
+    from .exchange import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +48,117 @@ _WRONG_WITHIN: Final = 60.0
 _MOST_ADDRESSES: Final = 1_000
 # Bytes of a digest by which it is looked up. So many tell nothing about the rest of it, nor about the key.
 _PREFIX: Final = 8
+# As in `wire.demand`, for answers whose tokens are not known.
+_BYTES_OF_A_TOKEN: Final = 4
+
+
+def counted(clients: Iterable[Options]) -> list[str]:
+    """The names in the ledger of what is counted of `clients`: of each, only what has a limit."""
+    found: list[str] = []
+    for client in clients:
+        limits = client.limits
+        if limits.active_requests is not None:
+            found.append(_active(client.name))
+        if limits.requests is not None:
+            found += windows.names(_requests(client.name), limits.requests.seconds)
+        if limits.tokens is not None:
+            found += [_reserved(client.name), *windows.names(_tokens(client.name), limits.tokens.seconds)]
+    return found
+
+
+def _active(client: str) -> str:
+    return f"client {client}"
+
+
+def _requests(client: str) -> str:
+    return f"requests {client}"
+
+
+def _tokens(client: str) -> str:
+    return f"tokens {client}"
+
+
+def _reserved(client: str) -> str:
+    return f"reserved {client}"
 
 
 class Client:
-    """One client: its name, and which models and routes it may use."""
+    """One client: its name, which models and routes it may use, and how much. `row` is the worker's in the ledger."""
 
-    __slots__ = ("_routes", "models", "name")
+    __slots__ = ("_active", "_requests", "_routes", "_tokens", "models", "name")
 
-    def __init__(self, options: Options) -> None:
-        self.name = options.name
+    def __init__(self, options: Options, row: Row) -> None:
+        self.name = name = options.name
         self.models: Sequence[str] = options.models
         """Globs for the models that it may use. Empty means all."""
         self._routes: Sequence[str] = options.routes
+        # Each limit, with what counts towards it. None if it is off.
+        most = options.limits
+        self._active = None if most.active_requests is None else (most.active_requests, row.count(_active(name)))
+        self._requests: tuple[Rate, windows.Window] | None = None
+        if most.requests is not None:
+            self._requests = most.requests, row.window(_requests(name), most.requests.seconds)
+        self._tokens: tuple[Rate, windows.Window, Count] | None = None
+        if most.tokens is not None:
+            used, reserved = row.window(_tokens(name), most.tokens.seconds), row.count(_reserved(name))
+            self._tokens = most.tokens, used, reserved
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether its tokens are limited."""
+        return self._tokens is not None
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether its requests or tokens are limited within a time."""
+        return self._requests is not None or self._tokens is not None
+
+    def take(self, tokens: int) -> int:
+        """Counts a request as active, and reserves `tokens` for it. Returns how many were reserved.
+
+        Of a request that needs more than the limit, all of the limit is reserved, so that it is not refused for ever.
+        Raises `LimitExceeded` if a limit is reached, and counts nothing then.
+        """
+        if self._active is not None and self._active[1].total() >= self._active[0]:
+            raise LimitExceeded("active_requests", f"{self._active[0]} active requests", 1.0)
+        if self._requests is not None:
+            rate, requests = self._requests
+            if wait := requests.use().wait(rate.number, 1):
+                raise LimitExceeded("requests", _spelled(rate, "requests"), wait)
+        if self._tokens is not None:
+            rate, used, reserved = self._tokens
+            tokens = min(tokens, rate.number)
+            if tokens and (wait := _with_reserved(used, reserved).wait(rate.number, tokens)):
+                raise LimitExceeded("tokens", _spelled(rate, "tokens"), wait)
+            reserved.add(tokens)
+        if self._requests is not None:
+            self._requests[1].add(1)
+        if self._active is not None:
+            self._active[1].add(1)
+        return tokens
+
+    def give_back(self, reserved: int) -> None:
+        """Counts a request as active no more, and releases what was reserved for it."""
+        if self._active is not None:
+            self._active[1].add(-1)
+        if self._tokens is not None:
+            self._tokens[2].add(-reserved)
+
+    def charge(self, tokens: int) -> None:
+        """Counts `tokens` as used now."""
+        if self._tokens is not None and tokens:
+            self._tokens[1].add(tokens)
+
+    def allowances(self) -> list[Allowance]:
+        """What it may still use."""
+        found: list[Allowance] = []
+        if self._requests is not None:
+            rate, requests = self._requests
+            found.append(_allowance("requests", requests.use(), rate.number))
+        if self._tokens is not None:
+            rate, used, reserved = self._tokens
+            found.append(_allowance("tokens", _with_reserved(used, reserved), rate.number))
+        return found
 
     def check_route(self, route: Route) -> None:
         """Raises `RequestError` if it may not use `route`."""
@@ -71,26 +183,81 @@ class Client:
             raise RequestError("model_not_allowed", message)
 
 
-class Visit:
-    """One request of `client`."""
+def _with_reserved(used: windows.Window, reserved: Count) -> Use:
+    """What was used, with what is reserved: most of that will have been used soon."""
+    use = used.use()
+    return use._replace(present=use.present + reserved.total())
 
-    __slots__ = ("_audit", "client")
+
+def _allowance(kind: Literal["requests", "tokens"], use: Use, limit: int) -> Allowance:
+    return Allowance(kind, limit, max(0, limit - use.total), use.wait(limit, limit))
+
+
+def _spelled(rate: Rate, what: str) -> str:
+    unit = {1: "second", 60: "minute", 3600: "hour"}.get(rate.seconds, "day")
+    return f"{rate.number} {what} per {unit}"
+
+
+def unreported(exchange: Exchange, input: int, output: int) -> int:
+    """How many tokens `exchange` has probably used in addition to those that the upstream has reported.
+
+    `input` is what its text has, and `output` is what it may generate. If it was never sent, or was answered with an
+    error, it has used none. If it was sent, its input was read, even if the client has left since. Of a stream, each
+    event with content counts as a token.
+    """
+    if not exchange.request_bytes or exchange.repeats or (exchange.head_at is not None and not exchange.succeeded):
+        return 0
+    usage = exchange.usage
+    if usage is None or usage.is_zero:
+        told_input = told_output = False
+    else:
+        told_input, told_output = usage.input is not None, usage.output is not None
+        if usage.seconds is not None and not told_input:
+            return 0
+    if told_output or exchange.head_at is None:
+        seen = 0
+    elif exchange.is_stream and exchange.unread is None:
+        seen = exchange.deltas
+    else:
+        seen = min(exchange.response_bytes // _BYTES_OF_A_TOKEN, output)
+    return (0 if told_input else input) + seen
+
+
+class Visit:
+    """One request of `client`: what it may use, what was reserved for it, and what it has used."""
+
+    __slots__ = ("_audit", "_demand", "_input", "_output", "_reserved", "client")
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self._audit: ModelAudit | None = None
+        self._demand: Demand | None = None
+        # What it may need, if it generates anything.
+        self._input = self._output = 0
+        # How many tokens are reserved. None if it is not counted as active.
+        self._reserved: int | None = None
 
     @property
     def reads_body(self) -> bool:
         """Whether the body has to be read before the request is sent."""
-        return bool(self.client.models)
+        return bool(self.client.models) or self.client.counts_tokens
 
     def feeding(self, reader: RequestReader | FormReader) -> Callable[[bytes], None]:
         """What takes the parts of the body that `reader` reads."""
-        if not self.client.models:
-            return reader.feed
-        self._audit = ModelAudit(reader)
-        return self._audit.feed
+        feed = reader.feed
+        if self.client.models:
+            self._audit = ModelAudit(reader)
+            feed = self._audit.feed
+        # A form has files, which are no text.
+        if not self.client.counts_tokens or isinstance(reader, FormReader):
+            return feed
+        demand = self._demand = Demand()
+
+        def feed_both(part: bytes) -> None:
+            feed(part)
+            demand.feed(part)
+
+        return feed_both
 
     def check_model(self, path: str, *, read: bool, has_body: bool) -> None:
         """Raises `RequestError` unless it may use the model in `path` and in the body, if that was `read`."""
@@ -104,14 +271,46 @@ class Visit:
                 names.append(self._audit.model)
         self.client.check_models(names if read or not has_body else (), body_needed=has_body)
 
+    def begin(self, *, generates: bool) -> None:
+        """Counts the request, and reserves what it may need if it `generates` anything. Raises `LimitExceeded`."""
+        if generates:
+            self._output = OUTPUT
+            if self._demand is not None:
+                self._input, self._output = self._demand.input, self._demand.output
+        self._demand = self._audit = None
+        self._reserved = self.client.take(self._input + self._output)
+
+    def end(self, exchange: Exchange) -> None:
+        """Releases what was reserved, and charges what was used. Does nothing if the request was not counted."""
+        reserved, self._reserved = self._reserved, None
+        if reserved is None:
+            return
+        self.client.give_back(reserved)
+        usage = exchange.usage
+        reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
+        if self._output:
+            exchange.estimated = unreported(exchange, self._input, self._output)
+        self.client.charge(reported + exchange.estimated)
+
+    def told(self, fields: Fields, form: Form) -> Fields:
+        """The fields of a response, with the client's limits instead of those of the upstream's key."""
+        if not self.client.has_rates:
+            return fields
+        kept = [field for field in fields.all if not field[0].lower().startswith(RATE_LIMITS)]
+        return Fields([*kept, *self.allowances(form)])
+
+    def allowances(self, form: Form) -> list[Field]:
+        """The fields that tell the client what it may still use."""
+        return form.allowances(self.client.allowances(), time())
+
 
 class Clients:
-    """All clients of a worker, by the digests of their keys."""
+    """All clients of a worker, by the digests of their keys. `row` is the worker's row in the ledger."""
 
-    def __init__(self, clients: Iterable[Options]) -> None:
+    def __init__(self, clients: Iterable[Options], row: Row) -> None:
         self._by_prefix: dict[bytes, list[tuple[bytes, Client]]] = {}
         for options in clients:
-            client = Client(options)
+            client = Client(options, row)
             for spelled in options.digests:
                 known = bytes.fromhex(spelled)
                 self._by_prefix.setdefault(known[:_PREFIX], []).append((known, client))

@@ -24,6 +24,7 @@ class Observer(Protocol):
 
     def started(self, exchange: Exchange) -> None: ...
     def rejected(self, reason: str) -> None: ...
+    def limited(self, client: str, limit: str) -> None: ...
     def upstream_failed(self, kind: str, *, answered: bool) -> None: ...
     def connected(self, seconds: float, *, reused: bool) -> None: ...
     def response_head(self, seconds: float) -> None: ...
@@ -47,6 +48,7 @@ class Exchange:
         "client_name",
         "complained",
         "ended_at",
+        "estimated",
         "events",
         "fetches",
         "finish_reason",
@@ -126,6 +128,8 @@ class Exchange:
         self.request_bytes = 0
         self.response_bytes = 0
         self.usage: Usage | None = None
+        self.estimated = 0
+        """Tokens that a client was charged with and the upstream has not reported."""
         self.lacks_usage = False
         """A JSON answer tells no usage, and should."""
         self.fetches = False

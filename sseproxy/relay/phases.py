@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 from ..errors import (
     ExchangeError,
     InternalError,
+    LimitExceeded,
     Outcome,
     ProtocolError,
     RequestError,
@@ -208,6 +209,8 @@ class Relay:
             exchange.observer.upstream_failed(error.kind, answered=exchange.head_at is not None)
         elif isinstance(error, RequestError):
             exchange.observer.rejected(error.reason)
+            if isinstance(error, LimitExceeded):
+                exchange.observer.limited(exchange.client_name, error.limit)
         return outcome
 
     def _end(self, outcome: Outcome) -> None:
@@ -216,6 +219,9 @@ class Relay:
             # All of these run, the last one first, even if another one raises.
             with ExitStack() as ends:
                 ends.callback(self._record, outcome)
+                if self._visit is not None:
+                    ends.callback(self._settle, self._visit)
+                ends.callback(self._conclude)
                 if self._clock is not None:
                     ends.callback(self._clock.stop)
                 if self._attempt is not None:
@@ -232,17 +238,21 @@ class Relay:
         del self._task
         self._ticket = self._clock = self._attempt = self._pump = None
 
+    def _conclude(self) -> None:
+        """Completes the record with what is known only at the end."""
+        exchange = self._exchange or self._recorded()
+        if self._passing is not None:
+            exchange.model = exchange.model or self._passing.model_so_far
+        exchange.count_once(self._proxy.counted)
+
+    def _settle(self, visit: Visit) -> None:
+        visit.end(self._exchange or self._recorded())
+
     def _record(self, outcome: Outcome) -> None:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
-        exchange = self._exchange or self._recorded()
-        try:
-            if self._passing is not None:
-                exchange.model = exchange.model or self._passing.model_so_far
-            exchange.count_once(self._proxy.counted)
-        finally:
-            exchange.finish(outcome)
+        (self._exchange or self._recorded()).finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The record of the exchange. Creates it if there is none yet."""
@@ -299,6 +309,10 @@ class Relay:
         last = misread or self._downstream.refused is not None or error.code == "too_many_wrong_keys"
         path, name = self._asked_as
         form = form_of(routes.normal_path(path), name)
+        if isinstance(error, LimitExceeded) and self._visit is not None:
+            # The SDKs of OpenAI and Anthropic look for it first.
+            extra.append((b"Retry-After-Ms", b"%d" % ceil(error.retry_after * 1000)))
+            extra += self._visit.allowances(form)
         answer = Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
         exchange.response_bytes += 0 if self._request.method == "HEAD" else len(answer.body)
         return answer
@@ -349,6 +363,7 @@ class Relay:
             # In a coding that is not known, bytes that can be read may mean something else.
             readable = read is not None and self._coding is not None
             visit.check_model(known_as, read=readable, has_body=bool(request.framing))
+            visit.begin(generates=dialect.generates and request.method == "POST")
         model = (None if read is None else read.model) or model_in(known_as)
         exchange.model, exchange.api = model, dialect.name
         exchange.fetches = dialect.keeps and request.method != "POST"
@@ -386,6 +401,8 @@ class Relay:
         request.answered()
         if head.status in _WITH_LOCATION:
             head.fields = upstream.rewrite_location(head.fields, route)
+        if visit is not None:
+            head.fields = visit.told(head.fields, dialect.form)
         self._respond(head, kind, dialect, clock, route.heartbeat, asked=asked, strip=asking is not None)
         return None
 

@@ -84,7 +84,7 @@ class Proxy:
             upstream.name: Upstream(upstream, config.limits, row.count(pending(upstream.name)))
             for upstream in config.upstreams
         }
-        self.clients = None if config.clients is None else Clients(config.clients)
+        self.clients = None if config.clients is None else Clients(config.clients, row)
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.counted = row.counted
