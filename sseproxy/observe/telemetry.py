@@ -289,7 +289,7 @@ class RouteObserver:
         told = self._telemetry.running.pop(exchange, _NOTHING_YET)
         recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
         if exchange.client_name:
-            self._count_client(exchange, exchange.outcome)
+            recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), -1)
         code = exchange.status or _CLIENT_CLOSED_REQUEST
         recorder.count(metrics.REQUESTS, (*detailed, str(code), exchange.outcome.value))
         how = (str(exchange.is_stream).lower(), exchange.outcome.value) if self._telemetry.detailed else ("", "")
@@ -310,6 +310,8 @@ class RouteObserver:
             recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
         if exchange.finish_reason is not None and not exchange.repeats:
             recorder.count(metrics.FINISHED, (*detailed, metrics.reason_label(exchange.finish_reason)))
+        if exchange.client_name:
+            self._count_client(exchange, exchange.outcome)
         if exchange.usage is not None:
             self._count_usage(exchange.usage, exchange.client_name, completed=exchange.outcome is Outcome.COMPLETED)
         if (pace := exchange.seconds_per_token()) is not None:
@@ -320,7 +322,6 @@ class RouteObserver:
 
     def _count_client(self, exchange: Exchange, outcome: Outcome) -> None:
         name = exchange.client_name
-        self._recorder.move(metrics.CLIENT_ACTIVE, (name,), -1)
         self._recorder.count(metrics.CLIENT_REQUESTS, (name, outcome.value))
         if exchange.estimated:
             self._recorder.count(metrics.CLIENT_TOKENS, (name, self._of_model[-1], "estimated"), exchange.estimated)

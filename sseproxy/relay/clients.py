@@ -113,11 +113,10 @@ class Client:
         """Whether its requests or tokens are limited within a time."""
         return self._requests is not None or self._tokens is not None
 
-    def take(self, tokens: int) -> int:
-        """Counts a request as active, and reserves `tokens` for it. Returns how many were reserved.
+    def room(self, tokens: int) -> int:
+        """How many tokens to reserve for a request that may need `tokens`. Raises `LimitExceeded` above a limit.
 
         Of a request that needs more than the limit, all of the limit is reserved, so that it is not refused for ever.
-        Raises `LimitExceeded` if a limit is reached, and counts nothing then.
         """
         if self._active is not None and self._active[1].total() >= self._active[0]:
             raise LimitExceeded("active_requests", f"{self._active[0]} active requests", 1.0)
@@ -130,12 +129,16 @@ class Client:
             tokens = min(tokens, rate.number)
             if tokens and (wait := _with_reserved(used, reserved).wait(rate.number, tokens)):
                 raise LimitExceeded("tokens", _spelled(rate, "tokens"), wait)
-            reserved.add(tokens)
-        if self._requests is not None:
-            self._requests[1].add(1)
+        return tokens
+
+    def take(self, tokens: int) -> None:
+        """Counts a request, and reserves `tokens` for it."""
         if self._active is not None:
             self._active[1].add(1)
-        return tokens
+        if self._requests is not None:
+            self._requests[1].add(1)
+        if self._tokens is not None:
+            self._tokens[2].add(tokens)
 
     def give_back(self, reserved: int) -> None:
         """Counts a request as active no more, and releases what was reserved for it."""
@@ -234,7 +237,7 @@ class Visit:
         self._demand: Demand | None = None
         # What it may need, if it generates anything.
         self._input = self._output = 0
-        # How many tokens are reserved. None if it is not counted as active.
+        # How many tokens are reserved. None if the request is not counted.
         self._reserved: int | None = None
 
     @property
@@ -278,14 +281,20 @@ class Visit:
             if self._demand is not None:
                 self._input, self._output = self._demand.input, self._demand.output
         self._demand = self._audit = None
-        self._reserved = self.client.take(self._input + self._output)
+        tokens = self.client.room(self._input + self._output)
+        self._reserved = tokens
+        self.client.take(tokens)
 
-    def end(self, exchange: Exchange) -> None:
-        """Releases what was reserved, and charges what was used. Does nothing if the request was not counted."""
-        reserved, self._reserved = self._reserved, None
-        if reserved is None:
+    def release(self) -> None:
+        """Releases what `begin` has counted and reserved."""
+        if self._reserved is not None:
+            self.client.give_back(self._reserved)
+            self._reserved = None
+
+    def settle(self, exchange: Exchange) -> None:
+        """Charges what was used, if the request was counted. Call it before `release`."""
+        if self._reserved is None:
             return
-        self.client.give_back(reserved)
         usage = exchange.usage
         reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
         if self._output:

@@ -220,6 +220,7 @@ class Relay:
             with ExitStack() as ends:
                 ends.callback(self._record, outcome)
                 if self._visit is not None:
+                    ends.callback(self._visit.release)
                     ends.callback(self._settle, self._visit)
                 ends.callback(self._conclude)
                 if self._clock is not None:
@@ -246,7 +247,7 @@ class Relay:
         exchange.count_once(self._proxy.counted)
 
     def _settle(self, visit: Visit) -> None:
-        visit.end(self._exchange or self._recorded())
+        visit.settle(self._exchange or self._recorded())
 
     def _record(self, outcome: Outcome) -> None:
         self._proxy.active.discard(self)
