@@ -567,6 +567,49 @@ ROWS = (
             ),
         ),
     ),
+    Row(
+        "Clients",
+        (
+            Panel(
+                "Requests by client",
+                "Requests with the key of each client that end per second. Only with clients in the configuration.",
+                (Query(rate("client_requests_total", "client", P), "{{client}}"),),
+                "reqps",
+            ),
+            Panel(
+                "Active by client",
+                "Requests of each client in progress.",
+                (Query(f"sum by (client) (sseproxy_client_requests_active{{{P}}})", "{{client}}"),),
+                whole=True,
+            ),
+            Panel(
+                "Tokens by client",
+                "Input and output tokens of each client per second, as the upstream reports them. estimated: what was seen of answers whose tokens were not reported.",
+                (
+                    Query(
+                        f'sum by (client) (rate(sseproxy_client_tokens_total{{{P},type=~"input|output"}}[{RATE}]))',
+                        "{{client}}",
+                    ),
+                    Query(
+                        f'sum by (client) (rate(sseproxy_client_tokens_total{{{P},type="estimated"}}[{RATE}]))',
+                        "{{client}} estimated",
+                    ),
+                ),
+            ),
+            Panel(
+                "Limited clients",
+                "Requests that were answered 429 because a limit of the client is reached.",
+                (Query(rate("client_limited_total", "client, limit", P), "{{client}} {{limit}}"),),
+                "reqps",
+            ),
+            Panel(
+                "Wrong keys",
+                "Requests with a key that nobody has. A deployment may still have an old key: the access log names its public part.",
+                (Query(rate("client_keys_rejected_total", "", P), "wrong keys"),),
+                "reqps",
+            ),
+        ),
+    ),
 )
 
 

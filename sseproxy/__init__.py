@@ -85,7 +85,9 @@ outcome and is reported once.*
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
       endpoints       how each endpoint of an upstream stands, and the addresses of a name
+      windows         what was used within the last minute, hour or day
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
+      credentials     the keys of clients: where they are, and how they are removed
       headers         hop-by-hop fields, forwarding fields, credentials
       framing         where a body ends: chunked, by length, by close
       sse             an incremental parser of server-sent events, with bounded memory
@@ -103,6 +105,7 @@ outcome and is reported once.*
       form            finds the model in a form (multipart/form-data) as it arrives
       coding          decompresses request bodies in steps
       request         what a request asks for: its model, and where usage can be requested
+      demand          how many tokens a request may need
       deltas          recognises, by its bytes, an event that differs from an earlier one only in its generated text
       usage           requests usage that the client did not request, and removes it from the response
       refusals        how APIs say that a prompt is too long for the model
@@ -110,6 +113,7 @@ outcome and is reported once.*
       proxy           all parts of the relay in one worker
       phases          the life of a request, in numbered phases
       admission       limits on connections and requests
+      clients         finds out who calls, what the client may use, and how much it uses
       globs           whether some globs match everything that another glob matches
       routes          finds the route of a request, and its path at the upstream; finds routes that are never used
       server          all client connections, from accept on
@@ -164,11 +168,11 @@ health check runs every few seconds, so each command of `cli` imports what it ne
 
 One owner for each thing
 ------------------------
-A `Ticket` holds what a request occupies, and the last phase always releases it. A `RequestBody` owns the request's body
-from the first byte received to the last byte sent; no other code reads the body. A `Clock` owns all deadlines: connect,
-response head, and while an answer is held back also first token and idle, fail the attempt; all others end the
-exchange. The upstream connection belongs to the attempt, until the pump takes it over. When several of these are closed
-together, each is closed even if closing another one raises.
+A `Ticket` holds what a request occupies, and a `Visit` what a client has reserved for it. The last phase always
+releases both. A `RequestBody` owns the request's body from the first byte received to the last byte sent; no other code
+reads the body. A `Clock` owns all deadlines: connect, response head, and while an answer is held back also first token
+and idle, fail the attempt; all others end the exchange. The upstream connection belongs to the attempt, until the pump
+takes it over. When several of these are closed together, each is closed even if closing another one raises.
 
 The hot path
 ------------
@@ -183,6 +187,7 @@ loop, so no connection makes the others wait.
 Words
 -----
 downstream / upstream   the client's side / the API's side
+client                  in the configuration: somebody with a key. Elsewhere: the other end of a downstream connection
 route                   a match rule, and what happens to requests that match it
 upstream (noun)         a named API with one base URL or several
 endpoint                one address that serves an upstream

@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--token", metavar="T", help="admin.token; better in SSEPROXY_ADMIN_TOKEN, where nobody sees it")
     top.set_defaults(run=_top)
+    key = commands.add_parser(
+        "key",
+        help="make a key for a client",
+        description="Print a new key, which is not stored anywhere, and the entry of the configuration that allows it.",
+    )
+    key.add_argument("name", metavar="NAME", help="name of the client")
+    key.set_defaults(run=_key)
 
     schema = commands.add_parser(
         "schema", help="print the JSON Schema of a configuration", description="Print the JSON Schema, for editors."
@@ -315,6 +322,27 @@ def _top(options: argparse.Namespace) -> int:
     from . import top
 
     return asyncio.run(top.run(options.url, options.token or os.environ.get("SSEPROXY_ADMIN_TOKEN")))
+
+
+def _key(options: argparse.Namespace) -> int:
+    from pydantic import TypeAdapter, ValidationError
+
+    from .config.values import Name
+    from .wire.credentials import digest, new_key, public_part
+
+    try:
+        name = TypeAdapter(Name).validate_python(options.name)
+    except ValidationError as error:
+        raise SseproxyError(f"NAME: {error.errors()[0]['msg']}") from None
+    key = new_key().encode()
+    _print(
+        f"{key.decode()}\n\n"
+        "# This is shown only once. Give the key to the client. The file gets only its digest:\n"
+        "clients:\n"
+        f"  - name: {name}\n"
+        f'    keys: ["sha256:{digest(key).hex()}"]  # {public_part(key)}\n'
+    )
+    return 0
 
 
 def _schema(options: argparse.Namespace) -> int:

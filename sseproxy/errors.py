@@ -10,6 +10,7 @@
      |    +-- BrokenBodyError           in the framing of a body; has the payload before it
      +-- ExchangeError                  ends an exchange; has status, code and outcome
           +-- RequestError              the request is refused, and not sent to the upstream
+          |    +-- LimitExceeded        its client has reached a limit
           +-- UpstreamError             the upstream's fault
           |    +-- UpstreamTimeout      the upstream did not meet a deadline
           |    +-- Truncated            the upstream closed the connection before the end of the response
@@ -127,6 +128,9 @@ class ExchangeError(SseproxyError):
     code: str = "upstream_error"
     type: str = "upstream_error"
     outcome: Outcome = Outcome.UPSTREAM_ERROR
+    retry_after: float = 1.0
+    """With the status 429 or 503: seconds after which the client may try again. By default it is soon, because another
+    replica, or the workers after a restart, can take the request."""
     cause: str | None = None
     """What exactly failed, for the access log. Clients do not get it: it may name addresses and certificates."""
     attempts: int = 1
@@ -148,6 +152,16 @@ class RequestError(ExchangeError):
     _TABLE: ClassVar[dict[str, tuple[int, str]]] = {
         "bad_request": (400, "The request is not valid HTTP/1.1."),
         "bad_target": (400, "The request target is not a plain path: dot segments and control characters are refused."),
+        "missing_api_key": (
+            401,
+            "This request needs a key, in Authorization: Bearer, x-api-key, x-goog-api-key, api-key or ?key=.",
+        ),
+        "invalid_api_key": (401, "The key is not valid."),
+        "too_many_wrong_keys": (429, "There were too many wrong keys from this address."),
+        "route_not_allowed": (403, "This key may not use this route."),
+        "model_not_allowed": (403, "This key may not use this model."),
+        "rate_limit_exceeded": (429, "This key has reached a limit."),
+        "model_twice": (400, "The request body names its model more than once."),
         "no_route": (404, "No route matches this request."),
         "method": (501, "This method is not supported."),
         "version": (505, "Only HTTP/1.1 and HTTP/1.0 are supported."),
@@ -177,6 +191,16 @@ class RequestError(ExchangeError):
             self.type = "overloaded_error"
         self.cause = cause
         super().__init__(message or usual)
+
+
+class LimitExceeded(RequestError):
+    """The client has reached its `limit`, which is the name of an option. It may try again in `retry_after` seconds."""
+
+    def __init__(self, limit: str, most: str, retry_after: float) -> None:
+        when = f"try again in {retry_after:.3g} seconds" if retry_after > 1 else "please try again"
+        super().__init__("rate_limit_exceeded", f"This key has reached its limit of {most}; {when}.")
+        self.limit = self.type = limit
+        self.retry_after = retry_after
 
 
 class UpstreamError(ExchangeError):

@@ -19,7 +19,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from sseproxy import config
-from sseproxy.ledger.table import alone
+from sseproxy.ledger.table import Row, alone
 from sseproxy.observe.metrics import Report
 from sseproxy.observe.registry import Registry, exposition
 from sseproxy.process.listeners import listen
@@ -282,6 +282,8 @@ class RunningProxy:
     worker: Worker
     port: int
     registry: Registry
+    row: Row
+    """The worker's row in the ledger."""
     peers: list[Peer] = field(default_factory=list)
 
     @property
@@ -348,7 +350,7 @@ async def start_proxy(settings: config.Config) -> RunningProxy:
     worker = Worker(settings, [sock], send, row, settings.limits.connections)
     port = sock.getsockname()[1]
     await worker.start()
-    return RunningProxy(worker, port, registry)
+    return RunningProxy(worker, port, registry, row)
 
 
 def settings(upstream_url: str, **more: Any) -> config.Config:

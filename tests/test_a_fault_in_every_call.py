@@ -20,6 +20,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -31,6 +32,7 @@ import sseproxy.relay
 import sseproxy.wire
 import sseproxy.wire.dialects
 from sseproxy import config
+from sseproxy.config.plain import Rate
 from sseproxy.observe import metrics
 from sseproxy.relay import downstream
 
@@ -78,6 +80,8 @@ NOT_BEFORE = {
     "BoundedReads.connection_lost": ROOT,
     "BoundedReads.get_buffer": ROOT,
     "BoundedReads.take": ROOT,
+    "Client.give_back": COUNTS,
+    "Client.take": COUNTS,
     "Clock._fire": ROOT,
     "Connections.remove": COUNTS,
     "DownstreamProtocol._serve": ROOT,
@@ -97,6 +101,7 @@ NOT_BEFORE = {
     "RouteObserver.started": COUNTS,
     "RouteObserver.stream_started": COUNTS,
     "Ticket.give_back": COUNTS,
+    "Visit.release": COUNTS,
     "_Accepted._handshake": ROOT,
     "_Reads.connection_lost": ROOT,
     "_Run.data_received": ROOT,
@@ -461,7 +466,30 @@ async def malformed(client: Client) -> None:
     await client.gets(b"")
 
 
+def with_a_key(request: bytes) -> bytes:
+    return request.replace(b"/v1/", b"/key/").replace(b"Host: proxy", b"Host: proxy\r\nx-api-key: key")
+
+
+async def has_a_key(client: Client) -> None:
+    await client.send(with_a_key(post(ASKED))[:-10], with_a_key(post(ASKED))[-10:])
+    await client.gets(b"".join(DELTAS) + DONE)
+
+
+async def has_a_key_and_leaves(client: Client) -> None:
+    await client.send(with_a_key(post(ASKED, "/v1/silent")))
+    await client.peer.read(100)
+    client.peer.writer.transport.abort()
+
+
+async def is_above_a_limit(client: Client) -> None:
+    await client.send(with_a_key(post(ASKED)).replace(b": key", b": none left"))
+    await client.gets(b"")
+
+
 KINDS: list[Kind] = [
+    has_a_key,
+    has_a_key_and_leaves,
+    is_above_a_limit,
     json_answer,
     stream,
     asks_for_usage,
@@ -522,6 +550,7 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
         closed.bind(("127.0.0.1", 0))
         down = f"http://127.0.0.1:{closed.getsockname()[1]}"
     asks = config.UsageOptions(request=True)
+    free: dict[str, Any] = {"open": True}
     return config.Config(
         listen=(config.Address("127.0.0.1", 0),),
         tls=None if tls is None else tls.listener,
@@ -533,6 +562,7 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
         ),
         routes=(
             config.Route(
+                **free,
                 name="api",
                 match=config.Match(path="/v1"),
                 upstream=(config.Target(name="up"),),
@@ -540,6 +570,7 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
                 usage=asks,
             ),
             config.Route(
+                **free,
                 name="m",
                 match=config.Match(path="/m", model=("m",)),
                 upstream=(config.Target(name="up"),),
@@ -547,6 +578,7 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
                 heartbeat=0.2,
             ),
             config.Route(
+                **free,
                 name="hasty",
                 match=config.Match(path="/hasty"),
                 upstream=(config.Target(name="up"),),
@@ -554,8 +586,29 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
                 heartbeat=0.01,
             ),
             config.Route(
-                name="down", match=config.Match(path="/down"), upstream=(config.Target(name="down"),), timeouts=timeouts
+                **free,
+                name="down",
+                match=config.Match(path="/down"),
+                upstream=(config.Target(name="down"),),
+                timeouts=timeouts,
             ),
+            config.Route(
+                name="key",
+                match=config.Match(path="/key"),
+                upstream=(config.Target(name="up"),),
+                timeouts=timeouts,
+                usage=asks,
+            ),
+        ),
+        clients=tuple(
+            config.Client(
+                name=name,
+                keys=(f"sha256:{sha256(key).hexdigest()}",),
+                models=("m",),
+                limits=config.ClientLimits(active_requests=5, requests=Rate(requests, 86_400), tokens=Rate(10**9, 60)),
+            )
+            # A request that fails with a fault counts; whoever has none left has none from the first one on.
+            for name, key, requests in (("a", b"key", 10**6), ("b", b"none left", 1))
         ),
     )
 
@@ -586,6 +639,8 @@ def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[as
         "watches": server.hangups._watched,
         "places of requests": admission._active.own,
         "places on routes": {name for name, count in admission._on_route.items() if count.own},
+        "places of clients": proxy.row.count("client a").own + proxy.row.count("client b").own,
+        "reserved tokens": proxy.row.count("reserved a").own + proxy.row.count("reserved b").own,
         "bytes held": admission._held,
         "who holds bytes": admission._holders,
         "connecting": upstream._pending.own or relay.upstreams["down"]._pending.own,
@@ -618,7 +673,7 @@ class Stage:
         self.scripted = ScriptedUpstream(answers, None if self._tls is None else self._tls.server)
         await self.scripted.__aenter__()
         self.proxy = await start_proxy(options(self.scripted.url, self._tls))
-
+        self.proxy.row.window("requests b", 86_400).add(1)
         self._others = asyncio.all_tasks()
 
     def _left(self) -> list[str]:

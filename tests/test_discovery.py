@@ -68,7 +68,7 @@ def test_places_that_are_known_from_before_stay() -> None:
 def test_addresses_are_read_as_they_were_written(found: dict[int, IPv4Address | IPv6Address]) -> None:
     ledger = Ledger(rows=2)
     try:
-        row = ledger.row(ledger.own_row(), ledger.columns(address_counts("up h:80"), ()))
+        row = ledger.own(ledger.columns(address_counts("up h:80"), ()))
         addresses = Addresses(row, "up h:80")
         assert addresses.version == 0
         addresses.replace(found, 5)
@@ -88,7 +88,7 @@ def test_another_host_has_other_places() -> None:
         one, other = of_host("up", "http://a:80/v1"), of_host("up", "http://b/v1")
         names = [*address_counts(one), *address_counts(other)]
         assert len(set(names)) == len(names)
-        row = ledger.row(ledger.own_row(), ledger.columns(names, ()))
+        row = ledger.own(ledger.columns(names, ()))
         Standing(row, one, address_key(0)).eject(1, None)
         assert not Standing(row, other, address_key(0)).is_out
     finally:
@@ -99,7 +99,7 @@ def test_what_the_supervisor_tells_of_other_names_is_withdrawn() -> None:
     ledger = Ledger(rows=2)
     try:
         one, other = address_counts("up a:80"), address_counts("up b:80")
-        row = ledger.row(ledger.own_row(), ledger.columns([*one, *other], ()))
+        row = ledger.own(ledger.columns([*one, *other], ()))
         Standing(row, "up a:80", address_key(0)).eject(1, None)
         Standing(row, "up b:80", address_key(0)).eject(2, None)
         Addresses(row, "up a:80").replace({0: ip_address("10.0.0.1")}, 3)

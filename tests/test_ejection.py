@@ -37,7 +37,7 @@ class World:
         self.ledger = Ledger(rows=16)
         counts = [count for name in self.names for count in endpoint_counts("up", name)]
         self.columns = self.ledger.columns(counts, ())
-        row = self.ledger.row(self.ledger.own_row(), self.columns)
+        row = self.ledger.own(self.columns)
         self.standings = {name: Standing(row, "up", name) for name in self.names}
         self.fleet = Fleet(FAILURES, time)
         for name in self.names:

@@ -14,6 +14,7 @@ from sseproxy.errors import (
     Draining,
     ExchangeError,
     InternalError,
+    LimitExceeded,
     RequestError,
     StalledClient,
     Truncated,
@@ -40,6 +41,7 @@ from .harness import (
 
 EVERY_ERROR: list[ExchangeError] = [
     *map(RequestError, RequestError._TABLE),
+    LimitExceeded("tokens", "5 tokens per minute", 3.0),
     *map(UpstreamError, UpstreamError._TABLE),
     *(UpstreamTimeout(phase, 3) for phase in UpstreamTimeout._WAITED_FOR),
     *(Truncated(), StalledClient("took", 3), Draining(), Cancelled(), InternalError()),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,8 @@ async def load(served: Served) -> None:
             body = json.dumps({"model": model, "stream": True}).encode()
             path = {"nowhere": "/nowhere", "torn": "/fleet/completions", "gpt-b": "/fleet/chat/completions"}
             try:
-                client.send(post(body, path=path.get(model, "/v1/chat/completions")))
+                asked = post(body, path=path.get(model, "/v1/chat/completions"))
+                client.send(asked.replace(b"Host: proxy", b"Host: proxy\r\nAuthorization: Bearer test"))
                 if model == "slow":
                     # Its client does not wait.
                     await asyncio.sleep(0.05)
@@ -316,6 +318,7 @@ async def test_a_real_prometheus_answers_every_panel_and_every_rule(tmp_path: Pa
     async with ScriptedUpstream(backend) as upstream:
         url = f"{upstream.url}/v1"
         fleet = "{name: fleet, match: {path: /fleet}, upstream: gpus, retry: {until: first_token}}"
+        key = f"sha256:{sha256(b'test').hexdigest()}"
         file = ConfigFile(
             tmp_path,
             upstream,
@@ -323,6 +326,7 @@ async def test_a_real_prometheus_answers_every_panel_and_every_rule(tmp_path: Pa
             limits="{active_requests: 2}",
             upstreams=f"[{{name: up, url: '{url}'}}, {{name: gpus, urls: ['{url}', '{url}']}}]",
             routes=f"[{{name: api, match: {{path: /v1}}, upstream: up}}, {fleet}]",
+            clients=f"[{{name: team-a, keys: '{key}', limits: {{active_requests: 1}}}}]",
         )
         async with file.serve() as served, prometheus(tmp_path, served) as asked:
             loads = [asyncio.get_running_loop().create_task(load(served)) for _ in range(3)]

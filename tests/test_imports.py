@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "demo": set(),
     "top": {"errors"},
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
-    "cli": {"process", "top", "demo", "demonstration", "doctor", "observe.logs", "relay.routes"} | EVERYWHERE,
+    "cli": {"process", "top", "demo", "demonstration", "doctor", "observe.logs", "relay.routes", "wire.credentials"}
+    | EVERYWHERE,
     "__main__": {"cli"},
 }
 # From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
@@ -42,6 +43,7 @@ CONFIG = [
 RELAY = [
     *("relay.reads", "relay.hangups", "relay.globs", "relay.routes", "relay.heads", "relay.answers", "relay.body"),
     *(
+        "relay.clients",
         "relay.admission",
         "relay.downstream",
         "relay.server",

@@ -21,8 +21,8 @@ from sseproxy.relay.routes import (
     split_target,
     unreachable,
     upstream_path,
-    without_key,
 )
+from sseproxy.wire.credentials import without_key
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, SecretStr
 
 from sseproxy import config
 from sseproxy.config import Address, Config, Limits, Match, Route, Target, Timeouts, Upstream
+from sseproxy.config.plain import Rate
 
 from .served import run
 
@@ -135,8 +136,12 @@ def test_every_value_is_written_as_it_is_read(
 
 def test_what_a_worker_is_handed_has_all_options_and_cannot_change() -> None:
     upstream = Upstream(name="up", url="http://h", api_key=SecretStr("sk-x"))
+    limits = config.ClientLimits(active_requests=5, requests=Rate(600, 60))
+    digest = f"sha256:{'a' * 64}"
     settings = Config(
-        upstreams=(upstream,), routes=(Route(name="r", match=Match(path="/"), upstream=(Target(name="up"),)),)
+        upstreams=(upstream,),
+        routes=(Route(name="r", match=Match(path="/"), upstream=(Target(name="up"),)),),
+        clients=(config.Client(name="a", keys=(digest,), limits=limits),),
     )
     handed = pickle.loads(pickle.dumps(settings.plain()))
 
@@ -148,13 +153,15 @@ def test_what_a_worker_is_handed_has_all_options_and_cannot_change() -> None:
             elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
                 for one, other in zip(value, getattr(options, name), strict=True):
                     same(one, other)
-            elif name not in ("api_key", "api_key_file", "token"):
+            elif name not in ("api_key", "api_key_file", "token", "keys", "keys_file"):
                 assert getattr(options, name) == value
 
     same(settings, handed)
     key = handed.upstreams[0].key
     assert key.get_secret_value() == "sk-x"
     assert "sk-x" not in repr(key)
+    assert handed.clients[0].digests == ("a" * 64,)
+    assert handed.clients[0].limits.requests.seconds == 60
     with pytest.raises(AttributeError, match="does not change"):
         handed.limits.lag = 3.0
     assert handed.routes[0].timeouts.model_copy(update={"body": 1.0}).body == 1.0

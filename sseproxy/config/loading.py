@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from operator import itemgetter
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -26,10 +26,24 @@ from yarl import URL
 from ..errors import ConfigError
 from .document import INVALID, Document, position
 from .files import read_configuration
-from .model import Admin, Config, Limits, Match, Places, Probe, Route, Target, Upstream, conflicts
+from .model import (
+    Admin,
+    Client,
+    Config,
+    Limits,
+    Match,
+    Places,
+    Probe,
+    Route,
+    Target,
+    Upstream,
+    conflicts,
+    conflicts_of_clients,
+)
 from .values import DOCUMENT, Loc, PathPrefix, Size, quoted, read_address, read_url, read_workers, spell_size
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 
 def schema() -> dict[str, object]:
@@ -210,16 +224,20 @@ def _validate(document: Document) -> Config | None:
     if data is None:
         return None
     upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
-    for loc, message in conflicts(
+    between = conflicts(
         [_text(upstream.get("name")) for upstream in upstreams],
         [_text(route.get("name")) for route in routes],
-        [_valid_match(route.get("match")) for route in routes],
+        [_valid(Match, route.get("match")) for route in routes],
         [_names(route.get("upstream")) for route in routes],
         _valid_size(data, Config, "max_body"),
         _valid_size(data.get("limits", {}), Limits, "held"),
         _valid_path_of_probe(data.get("probe")),
         spell=lambda loc, value: _spelled(document, loc, value),
-    ):
+    )
+    of_clients = conflicts_of_clients(
+        [_valid(Client, client) for client in _entries(data, "clients")], [_valid(Route, route) for route in routes]
+    )
+    for loc, message in (*between, *of_clients):
         # The upstream of a route need not be a list.
         loc = loc if loc in document.parts or loc[:-1] not in document.parts or len(loc) < 4 else loc[:-1]
         # A default has no position. If `held` is one, the conflict is reported at `max_body`.
@@ -250,8 +268,11 @@ def _model_at(loc: Loc) -> type[BaseModel]:
     model: type[BaseModel] = Config
     for key in loc:
         if isinstance(key, str):
-            annotation = model.model_fields[key].annotation
-            (model, *_) = get_args(annotation) or (annotation,)
+            annotation: Any = model.model_fields[key].annotation
+            # A list of models, or a model or nothing, or both.
+            while parts := get_args(annotation):
+                annotation = parts[0]
+            model = annotation
     return model
 
 
@@ -287,8 +308,8 @@ def _valid_path_of_probe(options: object) -> str | None:
         return None
 
 
-def _valid_match(value: object) -> Match | None:
+def _valid(model: type[M], value: object) -> M | None:
     try:
-        return Match.model_validate(value, context=DOCUMENT)
+        return model.model_validate(value, context=DOCUMENT)
     except ValidationError:
         return None

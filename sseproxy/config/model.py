@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from .addresses import Address
 from .files import for_clients, for_upstream
-from .named import ApiKeyFile, CAFile, check_certificate
+from .named import ApiKeyFile, CAFile, KeysFile, check_certificate
 from .plain import TLS as PlainTLS
 from .plain import Options, Secret
 from .plain import UpstreamTLS as PlainUpstreamTLS
@@ -40,6 +40,7 @@ from .values import (
     FilePath,
     Globs,
     HostNames,
+    KeyDigests,
     ListenAddress,
     ListenAddresses,
     Loc,
@@ -50,8 +51,10 @@ from .values import (
     MetricsDetail,
     ModelName,
     Name,
+    Names,
     Networks,
     PathPrefix,
+    RateOrOff,
     RequiredPath,
     Retries,
     Share,
@@ -484,6 +487,8 @@ class Route(_Model):
     merge_models: bool = False
     """Answer `GET .../models` with the models of all endpoints of the route. A request for a model that only some of
     its upstreams have goes to these."""
+    open: bool = False
+    """Whether requests need no key, if there are `clients`. For health checks of others."""
     dialect: DialectName = "auto"
     """The API whose format responses have, and errors and heartbeats get. `auto` finds it by the path of the request
     to the upstream."""
@@ -499,6 +504,52 @@ PROBE = "sseproxy-probe"
 """The name of the route and of the upstream of the probe, in metrics and in the access log."""
 # Seconds. A probe may be silent for 300.
 _PROBE_TIMEOUT = 360.0
+
+
+class ClientLimits(_Model):
+    """Limits of one client, over all routes, workers and configurations together. Requests above one are answered
+    429."""
+
+    active_requests: CountOrOff = None
+    """Its requests that are being answered."""
+    requests: RateOrOff = None
+    """Its requests within a sliding window of time. Requests that are refused do not count."""
+    tokens: RateOrOff = None
+    """Its tokens within a sliding window of time: input and output, cached input included. What a request may need is
+    reserved before it is sent."""
+
+
+class Client(_Model):
+    """Somebody who may call, with keys and what they allow."""
+
+    name: Name
+    """A label of the metrics, and in the access log."""
+    keys: KeyDigests = ()
+    """Digests of its keys, as `sseproxy key` prints them. Several, so that a key can be replaced by another one."""
+    keys_file: KeysFile = None
+    """A file with further digests, one in a line. `#` begins a comment. It is read at the start and at each reload."""
+    models: Globs = ()
+    """Globs for the models that it may use. An empty list allows all. Otherwise a request with a body has to name its
+    model."""
+    routes: Names = ()
+    """The names of the routes that it may use. An empty list allows all."""
+    limits: ClientLimits = ClientLimits()
+
+    @model_validator(mode="after")
+    def _has_keys(self) -> Self:
+        if not self.keys and self.keys_file is None:
+            raise expected("keys or keys_file; sseproxy key prints an entry with a new key", show=False)
+        return self
+
+    @classmethod
+    def _plain_fields(cls) -> Iterable[str]:
+        return (*(name for name in cls.model_fields if name not in ("keys", "keys_file")), "digests")
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digests of all its keys, in hexadecimal."""
+        spelled = (*self.keys, *(self.keys_file.digests if self.keys_file is not None else ()))
+        return tuple(one.removeprefix("sha256:") for one in spelled)
 
 
 class Places:
@@ -536,6 +587,8 @@ class Config(_Model):
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
     probe: Probe | None = None
+    clients: Annotated[tuple[Client, ...] | None, Field(min_length=1)] = None
+    """Who may call. `None` means everybody. With clients, each request needs a key, which never goes upstream."""
 
     _variables: frozenset[str] = frozenset()
     _places: Places = Places()
@@ -554,18 +607,19 @@ class Config(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        between = conflicts(
+            [upstream.name for upstream in self.upstreams],
+            [route.name for route in self.routes],
+            [route.match for route in self.routes],
+            [[target.name for target in route.upstream] for route in self.routes],
+            self.max_body,
+            self.limits.held,
+            self.probe.path if self.probe is not None else None,
+            spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
+        )
         found = [
             f"{dotted(loc)}: {message}"
-            for loc, message in conflicts(
-                [upstream.name for upstream in self.upstreams],
-                [route.name for route in self.routes],
-                [route.match for route in self.routes],
-                [[target.name for target in route.upstream] for route in self.routes],
-                self.max_body,
-                self.limits.held,
-                self.probe.path if self.probe is not None else None,
-                spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
-            )
+            for loc, message in (*between, *conflicts_of_clients(self.clients or (), self.routes))
         ]
         if found:
             raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
@@ -594,6 +648,7 @@ class Config(_Model):
             keys = [each.api_key_file for each in (upstream, *upstream.urls)]
             named += [upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file]
             named += [key.path for key in keys if key is not None]
+        named += [client.keys_file.path for client in self.clients or () if client.keys_file is not None]
         return [path for path in named if path is not None]
 
     def upstream(self, name: str) -> Upstream:
@@ -656,3 +711,38 @@ def conflicts(
                 yield place, f"expected the name of an upstream ({known}), got {quoted(spell(place, use))}"
             elif use is not None and use in targets[:number]:
                 yield place, f"expected each upstream once, got {quoted(spell(place, use))} again"
+
+
+def conflicts_of_clients(clients: Sequence[Client | None], routes: Sequence[Route | None]) -> Iterator[tuple[Loc, str]]:
+    """Conflicts between clients, and between clients and routes, as locations and messages.
+
+    These are: names and keys that occur twice, routes that do not exist, and a limit of tokens where the tokens of
+    streams are not known. `None` stands for a client or a route that is not valid by itself.
+    """
+    names: dict[str, int] = {}
+    owners: dict[str, int] = {}
+    known = [route.name for route in routes if route is not None]
+    for index, client in enumerate(clients):
+        if client is None:
+            continue
+        if (first := names.setdefault(client.name, index)) != index:
+            yield ("clients", index, "name"), f"expected a unique name, got that of clients[{first}]"
+        shared = [first for digest in client.digests if (first := owners.setdefault(digest, index)) != index]
+        if shared:
+            option = "keys" if client.keys else "keys_file"
+            yield ("clients", index, option), f"expected keys of its own, got one of clients[{shared[0]}]"
+        missing = [name for name in client.routes if name not in known]
+        if missing and None not in routes:
+            spelled = f"the names of routes ({', '.join(known)}), got {quoted(missing[0])}"
+            yield ("clients", index, "routes"), f"expected {spelled}"
+    for index, route in enumerate(routes):
+        # What has no limit of tokens, or is never chat, may go without.
+        if route is None or route.open or route.usage.request or route.dialect not in ("auto", "chat", "completions"):
+            continue
+        for client in clients:
+            if client is not None and client.limits.tokens and (not client.routes or route.name in client.routes):
+                yield (
+                    ("routes", index, "name"),
+                    f"expected usage: {{request: true}}, because client {client.name} has a limit of tokens",
+                )
+                break

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import SecretStr
 
 from .files import read_file, trusting
-from .values import API_KEY, NONE, TEXT, Option, expected
+from .values import API_KEY, KEY_DIGEST, NONE, TEXT, Option, expected
 
 if TYPE_CHECKING:
     import ssl
 
 # Bytes. No key is longer, so a larger file was named by mistake.
 _MAX_KEY_FILE = 16 << 10
+# Bytes. Enough for ten thousand digests.
+_MAX_DIGESTS_FILE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,33 @@ def _api_key_file(value: object) -> KeyFile | None:
     return KeyFile(value, SecretStr(text))
 
 
-def _spell_file(file: KeyFile | None) -> str | None:
+@dataclass(frozen=True, slots=True)
+class DigestsFile:
+    """Digests of the keys of a client, which were read from the file at `path`."""
+
+    path: str
+    digests: tuple[str, ...]
+
+
+def _digests_file(value: object) -> DigestsFile | None:
+    if value is None or isinstance(value, DigestsFile):
+        return value
+    what = "a file with the digests of keys, one in a line, as sseproxy key prints them"
+    if not isinstance(value, str) or not value:
+        raise expected(f"the path of {what}", show=False)
+    try:
+        text = read_file(value, _MAX_DIGESTS_FILE).decode()
+    except OSError as error:
+        raise expected(f"{what} ({_why(error)})", show=False) from None
+    except UnicodeDecodeError:
+        raise expected(what, show=False) from None
+    found = [word for line in text.splitlines() if (word := line.partition("#")[0].strip())]
+    if not all(map(KEY_DIGEST.fullmatch, found)):
+        raise expected(what, show=False)
+    return DigestsFile(value, tuple(found))
+
+
+def _spell_file(file: KeyFile | DigestsFile | None) -> str | None:
     return None if file is None else file.path
 
 
@@ -85,5 +113,7 @@ def check_certificate(load: Callable[[], ssl.SSLContext]) -> None:
 
 
 ApiKeyFile = Annotated[KeyFile | None, Option(_api_key_file, TEXT, NONE, spell=_spell_file)]
+
+KeysFile = Annotated[DigestsFile | None, Option(_digests_file, TEXT, NONE, spell=_spell_file)]
 
 CAFile = Annotated[str | None, Option(_ca_file, TEXT, NONE)]

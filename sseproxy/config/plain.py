@@ -7,7 +7,7 @@ here have the same attributes as those of the model. So code that uses a configu
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from .files import for_clients, for_upstream
 
@@ -25,6 +25,13 @@ class Secret:
 
     def get_secret_value(self) -> str:
         return self._value
+
+
+class Rate(NamedTuple):
+    """At most `number` within so many seconds."""
+
+    number: int
+    seconds: int
 
 
 class Options:

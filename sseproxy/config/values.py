@@ -28,6 +28,7 @@ from pydantic_core.core_schema import plain_serializer_function_ser_schema
 from yarl import URL
 
 from .addresses import Address, Listen, PassedSocket, UnixAddress
+from .plain import Rate
 
 DOCUMENT: Final = object()
 """Validation context for values from a file. In a file, durations and sizes need a unit; in code they are numbers."""
@@ -35,6 +36,7 @@ DOCUMENT: Final = object()
 API_KEY = re.compile(r"[!-~]+")
 # A random token of 16 characters cannot be guessed over a network.
 _LONG_TOKEN = re.compile(r"[!-~]{16,1024}")
+KEY_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
@@ -42,6 +44,8 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
+_RATE = re.compile(r"([1-9][0-9]{0,11})/1([smhd])")
+_RATE_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
 RETRIES: Final = ("connect", "429", "503", "529", "reset", "timeout", "500", "502", "504", "same")
 """What a route's `retry.on` may name."""
@@ -167,6 +171,16 @@ def _count_or_off(value: object) -> int | None:
     raise expected("a number from 1 up, or off")
 
 
+def _rate_or_off(value: object) -> Rate | None:
+    if value is None or value is False or value == "off":
+        return None
+    if isinstance(value, Rate):
+        return value
+    if isinstance(value, str) and (match := _RATE.fullmatch(value)):
+        return Rate(int(match[1]), _RATE_SECONDS[match[2]])
+    raise expected("a number within a time, such as 600/1m, with 1s, 1m, 1h or 1d, or off")
+
+
 def _size(value: object, info: ValidationInfo) -> int:
     size = 0
     if isinstance(value, str):
@@ -283,6 +297,13 @@ def _spell_source(source: Source) -> str:
     return f"{source.kind}:{spell_size(int(source.what)) if source.kind == 'prefix' else source.what}"
 
 
+def _key_digest(value: object) -> str:
+    if isinstance(value, str) and KEY_DIGEST.fullmatch(value):
+        return value
+    # The value is not shown, because somebody may have put the key itself there.
+    raise expected("the digest of a key, as sseproxy key prints it: sha256: and 64 hexadecimal digits", show=False)
+
+
 def _share(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
@@ -343,6 +364,13 @@ def _spell_duration(seconds: float | None) -> str:
         number, rest = divmod(rest, ms)
         parts += [f"{number}{unit}"] * bool(number)
     return "".join(parts)
+
+
+def spell_rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "off"
+    unit = next(unit for unit, seconds in _RATE_SECONDS.items() if seconds == rate.seconds)
+    return f"{rate.number}/1{unit}"
 
 
 def spell_size(size: int | None) -> str:
@@ -431,6 +459,12 @@ Count = Annotated[int, Option(_count, _NUMBER)]
 CountOrOff = Annotated[int | None, Option(_count_or_off, _NUMBER, _OFF, NONE, spell=lambda n: n or "off")]
 """A number from 1 up, or `None`, which is written as `off`."""
 
+RateOrOff = Annotated[
+    Rate | None,
+    Option(_rate_or_off, {"type": "string", "pattern": f"^{_RATE.pattern}$"}, _OFF, NONE, spell=spell_rate),
+]
+"""A number within a time, written as `600/1m`, or `None`, which is written as `off`."""
+
 Share = Annotated[float, Option(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
 
 Workers = Annotated[PositiveInt | Literal["auto"], Option(read_workers, _NUMBER, _enum("auto"))]
@@ -485,6 +519,14 @@ Name = Annotated[str, Option(_name, {"type": "string", "pattern": f"^{_NAME.patt
 PathPrefix = Annotated[str, Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
 
 Globs = Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], Option(_listed, _one_or_more(TEXT))]
+
+Names = Annotated[tuple[Annotated[str, BeforeValidator(_name)], ...], Option(_listed, _one_or_more(TEXT))]
+
+KeyDigests = Annotated[
+    tuple[Annotated[str, BeforeValidator(_key_digest)], ...],
+    Option(_listed, _one_or_more({"type": "string", "pattern": f"^{KEY_DIGEST.pattern}$"})),
+]
+"""Digests of keys. The keys themselves are never in a file."""
 
 HostNames = Annotated[tuple[Annotated[str, BeforeValidator(_host_name)], ...], Option(_listed, _one_or_more(TEXT))]
 

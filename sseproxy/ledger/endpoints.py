@@ -149,18 +149,18 @@ class Standing:
 
     def succeeded(self, now: int) -> None:
         """An exchange with it has ended well."""
-        self._succeeded_at.set(now)
+        self._succeeded_at.put(now)
 
     def passed(self, now: int) -> None:
         """A trial has passed."""
-        self._passed_at.set(now)
+        self._passed_at.put(now)
 
     def failed(self, now: int, *, refused: bool) -> None:
         """An attempt has failed. `refused`: no connection could be made."""
-        if max(self._succeeded_at.each()) >= self._failing_since.own:
-            self._failures.set(0)
-            self._refusals.set(0)
-            self._failing_since.set(now)
+        if max(self._succeeded_at.all()) >= self._failing_since.own:
+            self._failures.put(0)
+            self._refusals.put(0)
+            self._failing_since.put(now)
         # In this order, so that the supervisor never reads fewer refusals than failures where each failure is one.
         self._refusals.add(int(refused))
         self._failures.add(1)
@@ -168,15 +168,15 @@ class Standing:
     def forget(self) -> None:
         """Drops what this worker has seen of it, because it is at another address now."""
         for count in (self._failures, self._refusals, self._failing_since, self._succeeded_at, self._passed_at):
-            count.set(0)
+            count.put(0)
 
     # --- the supervisor ---
 
     def evidence(self) -> Evidence:
         """What all workers have seen of it. Keeps the newest success, because the row of a worker that ends is lost."""
-        succeeded_at = max(self._succeeded_at.each())
+        succeeded_at = max(self._succeeded_at.all())
         if succeeded_at > self._succeeded_at.own:
-            self._succeeded_at.set(succeeded_at)
+            self._succeeded_at.put(succeeded_at)
         # What a worker saw before the last success of another one does not count any more.
         late = [since > succeeded_at for since in self._failing_since.each()]
         failures = sum(number for number, counts in zip(self._failures.each(), late, strict=True) if counts)
@@ -185,12 +185,12 @@ class Standing:
 
     def eject(self, serial: int, trial: int | None) -> None:
         """It is not used, but by the worker with the row `trial`, once. `serial` is above 0, and new in each call."""
-        self._out.set(serial << _ROW_BITS | (0 if trial is None else trial + 1))
+        self._out.put(serial << _ROW_BITS | (0 if trial is None else trial + 1))
 
     def admit(self, now: int) -> None:
         """It is used. Failures until `now` do not count any more, no worker's."""
-        self._succeeded_at.set(max(now, self._succeeded_at.own))
-        self._out.set(0)
+        self._succeeded_at.put(max(now, self._succeeded_at.own))
+        self._out.put(0)
 
 
 class Addresses:
@@ -226,10 +226,10 @@ class Addresses:
             number = 0 if address is None else int(address)
             if isinstance(address, IPv4Address):
                 number |= 0xFFFF << 32
-            high.set(_signed(number >> 64))
-            low.set(_signed(number & _LOW))
+            high.put(_signed(number >> 64))
+            low.put(_signed(number & _LOW))
         # A time is another number even if there was no version in between, because the name was not looked up.
-        self._version.set(now)
+        self._version.put(now)
 
 
 def _signed(number: int) -> int:

@@ -5,8 +5,9 @@ locks are needed. A sum is exact, except for changes while it is read. So no req
 limit is exceeded for a moment by fewer than there are workers.
 
 The supervisor assigns a row to each worker and a column to each name. The workers of all generations are in the same
-table. When a worker has ended, in whatever way, its row is set to zero. The supervisor has a row of its own, with what
-it has decided.
+table. When a worker has ended, in whatever way, its row is set to zero. The supervisor has a row of its own, after
+those of the workers, with what it has decided, and what workers that have ended had counted in windows of time
+(`windows`), which still counts.
 
 The cells of a row are next to each other in memory. So a row that is not used takes no memory, and cores that write do
 not share a cache line.
@@ -21,20 +22,22 @@ import secrets
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from hashlib import blake2b
+from time import perf_counter
 from typing import Final
 
 import msgspec
 
+from . import windows
+
 # The version of the layout. After an upgrade, the new code may not know the layout of the old code.
 _LAYOUT: Final = 2
 _CELL: Final = 8
-# The first cells: the layout, the number of rows, the number of rows up to the last one that is in use, and the row of
-# the supervisor.
-_AT_LAYOUT, _AT_ROWS, _AT_HEIGHT, _AT_SUPERVISOR = range(4)
+# The first cells: the layout, the number of rows, and the number of rows up to the last one that is in use.
+_AT_LAYOUT, _AT_ROWS, _AT_HEIGHT = range(3)
 _SECRET: Final = slice(64, 96)
 _HEADER: Final = 512
-# Columns. Each limit, route and upstream needs one.
-_COLUMNS: Final = 16 * 1024
+# Columns. Each limit, route and upstream needs one, and each client up to six.
+_COLUMNS: Final = 128 * 1024
 # The lines and the cells of a line in the sketch of a row. Its cells have 32 bits.
 _DEPTH: Final = 8
 _BREADTH: Final = 32 * 1024
@@ -49,31 +52,37 @@ _WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET + _R
 _AT_RESTS: Final = _WIDTH - _REST_CELLS
 _AT_SEEN: Final = _AT_RESTS - _BUCKETS * _IN_A_BUCKET
 # Bytes for what the old code leaves to the new code in an upgrade: the names of the columns.
-_DIRECTORY: Final = 1 << 20
+_DIRECTORY: Final = 8 << 20
 
 
 class Count:
     """One number: the part of this row, and the sum of all rows."""
 
-    __slots__ = ("_cells", "_column", "_own")
+    __slots__ = ("_cells", "_column", "_kept", "_own")
 
     def __init__(self, cells: memoryview[int], row: int, column: int) -> None:
         self._cells = cells
         self._column = _HEADER + column
         self._own = self._column + row * _WIDTH
+        # The supervisor's row comes after those of the workers.
+        self._kept = self._column + cells[_AT_ROWS] * _WIDTH
 
     def add(self, number: int) -> None:
         """Adds `number` to the part of this worker."""
         self._cells[self._own] += number
 
-    def set(self, number: int) -> None:
-        """Sets the part of this row to `number`."""
-        self._cells[self._own] = number
-
     @property
     def own(self) -> int:
         """The part of this row."""
         return self._cells[self._own]
+
+    def put(self, value: int) -> None:
+        """Sets the part of this row."""
+        self._cells[self._own] = value
+
+    def all(self) -> list[int]:
+        """The part of each worker, and that of the supervisor."""
+        return [*self.each(), self._cells[self._kept]]
 
     def each(self) -> list[int]:
         """The part of each worker, by row. It is 0 in rows that are not used."""
@@ -214,7 +223,12 @@ class Row:
 
     def told(self, name: str) -> Count:
         """The number `name` in the supervisor's row, for reading. Raises `KeyError` if there is no such column."""
-        return Count(self._table.cells, self._table.cells[_AT_SUPERVISOR], self._columns[name])
+        return Count(self._table.cells, self._table.cells[_AT_ROWS], self._columns[name])
+
+    def window(self, name: str, seconds: int) -> windows.Window:
+        """What is used within so many seconds. Raises `KeyError` if there are no columns for it."""
+        even, odd = map(self.count, windows.names(name, seconds))
+        return windows.Window((even, odd), seconds)
 
 
 class Table:
@@ -242,12 +256,11 @@ class Ledger:
 
     def __init__(self, rows: int = 256) -> None:
         fd = os.memfd_create("sseproxy-ledger")
-        os.ftruncate(fd, (_HEADER + rows * _WIDTH) * _CELL + _DIRECTORY)
+        os.ftruncate(fd, (_HEADER + rows * _WIDTH + _COLUMNS) * _CELL + _DIRECTORY)
         os.pwrite(fd, struct.pack("qq", _LAYOUT, rows), 0)
         os.pwrite(fd, secrets.token_bytes(_SECRET.stop - _SECRET.start), _SECRET.start)
         self._table = Table(fd)
         self._taken: set[int] = set()
-        self._own: int | None = None
         self._columns: dict[str, int] = {}
 
     @classmethod
@@ -258,15 +271,14 @@ class Ledger:
         """
         ledger = cls.__new__(cls)
         ledger._table = Table(fd)
-        ledger._own = ledger._table.cells[_AT_SUPERVISOR]
-        ledger._taken = {ledger._own, *rows}
+        ledger._taken = set(rows)
         start = ledger._directory()
         (size,) = struct.unpack("q", ledger._table.map[start : start + _CELL])
         start += _CELL
         ledger._columns = msgspec.json.decode(ledger._table.map[start : start + size], type=dict[str, int])
         for row in range(ledger._table.cells[_AT_ROWS]):
             if row not in ledger._taken:
-                ledger._clear(row)
+                ledger._empty(row)
         ledger._set_height()
         return ledger
 
@@ -278,26 +290,31 @@ class Ledger:
         return self.fd
 
     def _directory(self) -> int:
-        return (_HEADER + self._table.cells[_AT_ROWS] * _WIDTH) * _CELL
+        return (self._kept + _COLUMNS) * _CELL
+
+    @property
+    def _kept(self) -> int:
+        """The first cell of the supervisor's row."""
+        return _HEADER + self._table.cells[_AT_ROWS] * _WIDTH
 
     @property
     def fd(self) -> int:
         return self._table.fd
 
-    def own_row(self) -> int:
-        """The row of the supervisor, which is assigned by the first call. Raises `OSError` if there is none left."""
-        if self._own is None:
-            self._own = self._table.cells[_AT_SUPERVISOR] = self.take_row()
-        return self._own
+    def own(self, columns: Mapping[str, int]) -> Row:
+        """The row of the supervisor."""
+        return self.row(self._table.cells[_AT_ROWS], columns)
 
     def withdraw(self, kept: Collection[str]) -> None:
         """Sets what the supervisor tells to zero, except under the names `kept`. So the columns can become free.
 
         That includes what an earlier version has told.
         """
-        own = self.own_row()
+        own = self.own(self._columns)
         for name in self._columns.keys() - set(kept):
-            Count(self._table.cells, own, self._columns[name]).set(0)
+            # What is kept of workers that have ended is not told.
+            if windows.length(name) is None:
+                own.count(name).put(0)
 
     def take_row(self) -> int:
         """Assigns a row to a worker that is about to be started. Raises `OSError` if there is none left."""
@@ -311,26 +328,36 @@ class Ledger:
 
     def free_row(self, row: int) -> None:
         """Sets the row of a worker that has ended to zero, and makes it free for another one."""
-        self._clear(row)
+        self._empty(row)
         self._taken.discard(row)
         self._set_height()
 
-    def _clear(self, row: int) -> None:
+    def _empty(self, row: int) -> None:
+        """Sets `row` to zero, and keeps what was counted in it in windows of time."""
+        cells, first, kept = self._table.cells, _HEADER + row * _WIDTH, self._kept
+        counted = [
+            (column, value)
+            for name, column in self._columns.items()
+            if windows.length(name) is not None and (value := cells[first + column])
+        ]
         # This also gives the memory back.
-        self._table.map.madvise(mmap.MADV_REMOVE, (_HEADER + row * _WIDTH) * _CELL, _WIDTH * _CELL)
+        self._table.map.madvise(mmap.MADV_REMOVE, first * _CELL, _WIDTH * _CELL)
+        for column, value in counted:
+            cells[kept + column] = windows.added(cells[kept + column], value)
 
     def _set_height(self) -> None:
         self._table.cells[_AT_HEIGHT] = max(self._taken, default=-1) + 1
 
     def columns(self, names: Iterable[str], in_use: Iterable[str]) -> dict[str, int]:
-        """Assigns columns to `names`. Columns of other names that are not `in_use`, and are 0, become free.
+        """Assigns columns to `names`. Columns of other names that are not `in_use`, and count nothing, become free.
 
         Raises `OSError` if there are too many.
         """
         wanted = list(dict.fromkeys(names))
         kept = {*wanted, *in_use}
         for name, column in list(self._columns.items()):
-            if name not in kept and not any(Count(self._table.cells, 0, column).each()):
+            if name not in kept and not self._counts(name, column):
+                self._table.cells[self._kept + column] = 0
                 del self._columns[name]
         used, free = set(self._columns.values()), 0
         for name in wanted:
@@ -342,6 +369,11 @@ class Ledger:
                 used.add(free)
                 self._columns[name] = free
         return {name: self._columns[name] for name in wanted}
+
+    def _counts(self, name: str, column: int) -> bool:
+        """Whether anything is counted in the column called `name`."""
+        cells, seconds = Count(self._table.cells, 0, column).all(), windows.length(name)
+        return any(cells) if seconds is None else not windows.is_over(cells, seconds, perf_counter())
 
     @property
     def names(self) -> set[str]:

@@ -86,6 +86,7 @@ def describe(exchange: Exchange, paths: Callable[[str], str | None] = _known_pat
         "request_id": exchange.request_id,
         "upstream_request_id": None if exchange.upstream_request_id is None else exchange.upstream_request_id.decode(),
         "client": exchange.client,
+        "client_name": exchange.client_name,
         "route": exchange.route,
         "upstream": exchange.upstream,
         "endpoint": exchange.endpoint,

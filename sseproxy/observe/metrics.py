@@ -236,6 +236,28 @@ REJECTED = Metric(
     ("route", "reason"),
     "Requests that sseproxy refused, by reason; a part of the body may have been sent before that.",
 )
+CLIENT_REQUESTS = Metric(
+    "client_requests",
+    "counter",
+    ("client", "outcome"),
+    "Requests with the key of a client that have ended, by why they ended.",
+)
+CLIENT_ACTIVE = Metric("client_requests_active", "gauge", ("client",), "Requests with the key of a client in progress.")
+CLIENT_TOKENS = Metric(
+    "client_tokens",
+    "counter",
+    ("client", "model", "type"),
+    "Tokens of a client as the upstream counts them; and, as estimated, those of answers that it has not counted.",
+)
+CLIENT_LIMITED = Metric(
+    "client_limited",
+    "counter",
+    ("client", "limit"),
+    "Requests that were refused because a limit of the client is reached.",
+)
+KEYS_REJECTED = Metric(
+    "client_keys_rejected", "counter", (), "Requests that were refused because their key was wrong, or two differed."
+)
 CONNECT_TIME = Metric(
     "upstream_connect_seconds",
     "histogram",
@@ -333,6 +355,11 @@ METRICS: Final = (
     RETRIES,
     DISCARDED_TOKENS,
     HELD,
+    CLIENT_REQUESTS,
+    CLIENT_ACTIVE,
+    CLIENT_TOKENS,
+    CLIENT_LIMITED,
+    KEYS_REJECTED,
     CLIENT_CONNECTIONS,
     LIMIT,
     LOOP_LAG,

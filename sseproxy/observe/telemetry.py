@@ -38,6 +38,9 @@ _CLIENT_CLOSED_REQUEST = 499
 # Characters. OpenMetrics allows 128 for the label names and values of an exemplar. Clients may choose longer ids.
 _EXEMPLAR_ID = 128 - len("request_id")
 
+# Why a request with a wrong key is refused.
+_WRONG_KEYS = frozenset({"invalid_api_key", "too_many_wrong_keys"})
+
 _HEADER = struct.Struct("!I")
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Report | Reading).decode
@@ -270,10 +273,17 @@ class RouteObserver:
     def started(self, exchange: Exchange) -> None:
         self._telemetry.running[exchange] = _NOTHING_YET
         self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
+        if exchange.client_name:
+            self._recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), 1)
         self._telemetry.changed()
 
     def rejected(self, reason: str) -> None:
         self._recorder.count(metrics.REJECTED, (self._labels[0], reason))
+        if reason in _WRONG_KEYS:
+            self._recorder.count(metrics.KEYS_REJECTED, ())
+
+    def limited(self, client: str, limit: str) -> None:
+        self._recorder.count(metrics.CLIENT_LIMITED, (client, limit))
 
     def upstream_failed(self, kind: str, *, answered: bool) -> None:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
@@ -347,6 +357,8 @@ class RouteObserver:
         assert exchange.ended_at is not None
         told = self._telemetry.running.pop(exchange, _NOTHING_YET)
         recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
+        if exchange.client_name:
+            recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), -1)
         code = exchange.status or _CLIENT_CLOSED_REQUEST
         recorder.count(metrics.REQUESTS, (*detailed, str(code), exchange.outcome.value))
         how = (str(exchange.is_stream).lower(), exchange.outcome.value) if self._telemetry.detailed else ("", "")
@@ -367,17 +379,27 @@ class RouteObserver:
             recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
         if exchange.finish_reason is not None and not exchange.repeats:
             recorder.count(metrics.FINISHED, (*detailed, metrics.reason_label(exchange.finish_reason)))
+        if exchange.client_name:
+            self._count_client(exchange, exchange.outcome)
         if exchange.usage is not None:
-            self._count_usage(exchange.usage, completed=exchange.outcome is Outcome.COMPLETED)
+            self._count_usage(exchange.usage, exchange.client_name, completed=exchange.outcome is Outcome.COMPLETED)
         if (pace := exchange.seconds_per_token()) is not None:
             recorder.histogram(metrics.TPOT, self._of_model).observe(pace)
         if self._telemetry.access is not None:
             self._telemetry.access.ended(exchange)
         self._telemetry.changed()
 
-    def _count_usage(self, usage: Usage, *, completed: bool) -> None:
+    def _count_client(self, exchange: Exchange, outcome: Outcome) -> None:
+        name = exchange.client_name
+        self._recorder.count(metrics.CLIENT_REQUESTS, (name, outcome.value))
+        if exchange.estimated:
+            self._recorder.count(metrics.CLIENT_TOKENS, (name, self._of_model[-1], "estimated"), exchange.estimated)
+
+    def _count_usage(self, usage: Usage, client: str, *, completed: bool) -> None:
         for kind, tokens in _counted(usage):
             self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
+            if client:
+                self._recorder.count(metrics.CLIENT_TOKENS, (client, self._of_model[-1], kind), tokens)
         if usage.seconds:
             self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)
         for kind, of_one in (("input", usage.input), ("output", usage.output)):

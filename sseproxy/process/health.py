@@ -271,7 +271,7 @@ class Health:
         Call `follow` when the workers have started, or with the configuration before if they have not.
         """
         self._prepared = config
-        row = self._ledger.row(self._ledger.own_row(), columns)
+        row = self._ledger.own(columns)
         names = [upstream for upstream in config.upstreams if upstream.resolve is not None]
         for upstream in names:
             name = of_host(upstream.name, upstream.endpoints[0].url)
@@ -288,7 +288,7 @@ class Health:
         Workers of other configurations use all endpoints that only they have.
         """
         self._prepared = None
-        row = self._ledger.row(self._ledger.own_row(), columns)
+        row = self._ledger.own(columns)
         fleet = fleet_upstreams(config)
         wanted = {upstream.name: upstream for upstream in config.upstreams if upstream.name in fleet}
         for name in self._upstreams.keys() - wanted.keys():

@@ -224,7 +224,6 @@ class Supervisor:
                 os.close(self._handover.ledger)
                 log.warning("limits do not include the requests that workers of the previous version still have")
         self._ledger = Ledger(max(_ROWS, _ROWS_PER_CORE * cores()))
-        self._ledger.own_row()
         return {}
 
     async def _take_over_from_predecessors(self, version: str) -> None:
@@ -360,7 +359,6 @@ class Supervisor:
         known = self._handover.listening() if self._handover is not None else set()
         await self._admin.setup()
         self._ledger = Ledger()
-        self._ledger.own_row()
         anywhere = Address("127.0.0.1", 0)
         try:
             sockets: _Sockets = {anywhere: listen("listen", anywhere)}
@@ -577,6 +575,12 @@ class Supervisor:
                         self._recorder.count(metrics.REQUESTS, (*labels, model, code, outcome.value), 0)
                 for kind in get_args(UpstreamErrorType):
                     self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
+        for client in self.config.clients or ():
+            self._recorder.count(metrics.CLIENT_REQUESTS, (client.name, Outcome.COMPLETED.value), 0)
+            for limit in ("active_requests", "requests", "tokens"):
+                if getattr(client.limits, limit) is not None:
+                    self._recorder.count(metrics.CLIENT_LIMITED, (client.name, limit), 0)
+            self._recorder.count(metrics.KEYS_REJECTED, (), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
         self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration
         if self.config.reload.watch is not None and (self._watching is None or self._watching.done()):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ..errors import ExchangeError, RequestError
 from ..ledger.endpoints import address_counts, endpoint_counts, labels, later_attempts, of_host
 from ..wire.headers import client_block
+from . import clients
 from .body import RequestBody
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def connections_within(descriptors: int) -> int:
 def counted(config: Config) -> list[str]:
     """The names of all counts in the ledger."""
     names = [CONNECTIONS, ACTIVE, *(on_route(route.name) for route in config.routes)]
+    names += clients.counted(config.clients or ())
     fleet = fleet_upstreams(config)
     for upstream in config.upstreams:
         names.append(pending(upstream.name))

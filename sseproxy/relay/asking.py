@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ExchangeError, Outcome, RequestError, Truncated, UpstreamError
 from ..wire import headers
+from ..wire.credentials import without_key
 from ..wire.dialects import Dialect, asks_for_stream
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
@@ -76,6 +77,8 @@ class Question(NamedTuple):
     coding: bytes | None
     wants_usage: bool
     inspect: bool
+    with_key: bool
+    """Whether the upstream's key is sent."""
 
 
 class Asked(NamedTuple):
@@ -459,9 +462,11 @@ class Asking:
         """
         question, request, body = self._asked, self._request, self._request.body
         idempotent, spare = self._is_idempotent, self._ticket.spare
-        # A client's key is for the first upstream of the route. Another one may be somebody else's.
-        meant = endpoint.credential is None and upstream.name == question.route.upstream[0].name
-        query = question.query if meant else routes.without_key(question.query)
+        # A client's key is for the first upstream of the route: another one may be somebody else's. With `clients`, it
+        # is for this proxy.
+        first = upstream.name == question.route.upstream[0].name
+        meant = endpoint.credential is None and first and self._proxy.clients is None
+        query = question.query if meant else without_key(question.query)
         target = routes.upstream_path(question.route, endpoint.base_path, question.path) + query
 
         def outgoing(reused: bool) -> Outgoing:
@@ -514,7 +519,7 @@ class Asking:
                 scheme=b"https" if connection.is_tls else b"http",
                 request_id=request.id,
                 credentials=credentials,
-                credential=endpoint.credential,
+                credential=endpoint.credential if self._asked.with_key else None,
                 inspect=self._asked.inspect,
             ),
         )

@@ -25,6 +25,7 @@ class Observer(Protocol):
 
     def started(self, exchange: Exchange) -> None: ...
     def rejected(self, reason: str) -> None: ...
+    def limited(self, client: str, limit: str) -> None: ...
     def upstream_failed(self, kind: str, *, answered: bool) -> None: ...
     def attempted(self, endpoint: str, result: str) -> None: ...
     def retried(self, reason: str) -> None: ...
@@ -52,9 +53,11 @@ class Exchange:
         "attempts",
         "cause",
         "client",
+        "client_name",
         "complained",
         "ended_at",
         "endpoint",
+        "estimated",
         "events",
         "fetches",
         "finish_reason",
@@ -107,6 +110,8 @@ class Exchange:
         self.attempts = 1
         """How many attempts were made."""
         self.on_first_token: Callable[[], None] | None = None
+        self.client_name = ""
+        """The name of the client whose key the request has. Empty if it has none that is known."""
         self.model: str | None = None
         """The model that the request names."""
         self.traceparent: str | None = None
@@ -139,6 +144,8 @@ class Exchange:
         self.request_bytes = 0
         self.response_bytes = 0
         self.usage: Usage | None = None
+        self.estimated = 0
+        """Tokens that a client was charged with and the upstream has not reported."""
         self.lacks_usage = False
         """A JSON answer tells no usage, and should."""
         self.fetches = False

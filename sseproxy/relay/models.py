@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from time import perf_counter
 from typing import Final, NamedTuple
@@ -64,9 +64,12 @@ def asks_for_models(method: str, path: str, prefix: str) -> bool:
 
 
 class ModelLists:
-    """The lists of models of the `upstreams` of one route. The credentials of clients are sent to `meant` only."""
+    """The lists of models of the `upstreams` of one route.
 
-    def __init__(self, upstreams: Sequence[Upstream], meant: str) -> None:
+    The credentials of clients are sent to the upstream `meant` only, or to none.
+    """
+
+    def __init__(self, upstreams: Sequence[Upstream], meant: str | None) -> None:
         self._upstreams = upstreams
         self._meant = meant
         self._ours = all(
@@ -127,11 +130,16 @@ class ModelLists:
         return listed
 
 
-def merged(lists: Iterable[dict[str, bytes]]) -> bytes:
-    """One list in the format of OpenAI's API. Of models with the same id, the first one is in it."""
+def merged(lists: Iterable[dict[str, bytes]], allowed: Callable[[str], bool] | None = None) -> bytes:
+    """One list in the format of OpenAI's API. Of models with the same id, the first one is in it.
+
+    If only some are `allowed`, the others are left out.
+    """
     models: dict[str, bytes] = {}
     for more in lists:
         models |= {name: said for name, said in more.items() if name not in models}
+    if allowed is not None:
+        models = {name: said for name, said in models.items() if allowed(name)}
     return b'{"object":"list","data":[' + b",".join(models.values()) + b"]}\n"
 
 

@@ -1,7 +1,7 @@
 """The life of a request, in numbered phases. The last phase always runs, and records the exchange.
 
 1. *Admit*: checks the limits and the head of the request.
-2. *Route*: finds the route. If it depends on the model, the body is collected first.
+2. *Route*: finds out who calls, and finds the route. If it depends on the model, the body is collected first.
 3. *Connect*: gets a connection to the upstream, pooled or new.
 4. *Send*: sends the request head immediately, and the body as it arrives.
 5. *Head*: waits for the response head, and sends it to the client before any byte of the body.
@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from math import ceil
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from ..errors import (
     ExchangeError,
     InternalError,
+    LimitExceeded,
     Outcome,
     ProtocolError,
     RequestError,
@@ -32,7 +35,8 @@ from ..errors import (
 )
 from ..wire import headers
 from ..wire.coding import READABLE, Inflater, coding_of
-from ..wire.dialects import Dialect, dialect_of, form_of, model_in
+from ..wire.credentials import has_key, keys_in, strays, without_key
+from ..wire.dialects import Dialect, Form, dialect_of, form_of, model_in
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
 from ..wire.request import RequestReader, reader_of
@@ -42,8 +46,9 @@ from . import routes
 from .admission import Ticket
 from .answers import Answer, date, response_head, status_line
 from .asking import DO_NOT_RETRY, Asked, Asking, Question
+from .clients import Clients, Visit
 from .clock import Clock
-from .downstream import Request
+from .downstream import Request, new_request_id
 from .exchange import Exchange
 from .inspect import inspector_of
 from .models import asks_for_models, merged
@@ -59,6 +64,17 @@ log = logging.getLogger(__name__)
 _MAX_PASSES: Final = 8
 # Statuses with which a Location says where to go on (RFC 9110, section 10.2.2).
 _WITH_LOCATION: Final = frozenset({201, 300, 301, 302, 303, 307, 308})
+
+
+# Bytes of a key that is also looked for where it is not expected.
+_MIN_STRAY: Final = 20
+
+
+def _is_preflight(request: Request) -> bool:
+    """Whether it is a CORS preflight (https://fetch.spec.whatwg.org/#cors-preflight-request)."""
+    fields = request.fields
+    asks = fields.named(b"origin") and fields.named(b"access-control-request-method")
+    return request.method == "OPTIONS" and bool(asks) and not request.framing
 
 
 class Relay:
@@ -81,6 +97,10 @@ class Relay:
         self._read: RequestReader | FormReader | None = None
         # Reads the body while it is being forwarded.
         self._passing: RequestReader | FormReader | None = None
+        # What a client may and does use, if there are clients and this is the request of one.
+        self._visit: Visit | None = None
+        # Nobody had to say who calls, so the upstream's key is not sent either.
+        self._keyless = False
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
         self._clock: Clock | None = None
@@ -180,6 +200,8 @@ class Relay:
             exchange.observer.upstream_failed(error.kind, answered=exchange.head_at is not None)
         elif isinstance(error, RequestError):
             exchange.observer.rejected(error.reason)
+            if isinstance(error, LimitExceeded):
+                exchange.observer.limited(exchange.client_name, error.limit)
         return outcome
 
     def _end(self, outcome: Outcome) -> None:
@@ -188,6 +210,12 @@ class Relay:
             # All of these run, the last one first, even if another one raises.
             with ExitStack() as ends:
                 ends.callback(self._record, outcome)
+                if self._visit is not None:
+                    ends.callback(self._visit.release)
+                    ends.callback(self._settle, self._visit)
+                if self._asking is not None:
+                    ends.callback(self._asking.judge, outcome)
+                ends.callback(self._conclude)
                 if self._clock is not None:
                     ends.callback(self._clock.stop)
                 if self._asking is not None:
@@ -206,19 +234,21 @@ class Relay:
         del self._task
         self._ticket = self._clock = self._asking = self._pump = None
 
+    def _conclude(self) -> None:
+        """Completes the record with what is known only at the end."""
+        exchange = self._exchange or self._recorded()
+        if self._passing is not None:
+            exchange.model = exchange.model or self._passing.model_so_far
+        exchange.count_once(self._proxy.counted)
+
+    def _settle(self, visit: Visit) -> None:
+        visit.settle(self._exchange or self._recorded())
+
     def _record(self, outcome: Outcome) -> None:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
-        exchange = self._exchange or self._recorded()
-        try:
-            if self._asking is not None:
-                self._asking.judge(outcome)
-            if self._passing is not None:
-                exchange.model = exchange.model or self._passing.model_so_far
-            exchange.count_once(self._proxy.counted)
-        finally:
-            exchange.finish(outcome)
+        (self._exchange or self._recorded()).finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The record of the exchange. Creates it if there is none yet."""
@@ -226,14 +256,19 @@ class Relay:
             observer = self._proxy.observer(route, upstream, routes.OTHER)
             exchange = Exchange(route, upstream, observer, self._request.id.decode(), self._received_at)
             self._exchange = exchange
+            if self._visit is not None:
+                exchange.client_name = self._visit.client.name
             exchange.begin()
-            exchange.client = headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
+            exchange.client = self._client_address()
             exchange.method = self._request.method
             target = self._request.target
             # The host of an absolute target may have a user and a password before it.
             exchange.path = (target if target[0] == "/" else routes.without_host(target)).partition("?")[0]
             exchange.traceparent = headers.traceparent(self._request.fields)
         return self._exchange
+
+    def _client_address(self) -> str:
+        return headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
 
     def _can_keep_alive(self) -> bool:
         """Whether the connection can be used for another request.
@@ -258,13 +293,15 @@ class Relay:
         exchange = self._recorded()
         exchange.status = error.status
         extra = [(b"X-Request-Id", self._request.id)]
-        if error.status in (429, 503) and not error.final:
-            # Another replica, or the workers after a restart, can take the request.
-            extra.append((b"Retry-After", b"1"))
         exhausted = self._asking is not None and self._asking.exhausted and isinstance(error, UpstreamError)
         if error.final or exhausted:
             # It is not wanted, or everything that could be tried was. SDKs would send it again, twice.
             extra.append(DO_NOT_RETRY)
+        elif error.status in (429, 503):
+            extra.append((b"Retry-After", b"%d" % ceil(error.retry_after)))
+        if error.status == 401:
+            # RFC 9110, section 15.5.2.
+            extra.append((b"WWW-Authenticate", b"Bearer"))
         if error.status == 415:
             # RFC 9110, section 12.5.3.
             extra.append((b"Accept-Encoding", b", ".join(READABLE)))
@@ -272,9 +309,13 @@ class Relay:
         if misread:
             # Other parsers may read such a request differently, so nothing after it can be trusted.
             self._downstream.read_no_more()
-        last = misread or self._downstream.refused is not None
+        last = misread or self._downstream.refused is not None or error.code == "too_many_wrong_keys"
         path, name = self._asked_as
         form = form_of(routes.normal_path(path), name)
+        if isinstance(error, LimitExceeded) and self._visit is not None:
+            # The SDKs of OpenAI and Anthropic look for it first.
+            extra.append((b"Retry-After-Ms", b"%d" % ceil(error.retry_after * 1000)))
+            extra += self._visit.allowances(form)
         answer = Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
         exchange.response_bytes += 0 if self._request.method == "HEAD" else len(answer.body)
         return answer
@@ -298,15 +339,17 @@ class Relay:
         dialect = dialect_of(known_as, route.dialect)
 
         if route.merge_models and asks_for_models(request.method, routes.normal_path(path), route.match.path):
-            return await self._list_models(route, clock)
+            return await self._list_models(route, dialect.form, clock)
         is_json, plain = headers.is_json(request.fields), self._coding == b""
         # Other forms are files, which have no model and may be large.
         tells_model = is_json or (dialect.generates and headers.is_form(request.fields))
         wants_usage = route.usage.request and dialect.asks_usage and is_json and plain
+        visit = self._visit
         if (
             wants_usage
             or (proxy.models and tells_model and self._coding is not None)
             or (route.name in proxy.reads_bodies and is_json and plain)
+            or (visit is not None and visit.reads_body)
         ):
             await self._collect(clock, route.timeouts.body)
         elif (
@@ -321,13 +364,30 @@ class Relay:
             self._passing = reader_of(request.fields)
             request.body.watched_by(self._passing.feed)
         read, self._read = self._read, None
+        if visit is not None:
+            # In a coding that is not known, bytes that can be read may mean something else.
+            readable = read is not None and self._coding is not None
+            visit.check_model(known_as, read=readable, has_body=bool(request.framing))
+            visit.begin(generates=dialect.generates and request.method == "POST")
         model = (None if read is None else read.model) or model_in(known_as)
         exchange.model, exchange.api = model, dialect.name
         exchange.fetches = dialect.keeps and request.method != "POST"
         exchange.observer = proxy.observer(route.name, upstream.name, routes.model_label(proxy.models, model))
         # Responses to other requests are not generated. They are not inspected, so the upstream may compress them.
         inspect = dialect.generates or request.method == "POST"
-        question = Question(route, path, query, dialect, model, read, self._passing, self._coding, wants_usage, inspect)
+        question = Question(
+            route,
+            path,
+            query,
+            dialect,
+            model,
+            read,
+            self._passing,
+            self._coding,
+            wants_usage,
+            inspect,
+            with_key=not self._keyless,
+        )
         asking = self._asking = Asking(
             proxy, request, exchange, self._ticket, clock, question, self.fail, self._early_head
         )
@@ -342,17 +402,25 @@ class Relay:
         request.answered()
         if asked.head.status in _WITH_LOCATION:
             asked.head.fields = asked.endpoint.rewrite_location(asked.head.fields, route)
+        if visit is not None:
+            asked.head.fields = visit.told(asked.head.fields, dialect.form)
         self._respond(asking, asked, kind, dialect, clock, route.heartbeat, streams=streams)
         return None
 
-    async def _list_models(self, route: Route, clock: Clock) -> Answer:
-        """The models of all endpoints of `route`."""
+    async def _list_models(self, route: Route, form: Form, clock: Clock) -> Answer:
+        """The models of all endpoints of `route` that the client may use."""
+        extra, allowed = [(b"X-Request-Id", self._request.id)], None
+        if self._visit is not None:
+            self._visit.begin(generates=False)
+            allowed = self._visit.client.may_use
         clock.enter("head", perf_counter())
         listed = await self._proxy.models_of[route.name].get(self._request.fields)
-        exchange, body = self._recorded(), merged(listed.of.values())
+        exchange, body = self._recorded(), merged(listed.of.values(), allowed)
         exchange.status = 200
         exchange.response_bytes += len(body)
-        return Answer.of_json(body, keep_alive=self._can_keep_alive(), extra=[(b"X-Request-Id", self._request.id)])
+        if self._visit is not None:
+            extra += self._visit.allowances(form)
+        return Answer.of_json(body, keep_alive=self._can_keep_alive(), extra=extra)
 
     def _admit(self) -> None:
         """Phase 1: Admit."""
@@ -396,6 +464,8 @@ class Relay:
         """Phase 2: Route. Returns the route, the path and the query."""
         path, query = routes.split_target(self._request.target)
         candidates = self._proxy.router.candidates(self._request.method, path)
+        if self._proxy.clients is not None:
+            query = self._identify(self._proxy.clients, candidates, path, query)
         model: str | None = None
         if any(route.match.model for route in candidates):
             if self._coding is None and self._request.framing:
@@ -412,7 +482,40 @@ class Relay:
         route = routes.choose(candidates, model)
         if route is None:
             raise self._proxy.router.no_route(self._request.method, routes.normal_path(path), model)
+        if self._visit is not None:
+            self._visit.client.check_route(route)
         return route, path, query
+
+    def _identify(self, clients: Clients, candidates: Sequence[Route], path: str, query: str) -> str:
+        """Finds out who calls, before anything of the body is read. Returns the query without the client's key.
+
+        A key is needed, unless all routes that the request may take are open. A CORS preflight never has one (Fetch,
+        section 3.2.2): it may have no body then, and the upstream's key is not sent with it.
+        """
+        request, keys = self._request, keys_in(self._request.fields, query)
+        if candidates:
+            self._asked_as = self._asked_as[0], candidates[0].dialect
+        for key in keys:
+            # What is as short as this may be anywhere by chance, and is not random.
+            if len(key) >= _MIN_STRAY:
+                query = self._hide(key, path, query)
+        if candidates and _is_preflight(request):
+            self._keyless = True
+        elif not candidates or not all(route.open for route in candidates):
+            self._visit = Visit(clients.caller(keys, self._client_address))
+        return query
+
+    def _hide(self, key: bytes, path: str, query: str) -> str:
+        """Removes `key`, where it is not expected, from what is forwarded and logged. Returns the query without it."""
+        request = self._request
+        if key in self._request.id:
+            request.id = new_request_id()
+        if has_key(path, key):
+            request.target = "/"
+            raise RequestError("bad_target", "The request target has a key in its path.")
+        if names := strays(request.fields, key):
+            request.fields = request.fields.without(names)
+        return without_key(query, key) if has_key(query, key) else query
 
     def _start_clock(self, timeouts: Timeouts) -> Clock:
         if self._clock is not None:
@@ -427,28 +530,33 @@ class Relay:
             return
         clock.enter("body", perf_counter())
         self._request.send_continue()
-        read = reader_of(self._request.fields)
+        read, feed = self._reader()
         assert self._ticket is not None
         self._ticket.collects = True
         try:
             while size <= most and (part := await body.collect(grace)):
                 clock.touched = perf_counter()
                 if not self._coding:
-                    read.feed(part)
+                    feed(part)
                 size += len(part)
         finally:
             self._ticket.collects = False
-        if size <= most and (not self._coding or await self._inflate(self._coding, read, clock)):
+        if size <= most and (not self._coding or await self._inflate(self._coding, feed, clock)):
             self._read = read
 
-    async def _inflate(self, coding: bytes, read: RequestReader | FormReader, clock: Clock) -> bool:
+    def _reader(self) -> tuple[RequestReader | FormReader, Callable[[bytes], None]]:
+        """What reads the body, and what takes its parts."""
+        read = reader_of(self._request.fields)
+        return read, read.feed if self._visit is None else self._visit.feeding(read)
+
+    async def _inflate(self, coding: bytes, feed: Callable[[bytes], None], clock: Clock) -> bool:
         """Reads the compressed body that was collected; False if it stands for more than is collected of one."""
         inflater = Inflater(coding, self._proxy.max_body)
         # One at a time: what it takes to inflate is more than a client has to send for it.
         async with self._proxy.inflating:
             for part in self._request.body.whole or ():
                 for piece in inflater.pieces(part):
-                    read.feed(piece)
+                    feed(piece)
                     # A few bytes may stand for many: others have their turns in between.
                     clock.touched = perf_counter()
                     await asyncio.sleep(0)
@@ -460,9 +568,9 @@ class Relay:
         if whole is None or self._coding:
             return False
         if sum(map(len, whole)) <= self._proxy.max_body:
-            self._read = reader_of(self._request.fields)
+            self._read, feed = self._reader()
             for part in whole:
-                self._read.feed(part)
+                feed(part)
         return True
 
     def _early_head(self, content_type: bytes) -> bytes:

@@ -13,6 +13,7 @@ from ..wire import headers
 from . import affinity, routes
 from .admission import Admission, Connections, fleet_upstreams, pending
 from .answers import Answer
+from .clients import Clients
 from .downstream import Request, new_request_id
 from .exchange import Exchange, Observer
 from .models import ModelLists
@@ -100,7 +101,8 @@ class Proxy:
         """The upstream and the endpoint of each route for which there is never another one, and nothing is counted."""
         self.models_of = {
             route.name: ModelLists(
-                [self.upstreams[one.name] for one in route.upstream if one.model is None], route.upstream[0].name
+                [self.upstreams[one.name] for one in route.upstream if one.model is None],
+                route.upstream[0].name if config.clients is None else None,
             )
             for route in config.routes
             if route.merge_models
@@ -113,6 +115,7 @@ class Proxy:
             or affinity.reads_body(self.upstreams[route.upstream[0].name].affinity)
         )
         """The routes whose bodies are read in advance, to replace the model or to assign the request to an endpoint."""
+        self.clients = None if config.clients is None else Clients(config.clients, row)
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.counted = row.counted

@@ -34,12 +34,9 @@ METHODS: Final = frozenset(
 # TRACE returns the request that was sent, with the upstream's API key (RFC 9110, section 9.3.8). TRACK is the same in
 # IIS. CONNECT would open a tunnel to any host.
 _REFUSED_METHODS: Final = frozenset({"CONNECT", "TRACE", "TRACK"})
-# Parameters of a query that hold a key or a token: Google's, and RFC 6750, section 2.3.
-_KEYS: Final = frozenset({"key", "$key", "access_token"})
 # Characters of the client's text, and number of routes, in an error message.
 _MAX_SAID: Final = 100
 _MAX_NAMED: Final = 8
-_SEPARATOR: Final = re.compile("([&;])")
 _ENCODED: Final = re.compile("%[0-9A-Fa-f]{2}")
 # RFC 3986, section 2.3.
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
@@ -90,25 +87,6 @@ def check_method(method: str) -> None:
         raise RequestError("method")
 
 
-def without_key(query: str) -> str:
-    """`query` (with its `?`, or empty) without the client's key. All other bytes stay.
-
-    The name of a parameter is found in any spelling, and whether it is separated by `&` or by `;`, because some servers
-    split a query at both. A separator beside the parameter is removed, too: a `;` rather than a `&`.
-    """
-    if "%" not in query and not any(key in query.lower() for key in _KEYS):
-        return query
-    kept: list[str] = []
-    between = ""
-    for index, part in enumerate(_SEPARATOR.split(query[1:])):
-        if index % 2:
-            between += part
-        elif unquote(part.partition("=")[0]).lower() not in _KEYS:
-            kept += ["&" if "&" in between else between[:1], part] if kept else ["?", part]
-            between = ""
-    return "".join(kept)
-
-
 def normal_path(path: str) -> str:
     """`path` in its normal form (RFC 3986, section 6.2.2): unreserved characters decoded, hexadecimal in upper case."""
     return _ENCODED.sub(_normal_triplet, path) if "%" in path else path
@@ -135,12 +113,12 @@ def _prefix(route: Route) -> str:
     return normal_path(route.match.path).rstrip("/")
 
 
-def _said(name: str) -> str:
+def said(name: str) -> str:
     """Text from a client, shortened, and without control characters."""
     return "".join(character if character.isprintable() else "?" for character in name[:_MAX_SAID])
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first few of `names`, each once, as text."""
     found = list(dict.fromkeys(names))
     return ", ".join(found[:_MAX_NAMED]) + (f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else "")
@@ -160,19 +138,17 @@ class Router:
     def no_route(self, method: str, path: str, model: str | None) -> RequestError:
         """The error for a request without a route. Its text says what was requested and which routes there are."""
         on_path = [route for prefix, above, route in self._routes if path == prefix or path.startswith(above)]
-        models = _some(glob for route in on_path for glob in route.match.model)
+        models = some(glob for route in on_path for glob in route.match.model)
         if any(route.match.methods and method not in route.match.methods for route in on_path):
-            methods = _some(name for route in on_path for name in route.match.methods)
+            methods = some(name for route in on_path for name in route.match.methods)
             return RequestError(
-                "no_route", f"No route for {_said(method)} {_said(path)}; there are routes for {methods}."
+                "no_route", f"No route for {said(method)} {said(path)}; there are routes for {methods}."
             )
         if models:
-            named = (
-                "No route for a request without a model" if model is None else f"No route for model '{_said(model)}'"
-            )
+            named = "No route for a request without a model" if model is None else f"No route for model '{said(model)}'"
             return RequestError("no_route", f"{named}; there are routes for {models}.")
-        paths = _some(route.match.path for _, _, route in reversed(self._routes))
-        return RequestError("no_route", f"No route for {_said(method)} {_said(path)}; there are routes for {paths}.")
+        paths = some(route.match.path for _, _, route in reversed(self._routes))
+        return RequestError("no_route", f"No route for {said(method)} {said(path)}; there are routes for {paths}.")
 
     def candidates(self, method: str, path: str) -> Sequence[Route]:
         """The routes that match `method` and `path`, the best one first, up to the first one that matches any model.
@@ -214,9 +190,9 @@ def _why_unreachable(route: Route, earlier: Sequence[Route]) -> str:
         return "requests for paths with dot segments or control characters are refused"
     methods = METHODS.intersection(match.methods or METHODS) - _REFUSED_METHODS
     if not methods:
-        return f"{_some(match.methods)} requests are refused"
+        return f"{some(match.methods)} requests are refused"
     if match.model and all(within(glob, ()) for glob in match.model):
-        return f"no model matches {_some(match.model)}"
+        return f"no model matches {some(match.model)}"
 
     # Methods that no route names are all alike.
     named = {method for one in earlier for method in one.match.methods}
@@ -231,7 +207,7 @@ def _why_unreachable(route: Route, earlier: Sequence[Route]) -> str:
     if not take_all(earlier):
         return ""
     alone = next(([one] for one in earlier if take_all([one])), earlier)
-    names = _some(one.name for one in alone)
+    names = some(one.name for one in alone)
     return f"{names} take{'s'[: len(alone) == 1]} its requests; give it a higher place in the list, or remove it"
 
 

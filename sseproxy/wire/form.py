@@ -61,9 +61,11 @@ class FormReader:
     As of the members of an object in JSON, the last of several fields counts.
     """
 
-    __slots__ = ("_delimiter", "_ended", "_found", "_heads", "_name", "_parts", "_rest", "_value")
+    __slots__ = ("_delimiter", "_ended", "_found", "_heads", "_name", "_parts", "_rest", "_value", "models")
 
     def __init__(self, boundary: bytes) -> None:
+        self.models = 0
+        """How many fields some parser may take for the model."""
         self._delimiter = b"\r\n--" + boundary
         # The last bytes that came, if more of them may belong together. The first delimiter may be the first line.
         self._rest = b"\r\n"
@@ -133,8 +135,9 @@ class FormReader:
             self._give_up()
         disposition = _DISPOSITION.search(head)
         if disposition is not None:
-            found = _parameters(head[disposition.end() :].partition(b"\r\n")[0])
-            parameters = dict(islice(found, _MAX_PARAMETERS))
+            found = [*islice(_parameters(head[disposition.end() :].partition(b"\r\n")[0]), _MAX_PARAMETERS)]
+            parameters = dict(found)
+            self.models += any(key == b"name" and value.lower() == b"model" for key, value in found)
             # What has the name of a file is one.
             name = parameters.get(b"name", b"")
             if name in _WANTED and not _FILE_NAMES & parameters.keys():

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, Literal
 
 from ..errors import ProtocolError
+from .credentials import CREDENTIALS
 
 Field = tuple[bytes, bytes]
 
@@ -82,7 +83,6 @@ _PROXY_ONLY: Final = frozenset(
         b"path-info",
     }
 )
-_CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key"})
 # To servers that pass fields as variables (CGI, RFC 3875, section 4.1.18, and WSGI), - and _ are the same.
 _FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-")
 # RFC 9110, section 7.6.3: the version of the message that was received. A pseudonym is used, so no host name is
@@ -127,6 +127,10 @@ class Fields:
     def named(self, name: bytes) -> Sequence[bytes]:
         """The values of the field `name` (in lower case), in order."""
         return self.by_name.get(name, ())
+
+    def without(self, names: Collection[bytes]) -> Fields:
+        """These fields without those called `names` (in lower case)."""
+        return Fields([field for field in self.all if field[0].lower() not in names])
 
     def with_only(self, name: bytes, value: bytes) -> Fields:
         """These fields with one field `name`, which has this `value`, before all others."""
@@ -181,7 +185,7 @@ def to_upstream(
     }
     drop |= {name for name, values in said.items() if not values}
     if not credentials:
-        drop |= _CREDENTIALS
+        drop |= CREDENTIALS
     if credential is not None:
         drop.add(credential[0].translate(_FOLDED))
     if inspect:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from .extract import Extract, Gist, wanted
+from .extract import Extract, Gist, Members, wanted
 from .form import FormReader, boundary_of
 from .headers import Fields
 from .meaning import MAX_MODEL, NULL, UNREADABLE, text_of
@@ -170,6 +170,55 @@ def reader_of(fields: Fields) -> RequestReader | FormReader:
     types = fields.named(b"content-type")
     boundary = boundary_of(types[0]) if len(types) == 1 else None
     return RequestReader() if boundary is None else FormReader(boundary)
+
+
+class _ModelMembers(Extract):
+    """Counts the members that some parser may take for the model. Go's takes a name in upper case for one, too."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        super().__init__(Members())
+        self.number = 0
+
+    def _member(self, text: bytes, plain: bytes, at: int) -> int:
+        end = super()._member(text, plain, at)
+        self.number += bool(end) and self._name.lower() == b"model"
+        return end
+
+
+class ModelAudit:
+    """Finds out whether every parser reads the same model in a body that `reader` reads. `feed` takes its parts."""
+
+    __slots__ = ("_begin", "_members", "_reader")
+
+    def __init__(self, reader: RequestReader | FormReader) -> None:
+        self._reader = reader
+        self._begin = b""
+        self._members = _ModelMembers()
+
+    def feed(self, part: bytes) -> None:
+        self._reader.feed(part)
+        if isinstance(self._reader, RequestReader):
+            self._members.feed(part)
+        elif len(self._begin) < 2:
+            self._begin += part[:2]
+
+    @property
+    def twice(self) -> bool:
+        """Whether the body names its model more than once."""
+        number = self._members.number if isinstance(self._reader, RequestReader) else self._reader.models
+        return number > 1
+
+    @property
+    def model(self) -> str | None:
+        """The model. None if there is none, or if another parser may read another one.
+
+        What is before the first line of a form is not read. To a parser that does not look at the Content-Type it may
+        be JSON, so there must be nothing.
+        """
+        sound = self._begin.startswith(b"--") if isinstance(self._reader, FormReader) else not self._members.given_up
+        return self._reader.model if sound else None
 
 
 def _model(request: _Request) -> str | None:

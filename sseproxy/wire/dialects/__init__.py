@@ -15,7 +15,7 @@ from ..meaning import MAX_MODEL
 from .assistants import ASSISTANTS
 from .chat import CHAT, COMPLETIONS, GENERIC
 from .dialect import Dialect
-from .form import OPENAI, Form
+from .form import OPENAI, RATE_LIMITS, Allowance, Form
 from .gemini import GEMINI, GOOGLE
 from .media import IMAGES, SPEECH, TRANSCRIPTIONS
 from .messages import ANTHROPIC, MESSAGES
@@ -25,12 +25,15 @@ __all__ = [
     "DIALECTS",
     "DIALECT_NAMES",
     "OPENAI",
+    "RATE_LIMITS",
+    "Allowance",
     "Dialect",
     "Form",
     "asks_for_stream",
     "dialect_of",
     "form_of",
     "model_in",
+    "models_in",
 ]
 
 DIALECTS: Final = (
@@ -48,7 +51,7 @@ DIALECTS: Final = (
 """Tried in this order. The last one matches every path, and finds usage in the format of OpenAI's API."""
 
 
-_MODEL_IN_PATH: Final = re.compile(rf"/(?:models|deployments)/([^/:]{{1,{MAX_MODEL}}})[/:]")
+_MODEL_IN_PATH: Final = re.compile(rf"/(?:models|deployments)/([^/:]{{1,{MAX_MODEL}}})(?=[/:])")
 
 # Google's methods that stream, which answer in a list where the query does not ask for events; and what GET
 # /responses/{id} is asked for.
@@ -62,6 +65,11 @@ def model_in(path: str) -> str | None:
     """The model in `path`, as in the APIs of Gemini, Vertex AI and Azure. None if there is none, or it is too long."""
     match = _MODEL_IN_PATH.search(path)
     return match[1] if match else None
+
+
+def models_in(path: str) -> list[str]:
+    """All that may be a model in `path`."""
+    return _MODEL_IN_PATH.findall(path)
 
 
 def asks_for_stream(path: str, query: str) -> bool:

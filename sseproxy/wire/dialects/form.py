@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import Final, Literal, NamedTuple
 
 from ...errors import ExchangeError
+from ..headers import Field
+
+RATE_LIMITS: Final = (b"x-ratelimit-", b"anthropic-ratelimit-")
+"""How the names of the fields begin that tell a client its limits, in lower case."""
+
+
+class Allowance(NamedTuple):
+    """What a client may still use of `kind`, requests or tokens: `remaining` of `limit`, and all in `reset` seconds."""
+
+    kind: Literal["requests", "tokens"]
+    limit: int
+    remaining: int
+    reset: float
+
+
+def _openai_allowances(allowances: Sequence[Allowance], now: float) -> list[Field]:
+    """https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers; a time is written as in Go."""
+    return [
+        (b"x-ratelimit-%b-%b" % (what, allowance.kind.encode()), value)
+        for allowance in allowances
+        for what, value in (
+            (b"limit", b"%d" % allowance.limit),
+            (b"remaining", b"%d" % allowance.remaining),
+            (b"reset", b"%dms" % ceil(allowance.reset * 1000)),
+        )
+    ]
 
 
 class Form(NamedTuple):
-    """How a client is told that its stream goes on, or that something failed.
+    """How a client is told that its stream goes on, that something failed, or how much it may still use.
 
     `heartbeat` is written between two events, and is none. `refusal(error)` is the body of an error response.
     `farewell(error, number)` is the event that says why a stream ends after `number` events. `paths` are those paths of
-    the API that no dialect reads.
+    the API that no dialect reads. `allowances(allowances, now)` are header fields; `now` is the Unix time.
     """
 
     heartbeat: bytes
     refusal: Callable[[ExchangeError], bytes]
     farewell: Callable[[ExchangeError, int], bytes]
     paths: re.Pattern[str]
+    allowances: Callable[[Sequence[Allowance], float], list[Field]] = _openai_allowances
 
 
 def document(content: dict[str, object]) -> bytes:

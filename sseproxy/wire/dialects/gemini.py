@@ -96,6 +96,8 @@ def read_gemini(kind: bytes, data: bytes) -> Meaning:
 # https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto has the HTTP status of each; another status
 # below 500 is the client's fault, and from there on the API's.
 _STATUSES: Final = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
     404: "NOT_FOUND",
     408: "DEADLINE_EXCEEDED",
     429: "RESOURCE_EXHAUSTED",

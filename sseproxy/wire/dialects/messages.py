@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from math import ceil
 from typing import Final
 
 import msgspec
@@ -10,6 +13,7 @@ import msgspec
 from ...errors import ExchangeError
 from ..deltas import text_under
 from ..extract import wanted
+from ..headers import Field
 from ..meaning import (
     DELTA,
     END,
@@ -26,7 +30,7 @@ from ..meaning import (
     text_of,
 )
 from .dialect import Dialect
-from .form import COMMENT, Form, document, error_event
+from .form import COMMENT, Allowance, Form, document, error_event
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -107,6 +111,8 @@ def read_message(kind: bytes, data: bytes) -> Meaning:
 
 # https://docs.anthropic.com/en/api/errors; another status below 500 is the client's fault, and from there on the API's.
 _ERROR_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
@@ -120,11 +126,25 @@ def _error(error: ExchangeError) -> dict[str, object]:
     return {"type": "error", "error": {"type": _ERROR_TYPES.get(error.status, usual), "message": error.message}}
 
 
+def _allowances(allowances: Sequence[Allowance], now: float) -> list[Field]:
+    """https://docs.anthropic.com/en/api/rate-limits#response-headers; a time is written as in RFC 3339."""
+    return [
+        (b"anthropic-ratelimit-%b-%b" % (allowance.kind.encode(), what), value)
+        for allowance in allowances
+        for what, value in (
+            (b"limit", b"%d" % allowance.limit),
+            (b"remaining", b"%d" % allowance.remaining),
+            (b"reset", f"{datetime.fromtimestamp(ceil(now + allowance.reset), UTC):%Y-%m-%dT%H:%M:%SZ}".encode()),
+        )
+    ]
+
+
 ANTHROPIC: Final = Form(
     COMMENT,
     lambda error: document(_error(error)),
     lambda error, number: error_event(_error(error)),
     re.compile(r"/messages/(?:count_tokens|batches)"),
+    _allowances,
 )
 
 

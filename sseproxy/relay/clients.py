@@ -1,0 +1,388 @@
+"""Who calls: finds the client whose key a request has, checks what the client may use, and counts what it uses.
+
+A request occupies a place of its client, and a part of its tokens is reserved, from before it is sent until its end.
+Then what the upstream has reported is charged. If it has reported nothing, what was seen is charged as an estimate. No
+stream is cut for a limit, so a limit of tokens may be exceeded by what the last requests have used more than reserved.
+
+Without `clients` in the configuration there is none of this. With them, a request needs a key, except on routes that
+are open to everybody.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from time import (
+    perf_counter,
+    time,  # noqa: TID251 - a timestamp is exported
+)
+from typing import TYPE_CHECKING, Final, Literal
+
+from ..errors import LimitExceeded, RequestError
+from ..ledger import windows
+from ..ledger.windows import Use
+from ..wire.credentials import digest, public_part
+from ..wire.demand import OUTPUT, Demand
+from ..wire.dialects import RATE_LIMITS, Allowance, Form, models_in
+from ..wire.form import FormReader
+from ..wire.headers import Field, Fields, client_block
+from ..wire.request import ModelAudit, RequestReader
+from .routes import said, some
+
+if TYPE_CHECKING:
+    from ..config import Client as Options
+    from ..config import Route
+    from ..config.plain import Rate
+    from ..ledger.table import Count, Row
+    from .exchange import Exchange
+
+log = logging.getLogger(__name__)
+
+# So many wrong keys of one address are answered 401 within so many seconds. A deployment with an old key makes a few.
+# Nobody guesses a key of 256 bits: this only keeps those who try from costing much.
+_MOST_WRONG: Final = 10
+_WRONG_WITHIN: Final = 60.0
+# Addresses whose wrong keys are counted at the same time. Each takes about 200 bytes.
+_MOST_ADDRESSES: Final = 1_000
+# Bytes of a digest by which it is looked up. So many tell nothing about the rest of it, nor about the key.
+_PREFIX: Final = 8
+# As in `wire.demand`, for answers whose tokens are not known.
+_BYTES_OF_A_TOKEN: Final = 4
+
+
+def counted(clients: Iterable[Options]) -> list[str]:
+    """The names in the ledger of what is counted of `clients`: of each, only what has a limit."""
+    found: list[str] = []
+    for client in clients:
+        limits = client.limits
+        if limits.active_requests is not None:
+            found.append(_active(client.name))
+        if limits.requests is not None:
+            found += windows.names(_requests(client.name), limits.requests.seconds)
+        if limits.tokens is not None:
+            found += [_reserved(client.name), *windows.names(_tokens(client.name), limits.tokens.seconds)]
+    return found
+
+
+def _active(client: str) -> str:
+    return f"client {client}"
+
+
+def _requests(client: str) -> str:
+    return f"requests {client}"
+
+
+def _tokens(client: str) -> str:
+    return f"tokens {client}"
+
+
+def _reserved(client: str) -> str:
+    return f"reserved {client}"
+
+
+class Client:
+    """One client: its name, which models and routes it may use, and how much. `row` is the worker's in the ledger."""
+
+    __slots__ = ("_active", "_requests", "_routes", "_tokens", "models", "name")
+
+    def __init__(self, options: Options, row: Row) -> None:
+        self.name = name = options.name
+        self.models: Sequence[str] = options.models
+        """Globs for the models that it may use. Empty means all."""
+        self._routes: Sequence[str] = options.routes
+        # Each limit, with what counts towards it. None if it is off.
+        most = options.limits
+        self._active = None if most.active_requests is None else (most.active_requests, row.count(_active(name)))
+        self._requests: tuple[Rate, windows.Window] | None = None
+        if most.requests is not None:
+            self._requests = most.requests, row.window(_requests(name), most.requests.seconds)
+        self._tokens: tuple[Rate, windows.Window, Count] | None = None
+        if most.tokens is not None:
+            used, reserved = row.window(_tokens(name), most.tokens.seconds), row.count(_reserved(name))
+            self._tokens = most.tokens, used, reserved
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether its tokens are limited."""
+        return self._tokens is not None
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether its requests or tokens are limited within a time."""
+        return self._requests is not None or self._tokens is not None
+
+    def room(self, tokens: int) -> int:
+        """How many tokens to reserve for a request that may need `tokens`. Raises `LimitExceeded` above a limit.
+
+        Of a request that needs more than the limit, all of the limit is reserved, so that it is not refused for ever.
+        """
+        if self._active is not None and self._active[1].total() >= self._active[0]:
+            raise LimitExceeded("active_requests", f"{self._active[0]} active requests", 1.0)
+        if self._requests is not None:
+            rate, requests = self._requests
+            if wait := requests.use().wait(rate.number, 1):
+                raise LimitExceeded("requests", _spelled(rate, "requests"), wait)
+        if self._tokens is not None:
+            rate, used, reserved = self._tokens
+            tokens = min(tokens, rate.number)
+            if tokens and (wait := _with_reserved(used, reserved).wait(rate.number, tokens)):
+                raise LimitExceeded("tokens", _spelled(rate, "tokens"), wait)
+        return tokens
+
+    def take(self, tokens: int) -> None:
+        """Counts a request, and reserves `tokens` for it."""
+        if self._active is not None:
+            self._active[1].add(1)
+        if self._requests is not None:
+            self._requests[1].add(1)
+        if self._tokens is not None:
+            self._tokens[2].add(tokens)
+
+    def give_back(self, reserved: int) -> None:
+        """Counts a request as active no more, and releases what was reserved for it."""
+        if self._active is not None:
+            self._active[1].add(-1)
+        if self._tokens is not None:
+            self._tokens[2].add(-reserved)
+
+    def charge(self, tokens: int) -> None:
+        """Counts `tokens` as used now."""
+        if self._tokens is not None and tokens:
+            self._tokens[1].add(tokens)
+
+    def allowances(self) -> list[Allowance]:
+        """What it may still use."""
+        found: list[Allowance] = []
+        if self._requests is not None:
+            rate, requests = self._requests
+            found.append(_allowance("requests", requests.use(), rate.number))
+        if self._tokens is not None:
+            rate, used, reserved = self._tokens
+            found.append(_allowance("tokens", _with_reserved(used, reserved), rate.number))
+        return found
+
+    def check_route(self, route: Route) -> None:
+        """Raises `RequestError` if it may not use `route`."""
+        if self._routes and route.name not in self._routes:
+            raise RequestError(
+                "route_not_allowed",
+                f"This key may not use the route {route.name}; it may use {some(self._routes)}.",
+            )
+
+    def may_use(self, model: str) -> bool:
+        """Whether it may use `model`."""
+        return not self.models or any(fnmatchcase(model, glob) for glob in self.models)
+
+    def check_models(self, named: Iterable[str], *, body_needed: bool) -> None:
+        """Raises `RequestError` unless it may use all models that are `named`.
+
+        `body_needed`: the request has a body, so it has to name a model.
+        """
+        allowed, names = some(self.models), list(named)
+        for name in names:
+            if not self.may_use(name):
+                message = f"This key may not use the model '{said(name)}'; it may use {allowed}."
+                raise RequestError("model_not_allowed", message)
+        if body_needed and not names:
+            message = f"No model can be read in this request; this key may only use {allowed}."
+            raise RequestError("model_not_allowed", message)
+
+
+def _with_reserved(used: windows.Window, reserved: Count) -> Use:
+    """What was used, with what is reserved: most of that will have been used soon."""
+    use = used.use()
+    return use._replace(present=use.present + reserved.total())
+
+
+def _allowance(kind: Literal["requests", "tokens"], use: Use, limit: int) -> Allowance:
+    return Allowance(kind, limit, max(0, limit - use.total), use.wait(limit, limit))
+
+
+def _spelled(rate: Rate, what: str) -> str:
+    unit = {1: "second", 60: "minute", 3600: "hour"}.get(rate.seconds, "day")
+    return f"{rate.number} {what} per {unit}"
+
+
+def unreported(exchange: Exchange, input: int, output: int) -> int:
+    """How many tokens `exchange` has probably used in addition to those that the upstream has reported.
+
+    `input` is what its text has, and `output` is what it may generate. If it was never sent, or was answered with an
+    error, it has used none. If it was sent, its input was read, even if the client has left since. Of a stream, each
+    event with content counts as a token.
+    """
+    if not exchange.request_bytes or exchange.repeats or (exchange.head_at is not None and not exchange.succeeded):
+        return 0
+    usage = exchange.usage
+    if usage is None or usage.is_zero:
+        told_input = told_output = False
+    else:
+        told_input, told_output = usage.input is not None, usage.output is not None
+        if usage.seconds is not None and not told_input:
+            return 0
+    if told_output or exchange.head_at is None:
+        seen = 0
+    elif exchange.is_stream and exchange.unread is None:
+        seen = exchange.deltas
+    else:
+        seen = min(exchange.response_bytes // _BYTES_OF_A_TOKEN, output)
+    return (0 if told_input else input) + seen
+
+
+class Visit:
+    """One request of `client`: what it may use, what was reserved for it, and what it has used."""
+
+    __slots__ = ("_audit", "_demand", "_input", "_output", "_reserved", "client")
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._audit: ModelAudit | None = None
+        self._demand: Demand | None = None
+        # What it may need, if it generates anything.
+        self._input = self._output = 0
+        # How many tokens are reserved. None if the request is not counted.
+        self._reserved: int | None = None
+
+    @property
+    def reads_body(self) -> bool:
+        """Whether the body has to be read before the request is sent."""
+        return bool(self.client.models) or self.client.counts_tokens
+
+    def feeding(self, reader: RequestReader | FormReader) -> Callable[[bytes], None]:
+        """What takes the parts of the body that `reader` reads."""
+        feed = reader.feed
+        if self.client.models:
+            self._audit = ModelAudit(reader)
+            feed = self._audit.feed
+        # A form has files, which are no text.
+        if not self.client.counts_tokens or isinstance(reader, FormReader):
+            return feed
+        demand = self._demand = Demand()
+
+        def feed_both(part: bytes) -> None:
+            feed(part)
+            demand.feed(part)
+
+        return feed_both
+
+    def check_model(self, path: str, *, read: bool, has_body: bool) -> None:
+        """Raises `RequestError` unless it may use the model in `path` and in the body, if that was `read`."""
+        if not self.client.models:
+            return
+        names = models_in(path)
+        if read and self._audit is not None:
+            if self._audit.twice:
+                raise RequestError("model_twice")
+            if self._audit.model is not None:
+                names.append(self._audit.model)
+        self.client.check_models(names if read or not has_body else (), body_needed=has_body)
+
+    def begin(self, *, generates: bool) -> None:
+        """Counts the request, and reserves what it may need if it `generates` anything. Raises `LimitExceeded`."""
+        if generates:
+            self._output = OUTPUT
+            if self._demand is not None:
+                self._input, self._output = self._demand.input, self._demand.output
+        self._demand = self._audit = None
+        tokens = self.client.room(self._input + self._output)
+        self._reserved = tokens
+        self.client.take(tokens)
+
+    def release(self) -> None:
+        """Releases what `begin` has counted and reserved."""
+        if self._reserved is not None:
+            self.client.give_back(self._reserved)
+            self._reserved = None
+
+    def settle(self, exchange: Exchange) -> None:
+        """Charges what was used, if the request was counted. Call it before `release`."""
+        if self._reserved is None:
+            return
+        usage = exchange.usage
+        reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
+        if self._output:
+            exchange.estimated = unreported(exchange, self._input, self._output)
+        self.client.charge(reported + exchange.estimated)
+
+    def told(self, fields: Fields, form: Form) -> Fields:
+        """The fields of a response, with the client's limits instead of those of the upstream's key."""
+        if not self.client.has_rates:
+            return fields
+        kept = [field for field in fields.all if not field[0].lower().startswith(RATE_LIMITS)]
+        return Fields([*kept, *self.allowances(form)])
+
+    def allowances(self, form: Form) -> list[Field]:
+        """The fields that tell the client what it may still use."""
+        return form.allowances(self.client.allowances(), time())
+
+
+class Clients:
+    """All clients of a worker, by the digests of their keys. `row` is the worker's row in the ledger."""
+
+    def __init__(self, clients: Iterable[Options], row: Row) -> None:
+        self._by_prefix: dict[bytes, list[tuple[bytes, Client]]] = {}
+        for options in clients:
+            client = Client(options, row)
+            for spelled in options.digests:
+                known = bytes.fromhex(spelled)
+                self._by_prefix.setdefault(known[:_PREFIX], []).append((known, client))
+        self._wrong = WrongKeys()
+
+    def with_key(self, key: bytes) -> Client | None:
+        """The client that has `key`."""
+        asked = digest(key)
+        for known, client in self._by_prefix.get(asked[:_PREFIX], ()):
+            if hmac.compare_digest(known, asked):
+                return client
+        return None
+
+    def caller(self, keys: set[bytes], address: Callable[[], str]) -> Client:
+        """The client that sends a request with `keys`. `address` returns the address of the client.
+
+        Raises `RequestError` if there is no key, if it is wrong, or if there are different ones.
+        """
+        if not keys:
+            raise RequestError("missing_api_key")
+        if len(keys) > 1:
+            raise RequestError("invalid_api_key", "There are two different keys in this request.")
+        (key,) = keys
+        client = self.with_key(key)
+        if client is None:
+            raise self._wrong.refusal(address(), public_part(key))
+        return client
+
+
+class WrongKeys:
+    """Counts the wrong keys of each address, an IPv4 address or a /64 network of IPv6, within a minute.
+
+    Right keys are not looked at here: behind a balancer, all clients may have one address.
+    """
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
+        # For each address, how many there were, and when the first one was. The oldest comes first.
+        self._of: dict[str, tuple[int, float]] = {}
+
+    def refusal(self, address: str, key: str | None) -> RequestError:
+        """The answer to a wrong key from `address`. `key` is what a log may name of it."""
+        block, now = client_block(address), self._clock()
+        number, since = self._of.get(block, (0, now))
+        if now - since >= _WRONG_WITHIN:
+            number, since = 0, now
+        if not number:
+            self._of.pop(block, None)
+            if len(self._of) >= _MOST_ADDRESSES:
+                del self._of[next(iter(self._of))]
+        number += 1
+        self._of[block] = number, since
+        cause = None if key is None else f"the key {key}"
+        if number <= _MOST_WRONG:
+            return RequestError("invalid_api_key", cause=cause)
+        if number == _MOST_WRONG + 1:
+            log.warning(
+                "%d wrong keys came from %s within a minute: further ones are answered 429", _MOST_WRONG, block or "?"
+            )
+        error = RequestError("too_many_wrong_keys", cause=cause)
+        error.retry_after = since + _WRONG_WITHIN - now
+        return error

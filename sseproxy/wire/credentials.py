@@ -1,0 +1,111 @@
+"""The keys of clients: what one looks like, where the SDKs of each API put it, and how it is removed from a request."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+from collections.abc import Collection, Iterator
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote, unquote_to_bytes
+
+if TYPE_CHECKING:
+    from .headers import Fields
+
+CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key"})
+"""The fields that hold a key, in lower case: of OpenAI and Anthropic, of Azure, of Anthropic, and of Google."""
+# Those whose whole value is the key.
+_BARE: Final = (b"x-api-key", b"x-goog-api-key", b"api-key")
+# Parameters of a query that hold a key or a token: Google's, and RFC 6750, section 2.3.
+_PARAMETERS: Final = frozenset({"key", "$key", "access_token"})
+_SEPARATOR: Final = re.compile("([&;])")
+
+# GitHub's advice for keys: a prefix by which scanners find one, and no character at which a double click ends.
+# https://github.blog/engineering/behind-githubs-new-authentication-token-formats/
+_ALPHABET: Final = string.digits + string.ascii_letters
+# 43 characters of 62 have 256 bits. The public part has 71, so two keys never share it.
+_PUBLIC, _SECRET = 12, 43
+_KEY: Final = re.compile(rb"(sseproxy_[0-9A-Za-z]{%d})_[0-9A-Za-z]{%d}" % (_PUBLIC, _SECRET))
+
+
+def new_key() -> str:
+    """A new random key, `sseproxy_PUBLIC_SECRET`. Logs may name what is before the secret."""
+    public, secret = ("".join(secrets.choice(_ALPHABET) for _ in range(size)) for size in (_PUBLIC, _SECRET))
+    return f"sseproxy_{public}_{secret}"
+
+
+def public_part(key: bytes) -> str | None:
+    """What logs may name of `key`. None unless it has the form of a key that sseproxy has made."""
+    found = _KEY.fullmatch(key)
+    return found[1].decode() if found else None
+
+
+def digest(key: bytes) -> bytes:
+    """What is stored of a key. Keys are random, so nobody can try them out, and a fast digest is enough."""
+    return sha256(key).digest()
+
+
+def keys_in(fields: Fields, query: str) -> set[bytes]:
+    """The different keys in a request. `query` begins with its `?`, or is empty.
+
+    A key is in `Authorization: Bearer` (RFC 6750, section 2.1), in another field of `CREDENTIALS`, or in a parameter of
+    the query.
+    """
+    found: set[bytes] = set()
+    for value in fields.named(b"authorization"):
+        scheme, _, token = value.partition(b" ")
+        if scheme.lower() == b"bearer":
+            found.add(token.strip(b" \t"))
+    for name in _BARE:
+        found.update(value.strip(b" \t") for value in fields.named(name))
+    if _may_have_key(query):
+        found.update(
+            unquote_to_bytes(part.partition("=")[2].encode(errors="surrogateescape"))
+            for part in _SEPARATOR.split(query[1:])[::2]
+            if _is_key(part)
+        )
+    found.discard(b"")
+    return found
+
+
+def _may_have_key(query: str) -> bool:
+    return "%" in query or any(name in query.lower() for name in _PARAMETERS)
+
+
+def _is_key(parameter: str) -> bool:
+    return unquote(parameter.partition("=")[0]).lower() in _PARAMETERS
+
+
+def without_key(query: str, other: bytes | None = None) -> str:
+    """`query` (with its `?`, or empty) without the client's key. All other bytes stay.
+
+    The name of a parameter is found in any spelling, and whether it is separated by `&` or by `;`, because some servers
+    split a query at both. A separator beside the parameter is removed, too: a `;` rather than a `&`. If the key is
+    `other`, parameters of any name that have it in their value are removed as well.
+    """
+    if not _may_have_key(query) and other is None:
+        return query
+    kept: list[str] = []
+    between = ""
+    for index, part in enumerate(_SEPARATOR.split(query[1:])):
+        if index % 2:
+            between += part
+        elif not _is_key(part) and not (other is not None and has_key(part, other)):
+            kept += ["&" if "&" in between else between[:1], part] if kept else ["?", part]
+            between = ""
+    return "".join(kept)
+
+
+def has_key(text: str, key: bytes) -> bool:
+    """Whether a path or a part of a query has `key` in it, in any spelling."""
+    return key in unquote_to_bytes(text.encode(errors="surrogateescape"))
+
+
+def strays(fields: Fields, key: bytes) -> Collection[bytes]:
+    """The names of fields that have `key` in their value and are not known to hold one."""
+    return set(_with_key(fields, key)) if key in b"\n".join(value for _, value in fields.all) else ()
+
+
+def _with_key(fields: Fields, key: bytes) -> Iterator[bytes]:
+    return (name.lower() for name, value in fields.all if key in value and name.lower() not in CREDENTIALS)

@@ -1,0 +1,81 @@
+"""How many tokens a request may need, estimated before it is sent.
+
+The input is a quarter of the text, in bytes, as OpenAI counts English. Pictures and sound in base64 are left out: they
+need few tokens for their size. The output is what the request limits it to.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+from .extract import Gist, wanted
+from .meaning import NULL, UNREADABLE
+
+OUTPUT: Final = 1_000
+"""Tokens of an answer to a request that does not limit it."""
+# https://platform.openai.com/tokenizer
+_BYTES_OF_A_TOKEN: Final = 4
+# No word of a language is as long. It is looked for only where a run begins, so each byte is looked at once or twice.
+_BASE64: Final = re.compile(rb"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{200,}")
+# Digits of a number of tokens.
+_MAX_DIGITS: Final = 12
+
+
+class _Generation(msgspec.Struct, gc=False):
+    maxOutputTokens: msgspec.Raw = NULL
+    candidateCount: msgspec.Raw = NULL
+
+
+class _Request(msgspec.Struct, gc=False):
+    """The names of limits, in all APIs."""
+
+    max_tokens: msgspec.Raw = NULL
+    max_completion_tokens: msgspec.Raw = NULL
+    max_output_tokens: msgspec.Raw = NULL
+    n: msgspec.Raw = NULL
+    best_of: msgspec.Raw = NULL
+    generationConfig: _Generation | None = None
+
+
+_decode_request: Final = msgspec.json.Decoder(_Request).decode
+_MEMBERS: Final = wanted(_Request)
+_NO_GENERATION: Final = _Generation()
+
+
+class Demand:
+    """What a request in JSON may need. `feed` takes the parts of its body."""
+
+    __slots__ = ("_gist", "_text")
+
+    def __init__(self) -> None:
+        self._gist = Gist(_MEMBERS)
+        self._text = 0
+
+    def feed(self, part: bytes) -> None:
+        self._gist.feed(part)
+        self._text += len(_BASE64.sub(b"", part))
+
+    @property
+    def input(self) -> int:
+        """Tokens of the text so far."""
+        return -(-self._text // _BYTES_OF_A_TOKEN)
+
+    @property
+    def output(self) -> int:
+        """Tokens that may be generated."""
+        try:
+            request = _decode_request(self._gist.text() or b"")
+        except UNREADABLE:
+            return OUTPUT
+        gemini = request.generationConfig or _NO_GENERATION
+        limits = (request.max_tokens, request.max_completion_tokens, request.max_output_tokens, gemini.maxOutputTokens)
+        times = (request.n, request.best_of, gemini.candidateCount)
+        return (max(map(_count, limits)) or OUTPUT) * max(1, *map(_count, times))
+
+
+def _count(value: msgspec.Raw) -> int:
+    digits = bytes(value)
+    return int(digits) if digits.isdigit() and len(digits) <= _MAX_DIGITS else 0
