@@ -181,7 +181,7 @@ class Standing:
         late = [since > succeeded_at for since in self._failing_since.each()]
         failures = sum(number for number, counts in zip(self._failures.each(), late, strict=True) if counts)
         refusals = sum(number for number, counts in zip(self._refusals.each(), late, strict=True) if counts)
-        return Evidence(failures, refusals, succeeded_at, max(self._passed_at.each()), self.active.each())
+        return Evidence(failures, refusals, succeeded_at, max(self._passed_at.all()), self.active.each())
 
     def eject(self, serial: int, trial: int | None) -> None:
         """It is not used, but by the worker with the row `trial`, once. `serial` is above 0, and new in each call."""
