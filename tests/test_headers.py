@@ -62,6 +62,7 @@ def upstream(
         trusted=trusted,
         scheme=scheme,
         request_id=b"id-1",
+        credentials=credential is None,
         credential=credential,
         inspect=inspect,
     )

@@ -452,7 +452,8 @@ class Route(_Model):
         Field(min_length=1),
     ]
     """The name of an upstream, or a list. The next one in the list is asked where the one before has no endpoint left
-    for a request. In the list, `{name: NAME, model: MODEL}` also replaces the model in the request."""
+    for a request. In the list, `{name: NAME, model: MODEL}` also replaces the model in the request. The client's
+    credentials go to the first one only, so others need an `api_key` if they want one."""
     retry: Retry = Retry()
     merge_models: bool = False
     """Answer `GET .../models` with the models of all endpoints of the route. A request for a model that only some of

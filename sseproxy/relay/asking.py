@@ -188,7 +188,7 @@ class Asking:
     async def _ask_in_turn(self) -> Asked:
         question, exchange, body = self._asked, self._exchange, self._request.body
         options = question.route.retry
-        course = self._course = self._course_of(question)
+        course = self._course = await self._course_of(question)
         step = course.first()
         if step is None:
             raise UpstreamError("dns", cause=f"{question.route.upstream[0].name}: no address is known")
@@ -197,6 +197,7 @@ class Asking:
             self._goes_to(step)
             exchange.attempts = course.attempts
             if step.pause:
+                self._clock.pause()
                 await asyncio.sleep(step.pause)
             asked, error = None, None
             try:
@@ -209,7 +210,7 @@ class Asking:
                 assert asked is not None
                 return self._fitting(asked)
             self._note(failure, step)
-            following = course.next(failure) if body.repeatable else None
+            following = course.next(failure, self._repeatable()) if body.repeatable else None
             if following is None:
                 if error is not None:
                     raise error
@@ -237,11 +238,11 @@ class Asking:
         with suppress(UpstreamError):
             await models.get(self._request.fields)
 
-    def _course_of(self, question: Question) -> Course:
+    async def _course_of(self, question: Question) -> Course:
         route, proxy, read = question.route, self._proxy, question.read
         sources = proxy.upstreams[route.upstream[0].name].affinity
         parts = self._request.body.whole if read is not None and question.coding == b"" else None
-        key = affinity.key_of(sources, self._request.fields, parts) if sources else None
+        key = await affinity.key_of(sources, self._request.fields, parts) if sources else None
         targets = [
             (target, proxy.upstreams[target.name])
             for target in route.upstream
@@ -258,12 +259,16 @@ class Asking:
             ] or targets
         if not targets:
             raise RequestError("encoding" if question.coding != b"" else "body_too_large")
-        return Course(route.retry, targets, question.model, key, self._exchange.received_at, self._repeatable(question))
+        return Course(route.retry, targets, question.model, key, self._exchange.received_at)
 
-    def _repeatable(self, question: Question) -> Repeatable:
+    def _repeatable(self) -> Repeatable:
+        """When the request may be repeated, as far as it is known now: its body may still be coming."""
+        question, request = self._asked, self._request
         dialect, reader = question.dialect, question.read or question.passing
-        posts_to_state = dialect.name == "assistants" and self._request.method == "POST"
-        if posts_to_state or (isinstance(reader, RequestReader) and reader.belongs_to_state):
+        keeps, known = dialect.keeps and request.method == "POST", isinstance(reader, RequestReader)
+        if keeps and (dialect.name == "assistants" or not (known and request.body.ended)):
+            return "connect"
+        if isinstance(reader, RequestReader) and reader.belongs_to_state:
             return "connect"
         return "always" if dialect.generates or self._is_idempotent else "refused"
 
@@ -454,7 +459,9 @@ class Asking:
         """
         question, request, body = self._asked, self._request, self._request.body
         idempotent, spare = self._is_idempotent, self._ticket.spare
-        query = question.query if endpoint.credential is None else routes.without_key(question.query)
+        # A client's key is for the first upstream of the route. Another one may be somebody else's.
+        meant = endpoint.credential is None and upstream.name == question.route.upstream[0].name
+        query = question.query if meant else routes.without_key(question.query)
         target = routes.upstream_path(question.route, endpoint.base_path, question.path) + query
 
         def outgoing(reused: bool) -> Outgoing:
@@ -468,7 +475,7 @@ class Asking:
                 body.keeps = size if reused or not spare or size <= keeps else 0
                 parts = changed(body.take(), splices) if splices else body.take()
                 framing = None if framing is None else sum(map(len, parts))
-            head = self._head_out(endpoint, target, framing)
+            head = self._head_out(endpoint, target, framing, credentials=meant)
             rest = body if whole is None else None
             if rest is not None:
                 request.send_continue()
@@ -491,8 +498,8 @@ class Asking:
     def _is_idempotent(self) -> bool:
         return self._request.method in _SAFE_METHODS or bool(self._request.fields.named(b"idempotency-key"))
 
-    def _head_out(self, endpoint: Endpoint, target: str, framing: Framing | None) -> bytes:
-        """The request head for `endpoint`."""
+    def _head_out(self, endpoint: Endpoint, target: str, framing: Framing | None, *, credentials: bool) -> bytes:
+        """The request head for `endpoint`, with the client's `credentials` or without them."""
         request, connection = self._request, self._request.connection
         peer = connection.address
         return headers.serialize(
@@ -506,6 +513,7 @@ class Asking:
                 trusted=self._proxy.trusts(peer),
                 scheme=b"https" if connection.is_tls else b"http",
                 request_id=request.id,
+                credentials=credentials,
                 credential=endpoint.credential,
                 inspect=self._asked.inspect,
             ),
@@ -513,8 +521,8 @@ class Asking:
 
     def _interim(self, head: ResponseHead) -> None:
         """Forwards an interim response (RFC 9110, section 15.2)."""
-        # Nothing may come between a head and its body.
-        if self.early is None or not self.early.sent:
+        # Another endpoint may have to answer, and what the client gets is from one only.
+        if self._course is None or not self._course.several:
             made = response_head(head, self._request.id, framing=(), event_stream=False, connection=None, date=None)
             self._request.send_interim(head.status, made)
 
@@ -531,7 +539,7 @@ class Asking:
             return False
         self._clock.enter("idle", perf_counter())
         peek = Peek(connection, head.framing, _MAX_REFUSAL)
-        if REFUSED not in await peek.look():
+        if REFUSED not in await attempt.until(peek.look()):
             peek.put_back()
             return False
         if peek.whole and not attempt.uploads:

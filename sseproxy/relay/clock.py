@@ -80,6 +80,10 @@ class Clock:
         self._total_due = float("inf")
         self.client_blocked(stalled)
 
+    def pause(self) -> None:
+        """No phase is under way. Until the next one begins, only the total timeout counts."""
+        self._limit = float("inf")
+
     @property
     def body_timeout(self) -> float:
         """`timeouts.body` of the route, in seconds."""
@@ -100,6 +104,9 @@ class Clock:
             if self._armed_for <= due:
                 return
             self._handle.cancel()
+            self._handle = None
+        if due == float("inf"):
+            return
         self._armed_for = due
         self._handle = self._loop.call_later(max(0.0, due - perf_counter()), self._fire)
 

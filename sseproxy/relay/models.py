@@ -64,11 +64,14 @@ def asks_for_models(method: str, path: str, prefix: str) -> bool:
 
 
 class ModelLists:
-    """The lists of models of the `upstreams` of one route."""
+    """The lists of models of the `upstreams` of one route. The credentials of clients are sent to `meant` only."""
 
-    def __init__(self, upstreams: Sequence[Upstream]) -> None:
+    def __init__(self, upstreams: Sequence[Upstream], meant: str) -> None:
         self._upstreams = upstreams
-        self._ours = all(endpoint.credential is not None for up in upstreams for endpoint in up.endpoints)
+        self._meant = meant
+        self._ours = all(
+            endpoint.credential is not None for up in upstreams if up.name == meant for endpoint in up.endpoints
+        )
         self._kept: dict[bytes, Listed] = {}
         self._fetching: dict[bytes, asyncio.Task[Listed]] = {}
 
@@ -109,7 +112,9 @@ class ModelLists:
 
     async def _fetch(self, key: bytes, credentials: Sequence[headers.Field]) -> Listed:
         asked = [(up, endpoint) for up in self._upstreams for endpoint in up.usable()[:_MAX_ASKED]]
-        lists = await asyncio.gather(*(_models_of(endpoint, credentials) for _, endpoint in asked))
+        lists = await asyncio.gather(
+            *(_models_of(endpoint, credentials if up.name == self._meant else []) for up, endpoint in asked)
+        )
         found: dict[str, dict[str, bytes]] = {}
         for (upstream, _), models in zip(asked, lists, strict=True):
             if models is not None:

@@ -98,7 +98,9 @@ class Proxy:
         }
         """The upstream and the endpoint of each route for which there is never another one."""
         self.models_of = {
-            route.name: ModelLists([self.upstreams[one.name] for one in route.upstream if one.model is None])
+            route.name: ModelLists(
+                [self.upstreams[one.name] for one in route.upstream if one.model is None], route.upstream[0].name
+            )
             for route in config.routes
             if route.merge_models
         }

@@ -85,7 +85,8 @@ def retry_after(fields: Fields) -> float | None:
         for value in fields.named(name):
             if _SECONDS.fullmatch(value):
                 return float(value) * unit
-            with suppress(ValueError, TypeError):
+            # Dates of other years and zones than there are raise these.
+            with suppress(ValueError, TypeError, OverflowError):
                 at = parsedate_to_datetime(value.decode("latin-1"))
                 return max(0.0, (at - datetime.now(UTC)).total_seconds())
     return None
@@ -107,7 +108,7 @@ class Course:
         "_targets",
         "_tried",
         "attempts",
-        "repeatable",
+        "several",
     )
 
     def __init__(
@@ -117,33 +118,33 @@ class Course:
         model: str | None,
         key: bytes | None,
         received_at: float,
-        repeatable: Repeatable,
     ) -> None:
         self._options = options
         self._targets = list(targets)
         self._model = model
         self._key = key
         self._received_at = received_at
-        self.repeatable: Repeatable = repeatable
         self._tried: list[Endpoint] = []
         # Attempts at the present upstream, and whether an endpoint was asked a second time.
         self._made = 0
         self._again = False
         self.attempts = 0
         """How many attempts were made, at all upstreams together."""
+        self.several = False
+        """Whether more than one attempt is possible. It is known once the first one is."""
 
     @property
     def has_fallback(self) -> bool:
         """Whether there is an upstream after the present one."""
         return len(self._targets) > 1
 
-    @property
-    def several(self) -> bool:
-        """Whether more than one attempt is possible."""
-        return len(self._targets) > 1 or len(self._targets[0][1].endpoints) > 1 or "same" in self._options.on
-
     def first(self) -> Step | None:
         """The first attempt. None if the first upstream has no endpoint at all."""
+        step = self._first()
+        self.several = len(self._targets) > 1 or len(self._targets[0][1].endpoints) > 1 or "same" in self._options.on
+        return step
+
+    def _first(self) -> Step | None:
         for place, (target, upstream) in enumerate(self._targets):
             endpoint = upstream.choose(target.model or self._model, self._key)
             if endpoint is not None:
@@ -154,18 +155,18 @@ class Course:
         endpoint = upstream.choose(target.model or self._model, self._key, any_state=True)
         return None if endpoint is None else self._step(endpoint)
 
-    def next(self, failure: Failure) -> Step | None:
+    def next(self, failure: Failure, repeatable: Repeatable) -> Step | None:
         """The attempt after `failure`, or None if there is none."""
         options, reason = self._options, failure.reason
-        in_time = options.until == "end" or perf_counter() - self._received_at < options.within
-        if not (self._may_repeat(reason) and in_time):
+        left = float("inf") if options.until == "end" else self._received_at + options.within - perf_counter()
+        if left <= 0 or not self._may_repeat(reason, repeatable):
             return None
         if reason != "context" and self._made < options.attempts:
             target, upstream = self._targets[0]
             model = target.model or self._model
             if (endpoint := upstream.choose(model, self._key, self._tried)) is not None:
                 return self._later(endpoint, reason)
-            if (pause := self._pause(failure)) is not None:
+            if (pause := self._pause(failure)) is not None and pause < left:
                 self._again = True
                 return self._later(self._tried[-1], reason, pause)
         return self._elsewhere(reason)
@@ -195,17 +196,17 @@ class Course:
         self.attempts += 1
         return Step(*self._targets[0], endpoint, pause, later)
 
-    def _may_repeat(self, reason: str) -> bool:
+    def _may_repeat(self, reason: str, repeatable: Repeatable) -> bool:
         on = self._options.on
         if reason in ("key", "context"):
-            return self.repeatable != "connect"
+            return repeatable != "connect"
         if reason in ("truncated", "error", "empty"):
-            return self.repeatable == "always"
+            return repeatable == "always"
         if reason in ("reset", "timeout") and self._options.until != "head":
-            return self.repeatable == "always"
+            return repeatable == "always"
         if reason not in on:
             return False
-        return self.repeatable == "always" or reason == "connect" or (self.repeatable == "refused" and reason in _LOAD)
+        return repeatable == "always" or reason == "connect" or (repeatable == "refused" and reason in _LOAD)
 
     def _pause(self, failure: Failure) -> float | None:
         """Seconds until the same endpoint is asked again. None if it is not."""

@@ -154,14 +154,15 @@ def to_upstream(
     trusted: bool,
     scheme: bytes,
     request_id: bytes,
+    credentials: bool,
     credential: Field | None,
     inspect: bool,
 ) -> list[Field]:
     """The fields of the request to the upstream. The client's request came in `version`.
 
     `framing` has the fields for the request's body. `peer` is the client's address, or `unknown`; if it is `trusted`,
-    its forwarding fields are kept. A `credential` replaces all credentials of the client. With `inspect`, no content
-    coding is requested, because a compressed response cannot be inspected.
+    its forwarding fields are kept. Without `credentials`, all credentials of the client are dropped; a `credential` is
+    sent instead. With `inspect`, no content coding is requested, because a compressed response cannot be inspected.
 
     A field is also dropped if its name is spelled with `_`. Fields that only a proxy may set are dropped in this
     spelling even if the client is trusted: a proxy in front that removes them from its clients' requests may not know
@@ -179,8 +180,10 @@ def to_upstream(
         b"forwarded",
     }
     drop |= {name for name, values in said.items() if not values}
+    if not credentials:
+        drop |= _CREDENTIALS
     if credential is not None:
-        drop |= {*_CREDENTIALS, credential[0].translate(_FOLDED)}
+        drop.add(credential[0].translate(_FOLDED))
     if inspect:
         drop.add(b"accept-encoding")
     out = [(b"Host", host)]
