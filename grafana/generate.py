@@ -390,6 +390,67 @@ ROWS = (
         ),
     ),
     Row(
+        "Fleet",
+        (
+            Panel(
+                "Endpoints",
+                "Endpoints in use, and all of them. The others are ejected: requests or checks fail, and the log says why.",
+                (
+                    Query(f"sum by (upstream) (sseproxy_endpoint_up{{{U}}})", "{{upstream}} in use"),
+                    Query(f"count by (upstream) (sseproxy_endpoint_up{{{U}}})", "{{upstream}} all"),
+                ),
+                whole=True,
+            ),
+            Panel(
+                "Active per endpoint",
+                "Requests that each endpoint is answering. They are equal, unless there is affinity: a slow one gets fewer requests.",
+                (
+                    Query(
+                        f"sum by (upstream, endpoint) (sseproxy_endpoint_requests_active{{{U}}})",
+                        "{{upstream}} {{endpoint}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Attempts",
+                "Attempts at endpoints, by what became of them. All but completed and client_gone are failures, or a refusal for load.",
+                (Query(rate("attempts_total", "upstream, result", U), "{{upstream}} {{result}}"),),
+                "reqps",
+                stacked=True,
+            ),
+            Panel(
+                "Retries",
+                "Attempts that were followed by another one, by why. connect: no connection could be made. A number: the status.",
+                (Query(rate("retries_total", "upstream, reason"), "{{upstream}} {{reason}}"),),
+                "reqps",
+                stacked=True,
+            ),
+            Panel(
+                "Ejections",
+                "refused: no connection could be made. failures: errors, stalls, truncations. health: checks failed. A trial that "
+                "fails counts as well.",
+                (
+                    Query(
+                        f"sum by (upstream, endpoint, reason) (increase(sseproxy_endpoint_ejections_total{{{U}}}[{RATE}]))",
+                        "{{upstream}} {{endpoint}} {{reason}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Discarded tokens",
+                "Tokens of attempts that were thrown away, as far as the upstream told them. They are paid for.",
+                (Query(rate("discarded_tokens_total", "upstream, type", U), "{{upstream}} {{type}}"),),
+            ),
+            Panel(
+                "Held back",
+                "How long answers, or their beginnings, were held back, on routes with until: first_token or until: end.",
+                quantiles("held_seconds"),
+                "s",
+                24,
+            ),
+        ),
+    ),
+    Row(
         "The proxy itself",
         (
             Panel(

@@ -29,6 +29,8 @@ report is first treated as not ready. If it still does not answer, it is killed 
 All workers count in one table in shared memory, the ledger. Each worker writes its own row and reads all rows. So a
 limit is the limit of all workers together, also of those that are still finishing after a reload. Connections are
 shared evenly: a worker that has more than the least busy one stops listening for a moment, and the others accept.
+Workers also write what they see of each endpoint of an upstream. The supervisor reads it, and writes in a row of its
+own which endpoints are used, and the addresses of names.
 
 Access log and log lines are written by a thread. If nobody reads them, they are dropped, so a slow reader of the log
 never blocks an event loop.
@@ -129,6 +131,9 @@ outcome and is reported once.*
       accepting       connections, evenly shared with the other workers
       listeners       listening sockets: TCP, Unix, passed by systemd
       admin           metrics, health, reload
+      health          follows the endpoints of a fleet: tells workers which are used, and checks them
+      ejection        the rules by which an endpoint is used or not. No I/O
+      discovery       looks up the addresses of a name
       notify          notifications to systemd
 
 Imports go one way: wire <- relay <- process <- cli. `ledger` imports nothing else, and `observe` imports

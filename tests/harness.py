@@ -201,7 +201,13 @@ Script = Callable[["Peer"], Awaitable[None]]
 class ScriptedUpstream:
     """A server that does what a test says: connection by connection (`accept`), or all alike (`script`)."""
 
-    def __init__(self, script: Script | None = None, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        script: Script | None = None,
+        tls: ssl.SSLContext | None = None,
+        address: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
+        self._address = address
         self._script = script
         self._tls = tls
         self._accepted: asyncio.Queue[Peer] = asyncio.Queue()
@@ -215,7 +221,7 @@ class ScriptedUpstream:
         # As most servers do, it does not wait long for a close_notify in return for its own.
         patience = 0.1 if self._tls else None
         self._server = await asyncio.start_server(
-            self._connected, "127.0.0.1", 0, ssl=self._tls, ssl_shutdown_timeout=patience
+            self._connected, *self._address, ssl=self._tls, ssl_shutdown_timeout=patience
         )
         return self
 
@@ -236,7 +242,7 @@ class ScriptedUpstream:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://{self._address[0]}:{self.port}"
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

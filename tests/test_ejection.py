@@ -301,6 +301,16 @@ def test_a_passed_check_does_not_lift_what_traffic_has_caused(world: World) -> N
     assert world.turn() == [OnTrial("e0", None)]
 
 
+def test_one_whose_checks_pass_again_is_tried_at_once(world: World) -> None:
+    world.fail("e0")
+    world.turn()
+    world.fleet.checked("e0", False)
+    world.fleet.checked("e0", False)
+    assert world.turn() == []
+    world.fleet.checked("e0", True)
+    assert [type(decision) for decision in world.turn()] == [OnTrial]
+
+
 def test_what_an_earlier_supervisor_has_ejected_is_tried_at_once(world: World) -> None:
     world.fleet.remove("e0")
     world.fleet.add("e0", world.now, out=True)
@@ -309,9 +319,9 @@ def test_what_an_earlier_supervisor_has_ejected_is_tried_at_once(world: World) -
     assert [type(decision) for decision in world.turn()] == [Admitted]
 
 
-@property_settings(max_examples=100, deadline=None)
+@property_settings(max_examples=50, deadline=None)
 @given(
-    outage=st.integers(1, 1200),
+    outage=st.integers(1, 600),
     workers=st.integers(1, 5),
     kinds=st.lists(st.sampled_from(["refused", "failed", "hangs"]), min_size=1, max_size=6),
     busy=st.integers(1, 4),
@@ -457,4 +467,4 @@ class Endpoints(RuleBasedStateMachine):
 
 
 TestEndpoints = Endpoints.TestCase
-TestEndpoints.settings = property_settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestEndpoints.settings = property_settings(max_examples=100, stateful_step_count=30, deadline=None)

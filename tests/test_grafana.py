@@ -171,6 +171,10 @@ async def backend(api: Peer) -> None:
         if model in ("busy", "sick"):
             api.send(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % (b"429 Busy" if model == "busy" else b"500 Sick"))
             continue
+        if model == "torn":
+            # It says what it has read, and dies before the first token.
+            api.send(STREAM_HEAD, chunk(usage(model)))
+            return
         if model == "packed":
             api.send(
                 STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), chunk(b"\x1f\x8b"), LAST_CHUNK
@@ -208,11 +212,13 @@ async def load(served: Served) -> None:
             "nowhere",
             "busy",
             "sick",
+            "torn",
         ):
             client = Peer(*await asyncio.open_connection("127.0.0.1", served.port))
             body = json.dumps({"model": model, "stream": True}).encode()
+            path = {"nowhere": "/nowhere", "torn": "/fleet/completions", "gpt-b": "/fleet/chat/completions"}
             try:
-                client.send(post(body, path="/nowhere" if model == "nowhere" else "/v1/chat/completions"))
+                client.send(post(body, path=path.get(model, "/v1/chat/completions")))
                 if model == "slow":
                     # Its client does not wait.
                     await asyncio.sleep(0.05)
@@ -297,7 +303,7 @@ def concrete(expr: str) -> str:
 
 def without_threshold(expr: str) -> str:
     """The left side of an alert's comparison, whatever traffic there is."""
-    left = re.sub(r"\s(?:==|>|<)\s*[\d.]+\s*$", "", expr.strip())
+    left = re.sub(r"\s(?:==|>|<=?)\s*[\d.]+\s*$", "", expr.strip())
     assert left != expr.strip(), expr
     left = re.sub(r" > [\d.]+(?=\))", "", left)
     return re.sub(r"\[\d+m\]", f"[{WINDOW}]", left)
@@ -307,7 +313,16 @@ def without_threshold(expr: str) -> str:
 async def test_a_real_prometheus_answers_every_panel_and_every_rule(tmp_path: Path) -> None:
     program("prometheus")
     async with ScriptedUpstream(backend) as upstream:
-        file = ConfigFile(tmp_path, upstream, metrics="{models: [gpt-a, gpt-b]}", limits="{active_requests: 2}")
+        url = f"{upstream.url}/v1"
+        fleet = "{name: fleet, match: {path: /fleet}, upstream: gpus, retry: {until: first_token}}"
+        file = ConfigFile(
+            tmp_path,
+            upstream,
+            metrics="{models: [gpt-a, gpt-b]}",
+            limits="{active_requests: 2}",
+            upstreams=f"[{{name: up, url: '{url}'}}, {{name: gpus, urls: ['{url}', '{url}']}}]",
+            routes=f"[{{name: api, match: {{path: /v1}}, upstream: up}}, {fleet}]",
+        )
         async with file.serve() as served, prometheus(tmp_path, served) as asked:
             loads = [asyncio.get_running_loop().create_task(load(served)) for _ in range(3)]
             try:

@@ -251,7 +251,8 @@ class Ejection(_Model):
     failures: Count = 5
     """So many failures since the last success, of all workers together."""
     time: Duration = 10.0
-    """Seconds until it is tried again. Multiplied by how often it was ejected in a row, up to 60 seconds."""
+    """Seconds until it is tried again. Multiplied by how often it was ejected in a row, up to 60 seconds, or up to 20
+    seconds if no connection could be made."""
 
 
 class Upstream(_WithKey):

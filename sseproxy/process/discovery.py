@@ -7,6 +7,7 @@ with the address before, so that what is counted in a place is always about one 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import random
 import socket
@@ -63,7 +64,10 @@ async def look_up(host: str, port: int) -> list[Address]:
 
     # A thread of its own, and not `loop.getaddrinfo`: a process waits at its end for look-ups that are under way, which
     # take 10 seconds or more if the name server does not answer.
-    Thread(target=work, name="look-up", daemon=True).start()
+    try:
+        Thread(target=work, name="look-up", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from None
     return await found
 
 

@@ -45,6 +45,8 @@ class Ejected(NamedTuple):
     """How many failures there were: since the newest success, or in the trial."""
     time: int
     """How long it takes until it is tried. 0 if that depends on its checks."""
+    again: bool = False
+    """Whether it was out already, and its trial has failed."""
 
 
 class OnTrial(NamedTuple):
@@ -155,7 +157,10 @@ class Fleet:
                     yield OnTrial(name, None)
             elif one.sick and not one.failed_checks:
                 one.sick = False
-                if not one.ejected:
+                if one.ejected:
+                    # What its checks have found is over. Whether requests succeed again, a trial shows.
+                    one.due = min(one.due, now)
+                else:
                     yield Admitted(name, now - one.out_since, now)
 
     def _trials(self, evidence: Mapping[str, Evidence], workers: Sequence[int], now: int) -> Iterator[Decision]:
@@ -174,7 +179,7 @@ class Fleet:
                 # Failures of exchanges that began before the ejection say nothing new.
                 one.failures, one.refusals = seen.failures, seen.refusals
             elif (failures := seen.failures - one.failures) > 0:
-                yield self._eject(name, one, failures, seen.refusals - one.refusals, now)
+                yield self._eject(name, one, failures, seen.refusals - one.refusals, now)._replace(again=True)
             # The row of a worker that has ended counts no more.
             one.failures, one.refusals = min(one.failures, seen.failures), min(one.refusals, seen.refusals)
             if now >= one.due and not one.sick:

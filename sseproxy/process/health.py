@@ -54,15 +54,16 @@ _SECOND: Final = 1_000_000
 
 
 class _Resolver(AbstractResolver):
-    """Resolves each name to `address`, or looks it up if that is None."""
+    """Resolves the name of an endpoint: to `address`, or if that is None, by looking it up."""
 
     def __init__(self, address: Address | None) -> None:
         self._address = address
+        self._looking: asyncio.Task[list[Address]] | None = None
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        addresses = await look_up(host, port) if self._address is None else [self._address]
+        addresses = await self._look_up(host, port) if self._address is None else [self._address]
         return [
             ResolveResult(
                 hostname=host,
@@ -75,15 +76,21 @@ class _Resolver(AbstractResolver):
             for address in addresses
         ]
 
+    async def _look_up(self, host: str, port: int) -> list[Address]:
+        # If the name server does not answer, the next check waits for the same look-up: each one needs a thread.
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().create_task(look_up(host, port))
+        return await asyncio.shield(self._looking)
+
     async def close(self) -> None:
         pass
 
 
 async def check(
-    url: URL, address: Address | None, fields: Mapping[str, str], seconds: float, tls: ssl.SSLContext | None
+    url: URL, resolver: AbstractResolver, fields: Mapping[str, str], seconds: float, tls: ssl.SSLContext | None
 ) -> str | None:
-    """Asks `url` on a new connection, to `address` if there is one. Returns what is wrong, or None if it is well."""
-    connector = TCPConnector(resolver=_Resolver(address), use_dns_cache=False, force_close=True, ssl=tls or True)
+    """Asks `url` on a new connection. Returns what is wrong, or None if it is well."""
+    connector = TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True, ssl=tls or True)
     try:
         async with (
             ClientSession(
@@ -180,6 +187,7 @@ class _Upstream:
         if (key := endpoint.config.key or self.config.key) is not None:
             name, secret = self.config.api_key_header, key.get_secret_value()
             fields[name] = f"Bearer {secret}" if name.lower() == "authorization" else secret
+        resolver = _Resolver(endpoint.address)
         await asyncio.sleep(random.uniform(0, min(_FIRST_CHECK, options.interval)))
         while True:
             wrong: str | None
@@ -188,7 +196,7 @@ class _Upstream:
             except (OSError, ValueError) as error:
                 wrong = f"the TLS options cannot be used: {error}"
             else:
-                wrong = await check(url, endpoint.address, fields, options.timeout, tls)
+                wrong = await check(url, resolver, fields, options.timeout, tls)
             self._wrong[label] = wrong or ""
             self.fleet.checked(label, wrong is None)
             await asyncio.sleep(options.interval * random.uniform(1 - JITTER, 1 + JITTER))
@@ -204,10 +212,14 @@ class _Upstream:
         for decision in self.fleet.decide(evidence, workers, now):
             standing = self.endpoints[decision.endpoint].standing
             match decision:
-                case Ejected(label, reason):
+                case Ejected(label, reason, again=again):
                     standing.eject(next(self._serials), None)
                     self._recorder.count(metrics.ENDPOINT_EJECTIONS, (self.config.name, label, reason))
-                    log.warning("upstream %s: endpoint %s is ejected%s", self.config.name, label, self._why(decision))
+                    # An endpoint that is gone for a day fails thousands of trials.
+                    level = logging.DEBUG if again else logging.WARNING
+                    log.log(
+                        level, "upstream %s: endpoint %s is ejected%s", self.config.name, label, self._why(decision)
+                    )
                 case OnTrial(worker=worker):
                     standing.eject(next(self._serials), worker)
                 case Admitted(label, time, at):
@@ -220,11 +232,11 @@ class _Upstream:
                     )
 
     def _why(self, decision: Ejected) -> str:
-        label, reason, failures, time = decision
+        label, reason, failures, time, again = decision
         if reason == "health":
             return f" until a health check passes: {failures} have failed, the last one with: {self._wrong[label]}"
         what = f"{failures} times no connection could be made" if reason == "refused" else f"{failures} failures"
-        return f" for {time / _SECOND:g} s: {what} {'since its last success' if failures > 1 else 'in its trial'}"
+        return f" for {time / _SECOND:g} s: {what} {'in its trial' if again else 'since its last success'}"
 
     def _end_checks(self) -> None:
         for task in self._checks.values():

@@ -375,7 +375,6 @@ class Supervisor:
     async def close(self) -> None:
         """Drains: fails readiness, stops accepting, and ends the workers. Returns when all of them have ended."""
         self._stop()
-        self._health.close()
         for task in self._tasks:
             task.cancel()
         _close(self._sockets)
@@ -389,6 +388,7 @@ class Supervisor:
         await self._admin.cleanup()
         _close(self._admin_sockets)
         clean_up([*self._sockets, *self._admin_sockets])
+        self._health.close()
         self._ledger.close()
 
     async def registry(self) -> Registry:
