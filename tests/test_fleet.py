@@ -587,3 +587,17 @@ async def test_a_client_that_leaves_after_a_heartbeat_has_seen_no_token(start: S
         client.reset()
         assert await proxy.ended() == {"client_gone_before_first_token": 1}
         assert not two[1].requests
+
+
+async def test_what_other_routes_see_of_an_endpoint_is_counted(start: StartProxy) -> None:
+    """A route with one upstream, which is also that of a route with a choice."""
+    async with nodes(Node(usual=status(500)), Node()) as (sick, other):
+        options = fleet(upstream("a", sick), upstream("b", other))
+        match = config.Match(path="/alone")
+        options["routes"] += (config.Route(name="alone", match=match, upstream=(config.Target(name="a"),)),)
+        proxy = await start("http://unused", **options)
+        assert (await ask(proxy, post(path="/alone/chat/completions"))).status == 500
+        (endpoint,) = proxy.worker.proxy.upstreams["a"].endpoints
+        assert endpoint.standing is not None
+        assert endpoint.standing.evidence().failures == 1
+        assert attempts(proxy) == {(sick.label, "500"): 1}

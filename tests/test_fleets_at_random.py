@@ -191,9 +191,7 @@ class Endpoint:
             self.of.wrong.append(f"{number}: the request is not what was sent: {body[:99]!r}")
         return body
 
-    async def _answer(
-        self, api: Peer, head: Message, number: int, name: bytes, way: str, dice: random.Random
-    ) -> bool:
+    async def _answer(self, api: Peer, head: Message, number: int, name: bytes, way: str, dice: random.Random) -> bool:
         """Whether the connection can be used again."""
         story = self.of.stories[number]
         if way == "early status":
@@ -238,9 +236,7 @@ class Endpoint:
             b"%bContent-Length: %d\r\n\r\n%b" % (more, len(body), body),
         )
 
-    async def _stream(
-        self, api: Peer, story: Story, name: bytes, way: str, dice: random.Random, *, asks: bool
-    ) -> bool:
+    async def _stream(self, api: Peer, story: Story, name: bytes, way: str, dice: random.Random, *, asks: bool) -> bool:
         text = [delta(f"<{name.decode()}>" + "x" * dice.choice([0, 90])) for _ in range(dice.randrange(1, 12))]
         events = {
             "fault first": [ROLE, FAULT],

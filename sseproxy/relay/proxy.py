@@ -95,8 +95,9 @@ class Proxy:
             and target.model is None
             and "same" not in route.retry.on
             and (upstream := self.upstreams[target.name]).only is not None
+            and target.name not in fleet
         }
-        """The upstream and the endpoint of each route for which there is never another one."""
+        """The upstream and the endpoint of each route for which there is never another one, and nothing is counted."""
         self.models_of = {
             route.name: ModelLists(
                 [self.upstreams[one.name] for one in route.upstream if one.model is None], route.upstream[0].name
