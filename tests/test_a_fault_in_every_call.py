@@ -74,7 +74,9 @@ NO_FAULTS = {
 ROOT = "is where the loop begins: what fails before its first line is the loop"
 COUNTS = "begins with what it is there for, an addition or a subtraction"
 HANDS = "what it returns has an owner in the same step"
+ENDS = "begins with the end of the attempt, which begins with what it is there for"
 NOT_BEFORE = {
+    "Asking.end": ENDS,
     "BoundedReads._go_on": ROOT,
     "BoundedReads.buffer_updated": ROOT,
     "BoundedReads.connection_lost": ROOT,
