@@ -33,9 +33,11 @@ import sseproxy.wire
 import sseproxy.wire.dialects
 from sseproxy import config
 from sseproxy.config.plain import Rate
+from sseproxy.config.values import Source
 from sseproxy.observe import metrics
 from sseproxy.relay import downstream
 
+from .fleet import FAULT, ROLE, occupied
 from .harness import (
     DONE,
     LAST_CHUNK,
@@ -74,7 +76,9 @@ NO_FAULTS = {
 ROOT = "is where the loop begins: what fails before its first line is the loop"
 COUNTS = "begins with what it is there for, an addition or a subtraction"
 HANDS = "what it returns has an owner in the same step"
+ENDS = "begins with the end of the attempt, which begins with what it is there for"
 NOT_BEFORE = {
+    "Asking.end": ENDS,
     "BoundedReads._go_on": ROOT,
     "BoundedReads.buffer_updated": ROOT,
     "BoundedReads.connection_lost": ROOT,
@@ -242,12 +246,22 @@ JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Lengt
 GET = b"GET /v1/models HTTP/1.1\r\nHost: p\r\n\r\n"
 
 
+async def in_parts(api: Peer, events: list[bytes]) -> None:
+    api.send(STREAM_HEAD)
+    for event in events:
+        api.send(chunk(event))
+        await api.drain()
+        await asyncio.sleep(0)
+
+
 async def answers(api: Peer) -> None:
     """What the upstream does depends on the path."""
     reused = False
     while True:
         head = await api.head()
         path = head.start_line.split()[1].removeprefix("/v1/")
+        if path.startswith(("sick/", "well/")):
+            path = path.removesuffix("/chat/completions")
         if path == "early":
             api.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
             await api.rest()
@@ -261,11 +275,7 @@ async def answers(api: Peer) -> None:
         elif path == "chat/completions" and b'"bad"' in body:
             api.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\nbad")
         elif path == "chat/completions" and b"true" in body:
-            api.send(STREAM_HEAD)
-            for event in DELTAS:
-                api.send(chunk(event))
-                await api.drain()
-                await asyncio.sleep(0)
+            await in_parts(api, DELTAS)
             if b"stream_options" in body:
                 api.send(chunk(usage(1, 6)))
             api.send(chunk(DONE), LAST_CHUNK)
@@ -275,12 +285,22 @@ async def answers(api: Peer) -> None:
             api.send(STREAM_HEAD, chunk(DELTAS[0]))
             await api.rest()
             return
-        elif path == "never":
+        elif path in ("never", "sick/never"):
             await api.rest()
             return
-        elif path == "cut":
+        elif path in ("cut", "sick/cut"):
             api.send(STREAM_HEAD, chunk(DELTAS[0]))
             return
+        elif path == "sick/busy":
+            api.send(b"HTTP/1.1 503 Busy\r\nRetry-After: 0.01\r\nContent-Length: 2\r\n\r\nno")
+        elif path == "sick/long":
+            said = b'{"error":{"code":"context_length_exceeded"}}'
+            api.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said))
+        elif path == "sick/fault":
+            api.send(STREAM_HEAD, chunk(ROLE), chunk(FAULT), LAST_CHUNK)
+        elif path.startswith("well/"):
+            await in_parts(api, [ROLE, *DELTAS])
+            api.send(chunk(DONE), LAST_CHUNK)
         elif path == "close":
             api.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", MODELS)
             api.close()
@@ -311,13 +331,13 @@ class Client:
             for _ in range(20):
                 await asyncio.sleep(0)
 
-    async def gets(self, wanted: bytes, *, bodiless: bool = False) -> None:
-        """A response: one with `wanted`, whole or known not to be, or one that says that something failed."""
+    async def gets(self, *wanted: bytes, bodiless: bool = False) -> None:
+        """A response: one of `wanted`, whole or known not to be, or one that says that something failed."""
         response = await self.peer.message(bodiless=bodiless)
         if response.status < 300:
             body = response.body.replace(b": heartbeat\n", b"").partition(b"event: error\ndata: ")[0]
-            assert wanted.startswith(body), body[-300:]
-            assert not response.complete or body == wanted, "short, and clean"
+            assert any(one.startswith(body) for one in wanted), body[-300:]
+            assert not response.complete or body in wanted, "short, and clean"
         if not response.complete:
             raise ConnectionResetError
 
@@ -460,6 +480,43 @@ async def about_the_server(client: Client) -> None:
     await client.gets(MODELS)
 
 
+async def over_a_fleet(client: Client, path: str, *first: bytes) -> None:
+    """`first` is what the first upstream begins with. It is forwarded if sseproxy itself fails to hold it back."""
+    relay = client.proxy.worker.proxy
+    for name in ("sick", "well"):
+        # Nobody is ejected here, so only the order could differ between two plays.
+        relay.upstreams[name]._turn = 0
+    await client.send(post(ASKED, path)[:-10], post(ASKED, path)[-10:])
+    await client.gets(ROLE + b"".join(DELTAS) + DONE, *first)
+
+
+async def retried(client: Client) -> None:
+    """The first endpoint refuses connections, the second one is busy, and so is the upstream."""
+    await over_a_fleet(client, "/fleet/head/busy/chat/completions")
+
+
+async def retried_after_a_pause(client: Client) -> None:
+    await client.send(post(ASKED, "/fleet/same/busy/chat/completions"))
+    await client.gets(b"")
+
+
+async def another_model(client: Client) -> None:
+    await over_a_fleet(client, "/fleet/model/long/chat/completions")
+
+
+async def held_until_its_first_token(client: Client) -> None:
+    await over_a_fleet(client, "/fleet/first_token/fault/chat/completions", ROLE + FAULT)
+
+
+async def held_until_its_end(client: Client) -> None:
+    await over_a_fleet(client, "/fleet/end/cut/chat/completions", DELTAS[0] + b"never whole")
+
+
+async def leaves_what_is_held(client: Client) -> None:
+    await client.send(post(ASKED, "/fleet/first_token/never/chat/completions"))
+    client.peer.writer.transport.abort()
+
+
 async def malformed(client: Client) -> None:
     await client.send(GET[:20])
     await client.send(b"\r\nno field\r\n\r\n")
@@ -512,6 +569,12 @@ KINDS: list[Kind] = [
     old_client,
     moved,
     about_the_server,
+    retried,
+    retried_after_a_pause,
+    another_model,
+    held_until_its_first_token,
+    held_until_its_end,
+    leaves_what_is_held,
     malformed,
 ]
 ENCRYPTED: list[Kind] = [json_answer, asks_for_usage, large_upload, leaves, dead_connection, slow_client, old_client]
@@ -542,6 +605,25 @@ def encryption(tmp_path_factory: pytest.TempPathFactory) -> Encryption:
     return Encryption(config.TLS(cert_file=files[1]), config.UpstreamTLS(ca_file=files[0]), server, client)
 
 
+def over_fleets(kind: str, timeouts: config.Timeouts) -> config.Route:
+    """A route over two upstreams, the first of which is sick."""
+    retry: dict[str, Any] = {"until": kind if kind in ("first_token", "end") else "head"}
+    if kind == "same":
+        retry |= {"on": ("connect", "503", "same"), "attempts": 3}
+    names = ("sick",) if kind == "same" else ("sick", "well")
+    return config.Route(
+        name=kind,
+        open=True,
+        match=config.Match(path=f"/fleet/{kind}"),
+        upstream=tuple(
+            config.Target(name=name, model="m" if kind == "model" and name == "well" else None) for name in names
+        ),
+        retry=config.Retry(**retry),
+        timeouts=timeouts,
+        heartbeat=0.2,
+    )
+
+
 def options(upstream: str, tls: Encryption | None) -> config.Config:
     timeouts = config.Timeouts(connect=0.5, head=0.5, first_token=0.5, idle=0.5, body=0.5, write=0.5)
     hasty = config.Timeouts(connect=0.5, head=0.03, first_token=0.03, idle=0.03, body=0.5, write=0.5)
@@ -559,6 +641,13 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
         upstreams=(
             config.Upstream(name="up", url=f"{upstream}/v1", tls=trust),
             config.Upstream(name="down", url=down),
+            config.Upstream(
+                name="sick",
+                urls=(config.Endpoint(url=down), config.Endpoint(url=f"{upstream}/v1/sick")),
+                tls=trust,
+                affinity=(Source("field", "user"), Source("prefix", "64")),
+            ),
+            config.Upstream(name="well", url=f"{upstream}/v1/well", tls=trust),
         ),
         routes=(
             config.Route(
@@ -599,6 +688,7 @@ def options(upstream: str, tls: Encryption | None) -> config.Config:
                 timeouts=timeouts,
                 usage=asks,
             ),
+            *(over_fleets(until, timeouts) for until in ("head", "first_token", "end", "model", "same")),
         ),
         clients=tuple(
             config.Client(
@@ -624,8 +714,10 @@ def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[as
     running = [task.get_coro() for task in asyncio.all_tasks() - others]
     tasks = [name for one in running if (name := getattr(one, "__qualname__", "")) != "ScriptedUpstream._play"]
     relay = proxy.worker.proxy
-    server, admission, upstream = relay.server, relay.admission, relay.upstreams["up"]
-    in_use, idle = upstream.connections()
+    server, admission = relay.server, relay.admission
+    in_use, idle = (
+        sum(counts) for counts in zip(*(one.connections() for one in relay.upstreams.values()), strict=True)
+    )
     proxy.worker.telemetry.report()
     gauges = proxy.registry._gauges[1]
     found = {
@@ -643,7 +735,8 @@ def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[as
         "reserved tokens": proxy.row.count("reserved a").own + proxy.row.count("reserved b").own,
         "bytes held": admission._held,
         "who holds bytes": admission._holders,
-        "connecting": upstream._pending.own or relay.upstreams["down"]._pending.own,
+        "connecting": [name for name, one in relay.upstreams.items() if one._pending.own],
+        "attempts": occupied(proxy),
         "upstream connections in use": in_use,
         "upstream connections of nobody": scripted.open - idle,
         "gauges": [key for key, value in gauges.items() if value and "active" in key[0] + "".join(key[1])],

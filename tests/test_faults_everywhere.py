@@ -33,6 +33,11 @@ async def answers(api: Peer) -> None:
             api.send(
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(said), said
             )
+        elif "/sick/" in head.start_line and b'"busy"' in head.body:
+            api.send(b"HTTP/1.1 503 Busy\r\nRetry-After-Ms: 1\r\nContent-Length: 2\r\n\r\nno")
+        elif "/sick/" in head.start_line:
+            api.send(STREAM_HEAD, chunk(delta("cut")))
+            api.close()
         elif "files" in head.start_line:
             api.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         else:
@@ -46,6 +51,11 @@ REQUESTS = {
     "json": [post(b'{"model":"json"}')],
     "refused options": [post(b'{"model":"refused","stream":true}')],
     "chat in parts": [post()[:-10], post()[-10:]],
+    "retried": [post(b'{"model":"busy","stream":true}', "/head/chat/completions")],
+    "retried in parts": [post(path="/head/chat/completions")[:-10], post()[-10:]],
+    "another model": [post(b'{"model":"busy","stream":true}', "/model/chat/completions")],
+    "held until its end": [post(path="/end/chat/completions")],
+    "held until its first token": [post(path="/first_token/chat/completions")],
     "upload": [UPLOAD, chunk(b"y" * 9) + LAST_CHUNK],
 }
 
@@ -94,8 +104,31 @@ async def proxy(start: StartProxy, play: PlayScript, caplog: pytest.LogCaptureFi
     route = config.Route(
         name="api", match=match, upstream=(config.Target(name="up"),), usage=config.UsageOptions(request=True)
     )
+    upstreams = (
+        config.Upstream(name="up", url=f"{upstream.url}/v1"),
+        config.Upstream(name="sick", urls=tuple(config.Endpoint(url=f"{upstream.url}/sick/{n}") for n in range(2))),
+    )
     limits = config.Limits(active_requests=3)
-    return await start(upstream.url, routes=(route,), limits=limits, metrics=config.Metrics(models=("m",)))
+    return await start(
+        upstream.url,
+        upstreams=upstreams,
+        routes=(route, *map(over_a_fleet, ("head", "model", "first_token", "end"))),
+        limits=limits,
+        metrics=config.Metrics(models=("m",)),
+    )
+
+
+def over_a_fleet(kind: str) -> config.Route:
+    """A route over two endpoints that are sick, and an upstream that is well."""
+    return config.Route(
+        name=kind,
+        match=config.Match(path=f"/{kind}"),
+        upstream=(
+            config.Target(name="sick"),
+            config.Target(name="up", model="m" if kind == "model" else None),
+        ),
+        retry=config.Retry(until="head" if kind == "model" else kind),  # type: ignore[arg-type]
+    )
 
 
 async def fail_the_wait(proxy: RunningProxy, nth: int) -> bool:

@@ -12,15 +12,21 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from sseproxy import config
+from sseproxy.relay.asking import Asking
+from sseproxy.relay.attempt import Attempt
 from sseproxy.relay.clock import Clock
 from sseproxy.relay.downstream import WRITE_BUFFER
 from sseproxy.relay.exchange import Exchange
 from sseproxy.relay.heads import ResponseHead
+from sseproxy.relay.hold import Hold
 from sseproxy.relay.inspect import Inspector
 from sseproxy.relay.pump import Pump
 from sseproxy.relay.reads import MAX_READ
+from sseproxy.relay.retry import Course
 
 from .conftest import PlayScript, StartProxy
+from .fleet import ROLE, fleet, occupied
 from .harness import (
     DONE,
     LAST_CHUNK,
@@ -36,6 +42,7 @@ from .harness import (
     usage,
 )
 
+OF_EXCHANGES = (Asking, Attempt, Clock, Course, Exchange, Hold, Inspector, Pump, ResponseHead)
 EXCHANGES = 2000
 AT_ONCE = 50
 
@@ -204,6 +211,71 @@ async def refused(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
     return "rejected"
 
 
+WELL = (STREAM_HEAD, chunk(ROLE), chunk(delta("a")), chunk(DONE), LAST_CHUNK)
+
+
+async def in_turn(proxy: RunningProxy, upstream: ScriptedUpstream, *acts: tuple[bytes, ...]) -> None:
+    """Each attempt gets the next of `acts`, and its connection is closed then."""
+    client = await proxy.connect()
+    client.send(post())
+    for act in acts:
+        api = await upstream.accept()
+        await api.message()
+        api.send(*act)
+        await api.drain()
+        api.close()
+    await client.message()
+
+
+async def retried(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    await in_turn(proxy, upstream, (b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\nno",), WELL)
+    return "completed"
+
+
+async def broken_off_and_asked_again(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    await in_turn(proxy, upstream, WELL[:2], WELL)
+    return "completed"
+
+
+async def in_vain(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    await in_turn(proxy, upstream, WELL[:2], WELL[:2])
+    return "truncated"
+
+
+async def left_while_held(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
+    client, api = await begin(proxy, upstream)
+    api.send(*WELL[:2])
+    await until(lambda: any(relay._asking.attempt._task is not None for relay in proxy.worker.proxy.active))
+    client.reset()
+    await api.gone()
+    return "client_gone_before_head"
+
+
+@pytest.mark.parametrize(
+    ("exchange", "until_"),
+    [
+        (retried, "head"),
+        (retried, "end"),
+        (broken_off_and_asked_again, "first_token"),
+        (broken_off_and_asked_again, "end"),
+        (in_vain, "first_token"),
+        (in_vain, "end"),
+        (left_while_held, "first_token"),
+        (left_while_held, "end"),
+    ],
+)
+async def test_what_attempts_held_is_freed_with_the_end_of_the_exchange(
+    start: StartProxy,
+    upstream: ScriptedUpstream,
+    exchange: Callable[[RunningProxy, ScriptedUpstream], Awaitable[str]],
+    until_: str,
+) -> None:
+    two = tuple(config.Endpoint(url=f"{upstream.url}/{number}") for number in range(2))
+    proxy = await start(upstream.url, **fleet(config.Upstream(name="gpus", urls=two), retry={"until": until_}))
+    await test_what_an_exchange_held_is_freed_with_its_end(proxy, upstream, exchange)
+    assert occupied(proxy) == 0
+
+
 @pytest.mark.parametrize("exchange", [answered, streamed, cut, unanswered, left, left_early, refused])
 async def test_what_an_exchange_held_is_freed_with_its_end(
     proxy: RunningProxy,
@@ -216,7 +288,7 @@ async def test_what_an_exchange_held_is_freed_with_its_end(
         outcome = await exchange(proxy, upstream)
         await proxy.idle()
         await asyncio.sleep(0)
-        held = [kept for kept in gc.get_objects() if isinstance(kept, (Clock, Exchange, Inspector, Pump, ResponseHead))]
+        held = [kept for kept in gc.get_objects() if isinstance(kept, OF_EXCHANGES)]
     finally:
         gc.enable()
     assert held == []

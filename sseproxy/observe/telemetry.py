@@ -311,7 +311,7 @@ class RouteObserver:
         return self._of_whole
 
     def handed_over(self, exchange: Exchange, to: Observer) -> None:
-        """From now on, `exchange` is counted for the labels of `to`. What it has moved so far stays with these."""
+        """From now on, `to` observes `exchange`, and counts it for its labels. What it has moved so far stays here."""
         assert isinstance(to, RouteObserver)
         running = self._telemetry.running
         running[exchange] = _count_moved(exchange, running[exchange])
@@ -320,6 +320,7 @@ class RouteObserver:
         if exchange.is_stream:
             self._recorder.move(metrics.STREAMS_ACTIVE, self._labels, -1)
             self._recorder.move(metrics.STREAMS_ACTIVE, to._labels, 1)
+        exchange.observer = to
 
     def connected(self, seconds: float, *, reused: bool) -> None:
         if reused:

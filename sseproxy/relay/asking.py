@@ -170,10 +170,12 @@ class Asking:
 
     def end(self) -> None:
         """Ends the attempt that is under way."""
-        if self.early is not None:
-            self.early.stop()
-        if self.attempt is not None:
-            self.attempt.end()
+        try:
+            if self.attempt is not None:
+                self.attempt.end()
+        finally:
+            if self.early is not None:
+                self.early.stop()
 
     def streams(self, kind: headers.BodyKind) -> bool:
         """Whether the client wants a stream, or gets one: the body of the response is labelled as `kind`."""

@@ -178,7 +178,7 @@ class Exchange:
         self.endpoint = endpoint
         if observer is not self.observer:
             self.observer.handed_over(self, observer)
-            self.upstream, self.observer = upstream, observer
+            self.upstream = upstream
 
     def head_received(self, status: int, event_stream: bool) -> None:
         self.status = status
