@@ -661,7 +661,9 @@ def what_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, others: set[as
     tasks = [name for one in running if (name := getattr(one, "__qualname__", "")) != "ScriptedUpstream._play"]
     relay = proxy.worker.proxy
     server, admission = relay.server, relay.admission
-    in_use, idle = (sum(counts) for counts in zip(*(one.connections() for one in relay.upstreams.values()), strict=True))
+    in_use, idle = (
+        sum(counts) for counts in zip(*(one.connections() for one in relay.upstreams.values()), strict=True)
+    )
     proxy.worker.telemetry.report()
     gauges = proxy.registry._gauges[1]
     found = {

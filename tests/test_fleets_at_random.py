@@ -150,7 +150,7 @@ class Fleet:
             config.Upstream(name=name, urls=urls, affinity=self.affinity, api_key=self.key)
             for name, urls in zip("ab", ends, strict=False)
         ]
-        timeouts = {name: PATIENCE for name in ("connect", "head", "first_token", "idle")}
+        timeouts = dict.fromkeys(("connect", "head", "first_token", "idle"), PATIENCE)
         timeouts |= {"body": 1.0, "write": 1.0} | ({} if self.total is None else {"total": self.total})
         made = fleet(*upstreams, models=self.models, retry=self.retry, timeouts=timeouts, **self.route)
         return made | {"limits": self.limits, "max_body": MAX_BODY}

@@ -245,7 +245,9 @@ async def in_vain(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
 async def left_while_held(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
     client, api = await begin(proxy, upstream)
     api.send(*WELL[:2])
-    await until(lambda: any(relay._asking.attempt._task is not None for relay in proxy.worker.proxy.active))
+    (relay,) = proxy.worker.proxy.active
+    # It waits for the first token, or the end.
+    await until(lambda: relay._asking is not None and relay._asking._connection.protocol.answer_begun)
     client.reset()
     await api.gone()
     return "client_gone_before_head"
@@ -271,9 +273,7 @@ async def test_what_attempts_held_is_freed_with_the_end_of_the_exchange(
     until_: str,
 ) -> None:
     two = tuple(config.Endpoint(url=f"{upstream.url}/{number}") for number in range(2))
-    proxy = await start(
-        upstream.url, **fleet(config.Upstream(name="gpus", urls=two), retry={"until": until_})
-    )
+    proxy = await start(upstream.url, **fleet(config.Upstream(name="gpus", urls=two), retry={"until": until_}))
     await test_what_an_exchange_held_is_freed_with_its_end(proxy, upstream, exchange)
     assert occupied(proxy) == 0
 
