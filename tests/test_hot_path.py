@@ -8,8 +8,10 @@ from pathlib import Path
 from types import FrameType
 
 import sseproxy
+from sseproxy import config
 
-from .harness import STREAM_HEAD, RunningProxy, ScriptedUpstream, begin, chunk, delta
+from .conftest import PlayScript, StartProxy
+from .harness import STREAM_HEAD, Peer, RunningProxy, ScriptedUpstream, begin, chunk, delta, post
 
 PACKAGE = str(Path(sseproxy.__file__).parent)
 CHUNKS = 200
@@ -18,6 +20,8 @@ CHUNKS = 200
 CALLS = 3
 CALLS_INTO_C = 10
 SAMPLES = 1
+# The calls that a request over three endpoints takes, in addition to those of one endpoint.
+CALLS_OF_A_FLEET = 48
 
 
 async def test_a_chunk_costs_no_more_calls_than_it_has_to(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
@@ -67,3 +71,40 @@ async def counted(
         sys.setprofile(None)
     del called["LoopLag._fired"], called["LoopLag._begin"]
     return called, into_c
+
+
+async def test_a_fleet_costs_a_request_few_calls_more(start: StartProxy, play: PlayScript) -> None:
+    one, three = [await calls_for_a_request(start, play, endpoints) for endpoints in (1, 3)]
+    more = {name: calls - one[name] for name, calls in three.items() if calls > one[name]}
+    assert sum(three.values()) - sum(one.values()) <= CALLS_OF_A_FLEET, more
+
+
+async def calls_for_a_request(start: StartProxy, play: PlayScript, endpoints: int) -> Counter[str]:
+    """The calls of functions of ours for a short request, with so many endpoints."""
+
+    async def answers(api: Peer) -> None:
+        while True:
+            await api.message()
+            api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+
+    servers = [await play(answers) for _ in range(endpoints)]
+    urls = tuple(config.Endpoint(url=f"{server.url}/v1") for server in servers)
+    upstream = config.Upstream(name="up", url=urls[0].url) if endpoints == 1 else config.Upstream(name="up", urls=urls)
+    proxy = await start("http://unused", upstreams=(upstream,))
+    client = await proxy.connect()
+    called: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        name = frame.f_code.co_filename
+        if event == "call" and name.startswith(PACKAGE) and "/observe/" not in name:
+            called[frame.f_code.co_qualname] += 1
+
+    for number in range(endpoints + 1):
+        # The first ones connect.
+        sys.setprofile(count if number == endpoints else None)
+        client.send(post(b'{"model":"m","messages":[]}'))
+        await client.message()
+        await proxy.idle()
+    sys.setprofile(None)
+    del called["LoopLag._fired"], called["LoopLag._begin"]
+    return called

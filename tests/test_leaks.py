@@ -245,7 +245,9 @@ async def in_vain(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
 async def left_while_held(proxy: RunningProxy, upstream: ScriptedUpstream) -> str:
     client, api = await begin(proxy, upstream)
     api.send(*WELL[:2])
-    await until(lambda: any(relay._asking.attempt._task is not None for relay in proxy.worker.proxy.active))
+    (relay,) = proxy.worker.proxy.active
+    # It waits for the first token, or the end.
+    await until(lambda: relay._asking is not None and relay._asking._connection.protocol.answer_begun)
     client.reset()
     await api.gone()
     return "client_gone_before_head"

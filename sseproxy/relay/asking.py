@@ -279,10 +279,11 @@ class Asking:
 
     def _goes_to(self, step: Step) -> None:
         question, proxy, exchange = self._asked, self._proxy, self._exchange
-        exchange.model = step.target.model or question.model
-        label = routes.model_label(proxy.models, exchange.model)
-        observer = proxy.observer(question.route.name, step.upstream.name, label)
-        exchange.goes_to(step.upstream.name, step.endpoint.label, observer)
+        upstream, model, observer = step.upstream.name, step.target.model or question.model, exchange.observer
+        if (upstream, model) != (exchange.upstream, exchange.model):
+            observer = proxy.observer(question.route.name, upstream, routes.model_label(proxy.models, model))
+        exchange.model = model
+        exchange.goes_to(upstream, step.endpoint.label, observer)
         standing = step.endpoint.standing
         exchange.on_first_token = None
         if standing is not None and standing.is_out:

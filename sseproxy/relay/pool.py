@@ -107,11 +107,12 @@ class Upstream:
             self._read_addresses(self._addresses)
         left = [endpoint for endpoint in self.endpoints if endpoint not in tried]
         if not any_state:
-            left = [endpoint for endpoint in left if endpoint.standing is None or endpoint.standing.usable]
+            if out := [one for one in left if one.standing is not None and one.standing.is_out]:
+                left = [one for one in left if one.standing is None or one.standing.usable]
             if self._rests.any(now := micros()):
-                left = [endpoint for endpoint in left if not self._is_resting(endpoint, model, now)]
-            for endpoint in left:
-                if endpoint.standing is not None and endpoint.standing.on_trial:
+                left = [one for one in left if not self._is_resting(one, model, now)]
+            for endpoint in out:
+                if endpoint in left and endpoint.standing is not None:
                     endpoint.standing.try_once()
                     return endpoint
         if len(left) < 2:
