@@ -374,7 +374,7 @@ class Workers(RuleBasedStateMachine):
         self.ledger = Ledger(rows=5)
         names = ends.endpoint_counts("up", "node")
         columns = self.ledger.columns(names, ())
-        self.supervisor = Standing(self.ledger.row(self.ledger.own_row(), columns), "up", "node")
+        self.supervisor = Standing(self.ledger.own(columns), "up", "node")
         self.columns = columns
         self.workers: dict[int, Standing] = {}
         self.events: list[tuple[int, int, str]] = []
@@ -471,7 +471,7 @@ ADDRESSES = st.ip_addresses().filter(lambda one: int(one) != 0 and getattr(one, 
 def supervisor() -> Iterator[tuple[Row, Row]]:
     ledger = Ledger(rows=2)
     columns = ledger.columns(ends.address_counts("up host:80"), ())
-    yield ledger.row(ledger.own_row(), columns), opened(os.dup(ledger.fd), ledger.take_row(), columns)
+    yield ledger.own(columns), opened(os.dup(ledger.fd), ledger.take_row(), columns)
     ledger.close()
 
 

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from .table import Count, Row
+from .table import Count, Counts, Row
 
 MAX_ADDRESSES: Final = 64
 """Addresses of one name that are used. If there are more, the others are not used."""
@@ -191,6 +191,25 @@ class Standing:
         """It is used. Failures until `now` do not count any more, no worker's."""
         self._succeeded_at.put(max(now, self._succeeded_at.own))
         self._out.put(0)
+
+
+class Standings:
+    """Several endpoints in the ledger. What each request needs to know of them is read at once."""
+
+    __slots__ = ("_active", "_out")
+
+    def __init__(self, standings: Sequence[Standing]) -> None:
+        self._out = Counts([standing._out for standing in standings])
+        self._active = Counts([standing.active for standing in standings])
+
+    @property
+    def any_out(self) -> bool:
+        """Whether any of them is ejected."""
+        return any(self._out.own())
+
+    def active(self) -> list[int]:
+        """The exchanges that each of them answers."""
+        return self._active.totals()
 
 
 class Addresses:

@@ -20,7 +20,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from time import perf_counter
 from typing import Final
@@ -92,6 +92,28 @@ class Count:
     def total(self) -> int:
         """The sum of all workers."""
         return sum(self.each())
+
+
+class Counts:
+    """Several numbers, which are read faster together than one by one."""
+
+    __slots__ = ("_cells", "_columns", "_own")
+
+    def __init__(self, counts: Sequence[Count]) -> None:
+        self._cells = counts[0]._cells
+        self._columns = [count._column for count in counts]
+        self._own = [count._own for count in counts]
+
+    def own(self) -> list[int]:
+        """The part of this row of each."""
+        cells = self._cells
+        return [cells[place] for place in self._own]
+
+    def totals(self) -> list[int]:
+        """The sum of all workers of each."""
+        cells = self._cells
+        span = cells[_AT_HEIGHT] * _WIDTH
+        return [sum(cells[column : column + span : _WIDTH].tolist()) for column in self._columns]
 
 
 class Sketch:

@@ -12,7 +12,16 @@ from hashlib import blake2b
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from ..ledger.endpoints import Addresses, Standing, address_key, address_label, labels, later_attempts, of_host
+from ..ledger.endpoints import (
+    Addresses,
+    Standing,
+    Standings,
+    address_key,
+    address_label,
+    labels,
+    later_attempts,
+    of_host,
+)
 from .upstream import Endpoint
 
 if TYPE_CHECKING:
@@ -63,7 +72,7 @@ class Upstream:
             Endpoint(each, config, limits, pending, label, Standing(row, config.name, label) if counted else None)
             for each, label in zip(config.endpoints, names, strict=True)
         ]
-        self.endpoints = self._named
+        self._use(self._named)
         # Those at addresses that were resolved, by place. One whose address is gone is kept while it has an exchange.
         self._resolved: dict[int, tuple[IPv4Address | IPv6Address, Endpoint]] = {}
         self._leaving: list[Endpoint] = []
@@ -105,28 +114,43 @@ class Upstream:
         """
         if self._addresses is not None and self._addresses.version != self._version:
             self._read_addresses(self._addresses)
-        left = [endpoint for endpoint in self.endpoints if endpoint not in tried]
-        if not any_state:
-            if out := [one for one in left if one.standing is not None and one.standing.is_out]:
-                left = [one for one in left if one.standing is None or one.standing.usable]
-            if self._rests.any(now := micros()):
-                left = [one for one in left if not self._is_resting(one, model, now)]
-            for endpoint in out:
-                if endpoint in left and endpoint.standing is not None:
-                    endpoint.standing.try_once()
-                    return endpoint
-        if len(left) < 2:
-            return left[0] if left else None
-        active = [0 if endpoint.standing is None else endpoint.standing.active.total() for endpoint in left]
+        left, standings, now = self.endpoints, self._standings, micros()
+        if tried or standings is None or standings.any_out or self._rests.any(now):
+            left = self._left(model, tried, now, any_state=any_state)
+            on_trial = next((one for one in left if one.standing is not None and one.standing.is_out), None)
+            if on_trial is not None and on_trial.standing is not None and not any_state:
+                on_trial.standing.try_once()
+                return on_trial
+            if len(left) < 2:
+                return left[0] if left else None
+            standings = Standings([one.standing for one in left if one.standing is not None])
+        active = standings.active()
         if key is not None:
             most = _MOST_OF_MEAN * (sum(active) + 1) / len(left)
             ranks = sorted(range(len(left)), key=lambda place: _rank(key, left[place]), reverse=True)
             # One is always below the mean.
             return left[next(place for place in ranks if active[place] < most)]
-        least, size = min(active), len(left)
-        place = next(at % size for at in range(self._turn, self._turn + size) if active[at % size] == least)
-        self._turn = (place + 1) % size
+        least, turn = min(active), self._turn % len(left)
+        place = active.index(least, turn) if least in active[turn:] else active.index(least)
+        self._turn = place + 1
         return left[place]
+
+    def _left(self, model: str | None, tried: Collection[Endpoint], now: int, *, any_state: bool) -> list[Endpoint]:
+        """The endpoints that can be chosen."""
+        left = [one for one in self.endpoints if one not in tried]
+        if any_state:
+            return left
+        return [
+            one
+            for one in left
+            if (one.standing is None or one.standing.usable) and not self._is_resting(one, model, now)
+        ]
+
+    def _use(self, endpoints: list[Endpoint]) -> None:
+        self.endpoints = endpoints
+        standings = [one.standing for one in endpoints if one.standing is not None]
+        # Of one endpoint there is nothing to compare.
+        self._standings = Standings(standings) if len(standings) == len(endpoints) > 1 else None
 
     def usable(self) -> list[Endpoint]:
         """The endpoints that are not ejected, or all if none is left."""
@@ -184,7 +208,7 @@ class Upstream:
         for place in self._resolved.keys() - found.keys():
             self._leaving.append(self._resolved.pop(place)[1])
         # Before the first address is known, connections go to the name.
-        self.endpoints = [endpoint for _, endpoint in self._resolved.values()] or self._named
+        self._use([endpoint for _, endpoint in self._resolved.values()] or self._named)
         self._version = version
 
     def _all(self) -> Iterator[Endpoint]:
