@@ -16,8 +16,8 @@ from aiohttp import ClientSession, ClientWebSocketResponse
 from .harness import DEADLINE
 from .served import program
 
-# The start of a browser on a busy machine, and what it has to draw.
-_PATIENCE = 2 * DEADLINE
+# Seconds. The start of a browser on a busy machine, and what it has to draw, takes longer than what a proxy does.
+_PATIENCE = 4 * DEADLINE
 
 
 class Tab:
@@ -34,7 +34,9 @@ class Tab:
         async for message in self._socket:
             said = json.loads(message.data)
             if "id" in said:
-                self._answers.pop(said["id"]).set_result(said)
+                answer = self._answers.pop(said["id"])
+                if not answer.done():
+                    answer.set_result(said)
             elif said["method"] == "Runtime.exceptionThrown":
                 self.complaints.append(json.dumps(said["params"]))
             elif said["method"] == "Log.entryAdded" and said["params"]["entry"]["level"] == "error":

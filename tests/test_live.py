@@ -27,7 +27,9 @@ from sseproxy.config import Admin
 from sseproxy.errors import Outcome
 from sseproxy.observe import live
 from sseproxy.observe.live import MOST_ROWS, Reader, Reading, Row, View
+from sseproxy.observe.metrics import Report
 from sseproxy.observe.registry import Registry
+from sseproxy.observe.telemetry import CANCEL, LOOK, Reports, encode_report, questions
 from sseproxy.process.admin import application
 from sseproxy.process.live import Live
 from sseproxy.relay.exchange import Exchange
@@ -309,6 +311,45 @@ def test_no_text_can_break_out_of_its_event(text: str) -> None:
         assert json.loads(lines[1][6:])["rows"][0]["model"] == text
 
 
+# --- the channel between a worker and its supervisor ---
+
+
+async def test_questions_are_understood_however_they_come_and_a_broken_one_is_none() -> None:
+    reader = asyncio.StreamReader()
+    for byte in b"?lx0123456789abcdef?x0123":
+        reader.feed_data(bytes([byte]))
+    reader.feed_eof()
+    asked = [question async for question in questions(reader)]
+    assert asked == [(b"?", ""), (LOOK, ""), (CANCEL, "0123456789abcdef"), (b"?", "")]
+
+
+async def test_readings_and_reports_share_a_channel() -> None:
+    reader, asked, seen = asyncio.StreamReader(), bytearray(), list[Reading]()
+    reports = Reports(reader, asked.extend, seen.append)
+    iterating = asyncio.ensure_future(_all(reports))
+    looking = [asyncio.ensure_future(reports.looked()) for _ in range(2)]
+    await until(lambda: bool(asked))
+    # The second one waits for the answer to the first one's question.
+    assert bytes(asked) == LOOK
+    reading = Reading([row("a", outcome="completed")], 3)
+    reader.feed_data(
+        encode_report(Report([], [], [], [])) + encode_report(reading) + encode_report(Report([], [], [], []))
+    )
+    for looker in looking:
+        await looker
+    assert seen == [reading]
+    # A worker that ends leaves nobody waiting.
+    last = asyncio.ensure_future(reports.looked())
+    await until(lambda: bytes(asked) == LOOK + LOOK)
+    reader.feed_eof()
+    await last
+    assert len(await iterating) == 2
+
+
+async def _all(reports: Reports) -> list[Report]:
+    return [report async for report in reports]
+
+
 # --- who looks ---
 
 
@@ -351,7 +392,6 @@ async def test_the_workers_are_asked_only_while_somebody_looks_and_once_for_all_
                 await one.until(lambda told=number: one.rows.get("a", {}).get("deltas") == told)  # type: ignore[misc]
                 await other.until(lambda told=number: other.rows.get("a", {}).get("deltas") == told)  # type: ignore[misc]
             assert one.kinds == other.kinds == ["snapshot", *["changes"] * 4]
-            assert len(workers.asked_at) <= 8
         await until(lambda: not workers.live._lookers)
         await until(lambda: workers.live._reading is None or workers.live._reading.done())
         asked = len(workers.asked_at)

@@ -33,7 +33,7 @@ _END_TIMEOUT = 2.0
 # The milliseconds after which a browser connects again.
 _RETRY = b"retry: 1000\n\n"
 _UNKNOWN = "The live view shows no request with this id.\n"
-_EVENTS = {hdrs.CONTENT_TYPE: "text/event-stream", "X-Accel-Buffering": "no"}
+_EVENTS = {hdrs.CONTENT_TYPE: "text/event-stream", hdrs.CACHE_CONTROL: "no-store", "X-Accel-Buffering": "no"}
 
 
 class Live:
