@@ -1,4 +1,4 @@
-"""In what form the clients of an API read what is written here, and not by the upstream."""
+"""The form of what sseproxy itself sends to the clients of an API: heartbeats, error responses and error events."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ...errors import ExchangeError
 class Form(NamedTuple):
     """How a client is told that its stream goes on, or that something failed.
 
-    `heartbeat` is written between two events, and is none. `refusal(error)` is the body of an error response.
-    `farewell(error, number)` is the event that says why a stream ends after `number` events. `paths` are those paths of
-    the API that no dialect reads.
+    `heartbeat` is written between two events. It is a comment, or an event that clients ignore. `refusal(error)` is the
+    body of an error response. `farewell(error, number)` is the event that says why a stream ends after `number` events.
+    `paths` are the paths of the API that no dialect reads.
     """
 
     heartbeat: bytes
