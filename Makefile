@@ -133,11 +133,12 @@ bench: $(STAMP) $(BENCH)
 	bench/.venv/bin/python bench/draw.py bench/result.json bench/result.png
 
 $(TRUTH): bench/truth.txt | $(MADE)
-	$(PYTHON) -m venv --clear bench/.venv-truth
-	bench/.venv-truth/bin/python -m pip install --quiet --disable-pip-version-check --requirement bench/truth.txt
-	touch $@
+	@echo 'Installing aiperf and guidellm into bench/.venv-truth: 6.5 GB, a few minutes or more, once.'
+	@$(PYTHON) -m venv --clear bench/.venv-truth
+	@bench/.venv-truth/bin/python -m pip install --quiet --disable-pip-version-check --requirement bench/truth.txt
+	@touch $@
 
-## truth: the metrics next to what aiperf and guidellm measure
+## truth: the metrics next to what aiperf and guidellm measure (installs 6.5 GB)
 truth: $(STAMP) $(TRUTH)
 	$(BIN)/python -m bench.truth
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from sseproxy import config
 from sseproxy.demo import MODEL, Pace, answer, backend
 from sseproxy.errors import Truncated
 from sseproxy.wire.dialects import OPENAI
@@ -164,29 +163,6 @@ async def test_a_stream_that_was_not_asked_for_usage_counts_as_one_without(start
     assert seen.usage is None
     assert proxy.sample("streams_without_usage_total", reason="not_reported") == 1
     assert proxy.sample("tokens_total") == 0
-
-
-ODD_USAGE = [
-    b'data: {"id":"c","object":"chat.completion.chunk","usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n',
-    b'data: {"id":"c","choices":null,"provider":"p","usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n',
-    b'data: {"id":"c","choices":[{"index":0,"delta":{}}],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n',
-    b'data: {"id":"c","choices":[],"metrics":{"x":1},"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n',
-]
-
-
-@EACH_READER
-@pytest.mark.parametrize("event", ODD_USAGE, ids=["no choices", "null", "an empty choice", "other keys"])
-async def test_usage_that_only_we_asked_for_reaches_no_application(
-    start: StartProxy, upstream: ScriptedUpstream, read: Reader, event: bytes
-) -> None:
-    proxy = await start(upstream.url, route={"usage": config.UsageOptions(request=True)})
-    async with asking(read, proxy.url) as application:
-        api = await asked(upstream)
-        api.send(STREAM_HEAD, *map(chunk, (delta("One"), delta(" two"), event, DONE)), LAST_CHUNK)
-        assert await application.text() + await application.text() == "One two"
-    assert (application.seen.text, application.seen.chunks, application.seen.usage) == ("One two", 2, None)
-    assert await proxy.ended() == {"completed": 1}
-    assert proxy.sample("tokens_total", type="output") == 2
 
 
 @each(BEFORE_HEAD, "leaver")

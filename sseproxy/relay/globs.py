@@ -1,4 +1,4 @@
-"""Globs, as `fnmatch` has them, and whether some of them match all that another one matches."""
+"""Whether some globs match everything that another glob matches. Globs are those of `fnmatch`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Final
 
-# A set in brackets, in which a closing bracket that comes first is a character, or any one character.
+# A set in brackets, or a single character. A closing bracket that comes first in a set is a member of the set.
 _TOKEN: Final = re.compile(r"\[(?:!?\][^\]]*|![^\]]+|[^\]!][^\]]*)\]|.", re.DOTALL)
 _PLAIN: Final = re.compile(r"[^*?[]*")
-# So many steps, for each place in a glob and each character, decide about globs of some dozens of characters. They take
-# some ten milliseconds.
+# A step is one character read at one position in a glob. This is enough for globs of some dozens of characters, and
+# takes about ten milliseconds.
 _MAX_STEPS: Final = 50_000
 _LAST: Final = chr(0x10FFFF)
 
-# Where reading has got to in each of some globs: the numbers of the glob, and of its next token.
+# The states of the automata: pairs of the number of a glob, and the number of its next token.
 _Places = frozenset[tuple[int, int]]
 
 
 def within(glob: str, others: Iterable[str]) -> bool:
     """Whether every text that `glob` matches is matched by one of `others`.
 
-    False also where that would take long to find out.
+    False also if it would take too long to find out.
     """
     listed = list(others)
     if glob in listed:
@@ -30,7 +30,7 @@ def within(glob: str, others: Iterable[str]) -> bool:
     plain = _plain(glob)
     if plain == glob:
         return any(fnmatchcase(glob, other) for other in listed)
-    # Those that begin otherwise have no part in this, nor have names that it does not match.
+    # Globs with another beginning, and plain names that `glob` does not match, cannot contribute.
     parts = [
         other
         for other, begins in zip(listed, map(_plain, listed), strict=True)
@@ -40,25 +40,25 @@ def within(glob: str, others: Iterable[str]) -> bool:
 
 
 def _plain(glob: str) -> str:
-    """What all that `glob` matches begins with: the characters before its first wildcard."""
+    """The characters before the first wildcard of `glob`. Every text that it matches begins with them."""
     found = _PLAIN.match(glob)
     return found[0] if found else ""
 
 
 def _characters(globs: Iterable[str]) -> list[str]:
-    """One of each kind of characters that `globs` tell apart.
+    """One character of each class that `globs` can tell apart.
 
-    What a set holds begins and ends at characters that it names. So each of these stands for itself, and the one behind
-    it for all as far as the next.
+    Ranges begin and end at characters that the globs name. So each named character is a class of its own, and the
+    character after it represents all others up to the next named one.
     """
     named = set("".join(globs))
     return sorted(named | {chr(ord(one) + 1) for one in named if one < _LAST} | {"\0"})
 
 
 def _finds_nothing_else(globs: Sequence[list[str]], characters: Sequence[str]) -> bool:
-    """Whether no text, made of `characters`, is matched by the first of `globs` alone.
+    """Whether no text made of `characters` is matched by the first of `globs` and by none of the others.
 
-    All of them are read in step, character by character, as the automata that they are.
+    Each glob is an automaton. All of them are run together, one character at a time.
     """
     known: dict[tuple[str, str], bool] = {}
 
@@ -87,7 +87,7 @@ def _finds_nothing_else(globs: Sequence[list[str]], characters: Sequence[str]) -
 
 
 def _after(places: _Places, character: str, globs: Sequence[list[str]], takes: Callable[[str, str], bool]) -> _Places:
-    """Where reading has got to when `character` was read."""
+    """The states after `character` was read in the states `places`."""
     found: set[tuple[int, int]] = set()
     for number, at in places:
         if at < len(globs[number]):
@@ -100,7 +100,7 @@ def _after(places: _Places, character: str, globs: Sequence[list[str]], takes: C
 
 
 def _past_stars(places: set[tuple[int, int]], globs: Sequence[list[str]]) -> _Places:
-    """`places`, and those behind the stars that are there, which may match nothing."""
+    """`places`, and the states after each star, because a star may match nothing."""
     found = set(places)
     for number, start in places:
         at = start

@@ -1,6 +1,6 @@
-"""Compressed request bodies (RFC 9110, section 8.4), read in steps of bounded time and memory.
+"""Decompresses request bodies (RFC 9110, section 8.4) in steps of bounded time and memory.
 
-A few bytes may stand for a million. So what they stand for comes in pieces, and who reads stops where it is too much.
+A few compressed bytes may become millions. So the result comes in pieces, and decompression stops at a limit.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from typing import Final
 
 READABLE: Final = (b"gzip", b"deflate")
-"""The codings that are read."""
-# What is none; some write "none", which is no coding that is registered.
+"""The encodings that can be read."""
+# These mean that the body is not compressed. "none" is not registered, but some clients send it.
 _PLAIN: Final = frozenset({b"identity", b"none"})
-# The second name of gzip (section 8.4.1.3).
+# x-gzip is another name of gzip (section 8.4.1.3).
 _NAMES: Final = {b"gzip": b"gzip", b"x-gzip": b"gzip", b"deflate": b"deflate"}
-# What is looked at in a turn of the loop.
+# Bytes that are decompressed in one step.
 _PIECE: Final = 32 * 1024
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
 class Inflater:
-    """Reads a body that is coded as `coding`, one of `READABLE`, and stands for `most` bytes at most."""
+    """Decompresses a body with the encoding `coding`, one of `READABLE`, up to `most` bytes."""
 
     __slots__ = ("_begin", "_coding", "_ended", "_room", "_stream")
 
@@ -34,11 +34,11 @@ class Inflater:
 
     @property
     def too_much(self) -> bool:
-        """It stands for more; nothing of that is given."""
+        """Whether the decompressed body is larger than allowed."""
         return self._room < 0
 
     def pieces(self, part: bytes) -> Iterator[bytes]:
-        """What `part` adds, which may be nothing. What is broken ends with what was sound."""
+        """The decompressed bytes that `part` adds, perhaps none. If the data is corrupt, only the bytes before that."""
         data, more = self._begin + part, False
         self._begin = b""
         while (data or more) and not self._ended:
@@ -57,7 +57,7 @@ class Inflater:
                 self._ended = True
                 return
             data = self._stream.unconsumed_tail
-            # There may be more of it than fits, although all bytes were taken.
+            # A full piece: more output may be waiting, even if all input was consumed.
             more = len(piece) == _PIECE
             if self._stream.eof:
                 # A gzip body may have several members (RFC 1952, section 2.2).
@@ -68,12 +68,12 @@ class Inflater:
     def _format(self, data: bytes) -> int:
         if self._coding == b"gzip":
             return _GZIP
-        # Some send deflate without the zlib format around it, which begins so (RFC 1950, section 2.2).
+        # Some clients send raw deflate, without the zlib header that is tested for here (RFC 1950, section 2.2).
         return _ZLIB if data[0] & 15 == 8 and not (data[0] * 256 + data[1]) % 31 else _RAW
 
 
 def coding_of(tokens: list[bytes]) -> bytes | None:
-    """The coding of a body whose Content-Encoding has these `tokens`: empty for none; None if it is not read."""
+    """The coding that Content-Encoding names in `tokens`: empty if there is none, None if it cannot be read."""
     codings = [token for token in tokens if token not in _PLAIN]
     if not codings:
         return b""

@@ -392,7 +392,7 @@ class Gist:
 
     def __init__(self, members: Members) -> None:
         self._members = members
-        # In one piece: a text that comes in thousands of parts is read no more slowly for that.
+        # One buffer, so a text that arrives in thousands of parts is not read more slowly.
         self._begun = bytearray()
         self.extract: Extract | None = None
         """The extract, if the text is large."""
@@ -423,9 +423,9 @@ class Gist:
 
 
 class Elements:
-    """The objects in a list, which are extracted one after the other as they come; `feed` takes its text in any split.
+    """Extracts the objects in a list, one after the other, as they arrive. `feed` takes its text, however it is split.
 
-    `given_up`: there is something else in it, or too much in one.
+    `given_up`: the list has something other than objects, or an object exceeds a limit.
     """
 
     __slots__ = ("_begun", "_extract", "_members", "ended", "given_up", "too_much")
@@ -446,13 +446,13 @@ class Elements:
                 between = _BETWEEN.match(part, at)
                 at = between.end() if between else at
                 if self._begun and part.startswith(b"{}", at):
-                    # There may be thousands of these in a read.
+                    # A fast path: a read may have thousands of empty objects.
                     found.append(b"{}")
                     at += 2
                 else:
                     at += self._begin(part[at : at + 1])
                 continue
-            # Of what follows an object, no more than this is copied.
+            # `after` copies what follows an object, so a piece is small.
             piece = part[at : at + _PIECE]
             extract.feed(piece)
             rest, text = extract.after(), extract.text()
@@ -465,7 +465,7 @@ class Elements:
         return found
 
     def _begin(self, mark: bytes) -> int:
-        """Takes what begins with `mark`; returns how much of that is no part of an object."""
+        """Takes `mark`, the byte at which the next item begins. Returns 0 if it belongs to an object, otherwise 1."""
         if not mark:
             return 0
         if self._begun and mark == b"{":

@@ -1,7 +1,7 @@
-"""A form (multipart/form-data, RFC 7578) and the model that it names, found as it comes, in bounded time and memory.
+"""Finds the model in a form (multipart/form-data, RFC 7578) as it arrives, in bounded time and memory.
 
-No part is kept but the value of the field `model`, and that only as far as a name may be long. The bytes are looked at
-where the delimiter may be, so a file costs what it costs to search it.
+Only the values of the fields `model` and `stream` are kept, up to the greatest length of a model's name. The rest is
+only searched for the delimiter, so a file costs one search through its bytes.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Final
 
 from .meaning import MAX_MODEL
 
-# The longest boundary (RFC 2046, section 5.1.1), which also stands in quotes, because it may have spaces in it.
+# A boundary has at most 70 characters (RFC 2046, section 5.1.1). It may contain spaces, but not end with one.
 _BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
-# A parameter of a field, behind what came before it. What does not end its quotation marks is none.
+# A parameter of a field, with the semicolon before it. A quoted value must have its closing quotation mark.
 _PARAMETER: Final = re.compile(rb'[ \t]*;[ \t]*([^=;" \t]+)=(?:"((?:[^"\\]|\\.)*)"|([^;" \t]*))', re.DOTALL)
 _ESCAPED: Final = re.compile(rb"\\(.)", re.DOTALL)
 _DISPOSITION: Final = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data", re.IGNORECASE)
-# The second is for other characters than ASCII (RFC 5987).
+# The second has the name in an encoding for characters outside ASCII (RFC 5987).
 _FILE_NAMES: Final = frozenset({b"filename", b"filename*"})
-# What stands behind the delimiter, where the end or another part follows, and what may become that. Nobody writes the
-# white space, so there is little of it.
+# What must follow a delimiter: `--` at the end of the form, otherwise a line end, perhaps after spaces. Below it is the
+# beginning of either, when the rest has not arrived yet. Clients write no spaces there, so a limit of 256 does no harm.
 _AFTER_DELIMITER: Final = re.compile(rb"--|[ \t]{0,256}(?=\r\n)")
 _MAY_COME: Final = re.compile(rb"-?|[ \t]{0,256}\r?")
 # The fields of the form that are read.
 _WANTED: Final = frozenset({b"model", b"stream"})
-# The fields of a part: its name, its file's name and its type. Starlette takes as many parts.
+# Limits: bytes of a part's header fields, parameters of one field, and parts. Starlette allows as many parts.
 _MAX_HEAD: Final = 4 * 1024
 _MAX_PARAMETERS: Final = 16
 _MAX_PARTS: Final = 1000
-# Bytes of a name that may be a model's.
+# Bytes of a value with its line end: up to four for each character of a model's name.
 _MAX_VALUE: Final = 4 * MAX_MODEL + 2
 
 
 def boundary_of(content_type: bytes) -> bytes | None:
-    """The boundary of a form; None if `content_type` is not that of one, or has none that is valid."""
+    """The boundary in `content_type`. None if it is not the type of a form, or the boundary is not valid."""
     media_type, mark, rest = content_type.partition(b";")
     if media_type.strip().lower() != b"multipart/form-data":
         return None
@@ -56,9 +56,9 @@ def _parameters(text: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 class FormReader:
-    """Reads a form whose delimiter has `boundary` in it: `feed` takes its parts as they come.
+    """Reads a form with this `boundary`. `feed` takes the bytes of the form, however they are split.
 
-    As of the members of an object in JSON, the last of several fields counts.
+    If a field occurs several times, the last one counts, as with members of a JSON object.
     """
 
     __slots__ = ("_delimiter", "_ended", "_found", "_heads", "_name", "_parts", "_rest", "_value", "models")
@@ -67,12 +67,12 @@ class FormReader:
         self.models = 0
         """How many fields some parser may take for the model."""
         self._delimiter = b"\r\n--" + boundary
-        # The last bytes that came, if more of them may belong together. The first delimiter may be the first line.
+        # The bytes that were not processed yet. They begin with a line end, because a form may begin with a delimiter.
         self._rest = b"\r\n"
         self._heads = False
         self._ended = False
         self._parts = 0
-        # The name of the field that is being read, if it is wanted, and its value with the line end before it.
+        # The wanted field that is being read, and its value with the line end before it. None: no wanted field is read.
         self._name = b""
         self._value: bytearray | None = None
         self._found: dict[bytes, str] = {}
@@ -90,19 +90,19 @@ class FormReader:
 
     @property
     def model_so_far(self) -> str | None:
-        """The same: what has come of a form counts, whatever follows it."""
+        """The same as `model`: a field counts as soon as it is complete."""
         return self.model
 
     @property
     def streams(self) -> bool:
-        """Whether it asks for a stream."""
+        """Whether the request asks for a stream."""
         return self._found.get(b"stream") == "true"
 
     def with_usage(self) -> None:
-        """Of no form usage can be asked."""
+        """None: usage cannot be requested in a form."""
 
     def _content(self, text: bytes, at: int) -> tuple[int, bool]:
-        """Reads as far as the next delimiter: where its line ends, and True; or how far it got."""
+        """Reads up to the next delimiter. Returns the position after it, and True; or how far it got, and False."""
         start = at
         while (found := text.find(self._delimiter, start)) >= 0:
             start = found + len(self._delimiter)
@@ -116,16 +116,16 @@ class FormReader:
             if _MAY_COME.fullmatch(text, start):
                 self._take(text, at, found)
                 return found, False
-            # Something that only begins with the delimiter.
+            # Not a delimiter: its line continues with other bytes.
         end = max(start, len(text) - len(self._delimiter) + 1)
         self._take(text, at, end)
         return end, False
 
     def _head(self, text: bytes, at: int) -> tuple[int, bool]:
-        """Reads the fields of a part, from the end of the delimiter's line on: where its content begins, and True."""
+        """Reads the header fields of a part. Returns where its content begins, and True; or `at` and False."""
         end = text.find(b"\r\n\r\n", at)
         head = text[at:] if end < 0 else text[at:end]
-        # Three bytes of a head that has not ended may be of its end.
+        # The last three bytes may be the beginning of the blank line that ends the fields.
         if len(head) - (3 if end < 0 else 0) > _MAX_HEAD or self._delimiter in head:
             self._give_up()
         if end < 0:
@@ -138,12 +138,12 @@ class FormReader:
             found = [*islice(_parameters(head[disposition.end() :].partition(b"\r\n")[0]), _MAX_PARAMETERS)]
             parameters = dict(found)
             self.models += any(key == b"name" and value.lower() == b"model" for key, value in found)
-            # What has the name of a file is one.
+            # A part with a file name is a file, not a field.
             name = parameters.get(b"name", b"")
             if name in _WANTED and not _FILE_NAMES & parameters.keys():
                 self._name, self._value = name, bytearray()
         self._heads = False
-        # Where there is no content, the second of these line ends is that of the delimiter (RFC 2046, section 5.1.1).
+        # If the content is empty, the second line end belongs to the delimiter (RFC 2046, section 5.1.1).
         return end + 2, True
 
     def _take(self, text: bytes, start: int, end: int) -> None:
@@ -162,6 +162,6 @@ class FormReader:
         self._value = None
 
     def _give_up(self) -> None:
-        """It is no form, or has more in it than is looked at. Nobody knows what another reader makes of it."""
+        """The form is not valid, or exceeds a limit. Another parser might read it differently, so nothing counts."""
         self._ended = True
         self._found.clear()

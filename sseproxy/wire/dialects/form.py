@@ -1,4 +1,4 @@
-"""In what form the clients of an API read what is written here, and not by the upstream."""
+"""The form of what sseproxy itself sends to the clients of an API: heartbeats, error responses and error events."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def _openai_allowances(allowances: Sequence[Allowance], now: float) -> list[Fiel
 class Form(NamedTuple):
     """How a client is told that its stream goes on, that something failed, or how much it may still use.
 
-    `heartbeat` is written between two events, and is none. `refusal(error)` is the body of an error response.
-    `farewell(error, number)` is the event that says why a stream ends after `number` events. `paths` are those paths of
-    the API that no dialect reads. `allowances(allowances, now)` are header fields; `now` is the Unix time.
+    `heartbeat` is written between two events. It is a comment, or an event that clients ignore. `refusal(error)` is the
+    body of an error response. `farewell(error, number)` is the event that says why a stream ends after `number` events.
+    `paths` are the paths of the API that no dialect reads. `allowances(allowances, now)` are header fields; `now` is the
+    Unix time.
     """
 
     heartbeat: bytes
