@@ -30,6 +30,9 @@ All workers count in one table in shared memory, the ledger. Each worker writes 
 limit is the limit of all workers together, also of those that are still finishing after a reload. Connections are
 shared evenly: a worker that has more than the least busy one stops listening for a moment, and the others accept.
 
+With the option `probe`, each worker also has a probe, which `sseproxy doctor` asks: a server on a loopback port, and a
+route that leads to it. The probes of all workers count in the ledger, too.
+
 Access log and log lines are written by a thread. If nobody reads them, they are dropped, so a slow reader of the log
 never blocks an event loop.
 
