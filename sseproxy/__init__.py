@@ -35,6 +35,9 @@ shared evenly: a worker that has more than the least busy one stops listening fo
 Workers also write what they see of each endpoint of an upstream. The supervisor reads it, and writes in a row of its
 own which endpoints are used, and the addresses of names.
 
+With the option `probe`, each worker also has a probe, which `sseproxy doctor` asks: a server on a loopback port, and a
+route that leads to it. The probes of all workers count in the ledger, too.
+
 Access log and log lines are written by a thread. If nobody reads them, they are dropped, so a slow reader of the log
 never blocks an event loop.
 

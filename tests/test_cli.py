@@ -116,7 +116,12 @@ def test_all_flags_that_make_no_sense_are_named(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["serve", "check-config", "demo", "--version"]),
+        ([], ["serve", "check-config", "demo", "probe", "doctor", "--version"]),
+        (["probe"], ["--listen HOST:PORT", "--token T"]),
+        (
+            ["doctor"],
+            ["URL", "--token T", "--model M", "--api-key-env NAME", "--silence TIME", "--html FILE", "--json"],
+        ),
         (["serve"], ["--config FILE", "--upstream URL", "--workers N", "--listen HOST:PORT", "--admin HOST:PORT"]),
         (["check-config"], ["FILE"]),
         (["demo"], ["--once", "--ttft S", "--rate N", "--tokens N", "--listen HOST:PORT", "--admin HOST:PORT"]),

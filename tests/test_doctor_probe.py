@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from time import perf_counter
@@ -40,6 +41,7 @@ from sseproxy.doctor.script import (
     text_in,
 )
 from sseproxy.ledger.table import Ledger
+from sseproxy.wire.framing import LAST_CHUNK, frame
 
 from .doctor import TOKEN, probe, url_of
 from .harness import DEADLINE, Peer, ScriptedUpstream
@@ -110,6 +112,53 @@ def test_anything_may_come_as_a_request_or_as_an_answer(body: bytes) -> None:
     assert report_in(body) is None
     assert text_in(body) == ""
     assert mark_in(body.decode("latin-1")) is None
+
+
+def an_answer(coding: bytes = b"") -> bytes:
+    """The bytes of an answer of the probe with three events, after an interim one."""
+    writer = Writer(256, "1.1")
+    parts = [*(writer.event(0.1 * number) for number in range(3)), HEARTBEAT, writer.end()]
+    if coding:
+        deflater = zlib.compressobj(wbits=31 if coding == b"gzip" else 15)
+        parts = [*(deflater.compress(part) + deflater.flush(zlib.Z_SYNC_FLUSH) for part in parts), deflater.flush()]
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+    head += b"Content-Encoding: %b\r\n" % coding if coding else b""
+    return b"HTTP/1.1 100 Continue\r\n\r\n" + head + b"\r\n" + b"".join(map(frame, parts)) + LAST_CHUNK
+
+
+@pytest.mark.parametrize("coding", [b"", b"gzip", b"deflate"])
+def test_an_answer_is_read_however_it_is_split(coding: bytes) -> None:
+    data = an_answer(coding)
+    for at in range(len(data) + 1):
+        answer = Answer(perf_counter(), Asked(events=3))
+        for part in (data[:at], data[at:]):
+            if part:
+                answer.feed(part)
+        read = answer.stream()
+        assert (read.intact, len(read.events), read.garbled, read.rewritten, read.comments) == (
+            True,
+            3,
+            False,
+            False,
+            1,
+        )
+        assert answer.continued
+        assert answer.reusable
+
+
+@given(st.data())
+def test_an_answer_that_was_changed_is_read_without_harm(data: st.DataObject) -> None:
+    whole = an_answer(data.draw(st.sampled_from([b"", b"gzip"])))
+    at, until_ = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
+    changed = whole[:at] + data.draw(st.binary(max_size=30)) + whole[until_:]
+    answer = Answer(perf_counter(), Asked(events=3))
+    cut = data.draw(st.integers(0, len(changed)))
+    answer.feed(changed[:cut])
+    answer.feed(changed[cut:])
+    answer.lost(data.draw(st.sampled_from([None, ConnectionResetError()])))
+    assert answer.over
+    read = answer.stream()
+    assert all(one.isprintable() for value in read.fields.values() for one in value)
 
 
 async def test_a_stream_is_what_a_client_of_openai_reads(port: int) -> None:

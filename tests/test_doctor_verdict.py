@@ -368,6 +368,12 @@ def test_what_is_wrong_is_said(text: str) -> None:
     assert text_of(hop(**WRONG[text])) == text
 
 
+def test_a_head_that_came_late_once_was_read_late() -> None:
+    late = stream(head_at=0.3)
+    assert kinds(hop(steady=late, following=stream())) == []
+    assert kinds(hop(steady=late, following=late)) == ["head"]
+
+
 def test_the_hop_that_is_blamed_is_the_first_that_does_it() -> None:
     right = hop(url="http://one/v1")
     wrong = hop(url="https://edge.example", **held(by_bytes(1024, cuts=True)))
@@ -428,4 +434,5 @@ def test_there_is_something_to_change_for_every_finding() -> None:
             assert program in (*PROGRAMS, "")
             assert change
     assert [program for program, _ in remedies("buffered", ["nginx"])] == ["nginx", "ingress-nginx"]
-    assert [program for program, _ in remedies("buffered", ["sseproxy"])] == list(PROGRAMS)
+    assert [program for program, _ in remedies("buffered", ["sseproxy"])] == list(PROGRAMS[:-1])
+    assert [program for program, _ in remedies("refused", ["sseproxy"])] == ["sseproxy"]

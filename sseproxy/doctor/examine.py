@@ -135,7 +135,7 @@ class _Examination:
     async def run(self) -> Hop:
         plan, progress = self._plan, self._progress
         progress("arrival of events")
-        steady, reused, lag = await self._steady()
+        steady, following, reused, lag = await self._steady()
         again: Stream | None = None
         slow: Stream | None = None
         if need := needs_another(steady.events):
@@ -163,6 +163,7 @@ class _Examination:
         return Hop(
             url=self._url,
             steady=steady,
+            following=following,
             again=again,
             slow=slow,
             lag=lag,
@@ -208,8 +209,8 @@ class _Examination:
 
     # --- what is examined ---
 
-    async def _steady(self) -> tuple[Stream, bool, float]:
-        """A stream, whether its connection could be used again, and how late client and probe were meanwhile."""
+    async def _steady(self) -> tuple[Stream, Stream, bool, float]:
+        """A stream, the next one, whether its connection was used for that, and how late client and probe were."""
         plan = self._plan
         asked = Asked(events=plan.events, every=plan.every, wait=plan.wait)
         own: list[float] = []
@@ -224,14 +225,14 @@ class _Examination:
             stream = answer.stream()
             if stream.status != 200 or not stream.events:
                 raise _cannot(answer, "the probe", _hint(stream))
-            reused = answer.reusable
-            if reused:
-                again = connection.ask(self._request(Asked(events=1)), Asked(events=1))
-                await until(again, plan.patience)
-                reused = again.status in (200, 429)
+            asked, reused = Asked(events=2, every=plan.every, wait=plan.wait), False
+            if answer.reusable:
+                following = connection.ask(self._request(asked), asked)
+                await until(following, plan.patience)
+                reused = bool(following.status)
         finally:
             connection.close()
-        return stream, reused, lag
+        return stream, following.stream() if reused else await self._stream(asked), reused, lag
 
     async def _deaths(self) -> dict[Literal["fin", "reset"], Stream]:
         plan, cut = self._plan, max(2, self._plan.events // 8)

@@ -93,6 +93,8 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True):
     probed: bool = True
     """Whether a probe answers there, and not an API."""
     steady: Stream
+    following: Stream | None = None
+    """The answer to the next request, on the same connection if that could be used again: two events."""
     again: Stream | None = None
     """A second stream with another pace, if the first one was in doubt."""
     slow: Stream | None = None

@@ -13,11 +13,11 @@ NGINX, INGRESS, HAPROXY, ENVOY, TRAEFIK, CADDY, APACHE = (
     *("nginx", "ingress-nginx", "HAProxy", "Envoy", "Traefik", "Caddy", "Apache"),
 )
 CLOUDFLARE, ALB, API_GATEWAY, FRONT_DOOR = "Cloudflare", "ALB", "API Gateway", "Azure Front Door"
-EXPRESS, NEXT, FASTAPI = "Express", "Next.js", "FastAPI"
+EXPRESS, NEXT, FASTAPI, SSEPROXY = "Express", "Next.js", "FastAPI", "sseproxy"
 
 PROGRAMS: Final = (
     *(NGINX, INGRESS, HAPROXY, ENVOY, TRAEFIK, CADDY, APACHE),
-    *(CLOUDFLARE, ALB, API_GATEWAY, FRONT_DOOR, EXPRESS, NEXT, FASTAPI),
+    *(CLOUDFLARE, ALB, API_GATEWAY, FRONT_DOOR, EXPRESS, NEXT, FASTAPI, SSEPROXY),
 )
 # Programs of which one says it is another one.
 _ALSO: Final = {NGINX: (INGRESS,)}
@@ -72,6 +72,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         EXPRESS: "server.timeout = 0; write a comment every 15 s",
         NEXT: "write a comment every 15 s",
         FASTAPI: "sse-starlette: EventSourceResponse(ping=15)",
+        SSEPROXY: "timeouts: {head, first_token, idle} of the route",
     },
     "truncation": {
         NGINX: "proxy_http_version 1.1: an answer of HTTP/1.0 has no recognisable end",
@@ -152,6 +153,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         EXPRESS: "express.json({limit: '50mb'}), or pipe the request on unparsed",
         NEXT: "bodySizeLimit; Vercel allows 4.5 MB",
         FASTAPI: "no middleware that limits bodies",
+        SSEPROXY: "limits: {request_body: off}",
     },
     "collected": {
         NGINX: "proxy_request_buffering off; proxy_http_version 1.1",
@@ -168,6 +170,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         EXPRESS: "pipe the request on instead of parsing it",
         NEXT: "duplex: 'half' with request.body",
         FASTAPI: "request.stream() instead of request.body()",
+        SSEPROXY: "no model in match and in metrics.models, and no usage.request: then a body is forwarded as it comes",
     },
     "http10": {
         NGINX: 'proxy_http_version 1.1; proxy_set_header Connection "";  (the default before 1.29.7 is 1.0)',
