@@ -44,6 +44,8 @@ _BREADTH: Final = 32 * 1024
 _BUCKETS: Final = 1024
 _IN_A_BUCKET: Final = 8
 _WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET
+# The first row is the supervisor's. This is the first cell of the first worker's row.
+_FIRST: Final = _HEADER + _WIDTH
 # Bytes for what the old code leaves to the new code in an upgrade: the names of the columns.
 _DIRECTORY: Final = 8 << 20
 
@@ -51,14 +53,12 @@ _DIRECTORY: Final = 8 << 20
 class Count:
     """One number: the part of this worker, and the sum of all workers."""
 
-    __slots__ = ("_cells", "_column", "_kept", "_own")
+    __slots__ = ("_cells", "_column", "_own")
 
     def __init__(self, cells: memoryview[int], row: int, column: int) -> None:
         self._cells = cells
-        self._column = _HEADER + column
+        self._column = _FIRST + column
         self._own = self._column + row * _WIDTH
-        # The supervisor's row comes after those of the workers.
-        self._kept = self._column + cells[_AT_ROWS] * _WIDTH
 
     def add(self, number: int) -> None:
         """Adds `number` to the part of this worker."""
@@ -74,8 +74,9 @@ class Count:
         self._cells[self._own] = value
 
     def all(self) -> list[int]:
-        """The part of each worker, and what the supervisor has kept of workers that have ended."""
-        return [*self.each(), self._cells[self._kept]]
+        """What the supervisor has kept of workers that have ended, and the part of each worker."""
+        cells = self._cells
+        return cells[self._column - _WIDTH : self._column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
 
     def each(self) -> list[int]:
         """The part of each worker, by row. It is 0 in rows that are not used."""
@@ -105,7 +106,7 @@ class Sketch:
     def _places(self, client: str) -> Iterable[int]:
         """The cell of `client` in each line, of the first row."""
         digest = blake2b(client.encode(), digest_size=2 * _DEPTH, key=self._key).digest()
-        first = 2 * (_HEADER + _COLUMNS)
+        first = 2 * (_FIRST + _COLUMNS)
         for line, value in enumerate(struct.unpack(f"{_DEPTH}H", digest)):
             yield first + line * _BREADTH + value % _BREADTH
 
@@ -141,7 +142,7 @@ class Seen:
         # A cell that is 0 is empty.
         value = (int.from_bytes(digest, "little") >> 1) or 1
         cells = self._cells
-        first = _HEADER + _WIDTH + (value % _BUCKETS - _BUCKETS) * _IN_A_BUCKET
+        first = _FIRST + _WIDTH + (value % _BUCKETS - _BUCKETS) * _IN_A_BUCKET
         for start in range(first, first + cells[_AT_HEIGHT] * _WIDTH, _WIDTH):
             if value in cells[start : start + _IN_A_BUCKET].tolist():
                 return True
@@ -199,7 +200,7 @@ class Ledger:
 
     def __init__(self, rows: int = 256) -> None:
         fd = os.memfd_create("sseproxy-ledger")
-        os.ftruncate(fd, (_HEADER + rows * _WIDTH + _COLUMNS) * _CELL + _DIRECTORY)
+        os.ftruncate(fd, (_FIRST + rows * _WIDTH) * _CELL + _DIRECTORY)
         os.pwrite(fd, struct.pack("qq", _LAYOUT, rows), 0)
         os.pwrite(fd, secrets.token_bytes(_SECRET.stop - _SECRET.start), _SECRET.start)
         self._table = Table(fd)
@@ -233,12 +234,7 @@ class Ledger:
         return self.fd
 
     def _directory(self) -> int:
-        return (self._kept + _COLUMNS) * _CELL
-
-    @property
-    def _kept(self) -> int:
-        """The first cell of the supervisor's row."""
-        return _HEADER + self._table.cells[_AT_ROWS] * _WIDTH
+        return (_FIRST + self._table.cells[_AT_ROWS] * _WIDTH) * _CELL
 
     @property
     def fd(self) -> int:
@@ -262,7 +258,7 @@ class Ledger:
 
     def _empty(self, row: int) -> None:
         """Sets `row` to zero, and keeps what was counted in it in windows of time."""
-        cells, first, kept = self._table.cells, _HEADER + row * _WIDTH, self._kept
+        cells, first = self._table.cells, _FIRST + row * _WIDTH
         counted = [
             (column, value)
             for name, column in self._columns.items()
@@ -271,7 +267,7 @@ class Ledger:
         # This also gives the memory back.
         self._table.map.madvise(mmap.MADV_REMOVE, first * _CELL, _WIDTH * _CELL)
         for column, value in counted:
-            cells[kept + column] = windows.added(cells[kept + column], value)
+            cells[_HEADER + column] = windows.added(cells[_HEADER + column], value)
 
     def _set_height(self) -> None:
         self._table.cells[_AT_HEIGHT] = max(self._taken, default=-1) + 1
@@ -285,7 +281,7 @@ class Ledger:
         kept = {*wanted, *in_use}
         for name, column in list(self._columns.items()):
             if name not in kept and not self._counts(name, column):
-                self._table.cells[self._kept + column] = 0
+                self._table.cells[_HEADER + column] = 0
                 del self._columns[name]
         used, free = set(self._columns.values()), 0
         for name in wanted:

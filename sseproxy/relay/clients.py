@@ -18,16 +18,16 @@ from time import (
     perf_counter,
     time,  # noqa: TID251 - a timestamp is exported
 )
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ..errors import LimitExceeded, RequestError
 from ..ledger import windows
 from ..ledger.windows import Use
 from ..wire.credentials import digest, public_part
 from ..wire.demand import OUTPUT, Demand
-from ..wire.dialects import RATE_LIMITS, Allowance, Form, models_in
+from ..wire.dialects import Allowance, Form, models_in
 from ..wire.form import FormReader
-from ..wire.headers import Field, Fields, client_block
+from ..wire.headers import Field, client_block
 from ..wire.request import ModelAudit, RequestReader
 from .routes import said, some
 
@@ -82,6 +82,13 @@ def _reserved(client: str) -> str:
     return f"reserved {client}"
 
 
+class Uses(NamedTuple):
+    """What a client has used within a time. None of what has no limit."""
+
+    requests: Use | None
+    tokens: Use | None
+
+
 class Client:
     """One client: its name, which models and routes it may use, and how much. `row` is the worker's in the ledger."""
 
@@ -113,21 +120,33 @@ class Client:
         """Whether its requests or tokens are limited within a time."""
         return self._requests is not None or self._tokens is not None
 
-    def room(self, tokens: int) -> int:
+    def uses(self) -> Uses:
+        """What it has used so far of what is limited within a time, with what is reserved."""
+        requests = tokens = None
+        if self._requests is not None:
+            requests = self._requests[1].use()
+        if self._tokens is not None:
+            _, used, reserved = self._tokens
+            tokens = used.use()
+            # Most of what is reserved will have been used soon.
+            tokens = tokens._replace(present=tokens.present + reserved.total())
+        return Uses(requests, tokens)
+
+    def room(self, uses: Uses, tokens: int) -> int:
         """How many tokens to reserve for a request that may need `tokens`. Raises `LimitExceeded` above a limit.
 
         Of a request that needs more than the limit, all of the limit is reserved, so that it is not refused for ever.
         """
         if self._active is not None and self._active[1].total() >= self._active[0]:
             raise LimitExceeded("active_requests", f"{self._active[0]} active requests", 1.0)
-        if self._requests is not None:
-            rate, requests = self._requests
-            if wait := requests.use().wait(rate.number, 1):
+        if self._requests is not None and uses.requests is not None:
+            rate = self._requests[0]
+            if wait := uses.requests.wait(rate.number, 1):
                 raise LimitExceeded("requests", _spelled(rate, "requests"), wait)
-        if self._tokens is not None:
-            rate, used, reserved = self._tokens
+        if self._tokens is not None and uses.tokens is not None:
+            rate = self._tokens[0]
             tokens = min(tokens, rate.number)
-            if tokens and (wait := _with_reserved(used, reserved).wait(rate.number, tokens)):
+            if tokens and (wait := uses.tokens.wait(rate.number, tokens)):
                 raise LimitExceeded("tokens", _spelled(rate, "tokens"), wait)
         return tokens
 
@@ -152,15 +171,13 @@ class Client:
         if self._tokens is not None and tokens:
             self._tokens[1].add(tokens)
 
-    def allowances(self) -> list[Allowance]:
-        """What it may still use."""
+    def allowances(self, uses: Uses, requests: int, tokens: int) -> list[Allowance]:
+        """What it may still use, if so many `requests` and `tokens` have been used in addition to `uses`."""
         found: list[Allowance] = []
-        if self._requests is not None:
-            rate, requests = self._requests
-            found.append(_allowance("requests", requests.use(), rate.number))
-        if self._tokens is not None:
-            rate, used, reserved = self._tokens
-            found.append(_allowance("tokens", _with_reserved(used, reserved), rate.number))
+        if self._requests is not None and uses.requests is not None:
+            found.append(_allowance("requests", uses.requests, requests, self._requests[0].number))
+        if self._tokens is not None and uses.tokens is not None:
+            found.append(_allowance("tokens", uses.tokens, tokens, self._tokens[0].number))
         return found
 
     def check_route(self, route: Route) -> None:
@@ -186,14 +203,9 @@ class Client:
             raise RequestError("model_not_allowed", message)
 
 
-def _with_reserved(used: windows.Window, reserved: Count) -> Use:
-    """What was used, with what is reserved: most of that will have been used soon."""
-    use = used.use()
-    return use._replace(present=use.present + reserved.total())
-
-
-def _allowance(kind: Literal["requests", "tokens"], use: Use, limit: int) -> Allowance:
-    return Allowance(kind, limit, max(0, limit - use.total), use.wait(limit, limit))
+def _allowance(kind: Literal["requests", "tokens"], use: Use, more: int, limit: int) -> Allowance:
+    reset = 2 * use.seconds - use.elapsed if more else use.reset
+    return Allowance(kind, limit, max(0, limit - use.total - more), reset)
 
 
 def _spelled(rate: Rate, what: str) -> str:
@@ -226,10 +238,13 @@ def unreported(exchange: Exchange, input: int, output: int) -> int:
     return (0 if told_input else input) + seen
 
 
+_NOTHING: Final = Uses(None, None)
+
+
 class Visit:
     """One request of `client`: what it may use, what was reserved for it, and what it has used."""
 
-    __slots__ = ("_audit", "_demand", "_input", "_output", "_reserved", "client")
+    __slots__ = ("_audit", "_demand", "_input", "_output", "_reserved", "_uses", "client")
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -237,6 +252,7 @@ class Visit:
         self._demand: Demand | None = None
         # What it may need, if it generates anything.
         self._input = self._output = 0
+        self._uses = _NOTHING
         # How many tokens are reserved. None if the request is not counted.
         self._reserved: int | None = None
 
@@ -281,7 +297,9 @@ class Visit:
             if self._demand is not None:
                 self._input, self._output = self._demand.input, self._demand.output
         self._demand = self._audit = None
-        tokens = self.client.room(self._input + self._output)
+        if self.client.has_rates:
+            self._uses = self.client.uses()
+        tokens = self.client.room(self._uses, self._input + self._output)
         self._reserved = tokens
         self.client.take(tokens)
 
@@ -301,16 +319,15 @@ class Visit:
             exchange.estimated = unreported(exchange, self._input, self._output)
         self.client.charge(reported + exchange.estimated)
 
-    def told(self, fields: Fields, form: Form) -> Fields:
-        """The fields of a response, with the client's limits instead of those of the upstream's key."""
-        if not self.client.has_rates:
-            return fields
-        kept = [field for field in fields.all if not field[0].lower().startswith(RATE_LIMITS)]
-        return Fields([*kept, *self.allowances(form)])
+    def allowances(self, form: Form) -> list[Field] | None:
+        """The fields that tell the client what it could still use when this request began. None if nothing is limited.
 
-    def allowances(self, form: Form) -> list[Field]:
-        """The fields that tell the client what it may still use."""
-        return form.allowances(self.client.allowances(), time())
+        They are known only after `begin`.
+        """
+        if not self.client.has_rates:
+            return None
+        requests, tokens = (0, 0) if self._reserved is None else (1, self._reserved)
+        return form.allowances(self.client.allowances(self._uses, requests, tokens), time())
 
 
 class Clients:

@@ -313,7 +313,7 @@ class Relay:
         if isinstance(error, LimitExceeded) and self._visit is not None:
             # The SDKs of OpenAI and Anthropic look for it first.
             extra.append((b"Retry-After-Ms", b"%d" % ceil(error.retry_after * 1000)))
-            extra += self._visit.allowances(form)
+            extra += self._visit.allowances(form) or ()
         answer = Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
         exchange.response_bytes += 0 if self._request.method == "HEAD" else len(answer.body)
         return answer
@@ -402,8 +402,6 @@ class Relay:
         request.answered()
         if head.status in _WITH_LOCATION:
             head.fields = upstream.rewrite_location(head.fields, route)
-        if visit is not None:
-            head.fields = visit.told(head.fields, dialect.form)
         self._respond(head, kind, dialect, clock, route.heartbeat, asked=asked, strip=asking is not None)
         return None
 
@@ -652,6 +650,7 @@ class Relay:
         event_stream: bool,
         connection: bytes | None,
         date: bytes | None,
+        allowances: Sequence[headers.Field] | None = None,
     ) -> bytes:
         """The head of a response as it goes to the client."""
         return headers.serialize(
@@ -664,6 +663,7 @@ class Relay:
                 request_id=self._request_id,
                 connection=connection,
                 date=date,
+                allowances=allowances,
             ),
         )
 
@@ -731,6 +731,7 @@ class Relay:
             event_stream=event_stream,
             connection=option,
             date=date(),
+            allowances=None if self._visit is None else self._visit.allowances(dialect.form),
         )
         self._head_sent = True
         exchange.head_received(head.status, event_stream)
