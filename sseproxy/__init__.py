@@ -67,6 +67,7 @@ outcome and is reported once.*
     errors          every exception that sseproxy raises; the only table of status, message and outcome
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
+      remote          counts what several machines use, on a Redis or Valkey server
       windows         what was used within the last minute, hour or day
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       credentials     the keys of clients: where they are, and how they are removed

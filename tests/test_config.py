@@ -40,7 +40,7 @@ routes:
 VALID = UPSTREAMS + ROUTES
 
 TOP_KEYS = (
-    "access_log, admin, clients, drain_timeout, limits, listen, log, max_body, metrics, reload, routes, tls, "
+    "access_log, admin, clients, drain_timeout, ledger, limits, listen, log, max_body, metrics, reload, routes, tls, "
     "trusted_proxies, upstreams, workers"
 )
 TIMEOUT_KEYS = "body, connect, first_token, head, idle, total, write"

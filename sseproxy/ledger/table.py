@@ -162,6 +162,8 @@ class Row:
         """The connections of each client."""
         self.counted = Seen(table, number)
         """The responses whose usage was counted and that the upstream keeps."""
+        self.machine = blake2b(b"machine", digest_size=12, key=table.secret).hexdigest()
+        """A name of the machine, or of the container, on which this table is."""
         self._table = table
         self._columns = columns
 

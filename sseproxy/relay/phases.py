@@ -364,7 +364,9 @@ class Relay:
             # In a coding that is not known, bytes that can be read may mean something else.
             readable = read is not None and self._coding is not None
             visit.check_model(known_as, read=readable, has_body=bool(request.framing))
-            visit.begin(generates=dialect.generates and request.method == "POST")
+            asking_server = visit.begin(generates=dialect.generates and request.method == "POST")
+            if asking_server is not None:
+                await asking_server
         model = (None if read is None else read.model) or model_in(known_as)
         exchange.model, exchange.api = model, dialect.name
         exchange.fetches = dialect.keeps and request.method != "POST"
@@ -485,7 +487,7 @@ class Relay:
         if candidates and _is_preflight(request):
             self._keyless = True
         elif not candidates or not all(route.open for route in candidates):
-            self._visit = Visit(clients.caller(keys, self._client_address))
+            self._visit = Visit(clients.caller(keys, self._client_address), clients.server)
         return query
 
     def _hide(self, key: bytes, path: str, query: str) -> str:

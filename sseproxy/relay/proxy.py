@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ..errors import Draining, RequestError
+from ..ledger.remote import Remote
 from ..wire import headers
 from . import routes
 from .admission import Admission, Connections, pending
@@ -84,7 +85,9 @@ class Proxy:
             upstream.name: Upstream(upstream, config.limits, row.count(pending(upstream.name)))
             for upstream in config.upstreams
         }
-        self.clients = None if config.clients is None else Clients(config.clients, row)
+        self.clients: Clients | None = None
+        if config.clients is not None:
+            self.clients = Clients(config.clients, row, self._server(config, row))
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.counted = row.counted
@@ -95,6 +98,14 @@ class Proxy:
         self._closing_idle: asyncio.TimerHandle | None = None
         places = Connections(self.limits, row, most_connections)
         self.server = DownstreamServer(self.handle, self._malformed, self.limits, places)
+
+    def _server(self, config: Config, row: Row) -> Remote | None:
+        """What counts the use of clients on several machines."""
+        if config.ledger.url is None:
+            return None
+        failed = self.observer("", "", routes.OTHER).ledger_failed
+        refuses = config.ledger.on_failure == "refuse"
+        return Remote(config.ledger.url.get_secret_value(), row.machine, failed, refuses=refuses)
 
     def handle(self, request: Request) -> Coroutine[None, None, Answer]:
         return Relay(self, request).run()
@@ -131,6 +142,8 @@ class Proxy:
         self.server.hangups.close()
         for upstream in self.upstreams.values():
             await upstream.close()
+        if self.clients is not None and self.clients.server is not None:
+            await self.clients.server.close()
 
     def _malformed(self, error: RequestError) -> Answer:
         observer, request_id = self.observer("", "", routes.OTHER), new_request_id()
