@@ -608,6 +608,12 @@ ROWS = (
                 (Query(rate("client_keys_rejected_total", "", P), "wrong keys"),),
                 "reqps",
             ),
+            Panel(
+                "Ledger failures",
+                "Questions to the server of ledger.url that it did not answer in time. Meanwhile each machine has the limits for itself, or refuses.",
+                (Query(rate("ledger_failures_total", "instance", P), "{{instance}}"),),
+                "reqps",
+            ),
         ),
     ),
 )

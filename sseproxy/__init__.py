@@ -88,6 +88,7 @@ outcome and is reported once.*
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
       endpoints       how each endpoint of an upstream stands, and the addresses of a name
+      remote          counts what several machines use, on a Redis or Valkey server
       windows         what was used within the last minute, hour or day
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       credentials     the keys of clients: where they are, and how they are removed

@@ -160,6 +160,7 @@ class RequestError(ExchangeError):
         "too_many_wrong_keys": (429, "There were too many wrong keys from this address."),
         "route_not_allowed": (403, "This key may not use this route."),
         "model_not_allowed": (403, "This key may not use this model."),
+        "ledger": (503, "The limits of clients cannot be checked now; please try again."),
         "rate_limit_exceeded": (429, "This key has reached a limit."),
         "model_twice": (400, "The request body names its model more than once."),
         "no_route": (404, "No route matches this request."),

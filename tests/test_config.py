@@ -52,8 +52,8 @@ routes:
 VALID = UPSTREAMS + ROUTES
 
 TOP_KEYS = (
-    "access_log, admin, clients, drain_timeout, limits, listen, log, max_body, metrics, probe, reload, routes, tls, "
-    "trusted_proxies, upstreams, workers"
+    "access_log, admin, clients, drain_timeout, ledger, limits, listen, log, max_body, metrics, probe, reload, routes, "
+    "tls, trusted_proxies, upstreams, workers"
 )
 TIMEOUT_KEYS = "body, connect, first_token, head, idle, total, write"
 HOST_PORT = "expected HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535, unix:/PATH, systemd or systemd:NAME"

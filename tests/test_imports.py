@@ -121,7 +121,7 @@ def test_a_worker_starts_without_what_only_its_supervisor_needs() -> None:
     loaded = "from sseproxy.process import start; start.load(); import sys"
     names = printed(f"{loaded}; print(*{{name.partition('.')[0] for name in sys.modules}})")
     assert "aiohttp" in names
-    assert not {"yaml", "pydantic", "prometheus_client"} & set(names)
+    assert not {"yaml", "pydantic", "prometheus_client", "redis"} & set(names)
 
 
 def test_a_worker_starts_without_the_systems_authorities_and_may_read_them(tmp_path: Path) -> None:
@@ -170,6 +170,8 @@ def test_a_command_imports_only_what_it_needs(arguments: list[str], without: set
 def test_nothing_is_imported_that_an_installation_does_not_have() -> None:
     """Tests run where everything is installed; a user has the dependencies alone, without their dependencies' names."""
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    # An extra is imported only where it is used.
+    extra = {re.split(r"[<>=\[]", requirement)[0] for requirement in project["optional-dependencies"]["redis"]}
     declared = {re.split(r"[<>=\[]", requirement)[0].lower() for requirement in project["dependencies"]}
     modules = {"prometheus-client": "prometheus_client", "pyyaml": "yaml"}
     # It is pydantic's other half, of the same version.
@@ -180,7 +182,7 @@ def test_nothing_is_imported_that_an_installation_does_not_have() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names.append(node.module or "")
             found = {name.partition(".")[0] for name in names}
-            assert found <= installed | sys.stdlib_module_names, path
+            assert found <= installed | extra | sys.stdlib_module_names, path
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if dotted(path).startswith("wire")], ids=dotted)

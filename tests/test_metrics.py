@@ -131,6 +131,7 @@ CONTRACT = {
     "client_tokens": ("client model type", "counter"),
     "client_limited": ("client limit", "counter"),
     "client_keys_rejected": ("", "counter"),
+    "ledger_failures": ("", "counter"),
     "upstream_connections": ("upstream state", "gauge"),
     "upstream_connect_seconds": ("R", CONNECT),
     "upstream_connections_reused": ("R", "counter"),

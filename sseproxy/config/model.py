@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self, cast
 
 from pydantic import (
@@ -41,6 +42,7 @@ from .values import (
     Globs,
     HostNames,
     KeyDigests,
+    LedgerURL,
     ListenAddress,
     ListenAddresses,
     Loc,
@@ -53,6 +55,7 @@ from .values import (
     Name,
     Names,
     Networks,
+    OnFailure,
     PathPrefix,
     RateOrOff,
     RequiredPath,
@@ -552,6 +555,23 @@ class Client(_Model):
         return tuple(one.removeprefix("sha256:") for one in spelled)
 
 
+class Ledger(_Model):
+    """Where the limits of clients are counted."""
+
+    url: LedgerURL = None
+    """A Redis or Valkey server, for limits that hold over several machines. `None`: on this machine. Needs the extra
+    `redis`."""
+    on_failure: OnFailure = "local"
+    """What happens while the server does not answer. `local`: each machine has the limits for itself. `refuse`:
+    requests of clients with limits are answered 503."""
+
+    @model_validator(mode="after")
+    def _has_library(self) -> Self:
+        if self.url is not None and find_spec("redis") is None:
+            raise expected("no url, because redis is not installed: pip install 'sseproxy[redis]'", show=False)
+        return self
+
+
 class Places:
     """Where the match of each route is in a file: `line:col`. The same options are equal wherever they are."""
 
@@ -589,6 +609,7 @@ class Config(_Model):
     probe: Probe | None = None
     clients: Annotated[tuple[Client, ...] | None, Field(min_length=1)] = None
     """Who may call. `None` means everybody. With clients, each request needs a key, which never goes upstream."""
+    ledger: Ledger = Ledger()
 
     _variables: frozenset[str] = frozenset()
     _places: Places = Places()

@@ -41,6 +41,7 @@ _DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_LEDGER_URL = re.compile(r"(?:rediss?://[!-~]+|unix:///[!-~]+)")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
@@ -304,6 +305,17 @@ def _key_digest(value: object) -> str:
     raise expected("the digest of a key, as sseproxy key prints it: sha256: and 64 hexadecimal digits", show=False)
 
 
+def _ledger_url(value: object) -> SecretStr | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = SecretStr(value)
+    if isinstance(value, SecretStr) and _LEDGER_URL.fullmatch(value.get_secret_value()):
+        return value
+    # The value is not shown, because it may have a password.
+    raise expected("a URL such as redis://127.0.0.1:6379/0, with redis, rediss or unix", show=False)
+
+
 def _share(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
@@ -501,6 +513,11 @@ ApiKey = Annotated[SecretStr | None, Option(_secret("an API key"), TEXT, NONE)]
 AdminToken = Annotated[SecretStr | None, Option(_secret("a token"), TEXT, NONE)]
 
 Token = Annotated[SecretStr, Option(_token, TEXT)]
+
+LedgerURL = Annotated[SecretStr | None, Option(_ledger_url, TEXT, NONE)]
+"""The URL of a server, with its password if it needs one."""
+
+OnFailure = Annotated[Literal["local", "refuse"], Option(_one_of("local", "refuse"), _enum("local", "refuse"))]
 
 FieldName = Annotated[str, Option(_header, TEXT)]
 

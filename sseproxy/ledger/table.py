@@ -51,6 +51,10 @@ _WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET + _R
 # Where the last two begin in a row.
 _AT_RESTS: Final = _WIDTH - _REST_CELLS
 _AT_SEEN: Final = _AT_RESTS - _BUCKETS * _IN_A_BUCKET
+# The first row is the supervisor's. This is the first cell of the first worker's row.
+_FIRST: Final = _HEADER + _WIDTH
+# The supervisor's row, counted from the first worker's.
+_OWN: Final = -1
 # Bytes for what the old code leaves to the new code in an upgrade: the names of the columns.
 _DIRECTORY: Final = 8 << 20
 
@@ -58,14 +62,12 @@ _DIRECTORY: Final = 8 << 20
 class Count:
     """One number: the part of this row, and the sum of all rows."""
 
-    __slots__ = ("_cells", "_column", "_kept", "_own")
+    __slots__ = ("_cells", "_column", "_own")
 
     def __init__(self, cells: memoryview[int], row: int, column: int) -> None:
         self._cells = cells
-        self._column = _HEADER + column
+        self._column = _FIRST + column
         self._own = self._column + row * _WIDTH
-        # The supervisor's row comes after those of the workers.
-        self._kept = self._column + cells[_AT_ROWS] * _WIDTH
 
     def add(self, number: int) -> None:
         """Adds `number` to the part of this worker."""
@@ -81,8 +83,9 @@ class Count:
         self._cells[self._own] = value
 
     def all(self) -> list[int]:
-        """The part of each worker, and that of the supervisor."""
-        return [*self.each(), self._cells[self._kept]]
+        """What the supervisor has kept of workers that have ended, and the part of each worker."""
+        cells = self._cells
+        return cells[self._column - _WIDTH : self._column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
 
     def each(self) -> list[int]:
         """The part of each worker, by row. It is 0 in rows that are not used."""
@@ -134,7 +137,7 @@ class Sketch:
     def _places(self, client: str) -> Iterable[int]:
         """The cell of `client` in each line, of the first row."""
         digest = blake2b(client.encode(), digest_size=2 * _DEPTH, key=self._key).digest()
-        first = 2 * (_HEADER + _COLUMNS)
+        first = 2 * (_FIRST + _COLUMNS)
         for line, value in enumerate(struct.unpack(f"{_DEPTH}H", digest)):
             yield first + line * _BREADTH + value % _BREADTH
 
@@ -170,7 +173,7 @@ class Seen:
         # A cell that is 0 is empty.
         value = (int.from_bytes(digest, "little") >> 1) or 1
         cells = self._cells
-        first = _HEADER + _AT_SEEN + value % _BUCKETS * _IN_A_BUCKET
+        first = _FIRST + _AT_SEEN + value % _BUCKETS * _IN_A_BUCKET
         for start in range(first, first + cells[_AT_HEIGHT] * _WIDTH, _WIDTH):
             if value in cells[start : start + _IN_A_BUCKET].tolist():
                 return True
@@ -190,7 +193,7 @@ class Rests:
     def __init__(self, table: Table, row: int) -> None:
         self._cells = table.cells
         self._key = table.secret
-        self._own = _HEADER + _AT_RESTS + row * _WIDTH
+        self._own = _FIRST + _AT_RESTS + row * _WIDTH
 
     def _value(self, name: str) -> int:
         digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=self._key).digest()
@@ -210,14 +213,14 @@ class Rests:
         return max(self._latest()) > now
 
     def _latest(self) -> list[int]:
-        first = _HEADER + _AT_RESTS
+        first = _FIRST + _AT_RESTS
         return self._cells[first : first + self._cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
 
     def until(self, name: str, now: int) -> int:
         """Until when `name` rests: the latest time that any worker has told. Not after `now` if it does not rest."""
         cells, value, found = self._cells, self._value(name), 0
         for row, until in enumerate(self._latest()):
-            start = _HEADER + _AT_RESTS + row * _WIDTH + 1
+            start = _FIRST + _AT_RESTS + row * _WIDTH + 1
             if until > now:
                 names = cells[start : start + _RESTS].tolist()
                 if value in names:
@@ -236,6 +239,8 @@ class Row:
         """The responses whose usage was counted and that the upstream keeps."""
         self.rests = Rests(table, number)
         """What is not used for a while."""
+        self.machine = blake2b(b"machine", digest_size=12, key=table.secret).hexdigest()
+        """A name of the machine, or of the container, on which this table is."""
         self._table = table
         self._columns = columns
 
@@ -245,7 +250,7 @@ class Row:
 
     def told(self, name: str) -> Count:
         """The number `name` in the supervisor's row, for reading. Raises `KeyError` if there is no such column."""
-        return Count(self._table.cells, self._table.cells[_AT_ROWS], self._columns[name])
+        return Count(self._table.cells, _OWN, self._columns[name])
 
     def window(self, name: str, seconds: int) -> windows.Window:
         """What is used within so many seconds. Raises `KeyError` if there are no columns for it."""
@@ -278,7 +283,7 @@ class Ledger:
 
     def __init__(self, rows: int = 256) -> None:
         fd = os.memfd_create("sseproxy-ledger")
-        os.ftruncate(fd, (_HEADER + rows * _WIDTH + _COLUMNS) * _CELL + _DIRECTORY)
+        os.ftruncate(fd, (_FIRST + rows * _WIDTH) * _CELL + _DIRECTORY)
         os.pwrite(fd, struct.pack("qq", _LAYOUT, rows), 0)
         os.pwrite(fd, secrets.token_bytes(_SECRET.stop - _SECRET.start), _SECRET.start)
         self._table = Table(fd)
@@ -312,12 +317,7 @@ class Ledger:
         return self.fd
 
     def _directory(self) -> int:
-        return (self._kept + _COLUMNS) * _CELL
-
-    @property
-    def _kept(self) -> int:
-        """The first cell of the supervisor's row."""
-        return _HEADER + self._table.cells[_AT_ROWS] * _WIDTH
+        return (_FIRST + self._table.cells[_AT_ROWS] * _WIDTH) * _CELL
 
     @property
     def fd(self) -> int:
@@ -325,7 +325,7 @@ class Ledger:
 
     def own(self, columns: Mapping[str, int]) -> Row:
         """The row of the supervisor."""
-        return self.row(self._table.cells[_AT_ROWS], columns)
+        return self.row(_OWN, columns)
 
     def withdraw(self, kept: Collection[str]) -> None:
         """Sets what the supervisor tells to zero, except under the names `kept`. So the columns can become free.
@@ -356,7 +356,7 @@ class Ledger:
 
     def _empty(self, row: int) -> None:
         """Sets `row` to zero, and keeps what was counted in it in windows of time."""
-        cells, first, kept = self._table.cells, _HEADER + row * _WIDTH, self._kept
+        cells, first = self._table.cells, _FIRST + row * _WIDTH
         counted = [
             (column, value)
             for name, column in self._columns.items()
@@ -365,7 +365,7 @@ class Ledger:
         # This also gives the memory back.
         self._table.map.madvise(mmap.MADV_REMOVE, first * _CELL, _WIDTH * _CELL)
         for column, value in counted:
-            cells[kept + column] = windows.added(cells[kept + column], value)
+            cells[_HEADER + column] = windows.added(cells[_HEADER + column], value)
 
     def _set_height(self) -> None:
         self._table.cells[_AT_HEIGHT] = max(self._taken, default=-1) + 1
@@ -379,7 +379,7 @@ class Ledger:
         kept = {*wanted, *in_use}
         for name, column in list(self._columns.items()):
             if name not in kept and not self._counts(name, column):
-                self._table.cells[self._kept + column] = 0
+                self._table.cells[_HEADER + column] = 0
                 del self._columns[name]
         used, free = set(self._columns.values()), 0
         for name in wanted:

@@ -43,8 +43,11 @@ def cell(number: int, used: int) -> int:
 
 def used_in(number: int, cells: Iterable[int]) -> int:
     """What was used in the window `number`, according to all of `cells`."""
-    wanted = number % _NUMBERS
-    return sum(value & _MOST for value in cells if value >> _BITS == wanted)
+    wanted, used = number % _NUMBERS, 0
+    for value in cells:
+        if value >> _BITS == wanted:
+            used += value & _MOST
+    return used
 
 
 def added(one: int, other: int) -> int:
@@ -82,6 +85,11 @@ class Use(NamedTuple):
             return self._until(self.last, room - self.present) - self.elapsed
         return self.seconds - self.elapsed + self._until(self.present, room)
 
+    @property
+    def reset(self) -> float:
+        """Seconds until nothing of it counts any more, if nothing else is used."""
+        return 2 * self.seconds - self.elapsed if self.present else self.seconds - self.elapsed if self.last else 0.0
+
     def _until(self, used: int, room: int) -> float:
         """How much of a window passes until no more than `room` is left of what was `used` in the one before."""
         return max(0.0, self.seconds * (1 - (room + 0.5) / used))
@@ -114,10 +122,11 @@ class Window:
 
     def use(self) -> Use:
         """What was used."""
-        whole, elapsed = divmod(self._clock(), self.seconds)
-        number = int(whole)
-        present, last = self._columns[number & 1].all(), self._columns[number - 1 & 1].all()
-        return Use(used_in(number, present), used_in(number - 1, last), elapsed, self.seconds)
+        now, seconds = self._clock(), self.seconds
+        number = int(now // seconds)
+        present, last = self._columns[number & 1], self._columns[number - 1 & 1]
+        elapsed = now - number * seconds
+        return Use(used_in(number, present.all()), used_in(number - 1, last.all()), elapsed, seconds)
 
 
 def is_over(cells: Iterable[int], seconds: int, now: float) -> bool:

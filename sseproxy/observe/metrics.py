@@ -258,6 +258,9 @@ CLIENT_LIMITED = Metric(
 KEYS_REJECTED = Metric(
     "client_keys_rejected", "counter", (), "Requests that were refused because their key was wrong, or two differed."
 )
+LEDGER_FAILURES = Metric(
+    "ledger_failures", "counter", (), "Questions to the server of ledger.url that it did not answer in time."
+)
 CONNECT_TIME = Metric(
     "upstream_connect_seconds",
     "histogram",
@@ -360,6 +363,7 @@ METRICS: Final = (
     CLIENT_TOKENS,
     CLIENT_LIMITED,
     KEYS_REJECTED,
+    LEDGER_FAILURES,
     CLIENT_CONNECTIONS,
     LIMIT,
     LOOP_LAG,

@@ -285,6 +285,9 @@ class RouteObserver:
     def limited(self, client: str, limit: str) -> None:
         self._recorder.count(metrics.CLIENT_LIMITED, (client, limit))
 
+    def ledger_failed(self) -> None:
+        self._recorder.count(metrics.LEDGER_FAILURES, ())
+
     def upstream_failed(self, kind: str, *, answered: bool) -> None:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
         if not answered:

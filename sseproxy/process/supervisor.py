@@ -580,7 +580,8 @@ class Supervisor:
             for limit in ("active_requests", "requests", "tokens"):
                 if getattr(client.limits, limit) is not None:
                     self._recorder.count(metrics.CLIENT_LIMITED, (client.name, limit), 0)
-            self._recorder.count(metrics.KEYS_REJECTED, (), 0)
+            for metric in (metrics.KEYS_REJECTED, metrics.LEDGER_FAILURES):
+                self._recorder.count(metric, (), 0)
         self._recorder.set(metrics.RELOADED, (), 1)
         self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration
         if self.config.reload.watch is not None and (self._watching is None or self._watching.done()):

@@ -62,6 +62,7 @@ def response_head(
     event_stream: bool,
     connection: bytes | None,
     date: bytes | None,
+    allowances: Sequence[headers.Field] | None = None,
 ) -> bytes:
     """The head of an upstream's response as it goes to the client."""
     return headers.serialize(
@@ -74,6 +75,7 @@ def response_head(
             request_id=request_id,
             connection=connection,
             date=date,
+            allowances=allowances,
         ),
     )
 

@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from time import (
     perf_counter,
     time,  # noqa: TID251 - a timestamp is exported
 )
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ..errors import LimitExceeded, RequestError
 from ..ledger import windows
+from ..ledger.remote import Limits, Machine, Remote, Unavailable
 from ..ledger.windows import Use
 from ..wire.credentials import digest, public_part
 from ..wire.demand import OUTPUT, Demand
-from ..wire.dialects import RATE_LIMITS, Allowance, Form, models_in
+from ..wire.dialects import Allowance, Form, models_in
 from ..wire.form import FormReader
-from ..wire.headers import Field, Fields, client_block
+from ..wire.headers import Field, client_block
 from ..wire.request import ModelAudit, RequestReader
 from .routes import said, some
 
@@ -82,6 +83,13 @@ def _reserved(client: str) -> str:
     return f"reserved {client}"
 
 
+class Uses(NamedTuple):
+    """What a client has used within a time. None of what has no limit."""
+
+    requests: Use | None
+    tokens: Use | None
+
+
 class Client:
     """One client: its name, which models and routes it may use, and how much. `row` is the worker's in the ledger."""
 
@@ -109,36 +117,93 @@ class Client:
         return self._tokens is not None
 
     @property
+    def is_limited(self) -> bool:
+        """Whether it has any limit."""
+        return self._active is not None or self.has_rates
+
+    @property
     def has_rates(self) -> bool:
         """Whether its requests or tokens are limited within a time."""
         return self._requests is not None or self._tokens is not None
 
-    def room(self, tokens: int) -> int:
+    def uses(self) -> Uses:
+        """What it has used so far of what is limited within a time, with what is reserved."""
+        requests = tokens = None
+        if self._requests is not None:
+            requests = self._requests[1].use()
+        if self._tokens is not None:
+            _, used, reserved = self._tokens
+            tokens = used.use()
+            # Most of what is reserved will have been used soon.
+            tokens = tokens._replace(present=tokens.present + reserved.total())
+        return Uses(requests, tokens)
+
+    def room(self, uses: Uses, tokens: int) -> int:
         """How many tokens to reserve for a request that may need `tokens`. Raises `LimitExceeded` above a limit.
 
         Of a request that needs more than the limit, all of the limit is reserved, so that it is not refused for ever.
         """
         if self._active is not None and self._active[1].total() >= self._active[0]:
-            raise LimitExceeded("active_requests", f"{self._active[0]} active requests", 1.0)
-        if self._requests is not None:
-            rate, requests = self._requests
-            if wait := requests.use().wait(rate.number, 1):
-                raise LimitExceeded("requests", _spelled(rate, "requests"), wait)
-        if self._tokens is not None:
-            rate, used, reserved = self._tokens
-            tokens = min(tokens, rate.number)
-            if tokens and (wait := _with_reserved(used, reserved).wait(rate.number, tokens)):
-                raise LimitExceeded("tokens", _spelled(rate, "tokens"), wait)
+            raise self.exceeded("active_requests", uses, tokens)
+        if self._requests is not None and uses.requests is not None:
+            if uses.requests.wait(self._requests[0].number, 1):
+                raise self.exceeded("requests", uses, tokens)
+        if self._tokens is not None and uses.tokens is not None:
+            most = self._tokens[0].number
+            tokens = min(tokens, most)
+            if tokens and uses.tokens.wait(most, tokens):
+                raise self.exceeded("tokens", uses, tokens)
         return tokens
 
-    def take(self, tokens: int) -> None:
-        """Counts a request, and reserves `tokens` for it."""
-        if self._active is not None:
-            self._active[1].add(1)
+    def most(self, tokens: int) -> int:
+        """How many of `tokens` are reserved at most."""
+        return 0 if self._tokens is None else min(tokens, self._tokens[0].number)
+
+    def room_beside(self, uses: Uses, tokens: int) -> None:
+        """As `room`, for a request that is among the active ones already. `uses` was before that."""
+        if self._active is not None and self._active[1].total() > self._active[0]:
+            raise self.exceeded("active_requests", uses, tokens)
+        for limit, use, needs in (("requests", uses.requests, 1), ("tokens", uses.tokens, tokens)):
+            rate = getattr(self.limits, limit)
+            if use is not None and needs and use.wait(rate[0], needs):
+                raise self.exceeded(limit, uses, tokens)
+
+    def exceeded(self, limit: str, uses: Uses, tokens: int) -> LimitExceeded:
+        """The error for a request that needs `tokens` where `limit` is reached. `uses` is what was used before."""
+        if limit == "requests" and self._requests is not None and uses.requests is not None:
+            rate = self._requests[0]
+            return LimitExceeded(limit, _spelled(rate, limit), uses.requests.wait(rate.number, 1))
+        if limit == "tokens" and self._tokens is not None and uses.tokens is not None:
+            rate = self._tokens[0]
+            return LimitExceeded(limit, _spelled(rate, limit), uses.tokens.wait(rate.number, tokens))
+        most = 0 if self._active is None else self._active[0]
+        return LimitExceeded(limit, f"{most} active requests", 1.0)
+
+    def count(self) -> None:
+        """Counts a request within the time of its limit."""
         if self._requests is not None:
             self._requests[1].add(1)
+
+    def take(self, tokens: int) -> None:
+        """Counts a request as active, and reserves `tokens` for it."""
+        if self._active is not None:
+            self._active[1].add(1)
         if self._tokens is not None:
             self._tokens[2].add(tokens)
+
+    def machine(self) -> Machine:
+        """What it has on this machine now."""
+        active = 0 if self._active is None else self._active[1].total()
+        return Machine(active, 0 if self._tokens is None else self._tokens[2].total())
+
+    @property
+    def limits(self) -> Limits:
+        """Its limits, as the server is asked about them."""
+        return Limits(
+            None if self._active is None else self._active[0],
+            None if self._requests is None else self._requests[0],
+            None if self._tokens is None else self._tokens[0],
+        )
 
     def give_back(self, reserved: int) -> None:
         """Counts a request as active no more, and releases what was reserved for it."""
@@ -152,15 +217,13 @@ class Client:
         if self._tokens is not None and tokens:
             self._tokens[1].add(tokens)
 
-    def allowances(self) -> list[Allowance]:
-        """What it may still use."""
+    def allowances(self, uses: Uses, requests: int, tokens: int) -> list[Allowance]:
+        """What it may still use, if so many `requests` and `tokens` have been used in addition to `uses`."""
         found: list[Allowance] = []
-        if self._requests is not None:
-            rate, requests = self._requests
-            found.append(_allowance("requests", requests.use(), rate.number))
-        if self._tokens is not None:
-            rate, used, reserved = self._tokens
-            found.append(_allowance("tokens", _with_reserved(used, reserved), rate.number))
+        if self._requests is not None and uses.requests is not None:
+            found.append(_allowance("requests", uses.requests, requests, self._requests[0].number))
+        if self._tokens is not None and uses.tokens is not None:
+            found.append(_allowance("tokens", uses.tokens, tokens, self._tokens[0].number))
         return found
 
     def check_route(self, route: Route) -> None:
@@ -190,14 +253,9 @@ class Client:
             raise RequestError("model_not_allowed", message)
 
 
-def _with_reserved(used: windows.Window, reserved: Count) -> Use:
-    """What was used, with what is reserved: most of that will have been used soon."""
-    use = used.use()
-    return use._replace(present=use.present + reserved.total())
-
-
-def _allowance(kind: Literal["requests", "tokens"], use: Use, limit: int) -> Allowance:
-    return Allowance(kind, limit, max(0, limit - use.total), use.wait(limit, limit))
+def _allowance(kind: Literal["requests", "tokens"], use: Use, more: int, limit: int) -> Allowance:
+    reset = 2 * use.seconds - use.elapsed if more else use.reset
+    return Allowance(kind, limit, max(0, limit - use.total - more), reset)
 
 
 def _spelled(rate: Rate, what: str) -> str:
@@ -230,19 +288,29 @@ def unreported(exchange: Exchange, input: int, output: int) -> int:
     return (0 if told_input else input) + seen
 
 
+_NOTHING: Final = Uses(None, None)
+
+
 class Visit:
-    """One request of `client`: what it may use, what was reserved for it, and what it has used."""
+    """One request of `client`: what it may use, what was reserved for it, and what it has used.
 
-    __slots__ = ("_audit", "_demand", "_input", "_output", "_reserved", "client")
+    `server` counts what all machines use. None if there is only this one.
+    """
 
-    def __init__(self, client: Client) -> None:
+    __slots__ = ("_audit", "_counted", "_demand", "_input", "_output", "_reserved", "_server", "_uses", "client")
+
+    def __init__(self, client: Client, server: Remote | None = None) -> None:
         self.client = client
+        self._server = server if client.is_limited else None
         self._audit: ModelAudit | None = None
         self._demand: Demand | None = None
         # What it may need, if it generates anything.
         self._input = self._output = 0
-        # How many tokens are reserved. None if the request is not counted.
+        self._uses = _NOTHING
+        # How many tokens are reserved. None if nothing is taken.
         self._reserved: int | None = None
+        # Whether the request was let in.
+        self._counted = False
 
     @property
     def reads_body(self) -> bool:
@@ -278,16 +346,49 @@ class Visit:
                 names.append(self._audit.model)
         self.client.check_models(names if read or not has_body else (), body_needed=has_body)
 
-    def begin(self, *, generates: bool) -> None:
-        """Counts the request, and reserves what it may need if it `generates` anything. Raises `LimitExceeded`."""
+    def begin(self, *, generates: bool) -> Awaitable[None] | None:
+        """Counts the request, and reserves what it may need if it `generates` anything. Raises `LimitExceeded`.
+
+        Returns what has to be awaited, if a server has to be asked.
+        """
         if generates:
             self._output = OUTPUT
             if self._demand is not None:
                 self._input, self._output = self._demand.input, self._demand.output
         self._demand = self._audit = None
-        tokens = self.client.room(self._input + self._output)
+        client, tokens = self.client, self._input + self._output
+        if client.has_rates:
+            self._uses = client.uses()
+        if self._server is not None:
+            return self._ask(self._server, client.most(tokens))
+        tokens = client.room(self._uses, tokens)
         self._reserved = tokens
-        self.client.take(tokens)
+        client.take(tokens)
+        self._let_in()
+        return None
+
+    async def _ask(self, server: Remote, tokens: int) -> None:
+        """Takes on this machine what the request needs, and asks the server whether that is within the limits."""
+        client, here = self.client, self._uses
+        self._reserved = tokens
+        client.take(tokens)
+        try:
+            limit, requests, used = await server.admit(client.name, client.limits, tokens, client.machine)
+        except Unavailable:
+            if server.refuses:
+                raise RequestError("ledger") from None
+            client.room_beside(here, tokens)
+        else:
+            # What the server tells has this request's own tokens.
+            used = None if used is None else used._replace(present=used.present - tokens)
+            self._uses = Uses(requests, used)
+            if limit:
+                raise client.exceeded(limit, self._uses, tokens)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        self.client.count()
+        self._counted = True
 
     def release(self) -> None:
         """Releases what `begin` has counted and reserved."""
@@ -303,24 +404,27 @@ class Visit:
         reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
         if self._output:
             exchange.estimated = unreported(exchange, self._input, self._output)
-        self.client.charge(reported + exchange.estimated)
+        used = reported + exchange.estimated
+        self.client.charge(used)
+        if self._server is not None:
+            self._server.settle(self.client.name, used if self.client.counts_tokens else 0)
 
-    def told(self, fields: Fields, form: Form) -> Fields:
-        """The fields of a response, with the client's limits instead of those of the upstream's key."""
+    def allowances(self, form: Form) -> list[Field] | None:
+        """The fields that tell the client what it could still use when this request began. None if nothing is limited.
+
+        They are known only after `begin`.
+        """
         if not self.client.has_rates:
-            return fields
-        kept = [field for field in fields.all if not field[0].lower().startswith(RATE_LIMITS)]
-        return Fields([*kept, *self.allowances(form)])
-
-    def allowances(self, form: Form) -> list[Field]:
-        """The fields that tell the client what it may still use."""
-        return form.allowances(self.client.allowances(), time())
+            return None
+        requests, tokens = (1, self._reserved or 0) if self._counted else (0, 0)
+        return form.allowances(self.client.allowances(self._uses, requests, tokens), time())
 
 
 class Clients:
     """All clients of a worker, by the digests of their keys. `row` is the worker's row in the ledger."""
 
-    def __init__(self, clients: Iterable[Options], row: Row) -> None:
+    def __init__(self, clients: Iterable[Options], row: Row, server: Remote | None = None) -> None:
+        self.server = server
         self._by_prefix: dict[bytes, list[tuple[bytes, Client]]] = {}
         for options in clients:
             client = Client(options, row)

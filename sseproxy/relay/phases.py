@@ -270,6 +270,12 @@ class Relay:
     def _client_address(self) -> str:
         return headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
 
+    @property
+    def _form(self) -> Form:
+        """The form in which the client understands what is written here."""
+        path, name = self._asked_as
+        return form_of(routes.normal_path(path), name)
+
     def _can_keep_alive(self) -> bool:
         """Whether the connection can be used for another request.
 
@@ -310,12 +316,11 @@ class Relay:
             # Other parsers may read such a request differently, so nothing after it can be trusted.
             self._downstream.read_no_more()
         last = misread or self._downstream.refused is not None or error.code == "too_many_wrong_keys"
-        path, name = self._asked_as
-        form = form_of(routes.normal_path(path), name)
+        form = self._form
         if isinstance(error, LimitExceeded) and self._visit is not None:
             # The SDKs of OpenAI and Anthropic look for it first.
             extra.append((b"Retry-After-Ms", b"%d" % ceil(error.retry_after * 1000)))
-            extra += self._visit.allowances(form)
+            extra += self._visit.allowances(form) or ()
         answer = Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
         exchange.response_bytes += 0 if self._request.method == "HEAD" else len(answer.body)
         return answer
@@ -368,7 +373,9 @@ class Relay:
             # In a coding that is not known, bytes that can be read may mean something else.
             readable = read is not None and self._coding is not None
             visit.check_model(known_as, read=readable, has_body=bool(request.framing))
-            visit.begin(generates=dialect.generates and request.method == "POST")
+            asking_server = visit.begin(generates=dialect.generates and request.method == "POST")
+            if asking_server is not None:
+                await asking_server
         model = (None if read is None else read.model) or model_in(known_as)
         exchange.model, exchange.api = model, dialect.name
         exchange.fetches = dialect.keeps and request.method != "POST"
@@ -402,8 +409,6 @@ class Relay:
         request.answered()
         if asked.head.status in _WITH_LOCATION:
             asked.head.fields = asked.endpoint.rewrite_location(asked.head.fields, route)
-        if visit is not None:
-            asked.head.fields = visit.told(asked.head.fields, dialect.form)
         self._respond(asking, asked, kind, dialect, clock, route.heartbeat, streams=streams)
         return None
 
@@ -411,7 +416,8 @@ class Relay:
         """The models of all endpoints of `route` that the client may use."""
         extra, allowed = [(b"X-Request-Id", self._request.id)], None
         if self._visit is not None:
-            self._visit.begin(generates=False)
+            if (asking_server := self._visit.begin(generates=False)) is not None:
+                await asking_server
             allowed = self._visit.client.may_use
         clock.enter("head", perf_counter())
         listed = await self._proxy.models_of[route.name].get(self._request.fields)
@@ -419,7 +425,7 @@ class Relay:
         exchange.status = 200
         exchange.response_bytes += len(body)
         if self._visit is not None:
-            extra += self._visit.allowances(form)
+            extra += self._visit.allowances(form) or ()
         return Answer.of_json(body, keep_alive=self._can_keep_alive(), extra=extra)
 
     def _admit(self) -> None:
@@ -502,7 +508,7 @@ class Relay:
         if candidates and _is_preflight(request):
             self._keyless = True
         elif not candidates or not all(route.open for route in candidates):
-            self._visit = Visit(clients.caller(keys, self._client_address))
+            self._visit = Visit(clients.caller(keys, self._client_address), clients.server)
         return query
 
     def _hide(self, key: bytes, path: str, query: str) -> str:
@@ -590,6 +596,7 @@ class Relay:
                 request_id=request.id,
                 connection=self._connection_option(),
                 date=date(),
+                allowances=None if self._visit is None else self._visit.allowances(self._form),
             ),
         )
 
@@ -646,6 +653,7 @@ class Relay:
                 event_stream=event_stream,
                 connection=self._connection_option(),
                 date=date(),
+                allowances=None if self._visit is None else self._visit.allowances(dialect.form),
             )
             self._head_sent = True
             exchange.head_received(head.status, event_stream)

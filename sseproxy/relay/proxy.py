@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ..errors import Cancelled, Draining, RequestError
+from ..ledger.remote import Remote
 from ..wire import headers
 from . import affinity, routes
 from .admission import Admission, Connections, fleet_upstreams, pending
@@ -115,7 +116,9 @@ class Proxy:
             or affinity.reads_body(self.upstreams[route.upstream[0].name].affinity)
         )
         """The routes whose bodies are read in advance, to replace the model or to assign the request to an endpoint."""
-        self.clients = None if config.clients is None else Clients(config.clients, row)
+        self.clients: Clients | None = None
+        if config.clients is not None:
+            self.clients = Clients(config.clients, row, self._server(config, row))
         self.admission = Admission(config, lambda: self.loop_lag.lasting, row)
         self._trusted = config.trusted_proxies
         self.counted = row.counted
@@ -126,6 +129,14 @@ class Proxy:
         self._closing_idle: asyncio.TimerHandle | None = None
         places = Connections(self.limits, row, most_connections)
         self.server = DownstreamServer(self.handle, self._malformed, self.limits, places)
+
+    def _server(self, config: Config, row: Row) -> Remote | None:
+        """What counts the use of clients on several machines."""
+        if config.ledger.url is None:
+            return None
+        failed = self.observer("", "", routes.OTHER).ledger_failed
+        refuses = config.ledger.on_failure == "refuse"
+        return Remote(config.ledger.url.get_secret_value(), row.machine, failed, refuses=refuses)
 
     def handle(self, request: Request) -> Coroutine[None, None, Answer]:
         return Relay(self, request).run()
@@ -170,6 +181,8 @@ class Proxy:
             await models.close()
         for upstream in self.upstreams.values():
             await upstream.close()
+        if self.clients is not None and self.clients.server is not None:
+            await self.clients.server.close()
 
     def _malformed(self, error: RequestError) -> Answer:
         observer, request_id = self.observer("", "", routes.OTHER), new_request_id()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Collection, Iterator
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, unquote_to_bytes
@@ -53,13 +52,15 @@ def keys_in(fields: Fields, query: str) -> set[bytes]:
     the query.
     """
     found: set[bytes] = set()
-    for value in fields.named(b"authorization"):
+    by_name = fields.by_name
+    for value in by_name.get(b"authorization", ()):
         scheme, _, token = value.partition(b" ")
         if scheme.lower() == b"bearer":
             found.add(token.strip(b" \t"))
     for name in _BARE:
-        found.update(value.strip(b" \t") for value in fields.named(name))
-    if _may_have_key(query):
+        for value in by_name.get(name, ()):
+            found.add(value.strip(b" \t"))
+    if query and _may_have_key(query):
         found.update(
             unquote_to_bytes(part.partition("=")[2].encode(errors="surrogateescape"))
             for part in _SEPARATOR.split(query[1:])[::2]
@@ -84,7 +85,7 @@ def without_key(query: str, other: bytes | None = None) -> str:
     split a query at both. A separator beside the parameter is removed, too: a `;` rather than a `&`. If the key is
     `other`, parameters of any name that have it in their value are removed as well.
     """
-    if not _may_have_key(query) and other is None:
+    if not query or (other is None and not _may_have_key(query)):
         return query
     kept: list[str] = []
     between = ""
@@ -99,13 +100,10 @@ def without_key(query: str, other: bytes | None = None) -> str:
 
 def has_key(text: str, key: bytes) -> bool:
     """Whether a path or a part of a query has `key` in it, in any spelling."""
-    return key in unquote_to_bytes(text.encode(errors="surrogateescape"))
+    spelled = text.encode(errors="surrogateescape")
+    return key in (unquote_to_bytes(spelled) if "%" in text else spelled)
 
 
-def strays(fields: Fields, key: bytes) -> Collection[bytes]:
+def strays(fields: Fields, key: bytes) -> set[bytes]:
     """The names of fields that have `key` in their value and are not known to hold one."""
-    return set(_with_key(fields, key)) if key in b"\n".join(value for _, value in fields.all) else ()
-
-
-def _with_key(fields: Fields, key: bytes) -> Iterator[bytes]:
-    return (name.lower() for name, value in fields.all if key in value and name.lower() not in CREDENTIALS)
+    return {name.lower() for name, value in fields.all if key in value} - CREDENTIALS

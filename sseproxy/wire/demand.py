@@ -19,7 +19,8 @@ OUTPUT: Final = 1_000
 # https://platform.openai.com/tokenizer
 _BYTES_OF_A_TOKEN: Final = 4
 # No word of a language is as long. It is looked for only where a run begins, so each byte is looked at once or twice.
-_BASE64: Final = re.compile(rb"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{200,}")
+_LEAST_BASE64: Final = 200
+_BASE64: Final = re.compile(rb"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{%d,}" % _LEAST_BASE64)
 # Digits of a number of tokens.
 _MAX_DIGITS: Final = 12
 
@@ -42,7 +43,6 @@ class _Request(msgspec.Struct, gc=False):
 
 _decode_request: Final = msgspec.json.Decoder(_Request).decode
 _MEMBERS: Final = wanted(_Request)
-_NO_GENERATION: Final = _Generation()
 
 
 class Demand:
@@ -56,7 +56,7 @@ class Demand:
 
     def feed(self, part: bytes) -> None:
         self._gist.feed(part)
-        self._text += len(_BASE64.sub(b"", part))
+        self._text += len(_BASE64.sub(b"", part)) if len(part) >= _LEAST_BASE64 else len(part)
 
     @property
     def input(self) -> int:
@@ -70,12 +70,15 @@ class Demand:
             request = _decode_request(self._gist.text() or b"")
         except UNREADABLE:
             return OUTPUT
-        gemini = request.generationConfig or _NO_GENERATION
-        limits = (request.max_tokens, request.max_completion_tokens, request.max_output_tokens, gemini.maxOutputTokens)
-        times = (request.n, request.best_of, gemini.candidateCount)
-        return (max(map(_count, limits)) or OUTPUT) * max(1, *map(_count, times))
+        most = max(_count(request.max_tokens), _count(request.max_completion_tokens), _count(request.max_output_tokens))
+        times = max(_count(request.n), _count(request.best_of))
+        if (gemini := request.generationConfig) is not None:
+            most, times = max(most, _count(gemini.maxOutputTokens)), max(times, _count(gemini.candidateCount))
+        return (most or OUTPUT) * (times or 1)
 
 
 def _count(value: msgspec.Raw) -> int:
+    if value is NULL:
+        return 0
     digits = bytes(value)
     return int(digits) if digits.isdigit() and len(digits) <= _MAX_DIGITS else 0

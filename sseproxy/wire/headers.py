@@ -90,6 +90,8 @@ _FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-")
 _VIA: Final = {(1, 0): b"1.0 sseproxy", (1, 1): b"1.1 sseproxy"}
 # A larger Max-Forwards is lowered to this. No chain of proxies is as long.
 _MAX_FORWARDS: Final = 255
+# The fields that tell a client its limits: OpenAI's and Anthropic's.
+_RATE_LIMITS: Final = (b"x-ratelimit-", b"anthropic-ratelimit-")
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 
 # RFC 9112, sections 2.2, 4, 5.1 and 5.2: a status line, then lines with a name and a colon, with no space between them.
@@ -244,16 +246,22 @@ def to_downstream(
     request_id: bytes,
     connection: bytes | None,
     date: bytes | None,
+    allowances: Sequence[Field] | None = None,
 ) -> list[Field]:
     """The fields of the response to the client. The upstream's response came in `version`.
 
-    `framing` has the fields for its body. None leaves a Content-Length unchanged, as needed for HEAD and 304. A
-    response without a Date gets `date`, unless that is None (RFC 9110, section 6.6.1).
+    `allowances` tell the client its own limits; they replace those of the upstream. `framing` has the fields for its
+    body. None leaves a Content-Length unchanged, as needed for HEAD and 304. A response without a Date gets `date`,
+    unless that is None (RFC 9110, section 6.6.1).
     """
     drop = _HOP_BY_HOP.union(fields.tokens(b"connection"), () if framing is None else (b"content-length",))
     if event_stream:
         drop |= _STREAM_POLICY
+    if allowances is not None:
+        drop |= {name for name in fields.by_name if name.startswith(_RATE_LIMITS)}
     out = [field for field in fields.all if field[0].lower() not in drop]
+    if allowances is not None:
+        out += allowances
     if event_stream:
         out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
     kept = fields.by_name.keys() - drop

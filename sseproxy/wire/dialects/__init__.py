@@ -15,7 +15,7 @@ from ..meaning import MAX_MODEL
 from .assistants import ASSISTANTS
 from .chat import CHAT, COMPLETIONS, GENERIC
 from .dialect import Dialect
-from .form import OPENAI, RATE_LIMITS, Allowance, Form
+from .form import OPENAI, Allowance, Form
 from .gemini import GEMINI, GOOGLE
 from .media import IMAGES, SPEECH, TRANSCRIPTIONS
 from .messages import ANTHROPIC, MESSAGES
@@ -25,7 +25,6 @@ __all__ = [
     "DIALECTS",
     "DIALECT_NAMES",
     "OPENAI",
-    "RATE_LIMITS",
     "Allowance",
     "Dialect",
     "Form",

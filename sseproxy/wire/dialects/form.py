@@ -11,9 +11,6 @@ from typing import Final, Literal, NamedTuple
 from ...errors import ExchangeError
 from ..headers import Field
 
-RATE_LIMITS: Final = (b"x-ratelimit-", b"anthropic-ratelimit-")
-"""How the names of the fields begin that tell a client its limits, in lower case."""
-
 
 class Allowance(NamedTuple):
     """What a client may still use of `kind`, requests or tokens: `remaining` of `limit`, and all in `reset` seconds."""
@@ -24,17 +21,19 @@ class Allowance(NamedTuple):
     reset: float
 
 
+_OPENAI_FIELDS: Final = {
+    kind: tuple(f"x-ratelimit-{what}-{kind}".encode() for what in ("limit", "remaining", "reset"))
+    for kind in ("requests", "tokens")
+}
+
+
 def _openai_allowances(allowances: Sequence[Allowance], now: float) -> list[Field]:
     """https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers; a time is written as in Go."""
-    return [
-        (b"x-ratelimit-%b-%b" % (what, allowance.kind.encode()), value)
-        for allowance in allowances
-        for what, value in (
-            (b"limit", b"%d" % allowance.limit),
-            (b"remaining", b"%d" % allowance.remaining),
-            (b"reset", b"%dms" % ceil(allowance.reset * 1000)),
-        )
-    ]
+    found: list[Field] = []
+    for kind, most, remaining, wait in allowances:
+        limit, left, reset = _OPENAI_FIELDS[kind]
+        found += ((limit, b"%d" % most), (left, b"%d" % remaining), (reset, b"%dms" % ceil(wait * 1000)))
+    return found
 
 
 class Form(NamedTuple):
@@ -42,8 +41,8 @@ class Form(NamedTuple):
 
     `heartbeat` is written between two events. It is a comment, or an event that clients ignore. `refusal(error)` is the
     body of an error response. `farewell(error, number)` is the event that says why a stream ends after `number` events.
-    `paths` are the paths of the API that no dialect reads. `allowances(allowances, now)` are header fields; `now` is the
-    Unix time.
+    `paths` are the paths of the API that no dialect reads. `allowances(allowances, now)` are header fields; `now` is
+    the Unix time.
     """
 
     heartbeat: bytes
