@@ -193,23 +193,9 @@ class Standing:
         self._out.put(0)
 
 
-class Standings:
-    """Several endpoints in the ledger. What each request needs to know of them is read at once."""
-
-    __slots__ = ("_active", "_out")
-
-    def __init__(self, standings: Sequence[Standing]) -> None:
-        self._out = Counts([standing._out for standing in standings])
-        self._active = Counts([standing.active for standing in standings])
-
-    @property
-    def any_out(self) -> bool:
-        """Whether any of them is ejected."""
-        return any(self._out.own())
-
-    def active(self) -> list[int]:
-        """The exchanges that each of them answers."""
-        return self._active.totals()
+def outs(standings: Sequence[Standing]) -> Counts:
+    """Of each endpoint, what is not 0 if it is ejected: for reading them together."""
+    return Counts([standing._out for standing in standings])
 
 
 class Addresses:

@@ -107,10 +107,13 @@ class Counts:
         self._columns = [count._column for count in counts]
         self._own = [count._own for count in counts]
 
-    def own(self) -> list[int]:
-        """The part of this row of each."""
+    def any_own(self) -> bool:
+        """Whether the part of this row of any is not 0."""
         cells = self._cells
-        return [cells[place] for place in self._own]
+        for place in self._own:
+            if cells[place]:
+                return True
+        return False
 
     def totals(self) -> list[int]:
         """The sum of all workers of each."""
@@ -208,20 +211,17 @@ class Rests:
         times[place] = until
         cells[self._own] = max(times)
 
-    def any(self, now: int) -> bool:
-        """Whether anything rests."""
-        return max(self._latest()) > now
-
-    def _latest(self) -> list[int]:
-        first = _FIRST + _AT_RESTS
-        return self._cells[first : first + self._cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
+    def latest(self) -> int:
+        """Until when anything rests. Usually that has been long ago, or it is 0."""
+        cells, first = self._cells, _FIRST + _AT_RESTS
+        return max(cells[first : first + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist())
 
     def until(self, name: str, now: int) -> int:
         """Until when `name` rests: the latest time that any worker has told. Not after `now` if it does not rest."""
         cells, value, found = self._cells, self._value(name), 0
-        for row, until in enumerate(self._latest()):
-            start = _FIRST + _AT_RESTS + row * _WIDTH + 1
-            if until > now:
+        for first in range(_FIRST + _AT_RESTS, _FIRST + cells[_AT_HEIGHT] * _WIDTH, _WIDTH):
+            start = first + 1
+            if cells[first] > now:
                 names = cells[start : start + _RESTS].tolist()
                 if value in names:
                     found = max(found, cells[start + _RESTS + names.index(value)])

@@ -106,6 +106,7 @@ class Asking:
         "_proxy",
         "_question",
         "_request",
+        "_several",
         "_ticket",
         "attempt",
         "early",
@@ -131,6 +132,8 @@ class Asking:
         self._fail = fail
         self._early_head = early_head
         self._course: Course | None = None
+        # Whether more than one attempt is possible.
+        self._several = False
         # What is held back of an attempt that has failed.
         self._hold: Hold | None = None
         self.attempt: Attempt | None = None
@@ -140,13 +143,22 @@ class Asking:
 
     async def answer(self) -> Asked:
         """The answer, or the last response if none is an answer. Raises `UpstreamError` or `RequestError`."""
-        question = self._asked
-        only = self._proxy.only.get(question.route.name)
-        if only is None:
-            await self._learn_models(question.route.name)
-            return await self._ask_in_turn()
-        upstream, endpoint = only
-        return await self._ask(upstream, endpoint, None)
+        question, proxy = self._asked, self._proxy
+        only = proxy.only.get(question.route.name)
+        if only is not None:
+            return await self._ask(*only, None)
+        upstream = proxy.alone.get(question.route.name)
+        endpoint = None if upstream is None else upstream.choose(question.model, None)
+        if upstream is None or endpoint is None or upstream.some_are_out:
+            return await self._ask_in_turn(None)
+        # Usually the first one that is asked answers. Then nothing more is needed.
+        self._several = len(upstream.endpoints) > 1
+        self._exchange.endpoint = endpoint.label
+        try:
+            asked = await self._ask(upstream, endpoint, None, keeps=question.route.retry.max_body)
+        except UpstreamError as error:
+            return await self._ask_in_turn((endpoint, error))
+        return asked if asked.head.status < 400 else await self._ask_in_turn((endpoint, asked))
 
     def forget(self) -> None:
         """Drops what is only needed to ask. A stream may take long."""
@@ -160,7 +172,7 @@ class Asking:
     @property
     def exhausted(self) -> bool:
         """Whether more than one attempt was possible, so that it is of no use to ask again."""
-        return self._course is not None and self._course.several
+        return self._several
 
     def judge(self, outcome: Outcome) -> None:
         """Records what the outcome of the exchange says of the endpoint that was asked last."""
@@ -190,23 +202,32 @@ class Asking:
 
     # --- several attempts ---
 
-    async def _ask_in_turn(self) -> Asked:
+    async def _ask_in_turn(self, begun: tuple[Endpoint, Asked | UpstreamError] | None) -> Asked:
+        """Asks as many endpoints as it takes. The first attempt may have `begun`: with an endpoint, and what came."""
         question, exchange, body = self._asked, self._exchange, self._request.body
         options = question.route.retry
+        await self._learn_models(question.route.name)
         course = self._course = await self._course_of(question)
-        step = course.first()
+        step = course.first(None if begun is None else begun[0])
         if step is None:
             raise UpstreamError("dns", cause=f"{question.route.upstream[0].name}: no address is known")
+        self._several = course.several
         keeps = options.max_body if course.several else 0
         while True:
-            self._goes_to(step)
-            exchange.attempts = course.attempts
-            if step.pause:
-                self._clock.pause()
-                await asyncio.sleep(step.pause)
             asked, error = None, None
+            exchange.attempts = course.attempts
             try:
-                asked = await self._ask(step.upstream, step.endpoint, step.target, later=step.later, keeps=keeps)
+                if begun is not None:
+                    (_, came), begun = begun, None
+                    if isinstance(came, UpstreamError):
+                        raise came
+                    asked = came
+                else:
+                    self._goes_to(step)
+                    if step.pause:
+                        self._clock.pause()
+                        await asyncio.sleep(step.pause)
+                    asked = await self._ask(step.upstream, step.endpoint, step.target, later=step.later, keeps=keeps)
                 failure = await self._failure(asked.head, step, course)
             except UpstreamError as raised:
                 error, failure = raised, failure_of(raised, begun=self.attempt is not None and self.attempt.begun)
@@ -530,7 +551,7 @@ class Asking:
     def _interim(self, head: ResponseHead) -> None:
         """Forwards an interim response (RFC 9110, section 15.2)."""
         # Another endpoint may have to answer, and what the client gets is from one only.
-        if self._course is None or not self._course.several:
+        if not self._several:
             made = response_head(head, self._request.id, framing=(), event_stream=False, connection=None, date=None)
             self._request.send_interim(head.status, made)
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Final
 from ..ledger.endpoints import (
     Addresses,
     Standing,
-    Standings,
     address_key,
     address_label,
     labels,
     later_attempts,
     of_host,
+    outs,
 )
+from ..ledger.table import Counts
 from .upstream import Endpoint
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class Upstream:
         self.later = row.count(later_attempts(config.name)) if counted else None
         """Later attempts that wait for a response head."""
         self._rests = row.rests
+        self.some_are_out = False
+        """Whether one of its endpoints was ejected when the last one was chosen."""
         self._stream_options: dict[str | None, bool] = {}
         names = labels([endpoint.url for endpoint in config.endpoints])
         self._named = [
@@ -114,17 +117,18 @@ class Upstream:
         """
         if self._addresses is not None and self._addresses.version != self._version:
             self._read_addresses(self._addresses)
-        left, standings, now = self.endpoints, self._standings, micros()
-        if tried or standings is None or standings.any_out or self._rests.any(now):
-            left = self._left(model, tried, now, any_state=any_state)
+        left, counts, latest = self.endpoints, self._active, self._rests.latest()
+        self.some_are_out = self._out is not None and self._out.any_own()
+        if tried or counts is None or self.some_are_out or (latest and latest > micros()):
+            left = self._left(model, tried, micros(), any_state=any_state)
             on_trial = next((one for one in left if one.standing is not None and one.standing.is_out), None)
             if on_trial is not None and on_trial.standing is not None and not any_state:
                 on_trial.standing.try_once()
                 return on_trial
             if len(left) < 2:
                 return left[0] if left else None
-            standings = Standings([one.standing for one in left if one.standing is not None])
-        active = standings.active()
+            counts = Counts([one.standing.active for one in left if one.standing is not None])
+        active = counts.totals()
         if key is not None:
             most = _MOST_OF_MEAN * (sum(active) + 1) / len(left)
             ranks = sorted(range(len(left)), key=lambda place: _rank(key, left[place]), reverse=True)
@@ -150,7 +154,9 @@ class Upstream:
         self.endpoints = endpoints
         standings = [one.standing for one in endpoints if one.standing is not None]
         # Of one endpoint there is nothing to compare.
-        self._standings = Standings(standings) if len(standings) == len(endpoints) > 1 else None
+        several = len(standings) == len(endpoints) > 1
+        self._active = Counts([standing.active for standing in standings]) if several else None
+        self._out = outs(standings) if standings else None
 
     def usable(self) -> list[Endpoint]:
         """The endpoints that are not ejected, or all if none is left."""

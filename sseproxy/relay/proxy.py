@@ -100,6 +100,17 @@ class Proxy:
             and target.name not in fleet
         }
         """The upstream and the endpoint of each route for which there is never another one, and nothing is counted."""
+        self.alone = {
+            route.name: self.upstreams[target.name]
+            for route in config.routes
+            for target in route.upstream
+            if len(route.upstream) == 1
+            and target.model is None
+            and route.retry.until == "head"
+            and not self.upstreams[target.name].affinity
+            and target.name in fleet
+        }
+        """The upstream of each route with only one, whose first endpoint depends on nothing in the request."""
         self.models_of = {
             route.name: ModelLists(
                 [self.upstreams[one.name] for one in route.upstream if one.model is None],
