@@ -17,8 +17,8 @@ SECONDS ?= 3600
 RUNS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help image demo test faults check lock wheel bench truth memory hostile proof soak fuzz clean dashboard-picture \
-	live-picture doctor-picture
+.PHONY: help image demo test faults check lock wheel bench truth memory hostile proof soak fuzz clean dashboard-picture
+.PHONY: live-picture doctor-picture
 
 # It has to say so to any Python, also to one that is far too old.
 define CHECK_PYTHON
