@@ -51,7 +51,7 @@ def environments(folder: Path) -> list[str]:
 
 
 def test_help_has_a_line_for_every_target() -> None:
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    phony = " ".join(re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M))
     for arguments in ([], ["help"]):
         shown = make(ROOT, *arguments).stdout
         assert sorted(re.findall(r"^  ([\w-]+) +\S", shown, re.M)) == sorted(phony.split())
