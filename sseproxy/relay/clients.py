@@ -308,10 +308,9 @@ class Visit:
         # Whether the request was let in.
         self._counted = False
 
-    @property
-    def reads_body(self) -> bool:
-        """Whether the body has to be read before the request is sent."""
-        return bool(self.client.models) or self.client.counts_tokens
+    def reads_body(self, *, generates: bool) -> bool:
+        """Whether the body has to be read before the request is sent. `generates`: its text is the input of a model."""
+        return bool(self.client.models) or (generates and self.client.counts_tokens)
 
     def feeding(self, reader: RequestReader | FormReader) -> Callable[[bytes], None]:
         """What takes the parts of the body that `reader` reads."""

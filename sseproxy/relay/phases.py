@@ -345,7 +345,10 @@ class Relay:
         if (
             wants_usage
             or (proxy.models and tells_model and self._coding is not None)
-            or (visit is not None and visit.reads_body)
+            or (
+                visit is not None
+                and visit.reads_body(generates=dialect.generates and not headers.is_form(request.fields))
+            )
         ):
             await self._collect(clock, route.timeouts.body)
         elif (
