@@ -80,7 +80,8 @@ test: $(STAMP) $(NODE_MODULES)
 ## faults: both sides at their worst, at random; EXCHANGES=10000 SEED=1
 faults: $(STAMP)
 	EXCHANGES=$(EXCHANGES) SEED=$(SEED) FAULTS=all $(BIN)/python -m pytest tests/test_faults_at_random.py \
-	    tests/test_fleets_at_random.py tests/test_faults_everywhere.py tests/test_a_fault_in_every_call.py
+	    tests/test_fleets_at_random.py tests/test_faults_everywhere.py tests/test_a_fault_in_every_call.py \
+	    tests/test_client_limits.py
 
 ## check: format, lint and types
 check: $(STAMP)

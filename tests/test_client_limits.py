@@ -197,6 +197,20 @@ async def test_what_generates_nothing_costs_nothing(
     assert charged.tokens == charged.reserved.total() == 0
 
 
+async def test_an_upload_of_a_limited_client_is_forwarded_as_it_comes(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, route=CHAT, clients=(client(limits=limits(tokens="5/1d")),))
+    peer = await proxy.connect()
+    sent = request(bearer(), path="/v1/files", body=b"x" * 50, kind=None)
+    peer.send(sent[:-1])
+    api = await upstream.accept()
+    await api.read_until(b"x" * 49)
+    peer.send(sent[-1:])
+    api.send(ANSWER)
+    assert (await peer.message()).status == 200
+
+
 async def ends(start: StartProxy, upstream: ScriptedUpstream, how: str) -> tuple[RunningProxy, Charged]:
     """A proxy after an exchange that ended in this way."""
     timeouts = {"head": 0.05} if how == "timeout" else {}

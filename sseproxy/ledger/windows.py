@@ -118,15 +118,17 @@ class Window:
         """Counts `amount` as used now."""
         number = int(self._clock() // self.seconds)
         column = self._columns[number & 1]
-        column.put(added(column.own, cell(number, amount)))
+        own, wanted = column.own, number % _NUMBERS
+        used = amount + (own & _MOST if own >> _BITS == wanted else 0)
+        column.put(wanted << _BITS | (used if used < _MOST else _MOST))
 
-    def use(self) -> Use:
-        """What was used."""
+    def use(self, more: int = 0) -> Use:
+        """What was used, as if so much `more` had been."""
         now, seconds = self._clock(), self.seconds
         number = int(now // seconds)
-        present, last = self._columns[number & 1], self._columns[number - 1 & 1]
+        present, last = self._columns[number & 1].all(), self._columns[number - 1 & 1].all()
         elapsed = now - number * seconds
-        return Use(used_in(number, present.all()), used_in(number - 1, last.all()), elapsed, seconds)
+        return Use(more + used_in(number, present), used_in(number - 1, last), elapsed, seconds)
 
 
 def is_over(cells: Iterable[int], seconds: int, now: float) -> bool:

@@ -93,7 +93,17 @@ class Uses(NamedTuple):
 class Client:
     """One client: its name, which models and routes it may use, and how much. `row` is the worker's in the ledger."""
 
-    __slots__ = ("_active", "_requests", "_routes", "_tokens", "models", "name")
+    __slots__ = (
+        "_active",
+        "_requests",
+        "_routes",
+        "_tokens",
+        "counts_tokens",
+        "has_rates",
+        "is_limited",
+        "models",
+        "name",
+    )
 
     def __init__(self, options: Options, row: Row) -> None:
         self.name = name = options.name
@@ -110,21 +120,12 @@ class Client:
         if most.tokens is not None:
             used, reserved = row.window(_tokens(name), most.tokens.seconds), row.count(_reserved(name))
             self._tokens = most.tokens, used, reserved
-
-    @property
-    def counts_tokens(self) -> bool:
+        self.counts_tokens = self._tokens is not None
         """Whether its tokens are limited."""
-        return self._tokens is not None
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether it has any limit."""
-        return self._active is not None or self.has_rates
-
-    @property
-    def has_rates(self) -> bool:
+        self.has_rates = self.counts_tokens or self._requests is not None
         """Whether its requests or tokens are limited within a time."""
-        return self._requests is not None or self._tokens is not None
+        self.is_limited = self.has_rates or self._active is not None
+        """Whether it has any limit."""
 
     def uses(self) -> Uses:
         """What it has used so far of what is limited within a time, with what is reserved."""
@@ -133,9 +134,8 @@ class Client:
             requests = self._requests[1].use()
         if self._tokens is not None:
             _, used, reserved = self._tokens
-            tokens = used.use()
             # Most of what is reserved will have been used soon.
-            tokens = tokens._replace(present=tokens.present + reserved.total())
+            tokens = used.use(reserved.total())
         return Uses(requests, tokens)
 
     def room(self, uses: Uses, tokens: int) -> int:
@@ -312,10 +312,9 @@ class Visit:
         # Whether the request was let in.
         self._counted = False
 
-    @property
-    def reads_body(self) -> bool:
-        """Whether the body has to be read before the request is sent."""
-        return bool(self.client.models) or self.client.counts_tokens
+    def reads_body(self, *, generates: bool) -> bool:
+        """Whether the body has to be read before the request is sent. `generates`: its text is the input of a model."""
+        return bool(self.client.models) or (generates and self.client.counts_tokens)
 
     def feeding(self, reader: RequestReader | FormReader) -> Callable[[bytes], None]:
         """What takes the parts of the body that `reader` reads."""
@@ -402,7 +401,8 @@ class Visit:
             return
         usage = exchange.usage
         reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
-        if self._output:
+        # Usually both are reported.
+        if self._output and not (usage is not None and usage.input and usage.output):
             exchange.estimated = unreported(exchange, self._input, self._output)
         used = reported + exchange.estimated
         self.client.charge(used)

@@ -209,13 +209,11 @@ class Relay:
         try:
             # All of these run, the last one first, even if another one raises.
             with ExitStack() as ends:
-                ends.callback(self._record, outcome)
                 if self._visit is not None:
                     ends.callback(self._visit.release)
-                    ends.callback(self._settle, self._visit)
+                ends.callback(self._record, outcome)
                 if self._asking is not None:
                     ends.callback(self._asking.judge, outcome)
-                ends.callback(self._conclude)
                 if self._clock is not None:
                     ends.callback(self._clock.stop)
                 if self._asking is not None:
@@ -234,21 +232,19 @@ class Relay:
         del self._task
         self._ticket = self._clock = self._asking = self._pump = None
 
-    def _conclude(self) -> None:
-        """Completes the record with what is known only at the end."""
-        exchange = self._exchange or self._recorded()
-        if self._passing is not None:
-            exchange.model = exchange.model or self._passing.model_so_far
-        exchange.count_once(self._proxy.counted)
-
-    def _settle(self, visit: Visit) -> None:
-        visit.settle(self._exchange or self._recorded())
-
     def _record(self, outcome: Outcome) -> None:
         self._proxy.active.discard(self)
         self._downstream.on_gone = None
         self._downstream.free_at = perf_counter()
-        (self._exchange or self._recorded()).finish(outcome)
+        exchange = self._exchange or self._recorded()
+        try:
+            if self._passing is not None:
+                exchange.model = exchange.model or self._passing.model_so_far
+            exchange.count_once(self._proxy.counted)
+            if self._visit is not None:
+                self._visit.settle(exchange)
+        finally:
+            exchange.finish(outcome)
 
     def _recorded(self, route: str = "", upstream: str = "") -> Exchange:
         """The record of the exchange. Creates it if there is none yet."""
@@ -354,7 +350,10 @@ class Relay:
             wants_usage
             or (proxy.models and tells_model and self._coding is not None)
             or (route.name in proxy.reads_bodies and is_json and plain)
-            or (visit is not None and visit.reads_body)
+            or (
+                visit is not None
+                and visit.reads_body(generates=dialect.generates and not headers.is_form(request.fields))
+            )
         ):
             await self._collect(clock, route.timeouts.body)
         elif (
@@ -507,7 +506,7 @@ class Relay:
                 query = self._hide(key, path, query)
         if candidates and _is_preflight(request):
             self._keyless = True
-        elif not candidates or not all(route.open for route in candidates):
+        elif not candidates or [route for route in candidates if not route.open]:
             self._visit = Visit(clients.caller(keys, self._client_address), clients.server)
         return query
 

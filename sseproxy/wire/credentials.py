@@ -100,6 +100,8 @@ def without_key(query: str, other: bytes | None = None) -> str:
 
 def has_key(text: str, key: bytes) -> bool:
     """Whether a path or a part of a query has `key` in it, in any spelling."""
+    if not text:
+        return False
     spelled = text.encode(errors="surrogateescape")
     return key in (unquote_to_bytes(spelled) if "%" in text else spelled)
 

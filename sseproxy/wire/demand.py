@@ -70,15 +70,19 @@ class Demand:
             request = _decode_request(self._gist.text() or b"")
         except UNREADABLE:
             return OUTPUT
-        most = max(_count(request.max_tokens), _count(request.max_completion_tokens), _count(request.max_output_tokens))
-        times = max(_count(request.n), _count(request.best_of))
+        most = _largest(request.max_tokens, request.max_completion_tokens, request.max_output_tokens)
+        times = _largest(request.n, request.best_of)
         if (gemini := request.generationConfig) is not None:
-            most, times = max(most, _count(gemini.maxOutputTokens)), max(times, _count(gemini.candidateCount))
+            most, times = max(most, _largest(gemini.maxOutputTokens)), max(times, _largest(gemini.candidateCount))
         return (most or OUTPUT) * (times or 1)
 
 
-def _count(value: msgspec.Raw) -> int:
-    if value is NULL:
-        return 0
-    digits = bytes(value)
-    return int(digits) if digits.isdigit() and len(digits) <= _MAX_DIGITS else 0
+def _largest(*values: msgspec.Raw) -> int:
+    """The largest of `values` that is a count. 0 if there is none."""
+    largest = 0
+    for value in values:
+        if value is not NULL:
+            digits = bytes(value)
+            if digits.isdigit() and len(digits) <= _MAX_DIGITS and (number := int(digits)) > largest:
+                largest = number
+    return largest
