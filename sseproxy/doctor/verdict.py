@@ -141,17 +141,21 @@ def _of_cuts(hop: Hop) -> Iterator[Finding]:
     elif hop.probed and hop.steady.end == "unread":
         yield Finding(kind="endless", text="does not end an answer that its origin has ended")
     silence = hop.silence
-    if silence is None:
+    if silence is None or (limit is not None and limit[1] is not hop.steady):
         return
-    cut = [stream for stream in (silence.before, silence.quiet) if not stream.intact]
-    if not cut or (limit is not None and limit[1] is not hop.steady):
+    before, quiet = silence.before, silence.quiet
+    if not quiet.intact:
+        after = _silent(quiet)
+        text = f"cuts an answer that is silent after {spell_seconds(after)}, {_ending(quiet)}"
+        if not before.intact:
+            text += f", or one that has not begun, {_ending(before)}"
+        if silence.beats is not None and silence.beats.intact:
+            text += f"; with a heartbeat every {spell_seconds(silence.every)} a silent one lives"
+    elif not before.intact:
+        after = _silent(before)
+        text = f"cuts an answer that has not begun after {spell_seconds(after)}, {_ending(before)}"
+    else:
         return
-    first = min(cut, key=lambda stream: _silent(stream))
-    after = _silent(first)
-    where = "that has not begun" if first is silence.before else ""
-    text = f"cuts an answer {where or 'that is silent'} after {spell_seconds(after)}, {_ending(first)}"
-    if silence.beats is not None and silence.beats.intact:
-        text += f"; with a heartbeat every {spell_seconds(silence.every)} it lives"
     yield Finding(kind="silence", text=text, measure=1 / max(after, 0.001))
 
 
