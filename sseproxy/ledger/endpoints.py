@@ -165,11 +165,6 @@ class Standing:
         self._refusals.add(int(refused))
         self._failures.add(1)
 
-    def forget(self) -> None:
-        """Drops what this worker has seen of it, because it is at another address now."""
-        for count in (self._failures, self._refusals, self._failing_since, self._succeeded_at, self._passed_at):
-            count.put(0)
-
     # --- the supervisor ---
 
     def evidence(self) -> Evidence:

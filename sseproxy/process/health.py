@@ -29,6 +29,7 @@ from ..observe import metrics
 from ..observe.metrics import Labels, Recorder
 from ..relay.admission import counted, fleet_upstreams
 from ..relay.pool import micros
+from ..wire.headers import credential
 from .discovery import JITTER, Address, Discovery, look_up
 from .ejection import Admitted, Ejected, Fleet, OnTrial
 
@@ -185,8 +186,8 @@ class _Upstream:
         url = URL(endpoint.config.url, encoded=True).origin().with_path(options.path, encoded=True)
         fields: dict[str, str] = {hdrs.USER_AGENT: f"sseproxy/{__version__}"}
         if (key := endpoint.config.key or self.config.key) is not None:
-            name, secret = self.config.api_key_header, key.get_secret_value()
-            fields[name] = f"Bearer {secret}" if name.lower() == "authorization" else secret
+            name, value = credential(self.config.api_key_header, key.get_secret_value())
+            fields[name.decode()] = value.decode()
         resolver = _Resolver(endpoint.address)
         await asyncio.sleep(random.uniform(0, min(_FIRST_CHECK, options.interval)))
         while True:

@@ -198,7 +198,6 @@ class Upstream:
                 if known is not None:
                     self._leaving.append(known[1])
                 standing = Standing(self._row, of_host(self.name, config.url), address_key(place))
-                standing.forget()
                 self._resolved[place] = (
                     address,
                     Endpoint(

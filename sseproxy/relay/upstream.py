@@ -43,8 +43,6 @@ from .reads import BoundedReads, PlainReads
 from .routes import client_path
 
 if TYPE_CHECKING:
-    from pydantic import SecretStr
-
     from ..config import Endpoint as EndpointConfig
     from ..config import Limits, Route
     from ..config import Upstream as UpstreamConfig
@@ -347,14 +345,6 @@ def _reason(error: BaseException) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
-def _credential(header: str, secret: SecretStr | None) -> tuple[bytes, bytes] | None:
-    """The header field with the API key, if there is one."""
-    if secret is None:
-        return None
-    key = secret.get_secret_value()
-    return header.encode(), (f"Bearer {key}" if header.lower() == "authorization" else key).encode()
-
-
 class Endpoint:
     """One address that serves an upstream, and the connections to it. Create and close it in the running loop.
 
@@ -377,7 +367,8 @@ class Endpoint:
         self.label = label
         """What it is called in metrics and in the log."""
         self.standing = standing
-        self.credential = _credential(of.api_key_header, config.key or of.key)
+        key = config.key or of.key
+        self.credential = None if key is None else headers.credential(of.api_key_header, key.get_secret_value())
         self.base_path = url.raw_path.rstrip("/")
         self.port = url.port or 0
         self.host = (url.host_port_subcomponent or "").encode("ascii")

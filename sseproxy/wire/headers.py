@@ -150,6 +150,11 @@ class Fields:
         ]
 
 
+def credential(name: str, key: str) -> Field:
+    """The field `name` with an API key. Authorization gets `Bearer` and the key (RFC 6750, section 2.1)."""
+    return name.encode(), (f"Bearer {key}" if name.lower() == "authorization" else key).encode()
+
+
 def to_upstream(
     fields: Fields,
     *,
