@@ -315,7 +315,7 @@ async def test_a_real_prometheus_answers_every_panel_and_every_rule(tmp_path: Pa
             upstream,
             metrics="{models: [gpt-a, gpt-b]}",
             limits="{active_requests: 2}",
-            clients=f"[{{name: team-a, keys: '{key}', limits: {{active_requests: 1}}}}]",
+            clients=f"[{{name: team-a, keys: '{key}', limits: {{active_requests: 1000}}}}]",
         )
         async with file.serve() as served, prometheus(tmp_path, served) as asked:
             loads = [asyncio.get_running_loop().create_task(load(served)) for _ in range(3)]
