@@ -326,7 +326,7 @@ async def test_a_real_prometheus_answers_every_panel_and_every_rule(tmp_path: Pa
             limits="{active_requests: 2}",
             upstreams=f"[{{name: up, url: '{url}'}}, {{name: gpus, urls: ['{url}', '{url}']}}]",
             routes=f"[{{name: api, match: {{path: /v1}}, upstream: up}}, {fleet}]",
-            clients=f"[{{name: team-a, keys: '{key}', limits: {{active_requests: 1}}}}]",
+            clients=f"[{{name: team-a, keys: '{key}', limits: {{active_requests: 1000}}}}]",
         )
         async with file.serve() as served, prometheus(tmp_path, served) as asked:
             loads = [asyncio.get_running_loop().create_task(load(served)) for _ in range(3)]
