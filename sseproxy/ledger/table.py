@@ -416,7 +416,11 @@ class Ledger:
 def alone(names: Iterable[str]) -> Row:
     """A row of a ledger with only one worker."""
     ledger = Ledger(rows=1)
-    return ledger.row(ledger.take_row(), ledger.columns(names, ()))
+    try:
+        return ledger.row(ledger.take_row(), ledger.columns(names, ()))
+    finally:
+        # The mapping stays.
+        ledger.close()
 
 
 def opened(fd: int, row: int, columns: Mapping[str, int]) -> Row:
