@@ -516,7 +516,7 @@ class Resting(RuleBasedStateMachine):
     @invariant()
     def all_know(self) -> None:
         for row in self.rows:
-            assert (row.rests.latest() > self.now) == any(until > self.now for until in self.until.values())
+            assert row.rests.any(self.now) == any(until > self.now for until in self.until.values())
             for name in "abcd":
                 known = max((until for (_, of), until in self.until.items() if of == name), default=0)
                 found = row.rests.until(name, self.now)

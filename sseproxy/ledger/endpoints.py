@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from .table import Count, Counts, Row
+from .table import Count, Loads, Row
 
 MAX_ADDRESSES: Final = 64
 """Addresses of one name that are used. If there are more, the others are not used."""
@@ -188,9 +188,9 @@ class Standing:
         self._out.put(0)
 
 
-def outs(standings: Sequence[Standing]) -> Counts:
-    """Of each endpoint, what is not 0 if it is ejected: for reading them together."""
-    return Counts([standing._out for standing in standings])
+def loads(standings: Sequence[Standing]) -> Loads:
+    """The active exchanges of two or more endpoints, as long as none is ejected."""
+    return Loads([standing.active for standing in standings], [standing._out for standing in standings])
 
 
 class Addresses:

@@ -22,6 +22,7 @@ import secrets
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
+from operator import itemgetter
 from time import perf_counter
 from typing import Final
 
@@ -97,29 +98,36 @@ class Count:
         return sum(self.each())
 
 
-class Counts:
-    """Several numbers, which are read faster together than one by one."""
+class Loads:
+    """The sums of two or more `counts`, read in one step: this is done for each request.
 
-    __slots__ = ("_cells", "_columns", "_own")
+    `marks` are numbers that the supervisor tells.
+    """
 
-    def __init__(self, counts: Sequence[Count]) -> None:
+    __slots__ = ("_cells", "_columns", "_height", "_marks", "_rests", "_slices")
+
+    def __init__(self, counts: Sequence[Count], marks: Sequence[Count]) -> None:
         self._cells = counts[0]._cells
         self._columns = [count._column for count in counts]
-        self._own = [count._own for count in counts]
+        self._marks = itemgetter(*(mark._own for mark in marks))
+        self._height = -1
+        self._slices: list[slice] = []
+        self._rests = slice(0)
 
-    def any_own(self) -> bool:
-        """Whether the part of this row of any is not 0."""
+    def read(self) -> list[int] | None:
+        """The sum of all workers of each. None if any mark is not 0, or if anything may rest."""
         cells = self._cells
-        for place in self._own:
-            if cells[place]:
-                return True
-        return False
+        if cells[_AT_HEIGHT] != self._height:
+            self._measure()
+        if any(self._marks(cells)) or any(cells[self._rests]):
+            return None
+        return list(map(sum, map(cells.__getitem__, self._slices)))
 
-    def totals(self) -> list[int]:
-        """The sum of all workers of each."""
-        cells = self._cells
-        span = cells[_AT_HEIGHT] * _WIDTH
-        return [sum(cells[column : column + span : _WIDTH].tolist()) for column in self._columns]
+    def _measure(self) -> None:
+        self._height = self._cells[_AT_HEIGHT]
+        *self._slices, self._rests = [
+            slice(column, column + self._height * _WIDTH, _WIDTH) for column in (*self._columns, _FIRST + _AT_RESTS)
+        ]
 
 
 class Sketch:
@@ -211,10 +219,12 @@ class Rests:
         times[place] = until
         cells[self._own] = max(times)
 
-    def latest(self) -> int:
-        """Until when anything rests. Usually that has been long ago, or it is 0."""
+    def any(self, now: int) -> bool:
+        """Whether anything rests. Forgets what this worker has told, if all of that is over."""
         cells, first = self._cells, _FIRST + _AT_RESTS
-        return max(cells[first : first + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist())
+        if cells[self._own] <= now:
+            cells[self._own] = 0
+        return max(cells[first : first + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()) > now
 
     def until(self, name: str, now: int) -> int:
         """Until when `name` rests: the latest time that any worker has told. Not after `now` if it does not rest."""

@@ -150,15 +150,15 @@ class Asking:
         upstream = proxy.alone.get(question.route.name)
         endpoint = None if upstream is None else upstream.choose(question.model, None)
         if upstream is None or endpoint is None or upstream.some_are_out:
-            return await self._ask_in_turn(None)
+            return await self._ask_in_turn(endpoint)
         # Usually the first one that is asked answers. Then nothing more is needed.
         self._several = len(upstream.endpoints) > 1
         self._exchange.endpoint = endpoint.label
         try:
             asked = await self._ask(upstream, endpoint, None, keeps=question.route.retry.max_body)
         except UpstreamError as error:
-            return await self._ask_in_turn((endpoint, error))
-        return asked if asked.head.status < 400 else await self._ask_in_turn((endpoint, asked))
+            return await self._ask_in_turn(endpoint, error)
+        return asked if asked.head.status < 400 else await self._ask_in_turn(endpoint, asked)
 
     def forget(self) -> None:
         """Drops what is only needed to ask. A stream may take long."""
@@ -202,13 +202,13 @@ class Asking:
 
     # --- several attempts ---
 
-    async def _ask_in_turn(self, begun: tuple[Endpoint, Asked | UpstreamError] | None) -> Asked:
-        """Asks as many endpoints as it takes. The first attempt may have `begun`: with an endpoint, and what came."""
+    async def _ask_in_turn(self, chosen: Endpoint | None, came: Asked | UpstreamError | None = None) -> Asked:
+        """Asks as many endpoints as it takes. The first one may be `chosen`, and asked already: then this `came`."""
         question, exchange, body = self._asked, self._exchange, self._request.body
         options = question.route.retry
         await self._learn_models(question.route.name)
         course = self._course = await self._course_of(question)
-        step = course.first(None if begun is None else begun[0])
+        step = course.first(chosen)
         if step is None:
             raise UpstreamError("dns", cause=f"{question.route.upstream[0].name}: no address is known")
         self._several = course.several
@@ -217,12 +217,11 @@ class Asking:
             asked, error = None, None
             exchange.attempts = course.attempts
             try:
-                if begun is not None:
-                    (_, came), begun = begun, None
-                    if isinstance(came, UpstreamError):
-                        raise came
-                    asked = came
-                else:
+                first, came = came, None
+                if isinstance(first, UpstreamError):
+                    raise first
+                asked = first
+                if asked is None:
                     self._goes_to(step)
                     if step.pause:
                         self._clock.pause()

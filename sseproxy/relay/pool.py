@@ -19,10 +19,9 @@ from ..ledger.endpoints import (
     address_label,
     labels,
     later_attempts,
+    loads,
     of_host,
-    outs,
 )
-from ..ledger.table import Counts
 from .upstream import Endpoint
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Upstream:
         """Later attempts that wait for a response head."""
         self._rests = row.rests
         self.some_are_out = False
-        """Whether one of its endpoints was ejected when the last one was chosen."""
+        """Whether some of its endpoints may have been ejected when the last one was chosen."""
         self._stream_options: dict[str | None, bool] = {}
         names = labels([endpoint.url for endpoint in config.endpoints])
         self._named = [
@@ -117,9 +116,10 @@ class Upstream:
         """
         if self._addresses is not None and self._addresses.version != self._version:
             self._read_addresses(self._addresses)
-        left, counts, latest = self.endpoints, self._active, self._rests.latest()
-        self.some_are_out = self._out is not None and self._out.any_own()
-        if tried or counts is None or self.some_are_out or (latest and latest > micros()):
+        left = self.endpoints
+        active = None if tried or self._loads is None else self._loads.read()
+        self.some_are_out = active is None
+        if active is None:
             left = self._left(model, tried, micros(), any_state=any_state)
             on_trial = next((one for one in left if one.standing is not None and one.standing.is_out), None)
             if on_trial is not None and on_trial.standing is not None and not any_state:
@@ -127,36 +127,30 @@ class Upstream:
                 return on_trial
             if len(left) < 2:
                 return left[0] if left else None
-            counts = Counts([one.standing.active for one in left if one.standing is not None])
-        active = counts.totals()
+            active = [0 if one.standing is None else one.standing.active.total() for one in left]
         if key is not None:
             most = _MOST_OF_MEAN * (sum(active) + 1) / len(left)
             ranks = sorted(range(len(left)), key=lambda place: _rank(key, left[place]), reverse=True)
             # One is always below the mean.
             return left[next(place for place in ranks if active[place] < most)]
-        least, turn = min(active), self._turn % len(left)
-        place = active.index(least, turn) if least in active[turn:] else active.index(least)
-        self._turn = place + 1
-        return left[place]
+        turn = self._turn % len(left)
+        rotated = active[turn:] + active[:turn]
+        self._turn = turn + rotated.index(min(rotated)) + 1
+        return left[(self._turn - 1) % len(left)]
 
     def _left(self, model: str | None, tried: Collection[Endpoint], now: int, *, any_state: bool) -> list[Endpoint]:
         """The endpoints that can be chosen."""
         left = [one for one in self.endpoints if one not in tried]
         if any_state:
             return left
-        return [
-            one
-            for one in left
-            if (one.standing is None or one.standing.usable) and not self._is_resting(one, model, now)
-        ]
+        left = [one for one in left if one.standing is None or one.standing.usable]
+        return [one for one in left if not self._is_resting(one, model, now)] if self._rests.any(now) else left
 
     def _use(self, endpoints: list[Endpoint]) -> None:
         self.endpoints = endpoints
         standings = [one.standing for one in endpoints if one.standing is not None]
         # Of one endpoint there is nothing to compare.
-        several = len(standings) == len(endpoints) > 1
-        self._active = Counts([standing.active for standing in standings]) if several else None
-        self._out = outs(standings) if standings else None
+        self._loads = loads(standings) if len(standings) == len(endpoints) > 1 else None
 
     def usable(self) -> list[Endpoint]:
         """The endpoints that are not ejected, or all if none is left."""

@@ -138,9 +138,9 @@ class Course:
         """Whether there is an upstream after the present one."""
         return len(self._targets) > 1
 
-    def first(self, begun: Endpoint | None = None) -> Step | None:
-        """The first attempt, which may have begun already. None if the first upstream has no endpoint at all."""
-        step = self._first() if begun is None else self._step(begun)
+    def first(self, chosen: Endpoint | None = None) -> Step | None:
+        """The first attempt, at the endpoint that was `chosen`, if one was. None if there is no endpoint at all."""
+        step = self._first() if chosen is None else self._step(chosen)
         self.several = len(self._targets) > 1 or len(self._targets[0][1].endpoints) > 1 or "same" in self._options.on
         return step
 
