@@ -242,8 +242,11 @@ def test_few_events_say_nothing() -> None:
 # --- findings ---
 
 
+HEAD = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+
+
 def stream(**more: object) -> Stream:
-    fields = {"content-type": "text/event-stream; charset=utf-8", "server": "sseproxy-probe"}
+    fields = HEAD | {"server": "sseproxy-probe"}
     usual = {
         "status": 200,
         "version": "1.1",
@@ -292,7 +295,7 @@ def held(deliver: Delivery) -> dict[str, Stream]:
 
 
 def named(server: str, **more: str) -> Stream:
-    return stream(fields={"content-type": "text/event-stream", "server": server} | more)
+    return stream(fields=HEAD | {"server": server} | more)
 
 
 def cut_at(seconds: float, **more: object) -> Stream:
@@ -348,7 +351,12 @@ WRONG: dict[str, dict[str, Any]] = {
         "leaving": [Leaving(when="before the head", silent=3.0, noticed=1.5)]
     },
     "compresses the stream (gzip)": {"steady": named("x", **{"content-encoding": "gzip"})},
-    "changes the Content-Type of a stream to text/plain": {"steady": stream(fields={"content-type": "text/plain"})},
+    "changes the Content-Type of a stream to text/plain": {
+        "steady": stream(fields=HEAD | {"content-type": "text/plain"})
+    },
+    "takes Cache-Control: no-cache away, so a cache may keep answers": {
+        "steady": stream(fields=HEAD | {"cache-control": "public, max-age=60"})
+    },
     "gives a stream a Content-Length, so it has collected all of it": {"steady": named("x", **{"content-length": "9"})},
     "sends the response head only together with the first event": {"steady": stream(head_at=0.3)},
     "loses, repeats or changes events": {"steady": stream(garbled=True)},

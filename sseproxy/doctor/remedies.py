@@ -184,6 +184,7 @@ _ANY: Final[dict[Kind, str]] = {
     "hanging": "The hop does not see that its connection has ended. Look for a timeout that ends the answer instead.",
     "garbled": "No proxy may do this. Look for a plugin, a filter or a gateway that reads and writes events.",
     "content-type": "The stream must stay text/event-stream: clients that obey the standard do not read anything else.",
+    "caching": "Forward Cache-Control as the origin sends it, and let no cache in front keep these paths.",
     "rewritten": "Gateways that translate between APIs do this. Without one, look for a filter that changes bodies.",
     "keep-alive": "Each request then costs another connection. Allow HTTP keep-alive on both sides.",
     "continue": "curl then waits for a second before it sends a large body.",

@@ -130,7 +130,12 @@ def _column(hop: Hop, diagnosis: Diagnosis, speed: Speed, before: Speed | None) 
         else Cell("known only of a probe"),
         "response head": cell(head, "head"),
         "bytes": cell(
-            "unaltered" if hop.probed else "as they came", "compressed", "garbled", "content-type", "rewritten"
+            "unaltered" if hop.probed else "as they came",
+            "compressed",
+            "garbled",
+            "content-type",
+            "rewritten",
+            "caching",
         ),
         "whole answer": cell("not cut", "limit"),
         "silence": cell(silence, "silence", known=hop.silence is not None),

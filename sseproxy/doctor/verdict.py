@@ -25,6 +25,7 @@ Kind = Literal[
     "compressed",
     "content-type",
     "content-length",
+    "caching",
     "head",
     "refused",
     "collected",
@@ -59,6 +60,8 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
 _WORSE: Final = 1.3
 # Seconds. A head that arrives this long before the first event did not wait for it; the probe waits for longer.
 _HEAD_EARLY: Final = 0.1
+# What keeps caches from answering with what they have kept (RFC 9111, section 5.2.2). The probe sends the first.
+_FRESH: Final = re.compile(r"\b(?:no-cache|no-store|private)\b", re.IGNORECASE)
 # Seconds. Whoever notices within this time did not wait for an event.
 _SOON: Final = 1.0
 
@@ -214,6 +217,8 @@ def _of_transformation(hop: Hop, how: Arrival) -> Iterator[Finding]:
         yield Finding(kind="content-type", text=f"changes the Content-Type of a stream to {now}")
     if "content-length" in stream.fields and stream.status == 200:
         yield Finding(kind="content-length", text="gives a stream a Content-Length, so it has collected all of it")
+    if hop.probed and stream.status == 200 and not _FRESH.search(stream.fields.get("cache-control", "")):
+        yield Finding(kind="caching", text="takes Cache-Control: no-cache away, so a cache may keep answers", note=True)
     if stream.garbled:
         yield Finding(kind="garbled", text="loses, repeats or changes events")
     elif stream.rewritten and stream.intact:
