@@ -154,10 +154,12 @@ def test_a_row_has_what_is_known_and_no_more() -> None:
     assert row.model == "m?[31m" + "x" * 122
     assert (row.since, row.quiet_since, row.first_token_at, row.deltas) == (now - 5, now - 5, None, 0)
     assert (row.status, row.stream, row.outcome, row.ended_at) == (None, False, None, None)
+    one.client_name, one.endpoint = "team-a", "gpu-2:8000"
     one.head_received(200, True)
     one.happened(DELTA, now)
     one.happened(DELTA, now + 1)
     (row,) = reader.read([one], 1).rows
+    assert (row.client, row.endpoint) == ("team-a", "gpu-2:8000")
     assert (row.status, row.stream, row.deltas, row.quiet_since) == (200, True, 2, now + 1)
     assert row.first_token_at == one.first_token_at
     assert "secret" not in repr(row)

@@ -127,7 +127,7 @@ class Reader:
             exchange.upstream,
             exchange.endpoint or self._endpoints.get(exchange.upstream, ""),
             shown(exchange.model),
-            exchange.client,
+            exchange.client_name or exchange.client,
             exchange.status,
             exchange.is_stream,
             exchange.first_token_at,
