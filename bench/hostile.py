@@ -32,8 +32,8 @@ from tests.served import ConfigFile, Served
 from . import pace
 from .watch import GET, KIB, MIB, NO_DEBUG, Watch, human, say, small_buffers, standstill, stop_reading, watching
 
-# Seconds after which a situation has failed. All take much less.
-PATIENCE = 60.0
+# Seconds after which a situation has failed. The longest, of large events, takes about a minute.
+PATIENCE = 180.0
 # Seconds for measuring the stream while there is nothing else.
 QUIET = 0.5
 # Just below the limits. Above them a body is refused (max_body), and an event is forwarded without being read
