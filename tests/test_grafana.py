@@ -166,7 +166,8 @@ async def backend(api: Peer) -> None:
         request = await api.message()
         model = request.json()["model"]
         if model == "slow":
-            await asyncio.sleep(30)
+            await api.gone()
+            return
         if model == "dead":
             return
         if model in ("busy", "sick"):

@@ -315,9 +315,12 @@ async def test_a_worker_that_hangs_holds_up_nobody(
             assert sum(found) == 45
         finally:
             os.kill(hanging, signal.SIGCONT)
-        # It is the least busy one now, and gets more than its share, however slowly it comes to.
-        found = await shares([hanging], in_turn(clients, 20))
-        assert found[0] > 20 / 4
+        # It is the least busy one now. On a busy machine it may be late again, and then the others do not wait for it.
+        begun = 90
+        while not is_even(held := [connections_of(worker) for worker in served.workers], begun):
+            assert begun < 150, held
+            await in_turn(clients, 10)()
+            begun += 10
 
 
 async def test_a_worker_that_was_killed_holds_up_nobody(

@@ -189,6 +189,7 @@ class _Examination:
             try:
                 await until(answer, seconds)
             except BaseException:
+                # Nobody else has the connection.
                 connection.close()
                 raise
             if answer.status != 429:
