@@ -143,7 +143,7 @@ class Asking:
 
     async def answer(self) -> Asked:
         """The answer, or the last response if none is an answer. Raises `UpstreamError` or `RequestError`."""
-        question, proxy = self._asked, self._proxy
+        question, proxy = self.question, self._proxy
         only = proxy.only.get(question.route.name)
         if only is not None:
             return await self._ask(*only, None)
@@ -155,7 +155,8 @@ class Asking:
         self._several = len(upstream.endpoints) > 1
         self._exchange.endpoint = endpoint.label
         try:
-            asked = await self._ask(upstream, endpoint, None, keeps=question.route.retry.max_body)
+            keeps = question.route.retry.max_body if self._several else 0
+            asked = await self._ask(upstream, endpoint, None, keeps=keeps)
         except UpstreamError as error:
             return await self._ask_in_turn(endpoint, error)
         return asked if asked.head.status < 400 else await self._ask_in_turn(endpoint, asked)
@@ -165,7 +166,8 @@ class Asking:
         self._question = None
 
     @property
-    def _asked(self) -> Question:
+    def question(self) -> Question:
+        """What is asked, until `forget`."""
         assert self._question is not None
         return self._question
 
@@ -191,7 +193,7 @@ class Asking:
 
     def streams(self, kind: headers.BodyKind) -> bool:
         """Whether the client wants a stream, or gets one: the body of the response is labelled as `kind`."""
-        question = self._asked
+        question = self.question
         path = routes.normal_path(routes.upstream_path(question.route, "", question.path))
         return (
             kind == "events"
@@ -204,7 +206,7 @@ class Asking:
 
     async def _ask_in_turn(self, chosen: Endpoint | None, came: Asked | UpstreamError | None = None) -> Asked:
         """Asks as many endpoints as it takes. The first one may be `chosen`, and asked already: then this `came`."""
-        question, exchange, body = self._asked, self._exchange, self._request.body
+        question, exchange, body = self.question, self._exchange, self._request.body
         options = question.route.retry
         await self._learn_models(question.route.name)
         course = self._course = await self._course_of(question)
@@ -288,7 +290,7 @@ class Asking:
 
     def _repeatable(self) -> Repeatable:
         """When the request may be repeated, as far as it is known now: its body may still be coming."""
-        question, request = self._asked, self._request
+        question, request = self.question, self._request
         dialect, reader = question.dialect, question.read or question.passing
         keeps, known = dialect.keeps and request.method == "POST", isinstance(reader, RequestReader)
         if keeps and (dialect.name == "assistants" or not (known and request.body.ended)):
@@ -298,7 +300,7 @@ class Asking:
         return "always" if dialect.generates or self._is_idempotent else "refused"
 
     def _goes_to(self, step: Step) -> None:
-        question, proxy, exchange = self._asked, self._proxy, self._exchange
+        question, proxy, exchange = self.question, self._proxy, self._exchange
         upstream, model, observer = step.upstream.name, step.target.model or question.model, exchange.observer
         if (upstream, model) != (exchange.upstream, exchange.model):
             observer = proxy.observer(question.route.name, upstream, routes.model_label(proxy.models, model))
@@ -317,7 +319,7 @@ class Asking:
             return failure
         if head.status == 400 and course.has_fallback and await self._is_too_long(head):
             return Failure("context")
-        if course.several and 200 <= head.status < 300 and self._asked.route.retry.until != "head":
+        if course.several and 200 <= head.status < 300 and self.question.route.retry.until != "head":
             return await self._hold_back(head)
         return None
 
@@ -340,7 +342,7 @@ class Asking:
 
     async def _hold_back(self, head: ResponseHead) -> Failure | None:
         """Holds back what `retry.until` says. Returns why it is not the answer, or None if it is."""
-        question, exchange, attempt = self._asked, self._exchange, self.attempt
+        question, exchange, attempt = self.question, self._exchange, self.attempt
         assert attempt is not None
         options, kind = question.route.retry, headers.body_kind(head.fields)
         streams = self.streams(kind)
@@ -389,7 +391,7 @@ class Asking:
                 self._request.connection,
                 partial(self._early_head, content_type),
                 interval,
-                self._asked.dialect.form,
+                self.question.dialect.form,
                 chunked=self._request.version == (1, 1),
             )
 
@@ -413,7 +415,7 @@ class Asking:
         hold, self._hold = self._hold, None
         if hold is None:
             return
-        if self._asked.route.retry.until == "first_token" or (failure.reason == "error" and not hold.has_content):
+        if self.question.route.retry.until == "first_token" or (failure.reason == "error" and not hold.has_content):
             hold.put_back()
         else:
             raise self._last(Truncated() if failure.reason in ("truncated", "reset") else UpstreamError("answer"))
@@ -430,7 +432,7 @@ class Asking:
         if failure.reason == "429":
             # Another key, or another model, may be free. The client's own key is not ours to judge.
             if step.endpoint.credential is not None and failure.retry_after:
-                step.upstream.rest(step.endpoint, step.target.model or self._asked.model, failure.retry_after)
+                step.upstream.rest(step.endpoint, step.target.model or self.question.model, failure.retry_after)
             verdict = "open"
         elif failure.reason in ("503", "529") and failure.retry_after:
             step.upstream.rest(step.endpoint, None, failure.retry_after)
@@ -448,7 +450,7 @@ class Asking:
 
         Usage is requested, where the route wants it. If the upstream refuses the option, it is asked without it.
         """
-        question, body = self._asked, self._request.body
+        question, body = self.question, self._request.body
         read, other_model = question.read, None if target is None else target.model
         model = other_model or question.model
         splices = _renaming(read, other_model)
@@ -483,7 +485,7 @@ class Asking:
         This takes one attempt, or two if the first one met a pooled connection that the upstream had already closed.
         The body is sent with `splices`.
         """
-        question, request, body = self._asked, self._request, self._request.body
+        question, request, body = self.question, self._request, self._request.body
         idempotent, spare = self._is_idempotent, self._ticket.spare
         # A client's key is for the first upstream of the route: another one may be somebody else's. With `clients`, it
         # is for this proxy.
@@ -542,8 +544,8 @@ class Asking:
                 scheme=b"https" if connection.is_tls else b"http",
                 request_id=request.id,
                 credentials=credentials,
-                credential=endpoint.credential if self._asked.with_key else None,
-                inspect=self._asked.inspect,
+                credential=endpoint.credential if self.question.with_key else None,
+                inspect=self.question.inspect,
             ),
         )
 

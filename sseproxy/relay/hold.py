@@ -15,7 +15,6 @@ from typing import Final, Literal, cast
 from ..errors import BrokenBodyError, Outcome
 from ..wire.dialects import Form
 from ..wire.framing import Framing, decoder, frame
-from ..wire.meaning import Usage
 from .clock import Clock
 from .downstream import DownstreamProtocol
 from .exchange import Exchange, Observer
@@ -96,11 +95,6 @@ class Hold:
     def has_content(self) -> bool:
         """Whether a part of it was generated."""
         return self._record.first_token_at is not None
-
-    @property
-    def usage(self) -> Usage | None:
-        """The tokens of what is held, if they are known."""
-        return self._record.usage
 
     def data_received(self, data: bytes) -> None:
         self._raw += data

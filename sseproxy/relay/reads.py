@@ -23,7 +23,7 @@ MAX_READ: Final = 32 * 1024
 _SMALL: Final = 4 * 1024
 # Line ends and opening braces in one piece. Small events and objects take longest for their size, 3 to 15 us each, and
 # each has at least one of these. A large read of ordinary events has fewer.
-_MAX_MARKS: Final = 1_000
+_MAX_MARKS: Final = 600
 # Seconds of CPU that one connection may take in one turn of the loop. A piece that takes half of it is too large. This
 # is CPU and not elapsed time: on a busy machine, smaller pieces would only cause more work.
 _TURN: Final = 0.002

@@ -39,11 +39,6 @@ class Splice(NamedTuple):
     stop: int
     put: bytes
 
-    @property
-    def growth(self) -> int:
-        """How many bytes the body gets longer."""
-        return len(self.put) - (self.stop - self.start)
-
     def into(self, parts: Iterable[bytes]) -> Iterator[bytes]:
         """The parts of the changed body. Parts without a change are the same objects as in `parts`."""
         at, put = 0, self.put
