@@ -16,7 +16,7 @@ RUN /opt/sseproxy/bin/pip install --no-cache-dir --disable-pip-version-check --n
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="sseproxy" \
-      org.opencontainers.image.description="A reverse proxy for OpenAI-compatible APIs that makes streaming visible and lossless" \
+      org.opencontainers.image.description="A reverse proxy for OpenAI-compatible APIs: it forwards streams immediately and unchanged, and measures them" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/sseproxy /opt/sseproxy
 # Log lines appear immediately. No .pyc files are written, because the file system may be read-only.

@@ -1,4 +1,4 @@
-"""Examines right stacks with the doctor, on a machine that is busy: a finding is a false alarm.
+"""Examines correct stacks with the doctor, on a machine that is busy: a finding is a false alarm.
 
     make proof RUNS=200
 
@@ -107,7 +107,7 @@ async def run(runs: int, stacks: int, burners: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Examine right stacks on a busy machine: nothing may be found.")
+    parser = argparse.ArgumentParser(description="Examine correct stacks on a busy machine: nothing may be found.")
     parser.add_argument("runs", type=int, nargs="?", default=200)
     parser.add_argument("--stacks", type=int, default=4, help="examined at the same time (%(default)s)")
     parser.add_argument("--burners", type=int, default=2 * (os.cpu_count() or 1), help="busy processes (%(default)s)")

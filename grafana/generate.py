@@ -73,7 +73,7 @@ ROWS = (
         (
             Panel(
                 "Requests",
-                "Requests that ended, per second. If it falls while clients are as many as before, requests do not reach this proxy.",
+                "Requests that ended, per second. If this falls although the number of clients is the same, requests do not reach this proxy.",
                 (Query(rate("requests_total"), "requests"),),
                 "reqps",
                 4,
@@ -89,7 +89,7 @@ ROWS = (
             ),
             Panel(
                 "TTFT p90",
-                "Nine of ten streams have their first token within this time. If the time to the response head is high as "
+                "Nine of ten streams get their first token within this time. If the time to the response head is high as "
                 "well, requests wait in the queue of the upstream.",
                 (Query(quantile(0.9, "time_to_first_token_seconds"), "p90"),),
                 "s",
@@ -177,7 +177,7 @@ ROWS = (
             ),
             Panel(
                 "Client connections",
-                "Connections of clients, with or without a request. Idle ones cost memory and a descriptor each.",
+                "Connections of clients, with or without a request. Each idle connection takes memory and a descriptor.",
                 (Query(f"sum by (instance) (sseproxy_client_connections{{{P}}})", "{{instance}}"),),
                 whole=True,
                 width=6,
@@ -242,7 +242,7 @@ ROWS = (
         (
             Panel(
                 "Gaps between tokens",
-                "Time between events with generated content, as read from the upstream. Users see p99 as pauses.",
+                "Time between events with generated content, as read from the upstream. Users see the p99 as pauses.",
                 quantiles("inter_token_latency_seconds"),
                 "s",
             ),
@@ -379,7 +379,7 @@ ROWS = (
             ),
             Panel(
                 "Connections",
-                "connecting: being made. active: carries a request. idle: waits in the pool for the next one, at most four seconds.",
+                "connecting: being established. active: carries a request. idle: waits for the next request, at most four seconds.",
                 (
                     Query(
                         f"sum by (upstream, state) (sseproxy_upstream_connections{{{U}}})",
@@ -403,7 +403,7 @@ ROWS = (
             ),
             Panel(
                 "Active per endpoint",
-                "Requests that each endpoint is answering. They are equal, unless there is affinity: a slow one gets fewer requests.",
+                "Requests that each endpoint is answering. Without affinity the numbers are equal: slow endpoints get fewer requests.",
                 (
                     Query(
                         f"sum by (upstream, endpoint) (sseproxy_endpoint_requests_active{{{U}}})",
@@ -413,14 +413,14 @@ ROWS = (
             ),
             Panel(
                 "Attempts",
-                "Attempts at endpoints, by what became of them. All but completed and client_gone are failures, or a refusal for load.",
+                "Attempts at endpoints, by their result. All except completed and client_gone are failures or refusals because of load.",
                 (Query(rate("attempts_total", "upstream, result", U), "{{upstream}} {{result}}"),),
                 "reqps",
                 stacked=True,
             ),
             Panel(
                 "Retries",
-                "Attempts that were followed by another one, by why. connect: no connection could be made. A number: the status.",
+                "Attempts that were followed by another one, by reason. connect: no connection could be made. A number: the status.",
                 (Query(rate("retries_total", "upstream, reason"), "{{upstream}} {{reason}}"),),
                 "reqps",
                 stacked=True,
@@ -438,7 +438,7 @@ ROWS = (
             ),
             Panel(
                 "Discarded tokens",
-                "Tokens of attempts that were thrown away, as far as the upstream told them. They are paid for.",
+                "Tokens of attempts that were thrown away, as far as the upstream reported them. You pay for them.",
                 (Query(rate("discarded_tokens_total", "upstream, type", U), "{{upstream}} {{type}}"),),
             ),
             Panel(
@@ -461,7 +461,7 @@ ROWS = (
             ),
             Panel(
                 "Cancelling upstream",
-                "Time from noticing that a client left to closing its upstream connection. Until then the model generates for nobody.",
+                "Time from noticing that a client left to closing its upstream connection. Until then the model generates tokens that nobody reads.",
                 quantiles("upstream_release_seconds"),
                 "s",
             ),
@@ -552,7 +552,7 @@ ROWS = (
             ),
             Panel(
                 "Descriptors",
-                "The share of file descriptors that are open, of those that are allowed. At 100 % no connection is accepted.",
+                "The share of the allowed file descriptors that is open. At 100 % no connection is accepted.",
                 (
                     Query(
                         f"max by (instance) (sseproxy_worker_open_fds{{{P}}} / sseproxy_worker_max_fds{{{P}}})",
@@ -584,7 +584,7 @@ ROWS = (
             ),
             Panel(
                 "Tokens by client",
-                "Input and output tokens of each client per second, as the upstream reports them. estimated: what was seen of answers whose tokens were not reported.",
+                "Input and output tokens of each client per second, as the upstream reports them. estimated: an estimate for answers whose tokens were not reported.",
                 (
                     Query(
                         f'sum by (client) (rate(sseproxy_client_tokens_total{{{P},type=~"input|output"}}[{RATE}]))',
@@ -604,13 +604,14 @@ ROWS = (
             ),
             Panel(
                 "Wrong keys",
-                "Requests with a key that nobody has. A deployment may still have an old key: the access log names its public part.",
+                "Requests with a key that no client has. Perhaps a deployment still uses an old key: the access log names its "
+                "public part.",
                 (Query(rate("client_keys_rejected_total", "", P), "wrong keys"),),
                 "reqps",
             ),
             Panel(
                 "Ledger failures",
-                "Questions to the server of ledger.url that it did not answer in time. Meanwhile each machine has the limits for itself, or refuses.",
+                "Commands that the server of ledger.url did not answer in time. Meanwhile each machine applies the limits separately, or refuses.",
                 (Query(rate("ledger_failures_total", "instance", P), "{{instance}}"),),
                 "reqps",
             ),

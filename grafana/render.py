@@ -118,7 +118,7 @@ async def ask(asked: Prometheus, expr: str, start: float, end: float) -> list[di
         return found
 
 
-def spelled(value: float, unit: str) -> str:
+def shown(value: float, unit: str) -> str:
     """`value` with its unit, as Grafana writes it."""
     if unit == "s":
         if value >= 60:
@@ -172,7 +172,7 @@ class Area:
             value = self.step * tick
             y = self.y(value)
             parts.append(f'<line x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#25272e"/>')
-            parts.append(f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{spelled(value, unit)}</text>')
+            parts.append(f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{shown(value, unit)}</text>')
         return "".join(parts) + self.times()
 
     def times(self) -> str:
@@ -231,7 +231,7 @@ def heatmap(panel: dict[str, Any], found: list[tuple[str, list[tuple[float, floa
     for index in range(low, high + 1, max(1, (high - low + 1) // 6)):
         y = area.lower - (index - low + 1) * height
         parts.append(
-            f'<text x="{area.left - 6}" y="{y + 4:.1f}" text-anchor="end">{spelled(buckets[index][0], unit)}</text>'
+            f'<text x="{area.left - 6}" y="{y + 4:.1f}" text-anchor="end">{shown(buckets[index][0], unit)}</text>'
         )
     return "".join(parts) + area.times()
 
@@ -251,7 +251,7 @@ def drawn(panel: dict[str, Any], found: list[tuple[str, list[tuple[float, float]
         latest = values[-1][1]
         color = [step["color"] for step in steps if step["value"] is None or latest >= step["value"]][-1]
         color = {"green": COLORS[0], "orange": COLORS[3], "red": COLORS[4]}[color]
-        body = f'<div class="stat" style="color:{color}">{spelled(latest, unit)}</div>'
+        body = f'<div class="stat" style="color:{color}">{shown(latest, unit)}</div>'
         return f'<section style="{place}"><h2>{title}</h2>{body}</section>'
     totals: dict[float, float] = {}
     stacked = panel["fieldConfig"]["defaults"].get("custom", {}).get("stacking", {}).get("mode") == "normal"

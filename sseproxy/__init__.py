@@ -1,4 +1,4 @@
-"""sseproxy: a reverse proxy for OpenAI-compatible APIs that makes streaming visible and lossless.
+"""sseproxy: a reverse proxy for OpenAI-compatible APIs. It forwards streams immediately, unchanged, and measures them.
 
 The promise
 -----------
@@ -26,11 +26,11 @@ memory and descriptors each worker uses, when `/metrics` is requested. When one 
 process has ended: a worker whose supervisor has died drains and exits. A worker that does not answer a request for a
 report is first treated as not ready. If it still does not answer, it is killed and replaced.
 
-While somebody looks at `/live`, the supervisor asks the workers through the same channel what they have under way, four
-times a second. All who look share the answer. When nobody looks, nothing is read, and nothing is kept.
+While a page of `/live` is open, the supervisor asks the workers four times a second, through the same channel, which
+requests they have under way. It asks once for all pages. When no page is open, nothing is read, and nothing is kept.
 
 All workers count in one table in shared memory, the ledger. Each worker writes its own row and reads all rows. So a
-limit is the limit of all workers together, also of those that are still finishing after a reload. Connections are
+limit is the limit of all workers together, including those that are still finishing after a reload. Connections are
 shared evenly: a worker that has more than the least busy one stops listening for a moment, and the others accept.
 Workers also write what they see of each endpoint of an upstream. The supervisor reads it, and writes in a row of its
 own which endpoints are used, and the addresses of names.
@@ -60,7 +60,7 @@ client, unchanged. Only then does it pass the chunk to the inspector in `relay.i
 `wire.dialects` to find out what it means. When the stream ends, for whatever reason, the exchange has exactly one
 outcome and is reported once.*
 
-    cli             the commands: serve, check-config, healthcheck, top, schema, demo, probe, doctor
+    cli             the commands: serve, check-config, healthcheck, top, key, schema, demo, probe, doctor
     top             `sseproxy top`: the live view in a terminal
     demo            an OpenAI-compatible backend that sends tokens at a set rate
     demonstration   `sseproxy demo`: shows what the proxy does, in front of that backend
@@ -82,6 +82,7 @@ outcome and is reported once.*
       values          durations, sizes, addresses, keys: how each is parsed and written, and its JSON schema
       named           the options that name a file
       model           all options, and the rules between them
+      mistakes        text that is not YAML: where the mistake is, and what to do about it
       document        parses YAML, and keeps the position of each part
       loading         builds a configuration from a file and from flags, and collects all errors
     errors          every exception that sseproxy raises; the only table of status, message and outcome
@@ -127,13 +128,14 @@ outcome and is reported once.*
       answers         responses that sseproxy itself sends
       hangups         notices a hang-up on a connection that is not being read
       attempt         one attempt at an endpoint: connection, request, response head
+      idle            the connections to an endpoint that wait for another request
       upstream        an endpoint of an upstream: connections, and their errors
       pool            which endpoint of an upstream is asked
-      affinity        what a request is assigned to an endpoint by
+      affinity        which requests belong together, and go to the same endpoint
       retry           whether a request is sent again, and where to
       models          the models of all endpoints of a route, as one list
       asking          asks endpoints until one has an answer
-      hold            holds back the beginning of an answer until it is clear that it is one
+      hold            holds back the beginning of an answer until it is clear that it is usable
       pump            the hot path
       reads           how much is read from a transport at once, and when; the one owner of a transport's reading
       exchange        the record of an exchange
@@ -158,7 +160,7 @@ outcome and is reported once.*
       live            serves the live view: its event stream, and cancelling
       login           the token of the admin listener, and the session of a browser
       pages           the pages of the admin listener, each a file of its own
-      health          follows the endpoints of a fleet: tells workers which are used, and checks them
+      health          follows the endpoints of a fleet: tells workers which ones to use, and checks them
       ejection        the rules by which an endpoint is used or not. No I/O
       discovery       looks up the addresses of a name
       notify          notifications to systemd
@@ -173,10 +175,11 @@ health check runs every few seconds, so each command of `cli` imports what it ne
 One owner for each thing
 ------------------------
 A `Ticket` holds what a request occupies, and a `Visit` what a client has reserved for it. The last phase always
-releases both. A `RequestBody` owns the request's body from the first byte received to the last byte sent; no other code
-reads the body. A `Clock` owns all deadlines: connect, response head, and while an answer is held back also first token
-and idle, fail the attempt; all others end the exchange. The upstream connection belongs to the attempt, until the pump
-takes it over. When several of these are closed together, each is closed even if closing another one raises.
+releases both. A `RequestBody` owns the request's body from the first byte received to the last byte sent; no other
+code reads the body. A `Clock` owns all deadlines. Those for the connection and the response head fail the attempt.
+So do those for the first token and for idle time, while an answer is held back. All others end the exchange. The
+upstream connection belongs to the attempt, until the pump takes it over. When several of these are closed together,
+each is closed even if closing another one raises.
 
 The hot path
 ------------
@@ -191,7 +194,7 @@ loop, so no connection makes the others wait.
 Words
 -----
 downstream / upstream   the client's side / the API's side
-client                  in the configuration: somebody with a key. Elsewhere: the other end of a downstream connection
+client                  in the configuration: a user with keys. Elsewhere: the other end of a downstream connection
 route                   a match rule, and what happens to requests that match it
 upstream (noun)         a named API with one base URL or several
 endpoint                one address that serves an upstream

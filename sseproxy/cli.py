@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from . import __version__, config
-from .errors import SseproxyError
+from .errors import ListenError, SseproxyError
 
 if TYPE_CHECKING:
     from .config import Config
@@ -36,17 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SseproxyError as error:
         # If the text cannot be written, for example to a full disk, the exit status still reports the failure.
         with suppress(OSError):
-            sys.stderr.writelines(f"sseproxy: {line}\n" for line in str(error).splitlines())
+            sys.stderr.writelines(f"sseproxy: {line}\n" for line in f"{error}{_advice(error)}".splitlines())
         return 1
     except KeyboardInterrupt:
         return 130
     return status
 
 
+def _advice(error: SseproxyError) -> str:
+    """What to do about an error at the start, beside what the error says. A reload cannot follow this advice."""
+    if isinstance(error, ListenError) and error.in_use:
+        flag = "--admin" if error.option == "admin.listen" else "--listen"
+        return f"; is sseproxy running already? {flag} chooses another address"
+    return ""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sseproxy",
-        description="A reverse proxy for OpenAI-compatible APIs that makes streaming visible and lossless.",
+        description="A reverse proxy for OpenAI-compatible APIs: it forwards streams immediately and unchanged, and "
+        "measures them.",
     )
     parser.add_argument("--version", action="version", version=f"sseproxy {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -55,14 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     source = serve.add_mutually_exclusive_group(required=True)
     source.add_argument("-c", "--config", metavar="FILE", help="configuration file")
     source.add_argument("--upstream", metavar="URL", help="no configuration file: send all requests to this API")
-    serve.add_argument("--workers", metavar="N", help="number of worker processes, or auto for one per core")
-    _add_listeners(serve)
+    note = "; overrides the file"
+    serve.add_argument("--workers", metavar="N", help=f"number of worker processes, or auto for one per core{note}")
+    _add_listeners(serve, note)
     # An upgrade tries the new code with this option, before the new code takes over.
     serve.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser(
-        "check-config", help="check a configuration", description="Check a configuration and list all its problems."
+        "check-config",
+        help="check a configuration file",
+        description="Check a configuration file and list all its mistakes.",
     )
     check.add_argument("file", metavar="FILE", help="configuration file")
     check.add_argument("--resolved", action="store_true", help="print the effective configuration; secrets are masked")
@@ -86,24 +98,30 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--url", default="http://127.0.0.1:9464", metavar="URL", help="URL of the admin listener (%(default)s)"
     )
-    top.add_argument("--token", metavar="T", help="admin.token; better in SSEPROXY_ADMIN_TOKEN, where nobody sees it")
+    top.add_argument(
+        "--token",
+        metavar="T",
+        help="the token in admin.token; SSEPROXY_ADMIN_TOKEN is better: others on this machine can see options",
+    )
     top.set_defaults(run=_top)
     key = commands.add_parser(
         "key",
-        help="make a key for a client",
-        description="Print a new key, which is not stored anywhere, and the entry of the configuration that allows it.",
+        help="make a new key for a client",
+        description="Print a new key, which is not stored anywhere, and the entry for the configuration file.",
     )
     key.add_argument("name", metavar="NAME", help="name of the client")
     key.set_defaults(run=_key)
 
     schema = commands.add_parser(
-        "schema", help="print the JSON Schema of a configuration", description="Print the JSON Schema, for editors."
+        "schema",
+        help="print the JSON Schema of the configuration file",
+        description="Print the JSON Schema of the configuration file, for editors.",
     )
     schema.set_defaults(run=_schema)
 
     demo = commands.add_parser(
         "demo",
-        help="see it work, without an API",
+        help="run the demonstration, without an API",
         description="Run the proxy in front of a built-in backend, and show what it does with streams.",
     )
     demo.add_argument("--once", action="store_true", help="exit when the demonstration has ended")
@@ -116,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     probe = commands.add_parser(
         "probe",
-        help="answer sseproxy doctor in the place of an API",
+        help="take the place of an API while sseproxy doctor examines the hops",
         description="Run the probe: put it in the place of an API, and examine the hops in front of it with "
         "sseproxy doctor.",
     )
@@ -126,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "--token",
         metavar="T",
-        help="the secret that the doctor has to have; by default SSEPROXY_PROBE_TOKEN, or a new one that is printed",
+        help="the secret that the doctor must send; by default SSEPROXY_PROBE_TOKEN, or a new one that is printed",
     )
     probe.set_defaults(run=_probe)
     _add_doctor(commands)
@@ -136,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="find out which hop holds streams back, cuts them, or harms them otherwise",
+        help="find out which hop holds streams back, cuts them, or harms them in another way",
         description="Examine the hops between a client and an API. Name their base URLs from the inside out: first the "
         "one next to the API, or to the probe, last the one that clients use. The exit status is 0 if all is well, 1 "
         "if something was found, and 2 if a hop could not be examined.",
@@ -146,39 +164,46 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor.add_argument(
         "--model",
         metavar="M",
-        help="there is no probe but an API: ask it for this model, and judge by its answer alone",
+        help="examine an API without a probe, with this model",
     )
     doctor.add_argument(
         "--api-key-env", metavar="NAME", help="the environment variable with the key for the API or for a gateway"
     )
-    doctor.add_argument("--silence", metavar="TIME", help="also examine a silence, for example of 65s; at most 4m30s")
-    doctor.add_argument("--ca-file", metavar="FILE", help="the authorities that are trusted for https, in PEM")
+    doctor.add_argument(
+        "--silence", metavar="TIME", help="also examine a silence of this length, such as 65s; at most 4m30s"
+    )
+    doctor.add_argument("--ca-file", metavar="FILE", help="certificates of the authorities to trust for https, in PEM")
     doctor.add_argument("--html", metavar="FILE", help="also write the report as one page of HTML")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=_doctor)
 
 
-def _add_listeners(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--listen", metavar="HOST:PORT", help="address for clients (127.0.0.1:8080)")
-    parser.add_argument("--admin", metavar="HOST:PORT", help="address for /metrics and health checks (127.0.0.1:9464)")
+def _add_listeners(parser: argparse.ArgumentParser, note: str = "") -> None:
+    parser.add_argument("--listen", metavar="HOST:PORT", help=f"address for clients (127.0.0.1:8080){note}")
+    parser.add_argument(
+        "--admin", metavar="HOST:PORT", help=f"address for /metrics and health checks (127.0.0.1:9464){note}"
+    )
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError("expected a number that is not negative")
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, got {text!r}")
     return number
 
 
 def _positive(text: str) -> float:
     if not _not_negative(text):
-        raise argparse.ArgumentTypeError("expected a number above 0")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return float(text)
 
 
 def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError("expected a whole number above 0")
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
 
 
@@ -279,6 +304,8 @@ def _check(options: argparse.Namespace) -> int:
     settings = config.load(options.file)
     for route, why in unreachable(settings.routes):
         sys.stderr.write(f"sseproxy: warning: {settings.place(route, options.file)}: {why}\n")
+    if exposed := settings.exposed_keys():
+        sys.stderr.write(f"sseproxy: warning: {options.file}: {exposed}\n")
     if options.resolved:
         _print(config.resolved(settings))
         return 0
@@ -306,7 +333,7 @@ def _healthcheck(options: argparse.Namespace) -> int:
             while len(answer) < _MAX_ANSWER and (part := connection.recv(_MAX_ANSWER)):
                 answer += part
     except OSError as error:
-        raise SseproxyError(f"no answer from {options.admin}: {error}") from None
+        raise SseproxyError(f"no answer from {options.admin}: {(error.strerror or str(error)).lower()}") from None
     head, _, reason = answer.partition(b"\r\n\r\n")
     protocol, _, status = head.partition(b" ")
     if not protocol.startswith(b"HTTP/1."):
@@ -337,7 +364,7 @@ def _key(options: argparse.Namespace) -> int:
     key = new_key().encode()
     _print(
         f"{key.decode()}\n\n"
-        "# This is shown only once. Give the key to the client. The file gets only its digest:\n"
+        "# The key is shown only now. Give it to the client. The file gets only its digest:\n"
         "clients:\n"
         f"  - name: {name}\n"
         f'    keys: ["sha256:{digest(key).hex()}"]  # {public_part(key)}\n'

@@ -1,7 +1,8 @@
 """`sseproxy demo`: the proxy in front of the built-in backend. Three streams show what is special about it.
 
-The first answer streams to its end. In the second, the client leaves, and the request to the backend is cancelled. In
-the third, the backend dies, and the client receives an error. The figures at the end come from the proxy's `/metrics`.
+The first answer streams to its end, and the client measures it. In the second, the client leaves, and the request to
+the backend is cancelled. In the third, the backend dies, and the client receives an error. The figures at the end come
+from the proxy's `/metrics`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import sys
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import pairwise
+from statistics import median
 from typing import Any, cast
 
 import msgspec
@@ -302,11 +305,16 @@ class _Show:
 
     async def _whole_answer(self) -> None:
         self._screen.heading("1. An answer streams through the proxy, token by token")
+        arrivals: list[float] = []
+        asked = time.perf_counter()
         async with self._asking() as client:
             async for event in client.events():
                 if text := _text(*event):
+                    arrivals.append(time.perf_counter() - asked)
                     self._screen.token(text)
         self._screen.end_of_answer()
+        if arrivals:
+            self._screen.paragraph(f"The client measured: {_rhythm(arrivals)}.", "green")
 
     async def _first_tokens(self, events: AsyncIterator[tuple[str, str]]) -> str:
         """Shows the first tokens of an answer. Returns how many, in words: `12 of 60 tokens`."""
@@ -393,24 +401,34 @@ class _Figures:
                 if sample.name != "sseproxy_tokens_total" or sample.labels["type"] == "output":
                     self._sums[sample.name.removeprefix("sseproxy_")] += sample.value
 
-    def _mean(self, name: str, of: str, spell: Callable[[float], str]) -> tuple[str, str] | None:
+    def _mean(self, name: str, of: str, shown: Callable[[float], str]) -> tuple[str, str] | None:
         count = self._sums[f"{name}_count"]
-        return (spell(self._sums[f"{name}_sum"] / count), f"mean of {count:g} {of}") if count else None
+        return (shown(self._sums[f"{name}_sum"] / count), f"mean of {count:g} {of}") if count else None
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         for what, figure in (
             ("first token after", self._mean("time_to_first_token_seconds", "answers", lambda mean: f"{mean:.2f} s")),
-            ("gap between tokens", self._mean("inter_token_latency_seconds", "gaps", _milliseconds)),
             ("output tokens", (f"{self._sums['tokens_total']:g}   ", "as the backend counted them")),
             ("delay in the proxy", self._mean("chunk_forward_seconds", "chunks", _milliseconds)),
         ):
-            # With one token there is no gap.
             if figure is not None:
                 yield what, *figure
 
     def requests(self) -> str:
         ended = sorted(self.outcomes.items(), key=lambda item: item[0] != "completed")
         return ", ".join(f"{count:g} {outcome}" for outcome, count in ended if count)
+
+
+def _rhythm(arrivals: Sequence[float]) -> str:
+    """How an answer came, in words. `arrivals` has the seconds from the request to each of its tokens."""
+    gaps = [after - before for before, after in pairwise(arrivals)]
+    return ", ".join(
+        (
+            f"first token {arrivals[0]:.2f} s",
+            *((f"median gap {_milliseconds(median(gaps))}",) if gaps else ()),
+            f"{len(arrivals)} token{'s' if gaps else ''}",
+        )
+    )
 
 
 def _milliseconds(seconds: float) -> str:

@@ -37,6 +37,9 @@ UpstreamErrorType = Literal["dns", "connect", "tls", "timeout", "reset", "protoc
 class Outcome(enum.StrEnum):
     """Why an exchange ended. Every exchange has exactly one outcome. It is a metric label, so the set is closed."""
 
+    # It equals its text. The hash of an enum would be another one, and is computed in Python.
+    __hash__ = str.__hash__
+
     COMPLETED = "completed"
     """The response is complete: by the framing of its body, or by the end marker of the stream."""
     CLIENT_GONE_BEFORE_HEAD = "client_gone_before_head"
@@ -175,13 +178,13 @@ class RequestError(ExchangeError):
             415,
             "The request body cannot be read for its model: send it as gzip, as deflate or uncompressed.",
         ),
-        "expectation": (417, "Only Expect: 100-continue can be met."),
-        "loop": (508, "The request has come through here too often."),
+        "expectation": (417, "Only Expect: 100-continue is supported."),
+        "loop": (508, "The request has passed through this proxy too often."),
         "connections": (503, "There are too many connections."),
         "connections_per_client": (429, "There are too many connections from this address."),
         "active_requests": (503, "There are too many requests under way."),
         "held": (503, "Too many request bodies are being read in advance; please try again."),
-        "overloaded": (503, "The proxy has more to do than it can."),
+        "overloaded": (503, "The proxy is overloaded; please try again."),
         "pending_connects": (503, "Too many requests wait for a connection to the upstream."),
     }
 
@@ -192,6 +195,13 @@ class RequestError(ExchangeError):
             self.type = "overloaded_error"
         self.cause = cause
         super().__init__(message or usual)
+
+
+class TooManyConnects(RequestError):
+    """Too many connections to the upstream are being established. Another upstream may have room."""
+
+    def __init__(self) -> None:
+        super().__init__("pending_connects")
 
 
 class LimitExceeded(RequestError):
@@ -264,7 +274,7 @@ class StalledClient(ExchangeError):
     outcome = Outcome.STALLED_CLIENT
 
     _TABLE: ClassVar[dict[Literal["took", "sent", "little"], str]] = {
-        "took": "The client took nothing of the response for {:.3g} seconds.",
+        "took": "The client read nothing of the response for {:.3g} seconds.",
         "sent": "The client sent nothing of its request for {:.3g} seconds.",
         "little": "The client sent too little of its request in {:.3g} seconds.",
     }

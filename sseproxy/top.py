@@ -314,8 +314,9 @@ class _Server:
         """The events of `/live/events`, until the connection ends. Raises `aiohttp.ClientError` if there is none."""
         async with self._session.get(self._url / "live/events") as response:
             if response.status == 401:
+                needs = "needs another token" if "Authorization" in self._session.headers else "needs a token"
                 raise SseproxyError(
-                    f"{self._url} needs another token (admin.token): give it in SSEPROXY_ADMIN_TOKEN, or by --token"
+                    f"{self._url} {needs} (admin.token): give it in SSEPROXY_ADMIN_TOKEN, or by --token"
                 )
             if response.status != 200 or response.content_type != "text/event-stream":
                 raise SseproxyError(
@@ -378,7 +379,10 @@ async def run(url: str, token: str | None) -> int:
             else:
                 await _print_once(server, top)
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise SseproxyError(f"no answer from {url}: {error or type(error).__name__}") from None
+            # The system's word for the failure. What asyncio and aiohttp put around it repeats the address.
+            number = getattr(error, "errno", None) or 0
+            why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
+            raise SseproxyError(f"no answer from {url}: {(why or type(error).__name__).lower()}") from None
     return 0
 
 

@@ -11,7 +11,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,17 @@ def kept_port() -> Iterator[int]:
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         keeper.bind(("127.0.0.1", 0))
         yield keeper.getsockname()[1]
+
+
+@contextmanager
+def never_accepting() -> Iterator[str]:
+    """The URL of a server that accepts no connection. Its backlog is full, so the kernel does not answer a SYN."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as waiting:
+        for _ in range(4):
+            sock = waiting.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        yield f"http://127.0.0.1:{full.getsockname()[1]}"
 
 
 def chunk(payload: bytes) -> bytes:
@@ -275,6 +286,10 @@ class ScriptedUpstream:
             return await self._accepted.get()
 
 
+# Values by the name of the sample and its labels.
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
 @dataclass
 class RunningProxy:
     """A worker in this loop, its reports going into a registry as a supervisor's would."""
@@ -307,34 +322,42 @@ class RunningProxy:
         self.worker.telemetry.report()
         return exposition(self.registry, accept)[0].decode()
 
-    def samples(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    def samples(self, name: str = "") -> Samples:
+        """All samples, or those of `name` only."""
+        text = self.exposed()
+        if name:
+            # Most of the time is spent on parsing.
+            text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(name))
         return {
             (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(self.exposed())
+            for family in text_string_to_metric_families(text)
             for sample in family.samples
+            if name in ("", sample.name)
         }
 
     def sample(self, name: str, **labels: str) -> float:
         """The sum of all samples of `sseproxy_{name}` that have `labels`."""
-        return sum(
-            value
-            for (found, having), value in self.samples().items()
-            if found == f"sseproxy_{name}" and labels.items() <= having
-        )
+        return total(self.samples(f"sseproxy_{name}"), name, **labels)
 
     def outcomes(self) -> dict[str, int]:
         """How many exchanges ended with which outcome."""
         counted: dict[str, int] = {}
-        for (name, labels), value in self.samples().items():
-            if name == "sseproxy_requests_total":
-                outcome = dict(labels)["outcome"]
-                counted[outcome] = counted.get(outcome, 0) + int(value)
+        for (_, labels), value in self.samples("sseproxy_requests_total").items():
+            outcome = dict(labels)["outcome"]
+            counted[outcome] = counted.get(outcome, 0) + int(value)
         return counted
 
     async def ended(self) -> dict[str, int]:
         """Waits until no exchange is under way, and tells the outcomes."""
         await self.idle()
         return self.outcomes()
+
+
+def total(samples: Samples, name: str, **labels: str) -> float:
+    """The sum of all `samples` of `sseproxy_{name}` that have `labels`."""
+    return sum(
+        value for (found, having), value in samples.items() if found == f"sseproxy_{name}" and labels.items() <= having
+    )
 
 
 async def start_proxy(settings: config.Config) -> RunningProxy:

@@ -56,9 +56,12 @@ def nobody_looks() -> Live:
 
 
 def children(pid: int) -> list[int]:
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        # A thread may end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -123,8 +126,8 @@ class Served:
         """The sum of the samples whose whole line before the value matches `pattern`."""
         return sum(value for name, value in (await self.samples()).items() if re.fullmatch(pattern, name))
 
-    async def until(self, pattern: str, value: float) -> None:
-        async with asyncio.timeout(DEADLINE):
+    async def until(self, pattern: str, value: float, within: float = DEADLINE) -> None:
+        async with asyncio.timeout(within):
             while await self.sample(pattern) != value:  # noqa: ASYNC110 - another process's state
                 await asyncio.sleep(0.02)
 

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from time import perf_counter
 from types import FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -79,6 +80,7 @@ HANDS = "what it returns has an owner in the same step"
 ENDS = "begins with the end of the attempt, which begins with what it is there for"
 NOT_BEFORE = {
     "Asking.end": ENDS,
+    "Attempt.end": COUNTS,
     "BoundedReads._go_on": ROOT,
     "BoundedReads.buffer_updated": ROOT,
     "BoundedReads.connection_lost": ROOT,
@@ -766,7 +768,7 @@ class Stage:
         self.scripted = ScriptedUpstream(answers, None if self._tls is None else self._tls.server)
         await self.scripted.__aenter__()
         self.proxy = await start_proxy(options(self.scripted.url, self._tls))
-        self.proxy.row.window("requests b", 86_400).add(1)
+        self.proxy.row.window("requests b", 86_400).add(1, perf_counter())
         self._others = asyncio.all_tasks()
 
     def _left(self) -> list[str]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sseproxy import config
 from sseproxy.errors import ConfigError
 from sseproxy.process import login
+from sseproxy.wire.credentials import SESSION_COOKIE
 
 from .harness import ScriptedUpstream
 from .served import ConfigFile, Served, run
@@ -69,8 +70,8 @@ async def test_everything_but_health_needs_the_token(served: Served) -> None:
             {"Authorization": f"Basic {TOKEN}"},
             {"Authorization": f"Bearer {TOKEN}x"},
             {"Authorization": "Bearer \xff"},
-            {"Cookie": f"{login.COOKIE}={TOKEN}"},
-            {"Cookie": f"{login.COOKIE}={login.session('another-token', int(time.time()))}"},  # noqa: TID251
+            {"Cookie": f"{SESSION_COOKIE}={TOKEN}"},
+            {"Cookie": f"{SESSION_COOKIE}={login.session('another-token', int(time.time()))}"},  # noqa: TID251
         ):
             assert await status_of(served, method, path, **wrong) == 401, (path, wrong)
         for right in (f"Bearer {TOKEN}", f"bearer  {TOKEN}", f"BEARER {TOKEN} "):
@@ -79,6 +80,13 @@ async def test_everything_but_health_needs_the_token(served: Served) -> None:
         assert await status_of(served, "GET", path) == 200
     assert (await run("healthcheck", "--admin", f"127.0.0.1:{served.admin}"))[0] == 0
     assert TOKEN not in served.stderr
+
+
+async def test_nobody_learns_which_libraries_there_are(served: Served) -> None:
+    async with ClientSession(f"http://127.0.0.1:{served.admin}") as session:
+        for path in ("/", "/metrics", "/livez", "/nothing"):
+            async with session.get(path) as response:
+                assert response.headers["Server"] == "sseproxy"
 
 
 async def test_without_a_token_everything_is_open(upstream: ScriptedUpstream, tmp_path: Path) -> None:

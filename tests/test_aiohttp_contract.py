@@ -65,11 +65,10 @@ async def test_the_protocols_have_the_attributes_that_are_read() -> None:
     assert isinstance(inspect.getattr_static(ResponseHandler, "should_close"), property)
 
 
-async def test_a_connector_makes_its_protocols_with_its_factory_and_keeps_them_in_its_pool() -> None:
+async def test_a_connector_makes_its_protocols_with_its_factory_and_counts_them() -> None:
     connector = TCPConnector(limit=0)
     assert isinstance(connector._factory, partial)
     assert connector._factory.func is ResponseHandler
-    assert not connector._conns
     assert not connector._acquired
     assert parameters(connector.connect) == ["req", "traces", "timeout"]
     await connector.close()
@@ -83,8 +82,8 @@ async def test_a_connector_asks_no_more_of_a_request_than_a_target_has(
     await upstream.accept()
     assert type(connection.protocol).__name__ == "RelayProtocol"
     assert api.connections() == (1, 0)
-    connection.release()
-    assert api.connections() == (0, 1)
+    connection.close()
+    assert api.connections() == (0, 0)
     assert set(ConnectionKey._fields) == {
         "host",
         "port",

@@ -11,8 +11,8 @@ import pytest
 
 from sseproxy import config
 from sseproxy.relay import downstream as relay_downstream
+from sseproxy.relay import idle as relay_idle
 from sseproxy.relay import routes
-from sseproxy.relay import upstream as relay_upstream
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
@@ -186,8 +186,8 @@ async def test_an_idle_connection_to_the_upstream_is_closed_by_us_first(
     start: StartProxy, play: PlayScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Below the five seconds of uvicorn and Node.js.
-    assert relay_upstream.KEEPALIVE < 5
-    monkeypatch.setattr(relay_upstream, "KEEPALIVE", 0.2)
+    assert relay_idle.KEEPALIVE < 5
+    monkeypatch.setattr(relay_idle, "KEEPALIVE", 0.2)
     ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def answer(api: Peer) -> None:

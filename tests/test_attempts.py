@@ -6,14 +6,16 @@ import asyncio
 import gzip
 
 import pytest
+from pydantic import SecretStr
 
+from sseproxy import config
 from sseproxy.config.values import Source
 from sseproxy.relay.affinity import key_of
 from sseproxy.wire.headers import Fields
 
 from .conftest import StartProxy
 from .fleet import Act, Node, ask, fleet, good, nodes, occupied, says, status, streams, then_resets, upstream
-from .harness import Message, Peer, delta, post, until
+from .harness import Message, Peer, delta, kept_port, never_accepting, post, until
 
 CREDENTIALS = b"Authorization: Bearer sk-client\r\nx-api-key: sk-client\r\nX-Goog-Api-Key: sk-client\r\n"
 STATEFUL = b'{"model":"m","background":true,"input":"' + b"x" * 200 + b'"}'
@@ -30,9 +32,9 @@ def shown(message: Message) -> str:
 async def test_a_clients_key_goes_to_the_first_upstream_only(start: StartProxy) -> None:
     async with nodes(Node(usual=status(503)), Node()) as (first, other):
         proxy = await start("http://unused", **fleet(upstream("a", first), upstream("b", other)))
-        request = with_fields(post(path="/v1/chat/completions?key=sk-client"), CREDENTIALS)
+        request = with_fields(post(path="/v1/chat/completions?key=sk-client"), CREDENTIALS + b"Cookie: s=sk-client\r\n")
         assert (await ask(proxy, request)).status == 200
-        assert shown(first.requests[0]).count("sk-client") == 4
+        assert shown(first.requests[0]).count("sk-client") == 5
         assert "sk-client" not in shown(other.requests[0])
 
 
@@ -81,6 +83,25 @@ async def test_a_request_that_may_belong_to_a_state_is_not_repeated(start: Start
         assert sum(len(node.requests) for node in two) == 1
 
 
+async def test_an_upstream_that_accepts_no_connections_leaves_requests_to_the_next_one(start: StartProxy) -> None:
+    async with nodes(Node()) as (other,):
+        with never_accepting() as url:
+            limits = config.Limits(pending_connects=1)
+            two = fleet(upstream("a", f"{url}/a", f"{url}/b"), upstream("b", other))
+            proxy = await start("http://unused", **two, limits=limits)
+            client = await proxy.connect()
+            client.send(post())
+            await proxy.busy()
+            # Nothing is learned of an endpoint that was not asked.
+            for _ in range(6):
+                assert (await ask(proxy, post())).status == 200
+            assert proxy.sample("retries_total", upstream="a", reason="pending_connects") == 6
+            assert proxy.sample("upstream_errors_total", upstream="a") == 0
+            client.close()
+            assert await proxy.ended() == {"completed": 6, "client_gone_before_head": 1}
+            assert occupied(proxy) == 0
+
+
 async def test_a_pause_takes_nothing_of_the_time_for_a_head(start: StartProxy) -> None:
     async with nodes(Node(status(429, b"retry-after-ms: 400"))) as (node,):
         retry = {"on": ("429", "same")}
@@ -95,7 +116,10 @@ async def test_total_ends_a_pause(start: StartProxy) -> None:
     async with nodes(Node(status(429, b"retry-after: 2"))) as (node,):
         retry = {"on": ("429", "same")}
         proxy = await start("http://unused", **fleet(upstream("gpus", node), retry=retry, timeouts={"total": 0.2}))
-        assert (await ask(proxy, post())).status == 504
+        answer = await ask(proxy, post())
+        assert answer.status == 504
+        # The second one was not begun.
+        assert "attempts" not in answer.json()["error"]["message"]
         assert await proxy.ended() == {"upstream_timeout_total": 1}
         assert occupied(proxy) == 0
 
@@ -205,3 +229,68 @@ async def test_two_answers_are_never_one(start: StartProxy) -> None:
         assert not answer.complete
         assert answer.body.startswith(delta("first " + "x" * 100))
         assert sum(len(node.requests) for node in two) == 1
+
+
+@pytest.mark.parametrize("first", [None, "another"])
+async def test_the_model_of_a_compressed_body_is_not_replaced(start: StartProxy, first: str | None) -> None:
+    """It is read, for a label, but what was read is not where it is in the compressed bytes."""
+    async with nodes(Node(usual=status(503)), Node()) as (one, other):
+        proxy = await start(
+            "http://unused",
+            **fleet(upstream("a", one), upstream("b", other), models=(first, "another")),
+            metrics=config.Metrics(models=("*",)),
+        )
+        body = gzip.compress(b'{"model":"m","stream":true,"messages":[]}')
+        answer = await ask(proxy, with_fields(post(body), b"Content-Encoding: gzip\r\n"))
+        assert answer.status == (503 if first is None else 415)
+        assert [message.body for message in one.requests] == ([body] if first is None else [])
+        assert not other.requests
+
+
+async def test_a_body_above_the_limit_is_sent_once_on_a_reused_connection_too(start: StartProxy) -> None:
+    """Such a connection may be closing just then. So the body is kept, but only for the same endpoint."""
+    async with nodes(Node(good(), usual=status(503)), Node(good(), usual=status(503))) as two:
+        proxy = await start("http://unused", **fleet(upstream("gpus", *two), retry={"max_body": 1024}))
+        for _ in range(2):
+            assert (await ask(proxy, post())).status == 200
+        large = post(b'{"model":"m","x":"' + b"x" * 2048 + b'"}')
+        assert (await ask(proxy, large)).status == 503
+        assert sum(len(node.requests) for node in two) == 3
+
+
+async def test_a_body_above_the_limit_that_was_not_sent_goes_elsewhere(start: StartProxy) -> None:
+    with kept_port() as port:
+        async with nodes(Node()) as (node,):
+            up = upstream("gpus", f"http://127.0.0.1:{port}/v1", node)
+            proxy = await start("http://unused", **fleet(up, retry={"max_body": 1024}))
+            for _ in range(2):
+                large = post(b'{"model":"m","x":"' + b"x" * 2048 + b'"}')
+                assert (await ask(proxy, large)).status == 200
+
+
+@pytest.mark.parametrize("code", [401, 429])
+async def test_who_has_no_key_takes_no_endpoint_from_others(start: StartProxy, code: int) -> None:
+    """A CORS preflight is sent without our key, and anybody may send one. What refuses it does not refuse our key."""
+    async with nodes(*(Node(usual=status(code, b"Retry-After: 30")) for _ in range(2))) as two:
+        somebody = config.Client(name="team", keys=("sha256:" + "0" * 64,))
+        fleets = fleet(upstream("a", *two, api_key=SecretStr("sk-ours")))
+        proxy = await start("http://unused", clients=(somebody,), **fleets)
+        preflight = (
+            b"OPTIONS /v1/x HTTP/1.1\r\nHost: p\r\nOrigin: https://a\r\nAccess-Control-Request-Method: POST\r\n\r\n"
+        )
+        assert (await ask(proxy, preflight)).status == code
+        for endpoint in proxy.worker.proxy.upstreams["a"].endpoints:
+            assert endpoint.standing is not None
+            assert endpoint.standing.evidence().failures == 0
+        assert sum(len(node.requests) for node in two) == (1 if code == 401 else 2)
+        # Neither rests for those that have a key.
+        assert proxy.worker.proxy.upstreams["a"].choose("m", None) is not None
+
+
+async def test_a_key_that_rests_for_no_model_is_used_for_those_that_are_named(start: StartProxy) -> None:
+    async with nodes(Node(status(429, b"Retry-After: 30")), Node(status(429, b"Retry-After: 30"))) as two:
+        proxy = await start("http://unused", **fleet(upstream("a", *two, api_key=SecretStr("sk-ours"))))
+        assert (await ask(proxy, b"GET /v1/files HTTP/1.1\r\nHost: p\r\n\r\n")).status == 429
+        chosen = proxy.worker.proxy.upstreams["a"].choose
+        assert chosen("m", None) is not None
+        assert chosen(None, None) is None

@@ -62,6 +62,33 @@ def test_a_route_that_no_request_can_take_is_a_warning(tmp_path: Path, capsys: p
         )
 
 
+def test_a_key_behind_an_open_port_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "open.yaml"
+    digest = "sha256:" + 64 * "0"
+    clients = f"clients: [{{name: team-a, keys: ['{digest}']}}]\n"
+    of_endpoint = "upstreams: [{name: up, urls: [{url: http://h/v1, api_key: sk-1}]}]\n" + GOOD[GOOD.index("routes") :]
+    for listen, key, more, said in (
+        ("0.0.0.0:80", "sk-1", "", "0.0.0.0:80"),
+        ("['[::1]:1', ':80', 'unix:/s', '10.0.0.5:81']", "sk-1", "", ":80 or 10.0.0.5:81"),
+        ("0.0.0.0:80", "", "", None),
+        ("0.0.0.0:80", "sk-1", clients, None),
+        ("['127.0.0.2:1', 'localhost:1', '[::1]:1', 'unix:/s', systemd]", "sk-1", "", None),
+    ):
+        monkeypatch.setenv("KEY", key)
+        file.write_text(f"{GOOD}listen: {listen}\n{more}")
+        assert cli.main(["check-config", str(file)]) == 0
+        warning = (
+            f"sseproxy: warning: {file}: listen: everybody who can reach {said} spends the key of up; name clients "
+            "(sseproxy key NAME), or make sure that only a private network reaches it\n"
+        )
+        assert capsys.readouterr().err == (warning if said else "")
+    file.write_text(of_endpoint + "listen: :80\n")
+    assert cli.main(["check-config", str(file)]) == 0
+    assert "everybody who can reach :80 spends the key of up" in capsys.readouterr().err
+
+
 def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "-c", "/nowhere/sseproxy.yaml"]) == 1
     assert capsys.readouterr().err == "sseproxy: /nowhere/sseproxy.yaml: cannot be read: No such file or directory\n"
@@ -93,6 +120,7 @@ def test_a_flag_that_makes_no_sense_is_named(
         ["check-config"],
         ["demo", "--rate", "0"],
         ["demo", "--ttft", "-1"],
+        ["demo", "--ttft", "soon"],
         ["demo", "--tokens", "1.5"],
     ],
 )
@@ -100,7 +128,9 @@ def test_what_cannot_be_meant_is_a_usage_error(arguments: list[str], capsys: pyt
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
-    assert "usage: sseproxy" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: sseproxy" in err
+    assert "invalid _" not in err  # argparse would name our function
 
 
 def test_all_flags_that_make_no_sense_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +296,7 @@ async def test_health_is_that_of_the_admin_listener(upstream: ScriptedUpstream) 
         assert (status, out, errors) == (1, "", "sseproxy: not ready: draining\n")
     status, _, errors = await run("healthcheck", "--admin", f"127.0.0.1:{served.admin}")
     assert status == 1
-    assert errors.startswith(f"sseproxy: no answer from 127.0.0.1:{served.admin}: ")
+    assert errors == f"sseproxy: no answer from 127.0.0.1:{served.admin}: connection refused\n"
     with socket.create_server(("127.0.0.1", 0)) as other:
 
         def answer() -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 from datetime import datetime
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import msgspec
@@ -62,7 +63,8 @@ class Charged:
 
     @property
     def tokens(self) -> int:
-        use = self.used.use()
+        even, odd = self.used.columns
+        use = self.used.use(even.all(), odd.all(), perf_counter())
         return use.present + use.last
 
 
@@ -169,6 +171,22 @@ async def test_tokens_are_reserved_before_and_charged_after(start: StartProxy, u
     assert proxy.sample("client_limited_total", client="team-a", limit="tokens") == 2
 
 
+@pytest.mark.parametrize("path", ["chat%2Fcompletions", "chat/completions/", "chat//completions", "Chat/Completions"])
+async def test_no_spelling_of_a_path_is_free_of_charge(
+    start: StartProxy, upstream: ScriptedUpstream, path: str
+) -> None:
+    proxy = await start(upstream.url, route=CHAT, clients=(client(limits=limits(tokens="100000/1d")),))
+    charged = Charged(proxy, seconds=86_400)
+    peer, api = await asked(proxy, upstream, path=f"/v1/{path}")
+    assert charged.reserved.total() == TEXT + 10
+    api.send(STREAM_HEAD, chunk(delta("a")), chunk(delta("b")))
+    await peer.read_until(chunk(delta("b")))
+    peer.reset()
+    await api.gone()
+    await proxy.idle()
+    assert (charged.reserved.total(), charged.tokens) == (0, TEXT + 2)
+
+
 async def test_a_request_that_needs_more_than_the_limit_is_let_in_alone(
     start: StartProxy, upstream: ScriptedUpstream
 ) -> None:
@@ -195,6 +213,26 @@ async def test_what_generates_nothing_costs_nothing(
     await proxy.idle()
     charged = Charged(proxy, seconds=86_400)
     assert charged.tokens == charged.reserved.total() == 0
+
+
+async def test_what_generates_nothing_and_reports_tokens_is_refused_when_none_are_left(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, route=CHAT, clients=(client(limits=limits(tokens="5/1d")),))
+    charged = Charged(proxy, seconds=86_400)
+    peer, api = await asked(proxy, upstream, path="/v1/embeddings")
+    answer = msgspec.json.encode({"data": [], "usage": {"prompt_tokens": 7, "total_tokens": 7}})
+    api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer), answer)
+    assert (await peer.message()).status == 200
+    api.close()
+    await proxy.idle()
+    assert (charged.tokens, charged.reserved.total()) == (7, 0)
+    refusal = await refused(proxy, request(bearer(), path="/v1/embeddings"))
+    assert (refusal.status, refusal.json()["error"]["type"]) == (429, "tokens")
+    await reaches(proxy, upstream, request(bearer(), path="/v1/models", method="GET", body=b"", kind=None))
+    await reaches(
+        proxy, upstream, request(bearer(), path="/v1/files", body=b"x", kind="multipart/form-data; boundary=b")
+    )
 
 
 async def test_an_upload_of_a_limited_client_is_forwarded_as_it_comes(
@@ -528,7 +566,8 @@ async def exchange(served: Served, model: Model, body: bytes) -> int:
         except (asyncio.IncompleteReadError, ConnectionError):
             return 0
         assert (answer.status, answer.complete) == (200, True)
-        return int(asks["prompt"] + asks["deltas"])
+        # Counts that are all 0 tell nothing, so an estimate of the input is charged.
+        return int(asks["prompt"] + asks["deltas"]) or -(-len(body) // 4)
     finally:
         peer.writer.transport.abort()
 

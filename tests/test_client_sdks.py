@@ -17,6 +17,7 @@ from google.genai import errors as genai_errors
 
 from sseproxy import config
 from sseproxy.config.plain import Rate
+from sseproxy.relay import clients
 
 from .clients import NODE, Child
 from .conftest import PlayScript, StartProxy
@@ -197,20 +198,18 @@ class Clock:
 @EACH
 @pytest.mark.timeout(60)
 async def test_above_a_limit_an_sdk_waits_as_long_as_told_and_is_let_in(
-    api: ScriptedUpstream, start: StartProxy, ask: Ask, names: tuple[str, str, str]
+    api: ScriptedUpstream, start: StartProxy, ask: Ask, names: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = await in_front_of(api, start, config.ClientLimits(requests=Rate(4, 60)))
     assert proxy.worker.proxy.clients is not None
     limited = proxy.worker.proxy.clients.with_key(KEY.encode())
     assert limited is not None
     assert limited._requests is not None
-    window = limited._requests[1]
-    window._clock = Clock(30.0, goes=False)
-    window.add(4)
+    limited._requests[1].add(4, 30.0)
     # After 7.5 seconds of a minute, an eighth of the last minute is forgotten.
-    window._clock = Clock(66.5, goes=False)
+    monkeypatch.setattr(clients, "perf_counter", Clock(66.5, goes=False))
     assert await ask(proxy.url, KEY, 0) == Failed(names[2], 429)
-    window._clock = Clock(66.5, goes=True)
+    monkeypatch.setattr(clients, "perf_counter", Clock(66.5, goes=True))
     assert await ask(proxy.url, KEY, 2) == "Hi"
     await proxy.idle()
     refused = proxy.sample("client_limited_total", limit="requests")
@@ -218,9 +217,46 @@ async def test_above_a_limit_an_sdk_waits_as_long_as_told_and_is_let_in(
     assert refused == 2 or ask is GOOGLE
 
 
-async def test_without_a_key_an_sdk_that_sends_none_is_told_so(api: ScriptedUpstream, start: StartProxy) -> None:
-    proxy = await in_front_of(api, start, config.ClientLimits())
-    with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="unused", max_retries=0) as sdk:
+def _openai_without(url: str) -> str:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as sdk:
         with pytest.raises(openai.AuthenticationError) as caught:
-            await asyncio.to_thread(sdk.models.list, extra_headers={"Authorization": openai.omit})
-    assert caught.value.code == "missing_api_key"
+            sdk.models.list(extra_headers={"Authorization": openai.omit})
+    return str(caught.value)
+
+
+def _anthropic_without(url: str) -> str:
+    without = {"Authorization": anthropic.Omit()}
+    # The type of `default_headers` is narrower than what is taken.
+    with anthropic.Anthropic(base_url=url, api_key=None, max_retries=0, default_headers=without) as sdk:  # type: ignore[arg-type]
+        with pytest.raises(anthropic.AuthenticationError) as caught:
+            sdk.messages.create(model="m", max_tokens=9, messages=[{"role": "user", "content": "Hi"}])
+    return str(caught.value)
+
+
+def _google_without(url: str) -> str:
+    options = genai.types.HttpOptions(base_url=url, api_version="v1", headers={"x-goog-api-key": ""})
+    with genai.Client(api_key="unused", http_options=options) as sdk:
+        with pytest.raises(genai_errors.ClientError) as caught:
+            sdk.models.generate_content(model="m", contents="Hi")
+    assert caught.value.code == 401
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ask", [_openai_without, _anthropic_without, _google_without])
+async def test_without_a_key_an_sdk_that_sends_none_is_told_so(
+    api: ScriptedUpstream, start: StartProxy, ask: Callable[[str], str]
+) -> None:
+    proxy = await in_front_of(api, start, config.ClientLimits())
+    assert "This request needs a key, in Authorization: Bearer, x-api-key, " in await asyncio.to_thread(ask, proxy.url)
+    assert proxy.sample("requests_rejected_total", reason="missing_api_key") == 1
+    assert not api.connections
+
+
+async def test_without_a_key_the_one_for_node_is_told_so(api: ScriptedUpstream, start: StartProxy) -> None:
+    proxy = await in_front_of(api, start, config.ClientLimits())
+    source = SCRIPT.replace("maxRetries", "defaultHeaders: { Authorization: null }, maxRetries")
+    source = source.replace("@URL@", proxy.url).replace("@KEY@", "unused").replace("@RETRIES@", "0")
+    async with Child(NODE, "--input-type=module", "-e", source) as child:
+        _, printed = await child.end()
+    assert msgspec.json.decode(printed) == ["AuthenticationError", 401]
+    assert proxy.sample("requests_rejected_total", reason="missing_api_key") == 1

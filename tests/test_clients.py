@@ -277,6 +277,21 @@ async def test_a_client_may_use_its_routes_alone(start: StartProxy, upstream: Sc
     assert answer.json()["error"]["message"] == "This key may not use the route api; it may use health."
 
 
+@pytest.mark.parametrize("path", ["/v1/a%2Fb/x", "/v1//a/b", "/v1/a;c/b", "/v1/a%5Cb", "/v1/a/b;c/x"])
+async def test_no_spelling_of_a_path_leads_around_the_routes_of_a_client(
+    start: StartProxy, upstream: ScriptedUpstream, path: str
+) -> None:
+    more = (config.Route(name="b", match=config.Match(path="/v1/a/b"), upstream=(config.Target(name="up"),)),)
+    proxy = await start(upstream.url, clients=(client(routes=("api",)), client("b", OTHER)), routes=routes()[:1] + more)
+    answer = await refused(proxy, request(bearer(), path=path))
+    assert (answer.status, answer.json()["error"]["message"]) == (
+        403,
+        "This key may not use the route b; it may use api.",
+    )
+    await reaches(proxy, upstream, request(bearer(), path=path.replace("b", "d")))
+    await reaches(proxy, upstream, request(bearer(OTHER), path=path))
+
+
 FORM = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--b--\r\n'
 ALLOWED: dict[str, dict[str, Any]] = {
     "in JSON": {"body": b'{"model":"good-1","stream":true}'},
@@ -286,7 +301,15 @@ ALLOWED: dict[str, dict[str, Any]] = {
         "kind": "multipart/form-data; boundary=b",
         "body": FORM % b"good-1",
     },
+    "in a form of another SDK": {
+        "path": "/v1/audio/transcriptions",
+        "kind": 'multipart/form-data; charset=utf-8; boundary="b"',
+        "body": b'--b\r\nContent-Type: audio/wav\r\nContent-Disposition: form-data; name="file"; filename="a\\b.wav"; '
+        b"filename*=utf-8''%e2%82%ac.wav;\r\nContent-Length: 1\r\n\r\nx\r\n" + FORM % b"good-1",
+    },
     "in the path": {"path": "/v1/models/good-1:generateContent", "body": b'{"contents":[]}'},
+    "in a path with a tag": {"path": "/v1/models/good-1:latest", "method": "DELETE", "body": b"", "kind": None},
+    "in the body, with a path of models": {"path": "/v1/models/chat/completions", "body": b'{"model":"good-1"}'},
     "without a body": {"path": "/v1/models", "method": "GET", "body": b"", "kind": None},
     "a nested name": {"body": b'{"messages":[{"model":"bad"}],"model":"good-1","x":"\\"model\\":"}'},
 }
@@ -317,6 +340,68 @@ DENIED: dict[str, tuple[int, dict[str, Any]]] = {
     "in the body of a path": (403, {"path": "/v1/deployments/good-1/chat/completions", "body": b'{"model":"bad"}'}),
     "in the path twice": (403, {"path": "/v1/models/good-1/models/bad:generateContent", "body": b"{}"}),
     "in a path that is encoded": (403, {"path": "/v1/models/b%61d:generateContent", "body": b"{}"}),
+    "in a path without a body": (403, {"path": "/v1/models/bad", "method": "DELETE", "body": b"", "kind": None}),
+    "in a path of another case": (
+        403,
+        {"path": "/v1/Deployments/bad/chat/completions", "body": b'{"model":"good-1"}'},
+    ),
+    "behind an encoded slash": (403, {"path": "/v1/models%2Fbad:generateContent", "body": b'{"model":"good-1"}'}),
+    "before an encoded colon": (403, {"path": "/v1/models/bad%3agenerateContent", "body": b'{"model":"good-1"}'}),
+    "behind two slashes": (403, {"path": "/v1/models//bad:generateContent", "body": b'{"model":"good-1"}'}),
+    "behind a backslash": (403, {"path": "/v1/models%5Cbad:generateContent", "body": b'{"model":"good-1"}'}),
+    "behind a parameter of a segment": (
+        403,
+        {"path": "/v1/models;x/bad:generateContent", "body": b'{"model":"good-1"}'},
+    ),
+    "in a long path": (403, {"path": f"/v1/models/{'b' * 200}:generateContent", "body": b'{"model":"good-1"}'}),
+    "in a path of tuned models": (403, {"path": "/v1/tunedModels/bad:generateContent", "body": b'{"model":"good-1"}'}),
+    "in a path of engines": (403, {"path": "/v1/engines/bad/completions", "body": b'{"model":"good-1"}'}),
+    "in JSON that may be a form": (
+        403,
+        {
+            "kind": "application/x-www-form-urlencoded",
+            "body": b'{"model":"good-1","x":"&model=bad&"}',
+        },
+    ),
+    "in another charset": (
+        403,
+        {
+            "kind": 'application/json; charset="utf-7"',
+            "body": b'{"model":"good-1","+AG0AbwBkAGUAbA-":"bad"}',
+        },
+    ),
+    **{
+        f"in a form, {name}": (
+            403,
+            {
+                "kind": f"multipart/form-data; {kind}",
+                "path": "/v1/audio/transcriptions",
+                "body": body + b"\r\n\r\nbad\r\n" + FORM % b"good-1",
+            },
+        )
+        for name, kind, body in (
+            ("with an encoded name", "boundary=b", b"--b\r\nContent-Disposition: form-data; name*=utf-8''model"),
+            ("as an attachment", "boundary=b", b'--b\r\nContent-Disposition: attachment; name="model"'),
+            (
+                "with two dispositions",
+                "boundary=b",
+                b'--b\r\nContent-Disposition: form-data; name="x"\r\nContent-Disposition: form-data; name="model"',
+            ),
+            ("in a folded line", "boundary=b", b'--b\r\nContent-Disposition:\r\n form-data; name="model"'),
+            (
+                "with parameters that end early",
+                "boundary=b",
+                b'--b\r\nContent-Disposition: form-data; x; name="model"',
+            ),
+            ("with two boundaries", "boundary=b; boundary=bb", b'--bb\r\nContent-Disposition: form-data; name="model"'),
+            (
+                "with a boundary in two parts",
+                "boundary=b; boundary*0=bb",
+                b'--bb\r\nContent-Disposition: form-data; name="model"',
+            ),
+            ("with another boundary", "boundary=b", b'--bb\r\nContent-Disposition: form-data; name="model"'),
+        )
+    },
     "in a form twice": (
         400,
         {
@@ -411,6 +496,17 @@ async def test_a_cors_preflight_needs_no_key_and_is_sent_without_one(
         assert (await refused(proxy, wrong)).status == 401
 
 
+async def test_a_cors_preflight_tells_nothing_of_the_models_and_takes_the_first_route(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    by_model = config.Route(
+        name="api", match=config.Match(path="/v1", model=("secret-*",)), upstream=(config.Target(name="up"),)
+    )
+    proxy = await start(upstream.url, clients=(client(),), routes=(by_model,))
+    asked = request(*PREFLIGHT, method="OPTIONS", body=b"", kind=None)
+    assert (await reaches(proxy, upstream, asked)).start_line == "OPTIONS /v1/chat/completions HTTP/1.1"
+
+
 async def test_without_clients_anybody_may_call_and_a_clients_own_key_goes_upstream(
     start: StartProxy, upstream: ScriptedUpstream
 ) -> None:
@@ -496,7 +592,7 @@ def test_a_model_is_one_only_if_every_parser_reads_the_same(
     members: list[tuple[str, str]], data: st.DataObject
 ) -> None:
     body = "{" + ",".join(f'"{name}":{value}' for name, value in members) + "}"
-    audit = ModelAudit(RequestReader())
+    audit = ModelAudit(RequestReader(), Fields([]))
     for piece in data.draw(splits(body.encode())):
         audit.feed(piece)
     named = [(name, value) for name, value in members if name.replace("\\u006d", "m").lower() == "model"]
@@ -607,10 +703,21 @@ async def test_keys_are_read_again_at_a_reload_and_are_nowhere_in_what_is_writte
             ((bearer(), f"X-Request-Id: {KEY}"), "/v1/x"),
             ((f"api-key: {OTHER}", f"X-Request-Id: {OTHER}"), f"/v1/{OTHER}"),
             ((bearer(OTHER), bearer()), f"/v1/x?key={KEY}&token={OTHER}"),
+            # Those that are refused before the key is looked for, and those that have it only where it is no key.
+            ((bearer(OTHER), f"X-Request-Id: {OTHER}", "Expect: nothing"), f"/v1/{OTHER}/x"),
+            ((f"X-Request-Id: {KEY}",), f"/v1/{KEY}/x"),
+            ((), f"/v1/x%3Fkey={OTHER}"),
         ):
             peer = await served.connect()
             peer.send(request(*fields, path=path))
-            answers += (await peer.message()).body
+            answer = await peer.message()
+            answers += text_of(answer).encode() + answer.body
+        peer = await served.connect()
+        peer.send(request(bearer(OTHER), body=b'{"model":"%b"}' % OTHER.encode()))
+        api = await upstream.accept()
+        await api.message()
+        api.send(ANSWER)
+        assert (await peer.message()).status == 200
         await served.until("client_keys_rejected_total", 4)
         _, _, metrics = await served.get("/metrics")
         served.process.terminate()

@@ -64,6 +64,11 @@ URL = "expected a URL such as https://api.openai.com/v1"
 PATH = "expected a path such as /v1, without query, empty segments and dot segments"
 API_KEY = "expected an API key: text of visible ASCII characters"
 CA_FILE = "expected a readable file of PEM certificates"
+LIST = "expected a list (each entry begins with a dash and a space)"
+AT_THE_TOP = "expected options with values, such as {upstreams: ..., routes: ...}"
+FOR_ADMIN = "expected options with values, such as {listen: ..., hosts: ...}"
+FOR_AN_UPSTREAM = "expected options with values, such as {name: ..., url: ...}"
+NO_SPACE = "is a space missing after a colon?"
 ALIAS = "anchors and aliases are not supported; text that starts with & or * has to be put in quotes"
 TAG = "tags are not supported; text that starts with ! has to be put in quotes"
 
@@ -88,23 +93,198 @@ def match(text: str) -> str:
     return f"routes:\n  - name: api\n    match: {text}\n    upstream: openai\n{UPSTREAMS}"
 
 
-MISTAKES = {
-    "empty": ("", "f:1:1: expected a mapping, got an empty document"),
-    "comment": ("# nothing", "f:1:1: expected a mapping, got an empty document"),
-    "null": ("--- ~", "f:1:5: expected a mapping, got nothing"),
-    "top_list": ("- a", "f:1:1: expected a mapping, got a list"),
-    "top_text": ("api_key:secret", "f:1:1: expected a mapping, got text"),
-    "syntax": ("a: b: c", "f:1:5: not valid YAML: mapping values are not allowed here"),
-    "syntax_context": (
+TOKEN = "that cannot start any token, while scanning for the next token"
+COLON = "mapping values are not allowed here"
+IN_BLOCK = "while parsing a block mapping"
+OPTION = "write `option: value`, with a colon and a space"
+FOLLOWS = "nothing can follow a closing quote or bracket: remove it, or put the whole value in quotes"
+COLON_IN_TEXT = "put text that contains a colon and a space, or ends with a colon, in quotes"
+INDENT = "indent this line like the lines that it belongs to"
+# Text that is not YAML: where the mistake is, what to do, and what the parser says.
+NOT_YAML = {
+    "tab": ("a:\n\tb: c", "2:1", "use spaces, not tabs", f"found character '\\t' {TOKEN}"),
+    "tab_after_dash": ("a:\n  -\tb: c", "2:4", "use spaces, not tabs", f"found character '\\t' {TOKEN}"),
+    "no_space_in_the_first_line": ("a:1\nb: 2", "1:1", OPTION, COLON),
+    "no_space_in_the_first_option_of_an_entry": ("a:\n  - b:1\n    c: 2", "2:3", OPTION, COLON),
+    "no_space_above_a_comment": (
+        "a:1\n\n# why\nb: 2",
+        "1:1",
+        OPTION,
+        "expected '<document start>', but found '<block mapping start>'",
+    ),
+    "no_space": ("a:\n  b: 1\n  c:d\ne: f", "3:3", OPTION, "could not find expected ':', while scanning a simple key"),
+    "no_space_before_a_quote": (
+        "a: 1\nb:'c'\n",
+        "2:1",
+        OPTION,
+        "could not find expected ':', while scanning a simple key",
+    ),
+    "no_space_after_dash": ("a:\n  -b: 1\n    c: 2", "2:3", "put a space after the dash", COLON),
+    "equals": ("a = 1\nb: 2", "1:1", OPTION, COLON),
+    "long_option": (f"{'a' * 2000}: b", "1:2001", OPTION, COLON),
+    "colon": ("a: b: c", "1:5", COLON_IN_TEXT, COLON),
+    "colon_at_the_end": ("a: b:", "1:5", COLON_IN_TEXT, COLON),
+    "too_far": ("a: 1\n  b: 2", "2:3", "this line is indented too far", COLON),
+    "too_far_in_an_entry": ("a:\n  - b: 1\n      c: 2", "3:7", "this line is indented too far", COLON),
+    "not_far_enough": (
+        "a:\n  b: 1\n c: 2",
+        "3:2",
+        INDENT,
+        f"expected <block end>, but found '<block mapping start>', {IN_BLOCK}",
+    ),
+    "option_under_its_dash": (
+        "a:\n  - b: 1\n  c: 2",
+        "3:3",
+        INDENT,
+        "expected <block end>, but found '?', while parsing a block collection",
+    ),
+    "indentation": (
+        "a:\n  - b: 1\n   - c",
+        "3:4",
+        INDENT,
+        "expected <block end>, but found '<block sequence start>', while parsing a block collection",
+    ),
+    "unindented_entry": (
+        "a:\n  - b: 1\n- b: 2",
+        "3:1",
+        "indent this entry like the other entries of its list",
+        f"expected <block end>, but found '-', {IN_BLOCK}",
+    ),
+    "list_in_the_line_of_its_option": (
+        "a: - b",
+        "1:4",
+        "begin the list in a line of its own",
+        "sequence entries are not allowed here",
+    ),
+    "quote": (
+        "a: 'b\nc: d",
+        "1:4",
+        "a closing quote is missing",
+        "found unexpected end of stream, while scanning a quoted scalar",
+    ),
+    "quote_that_the_next_one_closes": (
+        "a: 'b\nc: 'd'",
+        "2:5",
+        "a closing quote is missing in an earlier line",
+        f"expected <block end>, but found '<scalar>', {IN_BLOCK}",
+    ),
+    "quote_inside": ("a: 'b'c'", "1:7", FOLLOWS, f"expected <block end>, but found '<scalar>', {IN_BLOCK}"),
+    "backslash": (
+        'a: "C:\\d"',
+        "1:8",
+        "put text that contains \\ in single quotes",
+        "found unknown escape character 'd', while scanning a double-quoted scalar",
+    ),
+    "brace": (
+        "a: {b: c\nd: e",
+        "1:4",
+        "a comma or the closing } is missing",
+        "expected ',' or '}', but got ':', while parsing a flow mapping",
+    ),
+    "bracket": (
         "a: [b\nc: d",
-        "f:2:2: not valid YAML: expected ',' or ']', but got ':' (while parsing a flow sequence)",
+        "1:4",
+        "a comma or the closing ] is missing",
+        "expected ',' or ']', but got ':', while parsing a flow sequence",
     ),
-    "syntax_context_only": (
-        "a: 'b",
-        "f:1:6: not valid YAML: found unexpected end of stream (while scanning a quoted scalar)",
+    "bracket_at_the_end": (
+        "a: [b\n",
+        "1:4",
+        "a comma or the closing ] is missing",
+        "expected ',' or ']', but got '<stream end>', while parsing a flow sequence",
     ),
-    "unprintable": ("a: 1\nb: \x07", "f:2:4: not valid YAML: unprintable character"),
-    "tag_handle": ("a: !secret!x", "f:1:4: not valid YAML: found undefined tag (while parsing a node)"),
+    "comma": (
+        '{"a": 1,\n  "b": "2"\n  "c": 3}',
+        "3:3",
+        "a comma or the closing } is missing, or text with a special character needs quotes",
+        "expected ',' or '}', but got '<scalar>', while parsing a flow mapping",
+    ),
+    "bracket_too_many": ("a: {b: c}}", "1:10", FOLLOWS, f"expected <block end>, but found '}}', {IN_BLOCK}"),
+    "bracket_too_many_in_its_line": ("a: b\n}", "2:1", FOLLOWS, f"expected <block end>, but found '}}', {IN_BLOCK}"),
+    "option_after_the_last_bracket": (
+        "{a: b}\nc: d",
+        "2:1",
+        "nothing can follow the last bracket",
+        "expected '<document start>', but found '<block mapping start>'",
+    ),
+    "variable_in_braces": (
+        "a: {b: ${C}}",
+        "1:9",
+        "put ${VAR} in quotes between brackets",
+        "expected ',' or '}', but got '{', while parsing a flow mapping",
+    ),
+    "ipv6": (
+        "a: [::1]:80",
+        "1:5",
+        "a value is missing before this, or text that starts with [ or { needs quotes",
+        "expected the node content, but found ':', while parsing a flow node",
+    ),
+    "template_with_more": (
+        "a: {{ b }}/c",
+        "1:11",
+        FOLLOWS,
+        f"expected <block end>, but found '<scalar>', {IN_BLOCK}",
+    ),
+    "template_line": (
+        "{{ if a }}\nb: c",
+        "1:1",
+        OPTION,
+        "expected '<document start>', but found '<block mapping start>'",
+    ),
+    "at": ("a: @b", "1:4", "put text that starts with @ in quotes", f"found character '@' {TOKEN}"),
+    "percent": ("a: %b", "1:4", "put text that starts with % in quotes", f"found character '%' {TOKEN}"),
+    "percent_line": (
+        "%: b",
+        "1:2",
+        "put text that starts with % in quotes",
+        "expected alphabetic or numeric character, but found ':', while scanning a directive",
+    ),
+    "backtick": ("a: `b`", "1:4", "put text that starts with ` in quotes", f"found character '`' {TOKEN}"),
+    "comma_first": (
+        "a: ,b",
+        "1:4",
+        "put text that starts with , in quotes",
+        "expected the node content, but found ',', while parsing a block node",
+    ),
+    "greater": (
+        "a: >b",
+        "1:5",
+        "put text that starts with > or | in quotes",
+        "expected chomping or indentation indicators, but found 'b', while scanning a block scalar",
+    ),
+    "star": (
+        "a: {b: *}",
+        "1:9",
+        "put text that starts with * in quotes",
+        "expected alphabetic or numeric character, but found '}', while scanning an alias",
+    ),
+    "ampersand": (
+        "a: & b",
+        "1:5",
+        "put text that starts with & in quotes",
+        "expected alphabetic or numeric character, but found ' ', while scanning an anchor",
+    ),
+    "tag_handle": (
+        "a: !secret!x",
+        "1:4",
+        "put text that starts with ! in quotes",
+        "found undefined tag, while parsing a node",
+    ),
+}
+MISTAKES = {
+    name: (text, f"f:{place}: {advice} (not valid YAML: {words})")
+    for name, (text, place, advice, words) in NOT_YAML.items()
+} | {
+    "empty": ("", f"f:1:1: {AT_THE_TOP}, got nothing"),
+    "comment": ("# nothing", f"f:1:1: {AT_THE_TOP}, got nothing"),
+    "null": ("--- ~", f"f:1:5: {AT_THE_TOP}, got nothing"),
+    "top_list": ("- a", f"f:1:1: {AT_THE_TOP}, got a list"),
+    "top_text": ("api_key:secret", f"f:1:1: {AT_THE_TOP}, got text; {NO_SPACE}"),
+    "unprintable": ("a: 1\nb: \x07", "f:2:4: remove this unprintable character"),
+    "template": (
+        f"workers: {{{{ workers }}}}\n{VALID}",
+        "f:1:1: workers: text that starts with {{ has to be put in quotes",
+    ),
     "two_documents": (f"{VALID}---\na: 1\n", "f:10:1: expected a single YAML document"),
     "nested_deeply": ("[" * 10_000, "f:1:33: not valid YAML: nested too deeply"),
     "alias": (f"workers: &w 2\n{VALID}", f"f:1:1: workers: {ALIAS}"),
@@ -142,16 +322,22 @@ MISTAKES = {
     "missing_path": (match("{model: x}"), "f:3:12: routes[0].match.path: required key is missing"),
     "no_upstreams": (f"upstreams: []\n{ROUTES}", "f:1:1: upstreams: expected at least one entry"),
     "no_routes": (f"{UPSTREAMS}routes: []\n", "f:6:1: routes: expected at least one entry"),
-    "null_section": (f"admin:\n{VALID}", "f:1:1: admin: expected a mapping, got nothing"),
-    "text_section": (f"admin: here\n{VALID}", "f:1:1: admin: expected a mapping, got text"),
+    "null_section": (f"admin:\n{VALID}", f"f:1:1: admin: {FOR_ADMIN}, got nothing"),
+    "text_section": (f"admin: here\n{VALID}", f"f:1:1: admin: {FOR_ADMIN}, got text"),
+    "text_section_without_space": (
+        f"admin:\n  token:secret\n{VALID}",
+        f"f:1:1: admin: {FOR_ADMIN}, got text; {NO_SPACE}",
+    ),
+    "boolean_section": (f"admin: yes\n{VALID}", f"f:1:1: admin: {FOR_ADMIN}, got yes"),
+    "boolean": (f"admin: {{cancel: 1}}\n{VALID}", "f:1:9: admin.cancel: expected true or false, got a number"),
     "mapping_of_upstreams": (
         f"upstreams:\n  openai: {{url: http://h}}\n{ROUTES}",
-        "f:1:1: upstreams: expected a list, got a mapping",
+        f"f:1:1: upstreams: {LIST}, got options with values",
     ),
-    "number_for_upstream": (f"upstreams: [5]\n{ROUTES}", "f:1:13: upstreams[0]: expected a mapping, got a number"),
+    "number_for_upstream": (f"upstreams: [5]\n{ROUTES}", f"f:1:13: upstreams[0]: {FOR_AN_UPSTREAM}, got a number"),
     "text_for_upstream": (
         f"upstreams: ['api_key:secret']\n{ROUTES}",
-        "f:1:13: upstreams[0]: expected a mapping, got text",
+        f"f:1:13: upstreams[0]: {FOR_AN_UPSTREAM}, got text; {NO_SPACE}",
     ),
     "listen_port_only": (f"listen: 8080\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got a number (8080)"),
     "listen_without_port": (f"listen: localhost\n{VALID}", f"f:1:1: listen: {HOST_PORT}, got 'localhost'"),
@@ -219,7 +405,7 @@ MISTAKES = {
     ),
     "workers_boolean": (
         f"workers: yes\n{VALID}",
-        "f:1:1: workers: expected auto or a number of processes from 1 up, got a boolean (yes)",
+        "f:1:1: workers: expected auto or a number of processes from 1 up, got yes",
     ),
     "workers_not_an_int": (
         f"workers: 0x_\n{VALID}",
@@ -235,7 +421,7 @@ MISTAKES = {
     "duration_unit": (f"drain_timeout: 3 days\n{VALID}", f"f:1:1: drain_timeout: {DURATION}, got '3 days'"),
     "duration_off": (
         route("timeouts: {idle: off}"),
-        f"f:10:16: routes[0].timeouts.idle: {DURATION}, got a boolean (off)",
+        f"f:10:16: routes[0].timeouts.idle: {DURATION}, got off",
     ),
     "total": (
         route("timeouts: {total: 5}"),
@@ -279,8 +465,7 @@ MISTAKES = {
         f"upstreams: [{{name: openai, url: 'http://h', api_key:secret}}]\n{ROUTES}",
         (
             "f:1:45: upstreams[0].api_key…: unknown key; expected one of affinity, api_key, api_key_file, "
-            "api_key_header, ejection, health, max_connection_age, name, resolve, tls, url, urls; did you mean "
-            "'api_key'?"
+            f"api_key_header, ejection, health, max_connection_age, name, resolve, tls, url, urls; {NO_SPACE}"
         ),
     ),
     "ca_file_missing": (
@@ -319,7 +504,7 @@ MISTAKES = {
     ),
     "model_mapping": (
         match("{path: /v1, model: {a: b}}"),
-        "f:3:24: routes[0].match.model: expected text or a list, got a mapping",
+        "f:3:24: routes[0].match.model: expected text or a list, got options with values",
     ),
     "method": (
         match("{path: /v1, methods: [post, 'a b']}"),
@@ -328,6 +513,18 @@ MISTAKES = {
     "upstream_number": (
         match("{path: /v1}").replace("upstream: openai", "upstream: 5"),
         "f:4:5: routes[0].upstream: expected the name of an upstream, or a list of them, got a number (5)",
+    ),
+    "upstream_without_name": (
+        match("{path: /v1}").replace("upstream: openai", "upstream: {model: o1}"),
+        "f:4:15: routes[0].upstream.name: required key is missing",
+    ),
+    "upstream_with_unknown_key": (
+        match("{path: /v1}").replace("upstream: openai", "upstream: {name: openai, x: 1}"),
+        "f:4:30: routes[0].upstream.x: unknown key; expected one of model, name",
+    ),
+    "upstream_name_number": (
+        match("{path: /v1}").replace("upstream: openai", "upstream: {name: 5}"),
+        "f:4:16: routes[0].upstream.name: expected text, got a number (5)",
     ),
     "unknown_upstream": (
         VALID.replace("upstream: openai", "upstream: opnai"),
@@ -405,11 +602,11 @@ routes:
         "f:13:24: routes[0].match.mehods: unknown key; expected one of methods, model, path; did you mean 'methods'?",
         "f:14:5: routes[0].upstream: expected the name of an upstream (openai, openai, ${NAME}), got 'opnai'",
         f"f:15:16: routes[0].timeouts.idle: {DURATION}, got a number (5)",
-        f"f:15:25: routes[0].timeouts.head: {DURATION}, got a boolean (off)",
+        f"f:15:25: routes[0].timeouts.head: {DURATION}, got off",
         "f:16:5: routes[1].name: expected a unique name, got that of routes[0]",
         "f:18:5: routes[1].upstream: expected the name of an upstream (openai, openai, ${NAME}), got '${USE}'",
         "f:20:5: routes[2].match: expected a unique match, got that of routes[1]",
-        "f:22:5: routes[3]: expected a mapping, got a number",
+        "f:22:5: routes[3]: expected options with values, such as {name: ..., match: ..., upstream: ...}, got a number",
     ]
 
 
@@ -1062,5 +1259,5 @@ def test_a_configuration_has_an_end(tmp_path: Path) -> None:
         config.load("/dev/zero")
     with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be read: Is a directory"):
         config.load(tmp_path)
-    with pytest.raises(ConfigError, match="expected a mapping, got an empty document"):
+    with pytest.raises(ConfigError, match=r"expected options with values, .*, got nothing"):
         config.load("/dev/null")

@@ -6,19 +6,27 @@ import asyncio
 import socket
 
 from .conftest import PlayScript, StartProxy
-from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, begin, chunk, delta, post, until
+from .harness import (
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    ScriptedUpstream,
+    begin,
+    chunk,
+    delta,
+    never_accepting,
+    post,
+    until,
+)
 
 # Long enough for a loaded machine to do what it has to before, short enough to wait for.
 SHORT = 0.3
 
 
 async def test_connect(start: StartProxy) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
-        waiting = [socket.socket() for _ in range(4)]
-        for sock in waiting:
-            sock.setblocking(False)
-            sock.connect_ex(full.getsockname())
-        proxy = await start(f"http://127.0.0.1:{full.getsockname()[1]}", timeouts={"connect": SHORT})
+    with never_accepting() as url:
+        proxy = await start(url, timeouts={"connect": SHORT})
         client = await proxy.connect()
         client.send(post())
         response = await client.message()
@@ -26,8 +34,6 @@ async def test_connect(start: StartProxy) -> None:
         assert response.json()["error"]["code"] == "upstream_timeout"
         assert await proxy.ended() == {"upstream_timeout_connect": 1}
         assert proxy.sample("upstream_errors_total", type="timeout") == 1
-        for sock in waiting:
-            sock.close()
 
 
 async def test_head(start: StartProxy, upstream: ScriptedUpstream) -> None:

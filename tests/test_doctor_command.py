@@ -121,6 +121,7 @@ async def test_what_cannot_be_examined_says_why(port: int, upstream: ScriptedUps
     assert "\x1b" not in said
     assert len(said) < 500
     assert "is there a probe behind it? For an API, use --model." in await answered(STREAM_HEAD, b"0\r\n\r\n")
+    assert re.search(r"it answers 200 and closes the connection after [\d.]+ s when", await answered(STREAM_HEAD))
 
 
 async def test_a_key_and_a_token_that_are_sent_back_are_not_told() -> None:
@@ -175,7 +176,7 @@ async def test_tls_is_verified(port: int, tmp_path: Path) -> None:
 
 
 USAGE = {
-    ("doctor", "http://h/v1"): "--token: the probe has printed it",
+    ("doctor", "http://h/v1"): "--token, or SSEPROXY_PROBE_TOKEN, is missing",
     ("doctor", "http://h/v1", "--token", "t", "--silence", "5"): "--silence: expected a time such as 65s",
     ("doctor", "http://h/v1", "--token", "t", "--silence", "5m"): "--silence: expected a time such as 65s",
     ("doctor", "http://h/v1", "--model", "m", "--silence", "5s"): "--silence: only a probe can be silent",
@@ -197,9 +198,13 @@ async def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path) -> No
 
 
 async def test_the_probe_says_how_to_use_it_and_ends_when_it_is_told_to(port: int) -> None:
-    for arguments, environment in (([], {}), (["--token", TOKEN], {}), ([], ENVIRONMENT)):
+    for listen, arguments, environment in (
+        ("127.0.0.1:0", [], {}),
+        ("127.0.0.1:0", ["--token", TOKEN], {}),
+        (":0", [], ENVIRONMENT),
+    ):
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sseproxy", "probe", "--listen", "127.0.0.1:0", *arguments),
+            *(sys.executable, "-m", "sseproxy", "probe", "--listen", listen, *arguments),
             env=os.environ | {"SSEPROXY_PROBE_TOKEN": ""} | environment,
             stdout=asyncio.subprocess.PIPE,
         )
@@ -207,6 +212,7 @@ async def test_the_probe_says_how_to_use_it_and_ends_when_it_is_told_to(port: in
         async with asyncio.timeout(DEADLINE):
             said = (await process.stdout.readuntil(b"URL...\n")).decode()
         token, url = re.findall(r"^  (?:SSEPROXY_PROBE_TOKEN=(\S+) )?sseproxy doctor (\S+) URL", said, re.M)[0]
+        assert url.startswith("http://127.0.0.1:")
         assert bool(token) != bool(arguments or environment)
         assert TOKEN not in said
         token = token or TOKEN
@@ -217,7 +223,13 @@ async def test_the_probe_says_how_to_use_it_and_ends_when_it_is_told_to(port: in
         async with asyncio.timeout(DEADLINE):
             assert await process.wait() == 0
     status, _, errors = await run("probe", "--listen", f"127.0.0.1:{port}")
-    assert (status, errors) == (1, f"sseproxy: --listen: cannot listen on 127.0.0.1:{port}: address already in use\n")
+    assert (status, errors) == (
+        1,
+        (
+            f"sseproxy: --listen: cannot listen on 127.0.0.1:{port}: address already in use; "
+            "is sseproxy running already? --listen chooses another address\n"
+        ),
+    )
     status, _, errors = await run("probe", "--listen", "here")
     assert (status, errors) == (1, "sseproxy: --listen: expected HOST:PORT, got 'here'\n")
 
@@ -262,6 +274,14 @@ async def test_a_page_is_whole_and_safe(port: int) -> None:
     assert json.loads(as_json(examined))["not_examined"] == [{"url": "http://third/v1", "why": "<b>it is away</b>"}]
 
 
+async def test_what_could_not_be_examined_is_said_first(port: int) -> None:
+    """A reader who stops after "No fault found" would take a path for good that nobody has seen."""
+    verdict = conclude([await look_at(port)], [Failure(url="http://third/v1", why="it is away")]).verdict
+    assert verdict.startswith(
+        "http://third/v1 could not be examined: it is away. As far as the path was examined: No fault found"
+    )
+
+
 def test_a_terminal_gets_nothing_to_obey(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
@@ -279,3 +299,10 @@ def test_a_strip_has_a_dot_where_events_were() -> None:
     assert strip([0.5] * 5, 1.0, 10) == "     ●    "
     assert strip([0.5, 0.55], 1.0, 10) == "     •    "
     assert strip([], 1.0, 3) == "   "
+
+
+def test_a_page_has_a_comment_of_nginx_on_a_line_of_its_own() -> None:
+    fields = {"server": "nginx", "content-type": "text/event-stream", "content-encoding": "gzip"}
+    events = [Event(0.1 * number, 0.1 * number, 256) for number in range(20)]
+    steady = Stream(status=200, version="1.1", fields=fields, events=events)
+    assert "<code>gzip off;<br># or gzip_types" in as_page(conclude([Hop(url="http://h/v1", steady=steady)], []))

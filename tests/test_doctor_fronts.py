@@ -5,15 +5,18 @@ The right ones are the files of `configs/front`; a wrong one has a line of them 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from sseproxy.doctor.arrival import How
+from sseproxy.doctor.remedies import changes as remedied
+from sseproxy.doctor.verdict import Kind
 
 from .doctor import (
     Sent,
@@ -27,7 +30,8 @@ from .doctor import (
     judge,
     probe,
 )
-from .harness import kept_port
+from .harness import DEADLINE, kept_port
+from .served import program
 from .test_front import BUFFERING, CADDY, ENVOY, FRONTS, HAPROXY, HTTP_1_0, NGINX, TRAEFIK, Front, running
 
 # One examination of a wrong hop with a silence.
@@ -213,3 +217,15 @@ async def test_a_hop_that_changes_what_passes_is_found(kind: str, origin: int) -
         examined = await judge(port)
     assert found(examined, notes=True) == [[kind]]
     assert examined.faulty == (kind not in ("rewritten", "caching"))
+
+
+def test_nginx_takes_all_changes_for_it_as_they_are_printed(tmp_path: Path) -> None:
+    printed = [change for rows in remedied(get_args(Kind), ["nginx"]) for program, change in rows if program == "nginx"]
+    # A comment that a terminal of 80 columns wraps would end in the middle.
+    assert all(len(line) <= 63 for change in printed for line in change.splitlines() if "#" in line)
+    file = tmp_path / "nginx.conf"
+    file.write_text("\n".join(["server {", *(line for line in printed if line != "as above"), "}"]))
+    done = subprocess.run(
+        [*NGINX.command(program("nginx"), file), "-t"], capture_output=True, text=True, check=False, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr

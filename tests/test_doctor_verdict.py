@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sseproxy.doctor.arrival import Arrival, arrival, arrival_without_probe, needs_another, round_size
 from sseproxy.doctor.examine import Plan
 from sseproxy.doctor.observed import Event, Hop, Leaving, Silence, Stream, Upload
-from sseproxy.doctor.remedies import PROGRAMS, remedies
+from sseproxy.doctor.remedies import PROGRAMS, changes, remedies
 from sseproxy.doctor.verdict import Kind, claims_of, diagnose, sentence
 
 PLAN = Plan()
@@ -332,13 +332,13 @@ WRONG: dict[str, dict[str, Any]] = {
             seconds=65, before=stream(), quiet=cut_at(15, end="fin"), beats=cut_at(15, end="fin"), every=15
         )
     },
-    "makes an answer look complete whose origin closes the connection in the middle": {
+    "makes an answer look complete although the origin closes the connection in the middle": {
         "deaths": {"fin": stream(), "reset": BROKEN}
     },
-    "makes an answer look complete whose origin closes the connection or resets the connection in the middle": {
+    "makes an answer look complete although the origin closes the connection or resets the connection in the middle": {
         "deaths": {"fin": stream(), "reset": stream()}
     },
-    "leaves a client waiting whose origin resets the connection in the middle": {
+    "leaves the client waiting when the origin resets the connection in the middle": {
         "deaths": {"fin": BROKEN, "reset": stream(end="unread")}
     },
     "never tells the origin that a client has left in mid-stream": {
@@ -447,3 +447,11 @@ def test_there_is_something_to_change_for_every_finding() -> None:
     assert [program for program, _ in remedies("buffered", ["nginx"])] == ["nginx", "ingress-nginx"]
     assert [program for program, _ in remedies("buffered", ["sseproxy"])] == list(PROGRAMS[:-1])
     assert [program for program, _ in remedies("refused", ["sseproxy"])] == ["sseproxy"]
+
+
+def test_a_change_that_an_earlier_finding_of_the_hop_has_is_not_repeated() -> None:
+    http_1_1 = 'nginx.ingress.kubernetes.io/proxy-http-version: "1.1"'
+    _, truncation, http10 = changes(["buffered", "truncation", "http10"], ["nginx"])
+    assert truncation == [("nginx", "as above"), ("ingress-nginx", http_1_1)]
+    assert http10 == [("nginx", 'proxy_set_header Connection "";'), ("ingress-nginx", "as above")]
+    assert changes(["http10"], ["nginx"]) == [remedies("http10", ["nginx"])]

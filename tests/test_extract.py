@@ -89,6 +89,7 @@ def _is_unicode(text: str) -> bool:
 OBJECTS = st.lists(st.tuples(NAMES, VALUES), max_size=5).map(tuple).flatmap(spelled)
 
 
+@pytest.mark.timeout(90)
 @settings(max_examples=500, deadline=None)
 @given(st.data(), OBJECTS, SPACES)
 def test_what_is_wanted_is_what_a_parser_finds(data: st.DataObject, text: str, space: str) -> None:
@@ -107,6 +108,7 @@ def test_what_is_wanted_is_what_a_parser_finds(data: st.DataObject, text: str, s
         assert body[extract.closed_at :].strip() == b"}"
 
 
+@pytest.mark.timeout(90)
 @settings(max_examples=500, deadline=None)
 @given(st.data(), OBJECTS, st.binary(max_size=3) | st.sampled_from([b'"', b"\\", b"]", b"}", b",", b"{", b"[["]))
 def test_what_is_no_json_never_raises_and_is_the_same_at_any_split(
@@ -306,7 +308,7 @@ def test_whatever_an_event_holds_the_work_for_a_read_and_memory_are_bounded(dial
         for name, data in parser.feed(payload):
             dialect.read(name, data or b"")
 
-    for size in (SIZE // 2, 2 * WHOLE, WHOLE - 200):
+    for size in (SIZE // 4, 2 * WHOLE, WHOLE - 200):
         event = b"data: " + first + again * (size // len(again)) + last + b"\n\n"
         assert calls(read, event) < 2 * READ
         assert held(read, event) < MOST

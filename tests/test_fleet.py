@@ -466,6 +466,7 @@ async def test_total_counts_over_all_attempts(start: StartProxy) -> None:
         answer = await ask(proxy, post())
         assert answer.status == 504
         assert sum(len(node.requests) for node in three) == 2
+        assert "This was the last of 2 attempts." in answer.json()["error"]["message"]
         assert await proxy.ended() == {"upstream_timeout_total": 1}
 
 

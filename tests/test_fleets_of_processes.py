@@ -164,7 +164,7 @@ class Load:
 
     async def client(self) -> None:
         peer = await self.proxy.connect()
-        while self.left or not self.killed.is_set():
+        while self.left or self.after.total() < 30:
             self.left -= bool(self.left)
             counted = self.after if self.killed.is_set() else self.before
             peer.send(post(b'{"model":"m","stream":true,"messages":[{"role":"user","content":"paced"}]}'))

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sseproxy import config
 from sseproxy.errors import (
@@ -17,6 +18,7 @@ from sseproxy.errors import (
     LimitExceeded,
     RequestError,
     StalledClient,
+    TooManyConnects,
     Truncated,
     UpstreamError,
     UpstreamTimeout,
@@ -41,6 +43,7 @@ from .harness import (
 
 EVERY_ERROR: list[ExchangeError] = [
     *map(RequestError, RequestError._TABLE),
+    TooManyConnects(),
     LimitExceeded("tokens", "5 tokens per minute", 3.0),
     *map(UpstreamError, UpstreamError._TABLE),
     *(UpstreamTimeout(phase, 3) for phase in UpstreamTimeout._WAITED_FOR),
@@ -92,20 +95,20 @@ def test_an_error_as_google_has_it(error: ExchangeError) -> None:
     assert body == {"error": {"code": error.status, "message": str(error), "status": body["error"]["status"]}}
     assert body["error"]["status"] in GOOGLE_STATUSES
     assert event_of(GOOGLE, error) == (b"", body)
-    assert GOOGLE.farewell(error, NUMBER).startswith(b'data: {"error":')
+    assert GOOGLE.error_event(error, NUMBER).startswith(b'data: {"error":')
 
 
 def event_of(form: Form, error: ExchangeError) -> tuple[bytes, Any]:
-    ((kind, data),) = EventParser(1 << 20).feed(form.farewell(error, NUMBER))
+    ((kind, data),) = EventParser(1 << 20).feed(form.error_event(error, NUMBER))
     assert data is not None
     return kind, json.loads(data)
 
 
 @EACH_DIALECT
-def test_a_farewell_is_an_error_to_the_reader_of_its_own_api(dialect: Dialect) -> None:
+def test_an_error_event_is_an_error_to_the_reader_of_its_own_api(dialect: Dialect) -> None:
     """As it is to a proxy like this one in front."""
     for error in EVERY_ERROR:
-        ((kind, data),) = EventParser(1 << 20).feed(dialect.form.farewell(error, NUMBER))
+        ((kind, data),) = EventParser(1 << 20).feed(dialect.form.error_event(error, NUMBER))
         assert data is not None
         assert dialect.read(kind, data).error
 
@@ -178,8 +181,8 @@ def test_no_path_takes_long_to_tell(begins: str, ends: str) -> None:
     assert perf_counter() - started < 1
 
 
-def test_responses_have_a_farewell_of_their_own() -> None:
-    assert form_of("/v1/responses") == OPENAI._replace(farewell=dialect_of("/v1/responses").form.farewell)
+def test_responses_have_an_error_event_of_their_own() -> None:
+    assert form_of("/v1/responses") == replace(OPENAI, error_event=dialect_of("/v1/responses").form.error_event)
 
 
 @EACH_DIALECT
@@ -299,9 +302,9 @@ async def test_every_sdk_raises_what_it_has_for_the_upstreams(start: StartProxy,
     check_refused(ended, 401, "No.")
 
 
-async def test_a_farewell_of_gemini_has_no_line_but_data(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+async def test_an_error_event_of_gemini_has_no_line_but_data(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
     client, api = await begin(proxy, upstream, post(path="/v1/models/m:streamGenerateContent"))
     api.send(STREAM_HEAD, *map(chunk, EVENTS["gemini"]))
     api.close()
     received, _ = await client.rest()
-    assert received.endswith(chunk(GOOGLE.farewell(Truncated(), 2)))
+    assert received.endswith(chunk(GOOGLE.error_event(Truncated(), 2)))

@@ -127,6 +127,12 @@ def test_the_panels_that_the_guide_names_exist() -> None:
     assert set(named) <= {panel["title"] for panel in PANELS}
 
 
+def test_the_guide_has_the_rows_of_the_dashboard() -> None:
+    table = GUIDE[GUIDE.index("| row |") : GUIDE.index("The lists at the top")]
+    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    assert re.findall(r"^\| (.*?) \|", table, re.M)[1:] == rows
+
+
 def test_prometheus_takes_the_rules() -> None:
     subprocess.run([program("promtool"), "check", "rules", *RULES], capture_output=True, check=True)
 

@@ -140,6 +140,23 @@ def test_a_key_replaces_every_credential_of_the_client(name: bytes) -> None:
     assert named(out, b"cookie") == [b"a=b"]
 
 
+@pytest.mark.parametrize(
+    ("cookies", "left"),
+    [
+        (b"sseproxy_admin=1.ab", []),
+        (b"a=b; sseproxy_admin=1.ab; c=d", [b"a=b; c=d"]),
+        (b"sseproxy_admin=1.ab;c=d", [b"c=d"]),
+        (b"a=b;sseproxy_admin=", [b"a=b"]),
+        (b"sseproxy_admin=1; a=b; sseproxy_admin=2", [b"a=b"]),
+        (b"a=sseproxy_admin=1; not_sseproxy_admin=2", [b"a=sseproxy_admin=1; not_sseproxy_admin=2"]),
+        (b"", [b""]),
+    ],
+)
+def test_nobody_gets_the_session_of_the_admin_listener(cookies: bytes, left: list[bytes]) -> None:
+    """RFC 6265, section 8.5: cookies are the same for all ports of a host."""
+    assert named(upstream((b"Cookie", cookies)), b"cookie") == left
+
+
 @pytest.mark.parametrize("name", [b"X_Api_Key", b"x_goog-api_key", b"API_KEY", b"X_Own_Key", b"X-Own_Key"])
 def test_a_key_replaces_a_credential_in_any_spelling(name: bytes) -> None:
     assert named(upstream((name, b"client")), name.lower()) == [b"client"]

@@ -174,6 +174,11 @@ async def until_known(served: Served, *labels: str) -> None:
             await asyncio.sleep(0.02)
 
 
+async def active(served: Served, requests: int) -> None:
+    """Waits until so many requests are counted. One may be counted for a moment after its client has the answer."""
+    await served.until(r"endpoint_requests_active\{.*\}", requests)
+
+
 async def says(served: Served, *parts: str, times: int = 1) -> None:
     """It has logged so many lines with all `parts`."""
     await until_true(lambda: sum(all(part in line for part in parts) for line in served.messages) == times)
@@ -481,6 +486,7 @@ async def test_each_address_of_a_name_is_an_endpoint(tmp_path: Path) -> None:
             assert await series(served, "endpoint_up") == {three[0].label: 1, three[1].label: 1}
             for _ in range(8):
                 assert await ask(served) == 200
+                await active(served, 0)
             # Each worker takes turns, beginning with any of them.
             counts = [len(place.requests) for place in three]
             assert (sum(counts), counts[2], min(counts[:2]) >= 3) == (8, 0, True)
@@ -497,6 +503,8 @@ async def test_each_address_of_a_name_is_an_endpoint(tmp_path: Path) -> None:
             before = len(three[0].requests)
             for _ in range(4):
                 assert await ask(served) == 200
+                # The address that is gone is not counted.
+                await active(served, 1)
             assert len(three[2].requests) == 4
             assert len(three[0].requests) == before
             # It also goes to an end, and then leaves no series.

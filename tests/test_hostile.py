@@ -698,15 +698,15 @@ async def test_what_came_on_an_idle_connection_meets_no_request(
     assert (await client.message()).body == b"ok"
     await until(lambda: proxy.sample("upstream_connections", state="idle") == 1)
     (up,) = proxy.worker.proxy.upstreams["up"].endpoints
-    connection = await up.connect(lambda: None)
+    connection = up.reuse(lambda: None)
+    assert connection is not None
     connection.release(reusable=True)
     # Written and looked for in the same turn of the loop.
     raw = socket.socket(fileno=api.writer.get_extra_info("socket").fileno())
     raw.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
     raw.detach()
-    fresh = await up.connect(lambda: None)
-    assert fresh.protocol is not connection.protocol
-    fresh.abort()
+    assert up.reuse(lambda: None) is None
+    assert up.connections() == (0, 0)
 
 
 # --- what gives a secret away, or takes accounting away ---

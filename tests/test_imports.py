@@ -34,10 +34,10 @@ MAY_IMPORT = {
     | EVERYWHERE,
     "__main__": {"cli"},
 }
-# From the bottom up; `document` and `loading`, which parse YAML, are for who loads a configuration.
+# From the bottom up; the last three, which parse YAML, are for who loads a configuration.
 CONFIG = [
     *("config.addresses", "config.files", "config.plain", "config.values", "config.named", "config.model"),
-    *("config.document", "config.loading"),
+    *("config.mistakes", "config.document", "config.loading"),
 ]
 # From the bottom up. What a module imports for its types alone is not counted: a connection knows its server's type.
 RELAY = [
@@ -50,6 +50,7 @@ RELAY = [
         "relay.exchange",
         "relay.clock",
         "relay.inspect",
+        "relay.idle",
         "relay.upstream",
     ),
     *("relay.pool", "relay.attempt", "relay.affinity", "relay.retry", "relay.hold", "relay.pump"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sseproxy import config
 from sseproxy.relay import phases
@@ -115,7 +116,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
         raise LookupError(data)
 
     def with_broken_reader(path: str, name: str = "auto") -> Dialect:
-        return dialect_of(path, name)._replace(read=read)
+        return replace(dialect_of(path, name), read=read)
 
     monkeypatch.setattr(phases, "dialect_of", with_broken_reader)
     caplog.set_level(logging.CRITICAL)

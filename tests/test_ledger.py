@@ -11,9 +11,10 @@ from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sseproxy.ledger.table import Ledger, Row, alone, opened
+from sseproxy.ledger.table import Columns, Count, Ledger, Loads, Row, alone, opened
 
 NAMES = ["connections", "active", "route a"]
+MARKS = ["ejected a", "ejected b"]
 CLIENTS = [f"192.0.2.{number}" for number in range(5)]
 
 
@@ -38,6 +39,11 @@ class Workers(RuleBasedStateMachine):
         self.ledger = Ledger(rows=4)
         self.rows: dict[Row, Counter[str]] = {}
         self.clients: dict[Row, Counter[str]] = {}
+        # As some worker reads them that has seen others come and go.
+        self.loads: dict[Row, Loads] = {}
+        self.columns: dict[Row, tuple[list[Count], Columns]] = {}
+        self.marks: Counter[str] = Counter()
+        self.resting: set[Row] = set()
 
     def teardown(self) -> None:
         for row in self.rows:
@@ -48,8 +54,40 @@ class Workers(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rows) < 4)
     @rule()
     def begins(self) -> None:
-        row = worker(self.ledger)
+        row = worker(self.ledger, [*NAMES, *MARKS])
         self.rows[row], self.clients[row] = Counter(), Counter()
+        self.loads[row] = Loads([row.count(name) for name in NAMES], [row.told(name) for name in MARKS])
+        counts = [row.count(name) for name in (*MARKS, *reversed(NAMES))]
+        self.columns[row] = counts, Columns(counts)
+
+    @rule(name=st.sampled_from(MARKS), serial=st.integers(0, 3))
+    def marks_or_not(self, name: str, serial: int) -> None:
+        self.ledger.own(self.ledger.columns([*NAMES, *MARKS], ())).count(name).put(serial)
+        self.marks[name] = serial
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), rests=st.booleans())
+    def rests_or_not(self, data: st.DataObject, rests: bool) -> None:
+        row = data.draw(st.sampled_from([*self.rows]))
+        if rests:
+            row.rests.add("a", 9)
+            self.resting.add(row)
+        else:
+            row.rests.any(10)
+            self.resting.discard(row)
+
+    @invariant()
+    def loads_are_the_sums_as_long_as_nothing_rests_or_is_marked(self) -> None:
+        usual = not (self.resting or any(self.marks.values()))
+        sums = [sum(counts[name] for counts in self.rows.values()) for name in NAMES]
+        for loads in self.loads.values():
+            found = loads.read()
+            assert (None if found is None else list(found)) == (sums if usual else None)
+
+    @invariant()
+    def columns_are_the_same_as_one_by_one(self) -> None:
+        for counts, columns in self.columns.values():
+            assert columns.read() == [tuple(count.all()) for count in counts]
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), name=st.sampled_from(NAMES), number=st.integers(1, 1 << 40))
@@ -88,6 +126,7 @@ class Workers(RuleBasedStateMachine):
         row = data.draw(st.sampled_from([*self.rows]))
         self.ledger.free_row(row.number)
         del self.rows[row], self.clients[row]
+        self.resting.discard(row)
 
     @invariant()
     def sums_are_right(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +20,7 @@ from .harness import (
     begin,
     chunk,
     delta,
+    never_accepting,
     post,
     until,
 )
@@ -106,20 +106,13 @@ async def test_while_the_upstream_does_not_take_the_upload(
 
 
 async def test_while_connecting(start: StartProxy) -> None:
-    """The backlog is full, so the kernel never answers the proxy's SYN."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
-        waiting = [socket.socket() for _ in range(4)]
-        for sock in waiting:
-            sock.setblocking(False)
-            sock.connect_ex(full.getsockname())
-        proxy = await start(f"http://127.0.0.1:{full.getsockname()[1]}")
+    with never_accepting() as url:
+        proxy = await start(url)
         client = await proxy.connect()
         client.send(post())
         await proxy.busy()
         client.close()
         assert await proxy.ended() == {"client_gone_before_head": 1}
-        for sock in waiting:
-            sock.close()
 
 
 @WAYS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import socket
 import ssl
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from .harness import (
     chunk,
     delta,
     kept_port,
+    never_accepting,
     post,
     until,
 )
@@ -146,12 +146,7 @@ async def test_active_requests_of_a_route(start: StartProxy, upstream: ScriptedU
 
 
 async def test_pending_connects(start: StartProxy) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
-        waiting = [socket.socket() for _ in range(4)]
-        for sock in waiting:
-            sock.setblocking(False)
-            sock.connect_ex(full.getsockname())
-        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+    with never_accepting() as url:
         proxy = await start(url, limits=config.Limits(pending_connects=1), timeouts={"connect": SHORT})
         client, other = await proxy.connect(), await proxy.connect()
         client.send(post())
@@ -162,8 +157,26 @@ async def test_pending_connects(start: StartProxy) -> None:
         client.send(post())
         assert (await client.message()).status == 504
         assert await proxy.ended() == {"rejected": 1, "upstream_timeout_connect": 2}
-        for sock in waiting:
-            sock.close()
+
+
+async def test_who_needs_no_new_connection_is_not_refused_for_those_that_are_being_made(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await limited(start, upstream, pending_connects=1)
+    client, api = await begin(proxy, upstream)
+    api.send(OK)
+    assert (await client.message()).status == 200
+    # As if another worker were connecting.
+    proxy.worker.proxy.upstreams["up"]._pending.add(1)
+    client.send(post())
+    await api.message()
+    other = await proxy.connect()
+    other.send(post())
+    refused(await other.message(), "pending_connects", proxy, route="api")
+    api.send(OK)
+    assert (await client.message()).status == 200
+    assert upstream.connections == 1
+    proxy.worker.proxy.upstreams["up"]._pending.add(-1)
 
 
 @pytest.mark.parametrize("before", [b"", post(path="/nowhere")])
@@ -274,7 +287,7 @@ async def test_a_body_that_comes_too_slowly(start: StartProxy, upstream: Scripte
 
 
 async def test_an_upload_is_not_slow_because_the_upstream_is(start: StartProxy, upstream: ScriptedUpstream) -> None:
-    proxy = await start(upstream.url, limits=config.Limits(request_body_rate=1 << 30), timeouts={"body": SHORT})
+    proxy = await start(upstream.url, limits=config.Limits(request_body_rate=1 << 20), timeouts={"body": SHORT})
     body = b"x" * 8_000_000
     client = await proxy.connect()
     client.send(post(body))

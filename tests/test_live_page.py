@@ -57,6 +57,11 @@ async def test_two_hundred_streams_from_their_beginning_to_their_end(
     await tab.size(1280, 800)
     await log_in(tab, served)
     assert await tab.evaluate("document.querySelector('#empty').textContent") == "No request is under way."
+    # It is not said while nothing is known.
+    assert not await tab.evaluate("document.querySelector('#empty').hidden")
+    assert await tab.evaluate("close(), render(), document.querySelector('#empty').hidden")
+    await tab.evaluate("state('connecting'), open()")
+    await tab.until("document.querySelector('#state').textContent === 'connected'")
     streams = [await request(served, upstream, f"model-{number:03}") for number in range(200)]
     await tab.until(f"{RUNNING} === 200")
     waits = "[...document.querySelectorAll('#rows .first')].filter(cell => cell.textContent.endsWith('…')).length"

@@ -25,7 +25,13 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    # As from a shell, also where the tests run under make.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def python(folder: Path, before: str) -> str:
@@ -55,6 +61,13 @@ def test_help_has_a_line_for_every_target() -> None:
     for arguments in ([], ["help"]):
         shown = make(ROOT, *arguments).stdout
         assert sorted(re.findall(r"^  ([\w-]+) +\S", shown, re.M)) == sorted(phony.split())
+
+
+def test_proof_gets_its_number_of_runs() -> None:
+    for arguments, number in (([], 200), (["RUNS=5"], 5)):
+        commands = make(ROOT, "--dry-run", "proof", *arguments).stdout
+        assert commands.splitlines()[-1].rstrip().endswith(f"-m bench.proof {number}")
+        assert f"touch {number}" not in commands
 
 
 def test_a_python_that_is_too_old_is_named_and_leaves_nothing(checkout: Path) -> None:

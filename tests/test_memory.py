@@ -57,7 +57,7 @@ async def test_requests_leave_nothing() -> None:
 
 
 def test_the_readme_promises_these_bounds() -> None:
-    table = README[README.index("## What it holds at worst") :]
+    table = README[README.index("## Memory in the worst case") :]
     promised = re.findall(r"^\| ([^|]+) \|.*\| (\d+) ([KM]iB)( each)? \|$", table, re.M)
     bounds = [value for value in vars(memory).values() if isinstance(value, memory.Bound)]
     assert {

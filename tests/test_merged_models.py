@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from pydantic import SecretStr
+
+from sseproxy.relay import models
 
 from .conftest import StartProxy
 from .fleet import Act, Node, ask, fleet, nodes, says, silent, status, upstream
@@ -112,3 +115,25 @@ async def test_without_the_option_the_list_is_that_of_one_endpoint(start: StartP
         # One model is not the list.
         assert (await ask(proxy, (GET % b"").replace(b"/models", b"/models/llama"))).get("content-length") is not None
         assert [message.start_line.split()[1] for message in b.requests] == ["/v1/models"]
+
+
+async def test_requests_do_not_ask_again_for_what_nobody_tells(start: StartProxy) -> None:
+    async with nodes(Node(status(404), usual=completes("a")), Node(status(404), usual=completes("b"))) as two:
+        proxy = await start("http://unused", **fleet(upstream("a", two[0]), upstream("b", two[1]), merge_models=True))
+        for _ in range(3):
+            assert (await ask(proxy, post(b'{"model":"gpt","messages":[]}'))).json()["by"] == "a"
+        assert [len(node.requests) for node in two] == [4, 1]
+        # Who asks for the list gets it once there is one.
+        two[1].acts.append(lists("gpt"))
+        two[0].acts.append(status(404))
+        assert ids((await ask(proxy, GET % b"")).body) == ["gpt"]
+
+
+async def test_a_list_that_does_not_come_fails_no_request(start: StartProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_TIMEOUT", 0.4)
+    async with nodes(Node(silent, usual=completes("a")), Node(silent, usual=completes("b"))) as two:
+        proxy = await start(
+            "http://unused",
+            **fleet(upstream("a", two[0]), upstream("b", two[1]), merge_models=True, timeouts={"head": 0.2}),
+        )
+        assert (await ask(proxy, post(b'{"model":"gpt","messages":[]}'))).json()["by"] == "a"

@@ -260,6 +260,22 @@ async def test_connections_are_reused_on_both_sides(proxy: RunningProxy, upstrea
     assert proxy.sample("upstream_connections", state="idle") == 1
 
 
+async def test_the_connection_that_was_used_last_is_used_first(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
+    one, first = await begin(proxy, upstream)
+    other, second = await begin(proxy, upstream)
+    for client, api in ((one, first), (other, second)):
+        api.send(STREAM_HEAD, chunk(DONE), LAST_CHUNK)
+        assert (await client.message()).complete
+    # As long as one request follows another, the first connection is not needed any more.
+    for _ in range(3):
+        one.send(post())
+        await second.message()
+        second.send(STREAM_HEAD, chunk(DONE), LAST_CHUNK)
+        assert (await one.message()).complete
+    assert upstream.connections == 2
+    assert await proxy.ended() == {"completed": 5}
+
+
 def aged(upstream: ScriptedUpstream, age: float) -> tuple[config.Upstream, ...]:
     return (config.Upstream(name="up", url=f"{upstream.url}/v1", max_connection_age=age),)
 
@@ -297,9 +313,9 @@ async def test_a_connection_that_has_its_age_while_it_is_idle_takes_no_other_req
     api.send(answer)
     assert (await client.message()).complete
     assert upstream.connections == 1
-    ((connection, _),) = next(iter(proxy.worker.proxy.upstreams["up"].endpoints[0]._connector._conns.values()))
-    assert isinstance(connection, RelayProtocol)
-    connection._old_at = 0.0
+    (connection,) = proxy.worker.proxy.upstreams["up"].endpoints[0]._idle
+    assert isinstance(connection.protocol, RelayProtocol)
+    connection.protocol._old_at = 0.0
     client.send(post())
     second = await upstream.accept()
     await second.message()

@@ -423,6 +423,23 @@ async def test_a_signal_drains(upstream: ScriptedUpstream, number: signal.Signal
         await until_refused(served.port)
         await finish_stream(client, api)
         assert await served.ended() == 0
+    (said,) = (message for message in served.messages if "draining ended" in message)
+    assert re.fullmatch(r"draining ended after [\d.]+s; no request was cut off", said)
+
+
+async def test_one_line_says_how_many_requests_of_all_workers_were_cut_off(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with ConfigFile(tmp_path, upstream, workers="2", drain_timeout="500ms").serve() as served:
+        for worker in served.workers:
+            os.kill(worker, signal.SIGSTOP)
+            await begin_stream(served, upstream)
+            os.kill(worker, signal.SIGCONT)
+        served.process.send_signal(signal.SIGTERM)
+        assert await served.ended() == 0
+    first, last = (message for message in served.messages if "drain" in message)
+    assert first.startswith("draining for at most 0.5s")
+    assert re.fullmatch(r"draining ended after [\d.]+s; 2 requests were cut off", last)
 
 
 def write_config(path: Path, upstream: ScriptedUpstream, drain_timeout: str) -> str:
@@ -461,6 +478,7 @@ async def test_a_second_signal_ends_at_once(upstream: ScriptedUpstream, number: 
     async with serve("--upstream", upstream.url, *ANYWHERE, "--workers", "2") as served:
         client, api = await begin_stream(served, upstream)
         workers = served.workers
+        await served.until(r"streams_active\{.*\}", 1)
         served.process.send_signal(number)
         await until_true(lambda: "draining" in served.stderr)
         served.process.send_signal(number)
@@ -469,6 +487,7 @@ async def test_a_second_signal_ends_at_once(upstream: ScriptedUpstream, number: 
         assert not received.endswith(LAST_CHUNK)
         await api.gone()
         await until_true(lambda: not any(map(alive, workers)))
+    assert served.messages[-1].endswith("s; 1 request was cut off")
 
 
 async def test_workers_whose_supervisor_died_finish_and_go(upstream: ScriptedUpstream) -> None:
@@ -707,7 +726,10 @@ async def test_a_port_that_is_taken_is_one_line(upstream: ScriptedUpstream, opti
             "serve", "--upstream", upstream.url, *ANYWHERE, f"--{option}", f"127.0.0.1:{port}"
         )
     name = {"listen": "listen", "admin": "admin.listen"}[option]
-    assert errors == f"sseproxy: {name}: cannot listen on 127.0.0.1:{port}: address already in use\n"
+    assert errors == (
+        f"sseproxy: {name}: cannot listen on 127.0.0.1:{port}: address already in use; is sseproxy running already? "
+        f"--{option} chooses another address\n"
+    )
     assert (status, out) == (1, "")
 
 

@@ -135,7 +135,7 @@ NO_HEARTBEAT = [b"text/plain", b"application/json"]
 
 
 @pytest.mark.parametrize("label", [b"text/event-stream", *NO_HEARTBEAT])
-async def test_json_is_not_changed_by_a_heartbeat_nor_by_a_farewell(
+async def test_json_is_not_changed_by_a_heartbeat_nor_by_an_error_event(
     start: StartProxy, upstream: ScriptedUpstream, label: bytes
 ) -> None:
     proxy = await any_path(start, upstream, heartbeat=0.05, timeouts=config.Timeouts(idle=0.5, first_token=0.5))

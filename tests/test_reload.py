@@ -216,6 +216,18 @@ async def test_a_route_that_no_request_can_take_is_a_warning_at_the_start_and_at
         assert sum("no request can take" in message for message in served.messages) == 2
 
 
+async def test_a_key_behind_an_open_port_is_a_warning_at_the_start_and_at_each_reload(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream, key="api_key: sk-1", listen="':0'")
+    said = f"{file.path}: listen: everybody who can reach :0 spends the key of up; "
+    async with file.serve() as served:
+        assert [message.startswith(said) for message in served.messages] == [True]
+        assert (await reload(served))[0] == 200
+        await until_true(lambda: sum(message.startswith(said) for message in served.messages) == 2)
+        assert "sk-1" not in served.stderr
+
+
 async def test_keys_are_read_anew(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("sk-old\n")
@@ -376,7 +388,10 @@ async def test_earlier_configurations_that_finish_are_bounded(upstream: Scripted
         for client in clients[:-2]:
             received, _ = await client.rest()
             assert b'"code": "draining"' in received
-        assert served.stderr.count("the streams of the oldest are ended") == 4
+        await until_true(lambda: served.stderr.count("the requests of the oldest are ended") == 4)
+        said = [message for message in served.messages if message.startswith("configuration reloaded: 1 worker; ")]
+        assert said[0].endswith("; 1 earlier configuration ends as soon as no request is left")
+        assert said[1].endswith("; 2 earlier configurations end as soon as no request is left")
         assert await served.sample("workers_finishing") == 2
         await served.until(r'requests_total\{.*outcome="drained".*\}', 4)
         assert await served.sample(r"streams_active\{.*\}") == 2
@@ -556,6 +571,9 @@ async def test_exchanges_from_before_a_reload_may_be_given_a_time(upstream: Scri
         received, _ = await client.rest()
         assert b'"code": "draining"' in received
         await served.until(r'requests_total\{.*outcome="drained".*\}', 1)
+        await until_true(
+            lambda: "requests of an earlier configuration cut off by reload.drain_timeout (0.1s): 1" in served.messages
+        )
         await asked(served, upstream)
 
 
@@ -641,7 +659,7 @@ async def test_a_hundred_reloads_under_load_refuse_nothing_and_cut_nothing(tmp_p
                 asyncio.get_running_loop().create_task(keep_asking(served, body, keep=keep)) for body, keep in 2 * work
             ]
             for number in range(RELOADS):
-                file.write(upstream, drain_timeout=f"{number + 1}s", workers=str(1 + number % 3))
+                file.write(upstream, drain_timeout=f"{number + 1}s", workers=str(1 + number % 2))
                 assert await reload(served) == (200, "reloaded\n")
                 assert not any(task.done() for task in tasks), [task for task in tasks if task.done()]
             over.set()

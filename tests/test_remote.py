@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from sseproxy import config
 from sseproxy.config.plain import Rate
@@ -39,9 +40,10 @@ from .test_clients import ANSWER, FILE, bearer, client, refused, request
 class Server:
     """A Redis server on a port of its own."""
 
-    def __init__(self, port: int, directory: Path) -> None:
+    def __init__(self, port: int, directory: Path, *options: str) -> None:
         self.url = f"redis://127.0.0.1:{port}/0"
         self._port = port
+        self._options = options
         self._directory = directory
         self._process: asyncio.subprocess.Process | None = None
 
@@ -49,6 +51,7 @@ class Server:
         self._process = await asyncio.create_subprocess_exec(
             *(program("redis-server"), "--port", str(self._port), "--bind", "127.0.0.1"),
             *("--dir", str(self._directory), "--save", "", "--appendonly", "yes", "--appendfsync", "always"),
+            *("--repl-diskless-sync-delay", "0", *self._options),
             stdout=asyncio.subprocess.DEVNULL,
         )
         async with asyncio.timeout(15):
@@ -111,6 +114,28 @@ async def answered(proxy: RunningProxy, upstream: ScriptedUpstream) -> str | Non
     await proxy.idle()
     await told(proxy)
     return answer.get("x-ratelimit-remaining-requests")
+
+
+async def let_in_again(proxy: RunningProxy, upstream: ScriptedUpstream) -> str | None:
+    """Asks until a request is not refused; returns how many requests are left."""
+    async with asyncio.timeout(20):
+        while True:
+            peer = await proxy.connect()
+            peer.send(request(bearer(), path="/v1/models", method="GET", body=b"", kind=None))
+            waiting = asyncio.ensure_future(peer.message())
+            accepted = asyncio.ensure_future(upstream.accept())
+            await asyncio.wait((waiting, accepted), return_when=asyncio.FIRST_COMPLETED)
+            if accepted.done():
+                api = accepted.result()
+                await api.message()
+                api.send(ANSWER)
+                answer = await waiting
+                assert answer.status == 200
+                api.close()
+                return answer.get("x-ratelimit-remaining-requests")
+            accepted.cancel()
+            assert waiting.result().status == 503
+            await asyncio.sleep(0.1)
 
 
 async def told(proxy: RunningProxy) -> None:
@@ -201,33 +226,47 @@ async def test_while_the_server_is_away_each_machine_has_the_limits_for_itself(
 
 @pytest.mark.timeout(60)
 async def test_or_requests_are_refused_until_it_is_back(
-    machines: Machines, upstream: ScriptedUpstream, server: Server
+    machines: Machines, upstream: ScriptedUpstream, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "sseproxy.ledger")
     (one,) = await machines(1, "refuse", requests=Rate(100, 86_400))
     await server.kill()
-    answer = await refused(one, request(bearer()))
-    assert (answer.status, answer.json()["error"]["code"], answer.get("retry-after")) == (503, "ledger", "1")
+    for _ in range(5):
+        answer = await refused(one, request(bearer()))
+        assert (answer.status, answer.json()["error"]["code"], answer.get("retry-after")) == (503, "ledger", "1")
+    assert [line.partition(":")[0] for line in caplog.messages] == ["the server of ledger.url does not answer"]
+    assert caplog.messages[0].endswith("; meanwhile, clients with limits get 503")
     await server.start()
 
-    async def let_in() -> bool:
-        peer = await one.connect()
-        peer.send(request(bearer(), path="/v1/models", method="GET", body=b"", kind=None))
-        waiting = asyncio.ensure_future(peer.message())
-        accepted = asyncio.ensure_future(upstream.accept())
-        await asyncio.wait((waiting, accepted), return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            accepted.cancel()
-            return bool(waiting.result().status == 200)
-        api = accepted.result()
-        await api.message()
-        api.send(ANSWER)
-        found = bool((await waiting).status == 200)
-        api.close()
-        return found
+    await let_in_again(one, upstream)
+    assert caplog.messages[1:] == ["the server of ledger.url answers again"]
 
-    async with asyncio.timeout(20):
-        while not await let_in():  # noqa: ASYNC110 - another process's state
-            await asyncio.sleep(0.1)
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.timeout(60)
+async def test_a_replica_that_takes_over_knows_what_was_used(
+    machines: Machines, upstream: ScriptedUpstream, server: Server, tmp_path: Path
+) -> None:
+    """The address stays, as where a name or an address moves. Until the replica may write, it is no server."""
+    (one,) = await machines(1, "refuse", requests=Rate(100, 86_400))
+    assert await answered(one, upstream) == "99"
+    (tmp_path / "replica").mkdir()
+    port = server.url.rpartition(":")[2].partition("/")[0]
+    with kept_port() as other:
+        replica = Server(other, tmp_path / "replica", "--replicaof", "127.0.0.1", port)
+        await replica.start()
+        try:
+            assert await answered(one, upstream) == "98"
+            async with Redis.from_url(server.url) as first, Redis.from_url(replica.url) as second:
+                assert await first.wait(1, 10_000) == 1
+                await server.kill()
+                await second.config_set("port", port)
+            assert (await refused(one, request(bearer()))).json()["error"]["code"] == "ledger"
+            async with Redis.from_url(server.url) as second:
+                await second.replicaof("NO", "ONE")
+            assert await let_in_again(one, upstream) == "97"
+        finally:
+            await replica.kill()
 
 
 @pytest.mark.timeout(60)
@@ -328,5 +367,130 @@ def test_its_password_is_not_shown() -> None:
 
 def test_without_the_library_it_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sseproxy.config.model.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="redis is not installed"):
+    with pytest.raises(ConfigError, match="the package redis is not installed"):
         config.parse(f"ledger: {{url: 'redis://h'}}\n{FILE.removesuffix('clients:' + chr(10))}", "f", {})
+
+
+async def test_what_is_owed_to_a_server_that_was_away_is_one_charge_and_takes_no_more_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "_LEFT_ALONE", 0.0)
+    answers, charged = False, []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while asked := await reader.read(65536):
+            if b"EVALSHA" not in asked:
+                writer.write(b"+OK\r\n" * asked.count(b"*"))
+            elif answers:
+                charged.append(int(asked.split(b"\r\n")[-6]))
+                writer.write(b":1\r\n")
+            else:
+                writer.write(b"-LOADING Redis is loading the dataset in memory\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+    failed: list[int] = []
+    asking = Remote(url, "machine", lambda: failed.append(1), refuses=False)
+    try:
+        with pytest.raises(Unavailable):
+            await asking.admit("a", Limits(None, None, (9, 60)), 0, lambda: Machine(0, 0))
+        for number in range(100):
+            for _ in range(3):
+                asking.settle("a", 1)
+            await until(lambda wanted=number + 2: len(failed) >= wanted)  # type: ignore[misc]
+        answers = True
+        asking.settle("a", 1)
+        await until(lambda: sum(charged) == 301)
+        assert len(charged) <= 3
+    finally:
+        await asking.close()
+        server.close()
+
+
+VERDICT = b"*7\r\n$0\r\n\r\n%b:0\r\n$1\r\n0\r\n:0\r\n:0\r\n$1\r\n0\r\n"
+LIES = {
+    "full": b"-OOM command not allowed when used memory > 'maxmemory'.\r\n",
+    "a replica": b"-READONLY You can't write against a read only replica.\r\n",
+    "loading": b"-LOADING Redis is loading the dataset in memory\r\n",
+    "a cluster": b"-MOVED 3999 127.0.0.1:6381\r\n",
+    "a cluster that says nothing": b"-MOVED\r\n",
+    "a failure of the script": b"-ERR user_script:1: attempt to compare nil with number\r\n",
+    "a script that is never known": b"-NOSCRIPT No matching script.\r\n",
+    "no error of text": b"-\xff\xfe\r\n",
+    "a word": b"+OK\r\n",
+    "a number": b":5\r\n",
+    "nothing": b"$-1\r\n",
+    "no list": b"*-1\r\n",
+    "an empty list": b"*0\r\n",
+    "a number that is none": b":abc\r\n",
+    "a length that is none": b"$abc\r\n",
+    "another protocol": b"HTTP/1.1 200 OK\r\n\r\n",
+    "a word in place of a count": VERDICT % b"+x\r\n",
+    "nothing in place of a count": VERDICT % b"$-1\r\n",
+    "no time": (VERDICT % b":0\r\n").replace(b"$1\r\n0", b"$-1", 1),
+    "a long list": b"*1000000000\r\n",
+}
+
+
+async def test_a_question_is_given_up_in_time_wherever_it_is(
+    start: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the library swallows the cancellation, as it does at some points of its handshake."""
+
+    async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while asked := await reader.read(65536):
+            writer.write(LIES["a long list"] if b"EVALSHA" in asked else b"+OK\r\n" * asked.count(b"*"))
+        writer.close()
+
+    monkeypatch.setattr(remote, "_LEFT_ALONE", 0.0)
+    lying = await asyncio.start_server(lie, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{lying.sockets[0].getsockname()[1]}/0"
+    ledger = config.Ledger(url=url, on_failure="refuse")  # type: ignore[arg-type]
+    made = client(limits=config.ClientLimits(requests=Rate(2, 86_400)))
+    proxy = await start(upstream.url, route=CHAT, clients=(made,), ledger=ledger)
+    try:
+        for step in range(200):
+            monkeypatch.setattr(remote, "_DEADLINE", 0.0001 * (step // 4))
+            assert (await refused(proxy, request(bearer()))).status == 503
+    finally:
+        lying.close()
+    await proxy.idle()
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("answer", [*LIES.values()], ids=[*LIES])
+async def test_a_server_that_answers_something_else_has_not_answered(
+    start: StartProxy,
+    upstream: ScriptedUpstream,
+    answer: bytes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while asked := await reader.read(65536):
+            writer.write(answer if b"EVALSHA" in asked or b"SCRIPT" in asked else b"+OK\r\n" * asked.count(b"*"))
+        writer.close()
+
+    lying = await asyncio.start_server(lie, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{lying.sockets[0].getsockname()[1]}/0"
+    made = client(limits=config.ClientLimits(requests=Rate(2, 86_400)))
+    if answer == LIES["a long list"]:
+        monkeypatch.setattr(remote, "_DEADLINE", 0.05)
+    try:
+        for on_failure, statuses in (("local", [200, 200, 429]), ("refuse", [503])):
+            ledger = config.Ledger(url=url, on_failure=on_failure)  # type: ignore[arg-type]
+            proxy = await start(upstream.url, route=CHAT, clients=(made,), ledger=ledger)
+            for status in statuses:
+                if status == 200:
+                    await answered(proxy, upstream)
+                else:
+                    assert (await refused(proxy, request(bearer()))).status == status
+            await told(proxy)
+            await proxy.idle()
+            assert proxy.sample("ledger_failures_total") >= 1
+            assert proxy.sample("client_requests_active") == 0
+    finally:
+        lying.close()
+    assert "internal error" not in caplog.text
+    assert "never retrieved" not in caplog.text

@@ -436,7 +436,7 @@ async def test_curl_fails_on_a_stream_that_is_cut(
         assert await child.read_until(b"\n\n") == delta("Hi")
         cut(api)
         partial_file = 18
-        assert await child.end() == (partial_file, OPENAI.farewell(Truncated(), 1))
+        assert await child.end() == (partial_file, OPENAI.error_event(Truncated(), 1))
 
 
 @EACH_SDK

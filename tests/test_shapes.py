@@ -23,7 +23,7 @@ from sseproxy.wire.meaning import Usage
 from sseproxy.wire.sse import EventParser
 
 from .conftest import StartProxy
-from .harness import LAST_CHUNK, Peer, RunningProxy, ScriptedUpstream, chunk, post
+from .harness import LAST_CHUNK, Peer, RunningProxy, ScriptedUpstream, chunk, post, total
 from .splits import cut, splits, steps
 
 WIRE = Path(__file__).parent / "wire"
@@ -198,24 +198,25 @@ async def begin(start: StartProxy, upstream: ScriptedUpstream, shape: Shape) -> 
 
 def counted(proxy: RunningProxy) -> dict[str, float]:
     """What `/metrics` tells of streams."""
+    samples = proxy.samples()
     return {
-        "ended": proxy.sample("requests_total"),
-        "completed": proxy.sample("requests_total", outcome="completed"),
-        "truncated": proxy.sample("requests_total", outcome="truncated"),
-        "upstream_error": proxy.sample("requests_total", outcome="upstream_error"),
-        "input": proxy.sample("tokens_total", type="input"),
-        "output": proxy.sample("tokens_total", type="output"),
-        "cached_input": proxy.sample("tokens_total", type="cached_input"),
-        "reasoning": proxy.sample("tokens_total", type="reasoning"),
-        "cache_write": proxy.sample("tokens_total", type="cache_write"),
-        "events": proxy.sample("stream_events_total"),
-        "garbled": proxy.sample("stream_events_garbled_total"),
-        "first_tokens": proxy.sample("time_to_first_token_seconds_count"),
-        "without_usage": proxy.sample("streams_without_usage_total"),
-        "by_marker": proxy.sample("stream_ends_total", end="marker"),
-        "by_eof": proxy.sample("stream_ends_total", end="eof"),
-        "bytes": proxy.sample("response_bytes_total"),
-        "active": proxy.sample("requests_active") + proxy.sample("streams_active"),
+        "ended": total(samples, "requests_total"),
+        "completed": total(samples, "requests_total", outcome="completed"),
+        "truncated": total(samples, "requests_total", outcome="truncated"),
+        "upstream_error": total(samples, "requests_total", outcome="upstream_error"),
+        "input": total(samples, "tokens_total", type="input"),
+        "output": total(samples, "tokens_total", type="output"),
+        "cached_input": total(samples, "tokens_total", type="cached_input"),
+        "reasoning": total(samples, "tokens_total", type="reasoning"),
+        "cache_write": total(samples, "tokens_total", type="cache_write"),
+        "events": total(samples, "stream_events_total"),
+        "garbled": total(samples, "stream_events_garbled_total"),
+        "first_tokens": total(samples, "time_to_first_token_seconds_count"),
+        "without_usage": total(samples, "streams_without_usage_total"),
+        "by_marker": total(samples, "stream_ends_total", end="marker"),
+        "by_eof": total(samples, "stream_ends_total", end="eof"),
+        "bytes": total(samples, "response_bytes_total"),
+        "active": total(samples, "requests_active") + total(samples, "streams_active"),
     }
 
 

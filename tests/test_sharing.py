@@ -19,7 +19,19 @@ from sseproxy.process.accepting import Accepting
 from sseproxy.relay.admission import CONNECTIONS
 
 from .conftest import PlayScript
-from .harness import DEADLINE, DONE, LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, delta, post, until
+from .harness import (
+    DEADLINE,
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    Peer,
+    ScriptedUpstream,
+    chunk,
+    delta,
+    never_accepting,
+    post,
+    until,
+)
 from .served import ConfigFile, Served, alive, end, until_true
 from .test_listeners import Systemd
 from .test_reload import reload
@@ -159,13 +171,8 @@ async def test_a_limit_is_that_of_all_workers_whatever_becomes_of_them(
 async def test_connections_that_are_being_made_are_counted_over_all_workers(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
-        # Nobody accepts, and the kernel keeps no more.
-        waiting = [socket.socket() for _ in range(4)]
-        for sock in waiting:
-            sock.setblocking(False)
-            sock.connect_ex(full.getsockname())
-        upstreams = f"[{{name: up, url: 'http://127.0.0.1:{full.getsockname()[1]}'}}]"
+    with never_accepting() as url:
+        upstreams = f"[{{name: up, url: '{url}'}}]"
         file = ConfigFile(tmp_path, upstream, workers="4", limits="{pending_connects: 6}", upstreams=upstreams)
         async with file.serve() as served:
             for number in range(6):
@@ -174,8 +181,6 @@ async def test_connections_that_are_being_made_are_counted_over_all_workers(
             client = await served.connect()
             client.send(post())
             assert (await client.message()).json()["error"]["code"] == "pending_connects"
-        for sock in waiting:
-            sock.close()
 
 
 async def test_a_response_that_is_fetched_by_way_of_several_workers_is_counted_once(

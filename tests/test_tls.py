@@ -101,7 +101,8 @@ async def test_what_came_on_an_idle_connection_meets_no_request(
             assert (await client.message()).body == b"ok"
             (up,) = proxy.worker.proxy.upstreams["up"].endpoints
             await until(lambda: up.connections() == (0, 1))
-            ((protocol, _),) = next(iter(up._connector._conns.values()))
+            (connection,) = up._idle
+            protocol = connection.protocol
             assert isinstance(protocol, RelayProtocol)
             assert protocol.transport is not None
             assert protocol.is_quiet()

@@ -183,11 +183,14 @@ async def test_a_pipe_gets_what_is_under_way_once(upstream: ScriptedUpstream, tm
         status, text, errors = await run("top", "--url", url, "--token", "another")
         assert (status, text) == (1, "")
         assert errors.startswith(f"sseproxy: {url} needs another token")
+        status, text, errors = await run("top", "--url", url)
+        assert (status, text) == (1, "")
+        assert errors.startswith(f"sseproxy: {url} needs a token")
 
 
 async def test_mistakes_are_told_in_one_line(upstream: ScriptedUpstream) -> None:
     for url, says in (
-        ("http://127.0.0.1:1", "no answer from http://127.0.0.1:1: "),
+        ("http://127.0.0.1:1", "no answer from http://127.0.0.1:1: connection refused\n"),
         ("nowhere", "--url: expected a URL such as http://127.0.0.1:9464, got 'nowhere'"),
         ("http://h:99999", "--url: expected a URL"),
     ):

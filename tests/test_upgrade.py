@@ -251,6 +251,7 @@ async def test_what_both_versions_have_is_ended_when_the_drain_takes_too_long(
         served.process.terminate()
         assert b'"code": "draining"' in (await client.rest())[0]
         assert await served.ended() == 0
+    assert served.messages[-1].endswith("no request was cut off, not counting those of workers of the previous version")
 
 
 async def test_exchanges_from_before_an_upgrade_are_bounded_as_those_from_before_a_reload(

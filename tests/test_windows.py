@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from math import inf
+from typing import Protocol
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sseproxy.ledger import windows
 from sseproxy.ledger.table import Ledger, Row
@@ -35,6 +37,16 @@ class Column:
         return [self.own]
 
 
+class Readable(Protocol):
+    def all(self) -> list[int]: ...
+
+
+def used(columns: tuple[Readable, Readable], now: float) -> Use:
+    """What was used within a minute."""
+    even, odd = columns
+    return Window((Column(), Column()), 60).use(even.all(), odd.all(), now)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
@@ -47,7 +59,7 @@ def later(use: Use, seconds: float) -> Use:
     """The same use after so many seconds in which nothing more is used."""
     at = use.elapsed + seconds
     if at < use.seconds:
-        return use._replace(elapsed=at)
+        return replace(use, elapsed=at)
     if at < 2 * use.seconds:
         return Use(0, use.present, at - use.seconds, use.seconds)
     return Use(0, 0, 0.0, use.seconds)
@@ -81,21 +93,21 @@ def test_a_limit_holds_in_each_fixed_window_and_is_not_felt_without_use(
     steps: list[tuple[float, int]], limit: int
 ) -> None:
     clock = Clock()
-    window = Window((Column(), Column()), 60, clock)
+    window = Window(columns := (Column(), Column()), 60)
     let_in: list[tuple[float, int]] = []
     for pause, amount in steps:
         clock.now += pause
-        if not window.use().wait(limit, amount):
-            window.add(amount)
+        if not used(columns, clock.now).wait(limit, amount):
+            window.add(amount, clock.now)
             let_in.append((clock.now, amount))
         else:
             # What lies in the two fixed windows at most counts.
             begun = clock.now // 60 * 60 - 60
-            assert sum(used for at, used in let_in if at >= begun) + amount > limit
+            assert sum(before for at, before in let_in if at >= begun) + amount > limit
     by_window: Counter[float] = Counter()
     for at, amount in let_in:
         by_window[at // 60] += amount
-    assert all(used <= limit for used in by_window.values())
+    assert all(amount <= limit for amount in by_window.values())
 
 
 @given(st.lists(st.tuples(st.floats(0, 200), st.integers(0, 3), st.integers(1, 1 << 20)), max_size=30))
@@ -104,7 +116,7 @@ def test_the_workers_of_a_table_count_together_whoever_has_ended(steps: list[tup
     ledger, clock = Ledger(rows=4), Clock()
     columns = ledger.columns(windows.names("a", 60), ())
     rows: dict[int, Row] = {}
-    used: Counter[int] = Counter()
+    counted: Counter[int] = Counter()
     try:
         for pause, who, amount in steps:
             clock.now += pause
@@ -112,18 +124,18 @@ def test_the_workers_of_a_table_count_together_whoever_has_ended(steps: list[tup
                 # As after a kill -9: the supervisor frees the row.
                 ledger.free_row(rows.pop(who).number)
             row = rows.setdefault(who, ledger.row(ledger.take_row(), columns) if who not in rows else rows.get(who))  # type: ignore[arg-type]
-            even, odd = map(row.count, windows.names("a", 60))
-            window = Window((even, odd), 60, clock)
-            window.add(amount)
+            window = row.window("a", 60)
+            window.add(amount, clock.now)
             number = int(clock.now // 60)
-            used[number] += amount
-            assert window.use()[:2] == (used[number], used[number - 1])
+            counted[number] += amount
+            use = used(window.columns, clock.now)
+            assert (use.present, use.last) == (counted[number], counted[number - 1])
         for row in rows.values():
             ledger.free_row(row.number)
         watcher = ledger.row(ledger.take_row(), columns)
-        even, odd = map(watcher.count, windows.names("a", 60))
         number = int(clock.now // 60)
-        assert Window((even, odd), 60, clock).use()[:2] == (used[number], used[number - 1])
+        use = used(watcher.window("a", 60).columns, clock.now)
+        assert (use.present, use.last) == (counted[number], counted[number - 1])
     finally:
         ledger.close()
 
@@ -136,6 +148,11 @@ def test_cells_are_added_in_any_order(one: int, two: int, three: int) -> None:
     assert added(one, two) == added(two, one)
     assert added(added(one, two), three) == added(one, added(two, three))
     assert 0 <= added(one, two) < 1 << 63
+
+
+@given(st.integers(0, 80), st.lists(CELLS | st.just(0)))
+def test_what_was_used_in_a_window_is_what_its_cells_say(number: int, cells: list[int]) -> None:
+    assert used_in(number, cells) == sum(one & ((1 << 40) - 1) for one in cells if one >> 40 == number)
 
 
 def test_the_numbers_of_windows_start_again() -> None:
@@ -155,8 +172,7 @@ def test_columns_that_count_nothing_any_more_are_free_for_others(monkeypatch: py
     monkeypatch.setattr("sseproxy.ledger.table.perf_counter", clock)
     old, new = windows.names("old", 60), windows.names("new", 60)
     row = ledger.row(ledger.take_row(), columns := ledger.columns(old, ()))
-    even, odd = map(row.count, old)
-    Window((even, odd), 60, clock).add(5)
+    row.window("old", 60).add(5, clock.now)
     ledger.free_row(row.number)
     ledger.columns(new, ())
     assert set(old) & ledger.names
@@ -169,14 +185,14 @@ def test_columns_that_count_nothing_any_more_are_free_for_others(monkeypatch: py
 
 
 def test_what_was_used_is_kept_over_an_upgrade() -> None:
-    ledger, clock = Ledger(rows=3), Clock()
+    ledger = Ledger(rows=3)
     columns = ledger.columns(windows.names("a", 60), ())
     rows = [ledger.row(ledger.take_row(), columns) for _ in range(3)]
     for row in rows:
-        Window(tuple(map(row.count, windows.names("a", 60))), 60, clock).add(2)  # type: ignore[arg-type]
+        row.window("a", 60).add(2, 0.0)
     ledger.free_row(rows[0].number)
     # The second worker ends while nobody looks.
     again = Ledger.left(ledger.leave(), [rows[2].number])
-    even, odd = map(again.row(rows[2].number, columns).count, windows.names("a", 60))
-    assert Window((even, odd), 60, clock).use().present == 6
+    window = again.row(rows[2].number, columns).window("a", 60)
+    assert used(window.columns, 0.0).present == 6
     again.close()

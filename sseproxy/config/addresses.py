@@ -31,6 +31,14 @@ class Address:
             ipaddress.IPv6Address(match["v6"])
         return cls(match["v6"] or match["host"], int(match["port"]))
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 

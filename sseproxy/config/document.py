@@ -13,10 +13,11 @@ from typing import Final
 
 import yaml
 
+from .mistakes import explained
 from .values import Loc, dotted, quoted, shortened
 
 _SHARED = "!shared"
-_STR, _BOOL, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "seq", "map"))
+_STR, _BOOL, _NULL, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "null", "seq", "map"))
 # A configuration has five levels. Much deeper documents could exhaust the stack of the parser.
 _MAX_DEPTH = 32
 INVALID: Final = object()
@@ -58,32 +59,34 @@ class Part:
     value: object
 
     def kind(self) -> str:
-        """The kind of the value, for messages. The value itself is not shown, because it may hold a secret."""
+        """The kind of the value, for messages. The value itself may hold a secret, so only a boolean is shown."""
         if isinstance(self.node, yaml.MappingNode):
-            return "a mapping"
+            return "options with values"
         if isinstance(self.node, yaml.SequenceNode):
             return "a list"
         match self.value:
             case None:
                 return "nothing"
             case bool():
-                return "a boolean"
+                return shortened(self.node.value)
             case int() | float():
                 return "a number"
         return "text"
 
-    def spelled(self) -> str:
+    def written(self) -> str:
         """The value as it is written in the document, shortened, for messages."""
         match self.value:
             case str():
                 return quoted(self.node.value)
+            case bool():
+                return self.kind()
             case int() | float():
                 return f"{self.kind()} ({shortened(self.node.value)})"
         return self.kind()
 
 
 class Document:
-    """A YAML document: `data` (None if it is not a mapping), its `parts` by their locations, and its `problems`.
+    """A YAML document: its `data` (`INVALID` if it is not YAML), its `parts` by their locations, and its `problems`.
 
     A problem is ((line, column), text), counted from 1. The values of `${VAR}` come from `env`. `variables` has the
     names of the variables whose values were used.
@@ -94,19 +97,14 @@ class Document:
         self._env = env
         self.parts: dict[Loc, Part] = {}
         self.variables: set[str] = set()
-        self.data: dict[str, object] | None = None
+        self.data: object = INVALID
         try:
             self._loader = _Loader(text)
             self._read()
         except yaml.reader.ReaderError as error:
-            self.problems.append((position(text[: error.position]), "not valid YAML: unprintable character"))
+            self.problems.append((position(text[: error.position]), "remove this unprintable character"))
         except yaml.MarkedYAMLError as error:
-            # PyYAML quotes the tag handle, which is text of the document and may be secret. So it is cut off.
-            problem = str(error.problem).partition(" handle ")[0]
-            context = f" ({error.context})" if error.context else ""
-            mark = error.problem_mark
-            place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-            self.problems.append((place, f"not valid YAML: {problem}{context}"))
+            self.problems.append(explained(text, error))
 
     def report(self, loc: Loc, message: str, mark: yaml.Mark | None = None) -> None:
         """Adds a problem of the part at `loc`. Its position is `mark`, or else the `place` of the part."""
@@ -120,13 +118,9 @@ class Document:
             event = self._loader.peek_event()  # type: ignore[no-untyped-call]
             self.report((), "expected a single YAML document", event.start_mark)
         if root is None:
-            self.problems.append(((1, 1), "expected a mapping, got an empty document"))
-            return
-        value = self._add((), root, root.start_mark)
-        if isinstance(value, dict):
-            self.data = value
-        elif value is not INVALID:
-            self.report((), f"expected a mapping, got {self.parts[()].kind()}")
+            start = yaml.Mark("", 0, 0, 0, None, 0)
+            root = yaml.ScalarNode(_NULL, "", start, start)
+        self.data = self._add((), root, root.start_mark)
 
     def _add(self, loc: Loc, node: yaml.Node, place: yaml.Mark) -> object:
         self.parts[loc] = Part(place, node, INVALID)
@@ -142,7 +136,9 @@ class Document:
         elif node.tag != self._implicit_tag(node):
             self.report(loc, "tags are not supported; text that starts with ! has to be put in quotes")
         elif isinstance(node, yaml.MappingNode):
-            return self._mapping(loc, node)
+            if not any(isinstance(key, yaml.MappingNode) for key, _ in node.value):
+                return self._mapping(loc, node)
+            self.report(loc, "text that starts with {{ has to be put in quotes")
         elif isinstance(node, yaml.SequenceNode):
             return tuple(self._add((*loc, index), item, item.start_mark) for index, item in enumerate(node.value))
         elif isinstance(node, yaml.ScalarNode):

@@ -40,7 +40,7 @@ from .model import (
     conflicts,
     conflicts_of_clients,
 )
-from .values import DOCUMENT, Loc, PathPrefix, Size, quoted, read_address, read_url, read_workers, spell_size
+from .values import DOCUMENT, Loc, PathPrefix, Size, format_size, quoted, read_address, read_url, read_workers
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -179,10 +179,11 @@ def _flag(problems: list[str], flag: str, read: Callable[[object], T], value: ob
 
 
 _TYPE_PROBLEMS = {
-    "model_type": "expected a mapping",
-    "tuple_type": "expected a list",
+    "tuple_type": "expected a list (each entry begins with a dash and a space)",
     "string_type": "expected text",
+    "bool_type": "expected true or false",
 }
+_NO_SPACE = "; is a space missing after a colon?"
 
 
 def _report_invalid(document: Document, kind: str, loc: Loc, message: str) -> None:
@@ -192,36 +193,57 @@ def _report_invalid(document: Document, kind: str, loc: Loc, message: str) -> No
     """
     if kind == "conflict":
         return
+    place = _place(document, loc)
     if kind == "missing":
-        document.report(loc, "required key is missing", document.parts[loc[:-1]].node.start_mark)
+        document.report((*place, loc[-1]), "required key is missing", document.parts[place].node.start_mark)
         return
     if kind == "extra_forbidden":
         known = sorted(_model_at(loc[:-1]).model_fields)
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        document.report(loc, f"unknown key; expected one of {', '.join(known)}{hint}")
+        key = str(loc[-1])
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = _NO_SPACE if ":" in key else f"; did you mean '{close[0]}'?" if close else ""
+        document.report(place, f"unknown key; expected one of {', '.join(known)}{hint}")
         return
 
-    while loc not in document.parts:  # the item of a list that is written as a single text
-        loc = loc[:-1]
-    part = document.parts[loc]
+    part = document.parts[place]
     if part.value is INVALID:
         return
     if kind == "too_short":
         if part.value == ():  # and not for the items that are not valid
-            document.report(loc, "expected at least one entry")
+            document.report(place, "expected at least one entry")
     elif kind == "expected_secret":
-        document.report(loc, message)
+        document.report(place, message)
+    elif kind == "model_type":
+        hint = _NO_SPACE if isinstance(part.value, str) and ":" in part.node.value else ""
+        document.report(place, f"{_options_of(_model_at(loc))}, got {part.kind()}{hint}")
     elif kind in _TYPE_PROBLEMS:
-        document.report(loc, f"{_TYPE_PROBLEMS[kind]}, got {part.kind()}")
+        document.report(place, f"{_TYPE_PROBLEMS[kind]}, got {part.kind()}")
     else:
-        document.report(loc, f"{message}, got {part.spelled()}")
+        document.report(place, f"{message}, got {part.written()}")
+
+
+def _options_of(model: type[BaseModel]) -> str:
+    """What was expected where `model` has its options, with examples: those that are required, or else the first."""
+    required = [name for name, field in model.model_fields.items() if field.is_required()]
+    shown = required if len(required) > 1 else [*model.model_fields][:2]
+    return f"expected options with values, such as {{{', '.join(f'{name}: ...' for name in shown)}}}"
+
+
+def _place(document: Document, loc: Loc) -> Loc:
+    """Where in `document` is what the model has at `loc`. The only item of a list may be written without a list."""
+    place: Loc = ()
+    for key in loc:
+        if (*place, key) in document.parts:
+            place = (*place, key)
+    return place
 
 
 def _validate(document: Document) -> Config | None:
     """The configuration in `document`. `None` if it is not valid; the problems are added to `document`."""
     data = document.data
-    if data is None:
+    if not isinstance(data, dict):
+        if data is not INVALID:
+            _report_invalid(document, "model_type", (), "")
         return None
     upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
     between = conflicts(
@@ -232,7 +254,7 @@ def _validate(document: Document) -> Config | None:
         _valid_size(data, Config, "max_body"),
         _valid_size(data.get("limits", {}), Limits, "held"),
         _valid_path_of_probe(data.get("probe")),
-        spell=lambda loc, value: _spelled(document, loc, value),
+        shown=lambda loc, value: _shown(document, loc, value),
     )
     of_clients = conflicts_of_clients(
         [_valid(Client, client) for client in _entries(data, "clients")], [_valid(Route, route) for route in routes]
@@ -280,12 +302,12 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _spelled(document: Document, loc: Loc, value: str | int) -> str:
-    # A target of a route is written as a name, or as a mapping with a name, in a list or by itself.
+def _shown(document: Document, loc: Loc, value: str | int) -> str:
+    # A target of a route is written as a name, or as options with a name, in a list or by itself.
     for known in ((*loc, "name"), loc, loc[:-1]):
         if known in document.parts and isinstance(document.parts[known].node, yaml.ScalarNode):
             return str(document.parts[known].node.value)
-    return f"its default of {spell_size(value)}" if isinstance(value, int) else value
+    return f"its default of {format_size(value)}" if isinstance(value, int) else value
 
 
 def _valid_size(options: object, model: type[BaseModel], name: str) -> int | None:

@@ -72,9 +72,9 @@ from .values import (
     Workers,
     dotted,
     expected,
+    format_size,
     is_address,
     quoted,
-    spell_size,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class Limits(_Model):
     """If the timers of a worker fire this late, the worker is overloaded. Until it catches up, requests are answered
     503."""
     pending_connects: Count = 1_000
-    """Connections to one upstream that are being established. Requests that need another one are answered 503."""
+    """Connections to one upstream that are being established. Requests that would need one more go to the next upstream
+    of their route, or are answered 503."""
     request_head: Size = 32 << 10
     """The request line and the header fields. Larger ones are answered 431."""
     request_fields: Count = 100
@@ -288,7 +289,7 @@ class Upstream(_WithKey):
     """The base URL. Its path replaces the prefix that `match.path` of the route has matched."""
     urls: tuple[Annotated[Endpoint, BeforeValidator(_endpoint), AlsoAs(TEXT)], ...] = ()
     """Instead of `url`: the base URLs of endpoints that serve the same API. Each request goes to the one with the
-    fewest active requests. An endpoint with a key of its own is written as a mapping with `url` and `api_key`."""
+    fewest active requests. An endpoint with a key of its own is written as `{url: URL, api_key: KEY}`."""
     resolve: DurationOrOff = None
     """Each address of the host in `url` is an endpoint. They are looked up this often. `None` means that a connection
     goes to any address of the host."""
@@ -361,7 +362,7 @@ class AccessLog(_Model):
 
 
 class Metrics(_Model):
-    """Metrics that are off by default."""
+    """Which labels the metrics have."""
 
     models: Globs = ()
     """Globs for models. The first glob that matches the model of a request is its label `model`. Requests that no glob
@@ -421,7 +422,7 @@ class UsageOptions(_Model):
 
 
 class Target(_Model):
-    """An upstream of a route, and the model that it is asked for."""
+    """An upstream of a route, and the model that requests to it get."""
 
     name: Text
     """The name of an upstream."""
@@ -441,14 +442,14 @@ def _targets(value: object) -> object:
     raise expected("the name of an upstream, or a list of them")
 
 
-def _spell_targets(targets: tuple[Target, ...]) -> object:
+def _format_targets(targets: tuple[Target, ...]) -> object:
     """One target without a model is written as its name."""
-    spelled = [target.name if target.model is None else target.model_dump() for target in targets]
-    return spelled[0] if len(spelled) == 1 and isinstance(spelled[0], str) else spelled
+    written = [target.name if target.model is None else target.model_dump() for target in targets]
+    return written[0] if len(written) == 1 and isinstance(written[0], str) else written
 
 
 class Retry(_Model):
-    """When a request is sent again, to another endpoint or upstream. It never is after a byte of an answer was sent."""
+    """When a request is sent again, to another endpoint or upstream. Never after a byte of an answer was sent."""
 
     on: Retries = ("connect", "429", "503", "529")
     """What is tried again elsewhere. `connect`: no connection could be made. `429`, `503`, `529`, `500`, `502`, `504`:
@@ -480,7 +481,7 @@ class Route(_Model):
         tuple[Annotated[Target, BeforeValidator(_target), AlsoAs(TEXT)], ...],
         BeforeValidator(_targets),
         AlsoAs(TEXT),
-        PlainSerializer(_spell_targets),
+        PlainSerializer(_format_targets),
         Field(min_length=1),
     ]
     """The name of an upstream, or a list. The next one in the list is asked where the one before has no endpoint left
@@ -523,7 +524,7 @@ class ClientLimits(_Model):
 
 
 class Client(_Model):
-    """Somebody who may call, with keys and what they allow."""
+    """A client that may send requests: its keys, what it may use, and its limits."""
 
     name: Name
     """A label of the metrics, and in the access log."""
@@ -551,8 +552,8 @@ class Client(_Model):
     @property
     def digests(self) -> tuple[str, ...]:
         """The digests of all its keys, in hexadecimal."""
-        spelled = (*self.keys, *(self.keys_file.digests if self.keys_file is not None else ()))
-        return tuple(one.removeprefix("sha256:") for one in spelled)
+        written = (*self.keys, *(self.keys_file.digests if self.keys_file is not None else ()))
+        return tuple(one.removeprefix("sha256:") for one in written)
 
 
 class Ledger(_Model):
@@ -568,7 +569,9 @@ class Ledger(_Model):
     @model_validator(mode="after")
     def _has_library(self) -> Self:
         if self.url is not None and find_spec("redis") is None:
-            raise expected("no url, because redis is not installed: pip install 'sseproxy[redis]'", show=False)
+            raise expected(
+                "no url, because the package redis is not installed beside sseproxy: pip install redis", show=False
+            )
         return self
 
 
@@ -626,6 +629,22 @@ class Config(_Model):
         places = self._places.of_matches
         return f"{file}:{places[index]}: {loc}" if places else loc
 
+    def exposed_keys(self) -> str | None:
+        """A warning if everybody who can reach a listener from another machine can spend a key, or None.
+
+        A firewall or a container may keep others out. The configuration does not tell.
+        """
+        if self.clients is not None:
+            return None
+        open_to_others = [str(each) for each in self.listen if isinstance(each, Address) and not each.is_loopback]
+        spent = [one.name for one in self.upstreams if one.key or any(each.key for each in one.urls)]
+        if not open_to_others or not spent:
+            return None
+        return (
+            f"listen: everybody who can reach {' or '.join(open_to_others)} spends the key of {', '.join(spent)}; "
+            "name clients (sseproxy key NAME), or make sure that only a private network reaches it"
+        )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         between = conflicts(
@@ -636,7 +655,7 @@ class Config(_Model):
             self.max_body,
             self.limits.held,
             self.probe.path if self.probe is not None else None,
-            spell=lambda _, value: value if isinstance(value, str) else spell_size(value),
+            shown=lambda _, value: value if isinstance(value, str) else format_size(value),
         )
         found = [
             f"{dotted(loc)}: {message}"
@@ -688,13 +707,13 @@ def conflicts(
     max_body: int | None,
     held: int | None,
     probe: str | None,
-    spell: Callable[[Loc, str | int], str],
+    shown: Callable[[Loc, str | int], str],
 ) -> Iterator[tuple[Loc, str]]:
     """Conflicts between options, as locations and messages.
 
     These are: names and matches that occur twice, upstreams of routes (`uses`) that do not exist, a `max_body` that is
     larger than `limits.held`, and a path or a name of the `probe` that others have. `None` stands for an option that is
-    not valid by itself, and for no probe. `spell` returns a name or a size as a message may show it.
+    not valid by itself, and for no probe. `shown` returns a name or a size as a message may show it.
     """
     identities = [match and (match.path, frozenset(match.model), frozenset(match.methods)) for match in matches]
     columns: tuple[tuple[str, str, Sequence[object]], ...] = (
@@ -709,7 +728,7 @@ def conflicts(
                 yield (section, index, key), f"expected a unique {key}, got that of {section}[{first}]"
 
     if max_body is not None and held is not None and max_body > held:
-        most, least = spell(("limits", "held"), held), spell(("max_body",), max_body)
+        most, least = shown(("limits", "held"), held), shown(("max_body",), max_body)
         yield ("limits", "held"), f"expected at least max_body ({least}), got {most}"
 
     if probe is not None:
@@ -724,14 +743,14 @@ def conflicts(
     names = [name for name in upstreams if name is not None]
     if not names or len(names) < len(upstreams):
         return
-    known = ", ".join(quoted(spell(("upstreams", index, "name"), name))[1:-1] for index, name in enumerate(names))
+    known = ", ".join(quoted(shown(("upstreams", index, "name"), name))[1:-1] for index, name in enumerate(names))
     for index, targets in enumerate(uses):
         for number, use in enumerate(targets):
             place: Loc = ("routes", index, "upstream", number)
             if use is not None and use not in names:
-                yield place, f"expected the name of an upstream ({known}), got {quoted(spell(place, use))}"
+                yield place, f"expected the name of an upstream ({known}), got {quoted(shown(place, use))}"
             elif use is not None and use in targets[:number]:
-                yield place, f"expected each upstream once, got {quoted(spell(place, use))} again"
+                yield place, f"expected each upstream once, got {quoted(shown(place, use))} again"
 
 
 def conflicts_of_clients(clients: Sequence[Client | None], routes: Sequence[Route | None]) -> Iterator[tuple[Loc, str]]:
@@ -754,8 +773,8 @@ def conflicts_of_clients(clients: Sequence[Client | None], routes: Sequence[Rout
             yield ("clients", index, option), f"expected keys of its own, got one of clients[{shared[0]}]"
         missing = [name for name in client.routes if name not in known]
         if missing and None not in routes:
-            spelled = f"the names of routes ({', '.join(known)}), got {quoted(missing[0])}"
-            yield ("clients", index, "routes"), f"expected {spelled}"
+            written = f"the names of routes ({', '.join(known)}), got {quoted(missing[0])}"
+            yield ("clients", index, "routes"), f"expected {written}"
     for index, route in enumerate(routes):
         # What has no limit of tokens, or is never chat, may go without.
         if route is None or route.open or route.usage.request or route.dialect not in ("auto", "chat", "completions"):

@@ -76,7 +76,7 @@ def _digests_file(value: object) -> DigestsFile | None:
     return DigestsFile(value, tuple(found))
 
 
-def _spell_file(file: KeyFile | DigestsFile | None) -> str | None:
+def _format_file(file: KeyFile | DigestsFile | None) -> str | None:
     return None if file is None else file.path
 
 
@@ -112,8 +112,8 @@ def check_certificate(load: Callable[[], ssl.SSLContext]) -> None:
         raise expected(f"readable files in cert_file and key_file ({_why(error)})", show=False) from None
 
 
-ApiKeyFile = Annotated[KeyFile | None, Option(_api_key_file, TEXT, NONE, spell=_spell_file)]
+ApiKeyFile = Annotated[KeyFile | None, Option(_api_key_file, TEXT, NONE, write=_format_file)]
 
-KeysFile = Annotated[DigestsFile | None, Option(_digests_file, TEXT, NONE, spell=_spell_file)]
+KeysFile = Annotated[DigestsFile | None, Option(_digests_file, TEXT, NONE, write=_format_file)]
 
 CAFile = Annotated[str | None, Option(_ca_file, TEXT, NONE)]

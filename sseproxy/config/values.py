@@ -56,7 +56,7 @@ _SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 class Source(NamedTuple):
-    """Where a request has what it is assigned to an endpoint by.
+    """The part of a request by which it is assigned to an endpoint.
 
     `kind` is `header`, `field` or `prefix`; `what` is the name of the header field or of the member of the body, or
     the number of bytes.
@@ -294,8 +294,8 @@ def _affinity(value: object) -> Source:
     raise expected("header:NAME, field:NAME, or prefix:SIZE with at most 64KiB, such as prefix:1KiB")
 
 
-def _spell_source(source: Source) -> str:
-    return f"{source.kind}:{spell_size(int(source.what)) if source.kind == 'prefix' else source.what}"
+def _format_source(source: Source) -> str:
+    return f"{source.kind}:{format_size(int(source.what)) if source.kind == 'prefix' else source.what}"
 
 
 def _key_digest(value: object) -> str:
@@ -368,7 +368,7 @@ def read_workers(value: object) -> int | Literal["auto"]:
     raise expected("auto or a number of processes from 1 up")
 
 
-def _spell_duration(seconds: float | None) -> str:
+def _format_duration(seconds: float | None) -> str:
     if seconds is None:
         return "off"
     rest, parts = max(1, round(seconds * 1000)), []
@@ -378,14 +378,14 @@ def _spell_duration(seconds: float | None) -> str:
     return "".join(parts)
 
 
-def spell_rate(rate: Rate | None) -> str:
+def format_rate(rate: Rate | None) -> str:
     if rate is None:
         return "off"
     unit = next(unit for unit, seconds in _RATE_SECONDS.items() if seconds == rate.seconds)
     return f"{rate.number}/1{unit}"
 
 
-def spell_size(size: int | None) -> str:
+def format_size(size: int | None) -> str:
     if size is None:
         return "off"
     unit, factor = max((item for item in _SIZE_BYTES.items() if not size % item[1]), key=itemgetter(1))
@@ -427,7 +427,7 @@ class AlsoAs:
 
 
 class Option:
-    """A type of option: `read` validates a value, `schemas` describe it to editors, and `spell` writes it.
+    """A type of option: `read` validates a value, `schemas` describe it to editors, and `write` turns it into text.
 
     A schema that needs an import is a function, which is called only when the schema is printed.
     """
@@ -436,44 +436,44 @@ class Option:
         self,
         read: Callable[..., object],
         *schemas: JsonSchemaValue | Callable[[], JsonSchemaValue],
-        spell: Callable[..., object] | None = None,
+        write: Callable[..., object] | None = None,
     ) -> None:
         self._reader = BeforeValidator(read)
         # Any value may also be text with ${VAR}.
         self._schemas = list(schemas) if TEXT in schemas else [*schemas, _VARIABLE]
-        self._spell = spell
+        self._write = write
 
     def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = self._reader.__get_pydantic_core_schema__(source, handler)
-        if self._spell is None:
+        if self._write is None:
             return schema
-        return cast(CoreSchema, {**schema, "serialization": plain_serializer_function_ser_schema(self._spell)})
+        return cast(CoreSchema, {**schema, "serialization": plain_serializer_function_ser_schema(self._write)})
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schemas = [known() if callable(known) else known for known in self._schemas]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
-Duration = Annotated[float, Option(_duration, _IN_TIME, spell=_spell_duration)]
+Duration = Annotated[float, Option(_duration, _IN_TIME, write=_format_duration)]
 """Seconds. Written as `250ms`, `30s`, `5m`, `1h` or a combination in descending units, such as `1m30s`."""
 
-DurationOrOff = Annotated[float | None, Option(_duration_or_off, _IN_TIME, _OFF, NONE, spell=_spell_duration)]
+DurationOrOff = Annotated[float | None, Option(_duration_or_off, _IN_TIME, _OFF, NONE, write=_format_duration)]
 """A `Duration`, or `None`, which is written as `off`."""
 
-Size = Annotated[int, Option(_size, _IN_BYTES, spell=spell_size)]
+Size = Annotated[int, Option(_size, _IN_BYTES, write=format_size)]
 """Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
 
-SizeOrOff = Annotated[int | None, Option(_size_or_off, _IN_BYTES, _OFF, NONE, spell=spell_size)]
+SizeOrOff = Annotated[int | None, Option(_size_or_off, _IN_BYTES, _OFF, NONE, write=format_size)]
 """A `Size`, or `None`, which is written as `off`."""
 
 Count = Annotated[int, Option(_count, _NUMBER)]
 
-CountOrOff = Annotated[int | None, Option(_count_or_off, _NUMBER, _OFF, NONE, spell=lambda n: n or "off")]
+CountOrOff = Annotated[int | None, Option(_count_or_off, _NUMBER, _OFF, NONE, write=lambda n: n or "off")]
 """A number from 1 up, or `None`, which is written as `off`."""
 
 RateOrOff = Annotated[
     Rate | None,
-    Option(_rate_or_off, {"type": "string", "pattern": f"^{_RATE.pattern}$"}, _OFF, NONE, spell=spell_rate),
+    Option(_rate_or_off, {"type": "string", "pattern": f"^{_RATE.pattern}$"}, _OFF, NONE, write=format_rate),
 ]
 """A number within a time, written as `600/1m`, or `None`, which is written as `off`."""
 
@@ -481,11 +481,11 @@ Share = Annotated[float, Option(_share, {"type": "number", "exclusiveMinimum": 0
 
 Workers = Annotated[PositiveInt | Literal["auto"], Option(read_workers, _NUMBER, _enum("auto"))]
 
-Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, Option(_network, TEXT, spell=str)]
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, Option(_network, TEXT, write=str)]
 
 Networks = Annotated[tuple[Network, ...], Option(_listed, _one_or_more(TEXT))]
 
-ListenAddress = Annotated[Listen, Option(read_address, TEXT, spell=str)]
+ListenAddress = Annotated[Listen, Option(read_address, TEXT, write=str)]
 
 ListenAddresses = Annotated[tuple[ListenAddress, ...], Option(_addresses, _one_or_more(TEXT)), Field(min_length=1)]
 
@@ -495,7 +495,7 @@ URLText = Annotated[str, Option(read_url, TEXT)]
 URLOrNone = Annotated[str | None, Option(lambda value: None if value is None else read_url(value), TEXT, NONE)]
 
 Retries = Annotated[
-    tuple[Annotated[str, Option(_retry_on, _enum(*map(_as_in_yaml, RETRIES)), spell=_as_in_yaml)], ...],
+    tuple[Annotated[str, Option(_retry_on, _enum(*map(_as_in_yaml, RETRIES)), write=_as_in_yaml)], ...],
     Option(_listed, _one_or_more(_enum(*map(_as_in_yaml, RETRIES)))),
 ]
 
@@ -505,7 +505,7 @@ Until = Annotated[
 ]
 
 Affinity = Annotated[
-    tuple[Annotated[Source, Option(_affinity, TEXT, spell=_spell_source)], ...], Option(_listed, _one_or_more(TEXT))
+    tuple[Annotated[Source, Option(_affinity, TEXT, write=_format_source)], ...], Option(_listed, _one_or_more(TEXT))
 ]
 
 ApiKey = Annotated[SecretStr | None, Option(_secret("an API key"), TEXT, NONE)]

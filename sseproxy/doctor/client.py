@@ -83,7 +83,7 @@ class Target(NamedTuple):
 class Answer:
     """An answer as it arrives. `sent` is when its request was sent, by `perf_counter`.
 
-    `asked`: what the probe was asked for; None for an API. `secrets` are not told, if a hop sends them back.
+    `asked`: what the probe was asked for; None for an API. `secrets` are never shown, even if a hop sends them back.
     """
 
     def __init__(self, sent: float, asked: Asked | None, secrets: Sequence[str] = ()) -> None:

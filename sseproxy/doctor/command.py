@@ -1,4 +1,4 @@
-"""`sseproxy doctor`: examines hop after hop, and tells what was found."""
+"""`sseproxy doctor`: examines one hop after the other, and reports what was found."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ async def run(options: argparse.Namespace, write: Callable[[str], None]) -> int:
         token = options.token or os.environ.get("SSEPROXY_PROBE_TOKEN", "")
         if not (token or options.model):
             raise SseproxyError(
-                "--token: the probe has printed it, or the file of the proxy has it. For an API without a probe, use "
-                "--model."
+                "--token, or SSEPROXY_PROBE_TOKEN, is missing. The probe prints its token at its start; in the file of "
+                "a proxy it is probe.token. For an API without a probe, use --model."
             )
     except SseproxyError as error:
         _complain(str(error))

@@ -1,7 +1,7 @@
 """Examines one hop: asks it for streams, and notes what arrives. The conclusions are drawn in `verdict`.
 
-A hop that does no harm takes about six seconds. Each thing that is wrong takes some seconds more, and a silence as long
-as it is.
+A hop that does no harm takes about six seconds. Each fault adds some seconds, and a silence adds its own
+length.
 """
 
 from __future__ import annotations
@@ -115,13 +115,13 @@ async def examine_api(target: Target, url: str, model: str, progress: Callable[[
 
 def _cannot(answer: Answer, who: str, hint: str) -> CannotExamine:
     stream = answer.stream()
+    closes = {"fin": "closes the connection", "reset": "resets the connection"}.get(stream.end)
     if not stream.status:
-        said = answer.problem or {"fin": "it closes the connection", "reset": "it resets the connection"}.get(
-            stream.end, "it does not answer"
-        )
+        said = answer.problem or f"it {closes or 'does not answer'}"
         return CannotExamine(f"{said} when {who} is asked; {hint}")
+    ends = f" and {closes} after {stream.ended_at:.3g} s" if closes else ""
     return CannotExamine(
-        f"it answers {stream.status} when {who} is asked; {hint} It says: {stream.message or 'nothing'}"
+        f"it answers {stream.status}{ends} when {who} is asked; {hint} It says: {stream.message or 'nothing'}"
     )
 
 
@@ -253,7 +253,7 @@ class _Examination:
             "in mid-stream": msgspec.structs.replace(pace, lull=2, silence=silent),
         }
         for when, asked in moments.items():
-            # Whoever seems to notice it late is asked again: a busy machine may have been to blame.
+            # A hop that seems to notice it late is asked again: perhaps the machine was busy.
             for _ in range(2):
                 seen = await self._left(when, asked, patience)
                 if seen is None:
@@ -398,7 +398,10 @@ async def _told(answer: Answer) -> None:
 def _hint(stream: Stream) -> str:
     match stream.status:
         case 401 | 403:
-            return "is the token right (--token, SSEPROXY_PROBE_TOKEN)? Does a gateway want a key (--api-key-env)?"
+            return (
+                "is the token right (--token, SSEPROXY_PROBE_TOKEN)? Does a gateway, or sseproxy with clients, want a "
+                "key (--api-key-env)?"
+            )
         case 404 | 405:
             return "is the path right, and is there a probe behind it? Run sseproxy probe, or set the option probe."
         case 200 | 400:

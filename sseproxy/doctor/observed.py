@@ -73,7 +73,7 @@ class Leaving(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Upload(msgspec.Struct, frozen=True, kw_only=True):
-    """A large request, of which the client sent the second half only after a pause."""
+    """A large request. The client sends its second half only after a pause."""
 
     size: int
     status: int

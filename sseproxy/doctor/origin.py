@@ -49,7 +49,11 @@ NAMES: Final = (_ACTIVE, *(f"probe {what} {slot}" for what in ("id", "left") for
 """The names in the ledger of what all workers count together: requests, and when clients of the last streams left."""
 # Seconds for a request whose token is not known yet.
 _REQUEST_TIME: Final = 10.0
-# Seconds between two looks at the ledger, and how long somebody who asks about a stream is kept waiting.
+# Seconds between a request and its answer, which no API is faster than. Traefik, and other programs that use Go's
+# ReverseProxy, cut about one of a hundred answers that begin before they have seen the end of the request (golang/go,
+# issue 40747).
+_ANSWER_TIME: Final = 0.01
+# Seconds between two looks at the ledger, and how long a client that asks about a stream waits at most.
 _LOOK_EVERY: Final = 0.01
 _LOOK_FOR: Final = 20.0
 # The stream came to its end before its client left.
@@ -98,7 +102,10 @@ class Origin:
             with self._place():
                 if upload:
                     size = await self._rest(request, upload)
-                    return _json(Report(took=perf_counter() - began, size=size, version=version))
+                    took = perf_counter() - began
+                    await asyncio.sleep(_ANSWER_TIME)
+                    return _json(Report(took=took, size=size, version=version))
+                await asyncio.sleep(_ANSWER_TIME)
                 if asked.left:
                     return _json(await self._when_left(asked.left, version))
                 return await self._stream(request, asked, began, version)
@@ -277,6 +284,8 @@ async def serve(address: Address, token: str, listening: Callable[[str], None]) 
     await origin.start(sock)
     try:
         host, port = sock.getsockname()[:2]
+        # "Every address" is not an address to connect to.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         listening(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         await stopped.wait()
     finally:

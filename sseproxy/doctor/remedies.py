@@ -1,10 +1,14 @@
 """What to change for each finding, by program. Data, and no logic but the look-up.
 
 The lines were checked with the programs of `tests/test_doctor_fronts.py`, or are from the documentation of the service.
+Those of nginx can be pasted into its configuration: everything except directives is a comment, on a line that fits a
+terminal.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Final
 
 from .verdict import Kind
@@ -19,12 +23,12 @@ PROGRAMS: Final = (
     *(NGINX, INGRESS, HAPROXY, ENVOY, TRAEFIK, CADDY, APACHE),
     *(CLOUDFLARE, ALB, API_GATEWAY, FRONT_DOOR, EXPRESS, NEXT, FASTAPI, SSEPROXY),
 )
-# Programs of which one says it is another one.
+# Programs that call themselves by the name of another one.
 _ALSO: Final = {NGINX: (INGRESS,)}
 
 REMEDIES: Final[dict[Kind, dict[str, str]]] = {
     "buffered": {
-        NGINX: "proxy_buffering off; proxy_http_version 1.1; gzip off;  (or the origin sends X-Accel-Buffering: no)",
+        NGINX: "proxy_buffering off; proxy_http_version 1.1; gzip off;\n# or the origin sends X-Accel-Buffering: no",
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-buffering: "off"',
         HAPROXY: "option http-no-delay; no compression of text/event-stream; no option http-buffer-request",
         ENVOY: "no buffer filter and no Lua or Wasm filter that reads the body; no compressor for text/event-stream",
@@ -42,7 +46,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         FASTAPI: "StreamingResponse with an async generator; no GZipMiddleware and no BaseHTTPMiddleware around it",
     },
     "limit": {
-        NGINX: "send_timeout, proxy_read_timeout 1h; a limit for the whole answer is elsewhere",
+        NGINX: "send_timeout 1h; proxy_read_timeout 1h;\n# nginx has no limit for the whole answer: look at other hops",
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-read-timeout: "3600"',
         HAPROXY: "timeout server 1h; timeout tunnel is for WebSockets only",
         ENVOY: "route: timeout: 0s  (the default is 15 s); max_stream_duration: 0s",
@@ -58,7 +62,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         FASTAPI: "gunicorn --timeout 0, or worker class uvicorn",
     },
     "silence": {
-        NGINX: "proxy_read_timeout 1h  (the default is 60 s)",
+        NGINX: "proxy_read_timeout 1h;\n# the default is 60 s",
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-read-timeout: "3600"',
         HAPROXY: "timeout server 1h; timeout client 1h",
         ENVOY: "stream_idle_timeout: 3600s; route: idle_timeout",
@@ -75,7 +79,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         SSEPROXY: "timeouts: {head, first_token, idle} of the route",
     },
     "truncation": {
-        NGINX: "proxy_http_version 1.1: an answer of HTTP/1.0 has no recognisable end",
+        NGINX: "proxy_http_version 1.1;\n# an answer of HTTP/1.0 has no recognisable end",
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-http-version: "1.1"',
         HAPROXY: "no http 1.0 at the server; look for a filter that ends answers",
         ENVOY: "explicit_http_config: {http_protocol_options: {}} without accept_http_10",
@@ -91,7 +95,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         FASTAPI: "let the exception out of the generator; do not return",
     },
     "leaving": {
-        NGINX: "proxy_ignore_client_abort off  (the default); proxy_buffering off",
+        NGINX: "proxy_ignore_client_abort off; proxy_buffering off;\n# off is the default of the first only",
         INGRESS: 'no configuration-snippet with proxy_ignore_client_abort; proxy-buffering: "off"',
         HAPROXY: "option abortonclose",
         ENVOY: "Envoy notices at once; a filter that buffers does not",
@@ -107,7 +111,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         FASTAPI: "await request.is_disconnected(), or let the generator be cancelled; close the upstream's response",
     },
     "compressed": {
-        NGINX: "gzip off; or gzip_types without text/event-stream",
+        NGINX: "gzip off;\n# or gzip_types without text/event-stream",
         INGRESS: 'ConfigMap: use-gzip: "false", or gzip-types without text/event-stream',
         HAPROXY: "compression type without text/event-stream",
         ENVOY: "compressor: content_type without text/event-stream",
@@ -123,7 +127,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         FASTAPI: "no GZipMiddleware",
     },
     "head": {
-        NGINX: "proxy_buffering off",
+        NGINX: "proxy_buffering off;",
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-buffering: "off"',
         HAPROXY: "option http-no-delay",
         ENVOY: "no filter that waits for the body",
@@ -139,7 +143,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         FASTAPI: "yield a comment first; no BaseHTTPMiddleware",
     },
     "refused": {
-        NGINX: "client_max_body_size 0  (the default is 1 MiB)",
+        NGINX: "client_max_body_size 0; proxy_request_buffering off;\n# by default 1 MiB, and collected in a file",
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-body-size: "0"',
         HAPROXY: "no http-request deny by req.body_size",
         ENVOY: "no buffer filter, or a larger max_request_bytes",
@@ -156,7 +160,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         SSEPROXY: "limits: {request_body: off}",
     },
     "collected": {
-        NGINX: "proxy_request_buffering off; proxy_http_version 1.1",
+        NGINX: "proxy_request_buffering off; proxy_http_version 1.1;",
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-request-buffering: "off"',
         HAPROXY: "no option http-buffer-request",
         ENVOY: "no buffer filter",
@@ -173,7 +177,7 @@ REMEDIES: Final[dict[Kind, dict[str, str]]] = {
         SSEPROXY: "no model in match and in metrics.models, and no usage.request: then a body is forwarded as it comes",
     },
     "http10": {
-        NGINX: 'proxy_http_version 1.1; proxy_set_header Connection "";  (the default before 1.29.7 is 1.0)',
+        NGINX: 'proxy_http_version 1.1; proxy_set_header Connection "";\n# needed before 1.29.7',
         INGRESS: 'nginx.ingress.kubernetes.io/proxy-http-version: "1.1"',
         APACHE: "no SetEnv force-proxy-request-1.0",
     },
@@ -199,3 +203,21 @@ def remedies(kind: Kind, claims: list[str]) -> list[tuple[str, str]]:
     named = [name for claim in claims for name in (claim, *_ALSO.get(claim, ()))]
     found = [(name, known[name]) for name in named if name in known]
     return found or list(known.items())
+
+
+def changes(kinds: Iterable[Kind], claims: list[str]) -> list[list[tuple[str, str]]]:
+    """The `remedies` for each finding of one hop. What an earlier finding has already is not repeated.
+
+    nginx refuses a directive that is there twice.
+    """
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for kind in kinds:
+        rows = []
+        for program, change in remedies(kind, claims):
+            parts = re.findall(r"[^;\s][^;]*;", change.partition("#")[0]) if program == NGINX else [change]
+            new = [part for part in parts if (program, part) not in seen]
+            seen.update((program, part) for part in parts)
+            rows.append((program, change if new == parts else " ".join(new) or "as above"))
+        found.append(rows)
+    return found

@@ -1,4 +1,4 @@
-"""What an examination is told as: in a terminal, as one page of HTML, and as JSON."""
+"""The report of an examination: for a terminal, as one page of HTML, and as JSON."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from .observed import Hop
-from .remedies import remedies
+from .remedies import changes, remedies
 from .verdict import (
     Diagnosis,
     Finding,
     Kind,
     Speed,
     diagnose,
+    format_seconds,
+    format_size,
     sentence,
     speed_of,
-    spell_seconds,
-    spell_size,
 )
 
 
@@ -35,7 +35,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Examined(msgspec.Struct, frozen=True, kw_only=True):
-    """The hops from the inside out, and what is to be said about them."""
+    """The hops from the inside out, and the findings about them."""
 
     verdict: str
     hops: list[Hop]
@@ -49,10 +49,16 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
 
 def conclude(hops: Sequence[Hop], failures: Sequence[Failure]) -> Examined:
     diagnoses = diagnose(hops)
-    said = sentence(hops, diagnoses) if hops else ""
-    for failure in failures:
-        said += f" {failure.url} could not be examined: {failure.why}"
-    return Examined(verdict=said.strip(), hops=list(hops), diagnoses=diagnoses, failures=list(failures))
+    # First what is not known: "no fault found" is only about the other hops.
+    said = [f"{failure.url} could not be examined: {_sentence(failure.why)}" for failure in failures]
+    if hops:
+        about = "As far as the path was examined: " if failures else ""
+        said.append(about + sentence(hops, diagnoses))
+    return Examined(verdict=" ".join(said), hops=list(hops), diagnoses=diagnoses, failures=list(failures))
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!", "…")) else f"{text}."
 
 
 def as_json(examined: Examined) -> str:
@@ -119,15 +125,15 @@ def _column(hop: Hop, diagnosis: Diagnosis, speed: Speed, before: Speed | None) 
         return Cell("; ".join(finding.text for finding in texts), state)
 
     how, stream = diagnosis.arrival, hop.steady
-    upload = f"{spell_size(hop.upload.size)} streams through" if hop.upload is not None else ""
-    silence = f"survives {spell_seconds(hop.silence.seconds)}" if hop.silence is not None else ""
+    upload = f"{format_size(hop.upload.size)} streams through" if hop.upload is not None else ""
+    silence = f"survives {format_seconds(hop.silence.seconds)}" if hop.silence is not None else ""
     quickest = max((one.noticed or 0.0 for one in hop.leaving), default=0.0)
-    head = f"{spell_seconds(stream.head_at or 0.0)} after the request"
+    head = f"{format_seconds(stream.head_at or 0.0)} after the request"
     return {
         "events": cell("each alone", "buffered", "content-length"),
-        "late, p50 / most": Cell(f"{spell_seconds(how.late)} / {spell_seconds(how.latest)}")
+        "late, p50 / most": Cell(f"{format_seconds(how.late)} / {format_seconds(how.latest)}")
         if hop.probed
-        else Cell("known only of a probe"),
+        else Cell("known only with a probe"),
         "response head": cell(head, "head"),
         "bytes": cell(
             "unaltered" if hop.probed else "as they came",
@@ -139,7 +145,7 @@ def _column(hop: Hop, diagnosis: Diagnosis, speed: Speed, before: Speed | None) 
         ),
         "whole answer": cell("not cut", "limit"),
         "silence": cell(silence, "silence", known=hop.silence is not None),
-        "client leaves": cell(f"noticed after {spell_seconds(quickest)}", "leaving", known=bool(hop.leaving)),
+        "client leaves": cell(f"noticed after {format_seconds(quickest)}", "leaving", known=bool(hop.leaving)),
         "origin dies": cell("the client can tell", "truncation", "hanging", known=bool(hop.deaths)),
         "upload": cell(upload, "refused", "collected", known=hop.upload is not None),
         "protocol": cell(_protocol(hop), "http10", "keep-alive", "continue"),
@@ -169,9 +175,9 @@ def _speed(now: tuple[float, float] | None, before: tuple[float, float] | None) 
     if now is None:
         return _UNKNOWN
     if before is None:
-        return Cell(" / ".join(spell_seconds(value) for value in now))
+        return Cell(" / ".join(format_seconds(value) for value in now))
     added = [round(value - other, 4) for value, other in zip(now, before, strict=True)]
-    return Cell(" / ".join(f"{'-' if value < 0 else '+'}{spell_seconds(abs(value))}" for value in added))
+    return Cell(" / ".join(f"{'-' if value < 0 else '+'}{format_seconds(abs(value))}" for value in added))
 
 
 # Characters of a verdict with several URLs.
@@ -239,13 +245,14 @@ def _parts(examined: Examined) -> Iterator[RenderableType]:
     yield Text("")
     yield _table(examined)
     for index, diagnosis in enumerate(examined.diagnoses):
-        for finding in diagnosis.own:
+        rows = changes((finding.kind for finding in diagnosis.own), diagnosis.claims)
+        for finding, change in zip(diagnosis.own, rows, strict=True):
             yield Text("")
             who = f"{index + 1}  {hops[index].url} " if len(hops) > 1 else ""
             yield Text.assemble(
                 (printable(who), "bold"), (printable(finding.text, _LONGEST), "yellow" if finding.note else "red")
             )
-            yield Padding(_changes(finding, diagnosis.claims), (0, 0, 0, 2))
+            yield Padding(_changes(change), (0, 0, 0, 2))
 
 
 def _table(examined: Examined) -> Table:
@@ -260,11 +267,11 @@ def _table(examined: Examined) -> Table:
     return table
 
 
-def _changes(finding: Finding, claims: list[str]) -> Table:
+def _changes(rows: list[tuple[str, str]]) -> Table:
     table = Table(show_header=False, show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for program, change in remedies(finding.kind, claims):
+    for program, change in rows:
         table.add_row(Text(program, "dim"), Text(change))
     return table
 
@@ -349,17 +356,19 @@ def as_page(examined: Examined) -> str:
 
 def _findings_html(examined: Examined) -> Iterator[str]:
     own = [
-        (index, finding, diagnosis.claims)
+        (index, finding, change)
         for index, diagnosis in enumerate(examined.diagnoses)
-        for finding in diagnosis.own
+        for finding, change in zip(
+            diagnosis.own, changes((finding.kind for finding in diagnosis.own), diagnosis.claims), strict=True
+        )
     ]
     if own:
         yield "<h2>What to change</h2>"
-    for index, finding, claims in own:
+    for index, finding, changed in own:
         who = f"{index + 1}  {examined.hops[index].url}: " if len(examined.hops) > 1 else "It "
         rows = "".join(
-            f"<tr><td>{_escaped(program)}</td><td><code>{_escaped(change)}</code></td></tr>"
-            for program, change in remedies(finding.kind, claims)
+            f"<tr><td>{_escaped(program)}</td><td><code>{_in_lines(change)}</code></td></tr>"
+            for program, change in changed
         )
         state = "note" if finding.note else "bad"
         text = _escaped(printable(who) + finding.text)
@@ -382,6 +391,10 @@ def _svg(label: str, times: Sequence[float], end: float) -> str:
     )
     title = f"<title>{_escaped(f'{len(times)} events: {label}')}</title>"
     return f'<svg viewBox="0 0 {_STRIP_WIDTH} {_STRIP_HEIGHT}" role="img">{title}{circles}</svg>'
+
+
+def _in_lines(text: str) -> str:
+    return "<br>".join(_escaped(line) for line in text.splitlines())
 
 
 def _escaped(text: str) -> str:

@@ -1,7 +1,7 @@
 """What a client asks of the probe, and the stream that the probe then sends. No I/O.
 
 A request is a request for chat completions with one more member, `probe`. The answer is a stream of chat completions,
-so any gateway forwards it. All of an event that matters is in its text, because gateways may write the JSON anew:
+so any gateway forwards it. Everything that matters is in the text of an event, because gateways may rewrite the JSON:
 
     000012 0000603214 5f0c1d2e3a4b5c6d 1.1 ......
 

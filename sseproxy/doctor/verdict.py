@@ -108,13 +108,13 @@ def _findings(hop: Hop, how: Arrival) -> Iterator[Finding]:
 def _of_arrival(how: Arrival) -> Iterator[Finding]:
     match how.how:
         case "whole":
-            text = f"holds the answer back until it ends, or until there is more than {spell_size(how.size)}"
+            text = f"holds the answer back until it ends, or until there is more than {format_size(how.size)}"
         case "bytes":
-            text = f"collects {spell_size(how.size)} before it forwards"
+            text = f"collects {format_size(how.size)} before it forwards"
         case "time":
-            text = f"holds events back for about {spell_seconds(how.seconds)}, by a timer"
+            text = f"holds events back for about {format_seconds(how.seconds)}, by a timer"
         case "irregularly":
-            text = f"holds events back irregularly, for up to {spell_seconds(how.latest)}"
+            text = f"holds events back irregularly, for up to {format_seconds(how.latest)}"
         case _:
             return
     # By what a reader notices: how long events are held.
@@ -139,7 +139,7 @@ def _of_cuts(hop: Hop) -> Iterator[Finding]:
     limit = _limit_of(hop)
     if limit is not None:
         after, stream = limit
-        text = f"cuts an answer after {spell_seconds(after)}, although events come, {_ending(stream)}"
+        text = f"cuts an answer after {format_seconds(after)}, although events come, {_ending(stream)}"
         yield Finding(kind="limit", text=text, measure=1 / after)
     elif hop.probed and hop.steady.end == "unread":
         yield Finding(kind="endless", text="does not end an answer that its origin has ended")
@@ -149,14 +149,14 @@ def _of_cuts(hop: Hop) -> Iterator[Finding]:
     before, quiet = silence.before, silence.quiet
     if not quiet.intact:
         after = _silent(quiet)
-        text = f"cuts an answer that is silent after {spell_seconds(after)}, {_ending(quiet)}"
+        text = f"cuts an answer that is silent after {format_seconds(after)}, {_ending(quiet)}"
         if not before.intact:
             text += f", or one that has not begun, {_ending(before)}"
         if silence.beats is not None and silence.beats.intact:
-            text += f"; with a heartbeat every {spell_seconds(silence.every)} a silent one lives"
+            text += f"; with a heartbeat every {format_seconds(silence.every)} a silent one lives"
     elif not before.intact:
         after = _silent(before)
-        text = f"cuts an answer that has not begun after {spell_seconds(after)}, {_ending(before)}"
+        text = f"cuts an answer that has not begun after {format_seconds(after)}, {_ending(before)}"
     else:
         return
     yield Finding(kind="silence", text=text, measure=1 / max(after, 0.001))
@@ -185,11 +185,11 @@ def _of_truncation(hop: Hop) -> Iterator[Finding]:
     deaths = {"fin": "closes the connection", "reset": "resets the connection"}
     complete = " or ".join(deaths[how] for how, stream in hop.deaths.items() if stream.intact)
     if complete:
-        text = f"makes an answer look complete whose origin {complete} in the middle"
+        text = f"makes an answer look complete although the origin {complete} in the middle"
         yield Finding(kind="truncation", text=text)
     waiting = " or ".join(deaths[how] for how, stream in hop.deaths.items() if stream.end == "unread")
     if waiting:
-        yield Finding(kind="hanging", text=f"leaves a client waiting whose origin {waiting} in the middle")
+        yield Finding(kind="hanging", text=f"leaves the client waiting when the origin {waiting} in the middle")
 
 
 def _of_leaving(hop: Hop) -> Iterator[Finding]:
@@ -203,7 +203,7 @@ def _of_leaving(hop: Hop) -> Iterator[Finding]:
     elif worst.noticed >= worst.silent - 0.1:
         text = f"notices that a client has left {where} only when the next event comes"
     else:
-        text = f"notices only after {spell_seconds(worst.noticed)} that a client has left {where}"
+        text = f"notices only after {format_seconds(worst.noticed)} that a client has left {where}"
     yield Finding(kind="leaving", text=text, measure=10.0 if worst.noticed is None else worst.noticed)
 
 
@@ -243,13 +243,13 @@ def _of_uploads(hop: Hop) -> Iterator[Finding]:
     if upload is None:
         return
     if upload.refused is not None:
-        limit = spell_size(upload.accepted)
+        limit = format_size(upload.accepted)
         text = f"refuses requests of more than {limit} ({upload.status})"
         if not upload.accepted:
-            text = f"refuses requests of {spell_size(upload.refused)} ({upload.status})"
+            text = f"refuses requests of {format_size(upload.refused)} ({upload.status})"
         yield Finding(kind="refused", text=text, measure=1 / max(upload.accepted, 1))
     elif upload.status == 200 and upload.took < upload.pause / 2:
-        text = f"collects an upload of {spell_size(upload.size)} before it forwards it"
+        text = f"collects an upload of {format_size(upload.size)} before it forwards it"
         yield Finding(kind="collected", text=text)
 
 
@@ -308,7 +308,7 @@ def sentence(hops: Sequence[Hop], diagnoses: Sequence[Diagnosis]) -> str:
     if not faults:
         whole = {1: "this path is", 2: "both hops are"}.get(len(hops), f"all {len(hops)} hops are")
         late = diagnoses[-1].arrival.late
-        how = f", {spell_seconds(late)} late at the median" if hops[-1].probed and late >= 0.0005 else ""
+        how = f", {format_seconds(late)} late at the median" if hops[-1].probed and late >= 0.0005 else ""
         return f"No fault found: {whole} unbuffered, and each event arrives alone{how}."
     _, index, text = min(faults)
     rest = len(faults) - 1
@@ -331,14 +331,14 @@ def _saying(claims: Sequence[str]) -> str:
     return f", which says it is {' or '.join(claims)}," if claims else ","
 
 
-def spell_size(size: int) -> str:
+def format_size(size: int) -> str:
     for unit, factor in (("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size} bytes"
 
 
-def spell_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     if seconds < 0.001:
         return f"{seconds * 1000:.1f} ms" if seconds >= 0.00005 else "0 ms"
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
@@ -348,7 +348,7 @@ def spell_seconds(seconds: float) -> str:
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds, at p50 and p99: what a stream takes longer than the probe said, until its first event and per gap."""
+    """Seconds, at p50 and p99: how much longer than the probe said, until the first event of a stream and per gap."""
 
     first: tuple[float, float] | None = None
     gap: tuple[float, float] | None = None

@@ -128,6 +128,11 @@ class Standing:
     # --- a worker ---
 
     @property
+    def place(self) -> int:
+        """Where its active exchanges are counted, in the order of `Loads`."""
+        return self.active.column
+
+    @property
     def usable(self) -> bool:
         """Whether this worker may use it now: it is not ejected, or this worker is to try it and has not yet."""
         out = self._out.own

@@ -4,27 +4,31 @@ Before a request, one script asks whether there is room, and counts the request.
 tokens. Each is one round trip, and runs as one step. Both take the time from the server's clock. Tokens are counted in
 the same windows as in `windows`.
 
-What is active and reserved now is a lease of each machine: the numbers that its table has, which are true whatever its
-workers do. Each of its workers renews it once a second. If a machine dies, its lease ends after three seconds.
+The active requests and reserved tokens of a machine are a lease: the numbers in its table, which are right even if a
+worker dies. Each worker of the machine renews the lease once a second. If a machine dies, its lease ends after three
+seconds.
 
-If the server does not answer in time, that question has failed. After three failures in a row it is left alone for a
-second. What was used meanwhile is counted when it answers again.
+If the server does not answer a command in time, that command has failed. After three failures in a row, the server is
+not asked for a second. Tokens that are used in the meantime are counted when it answers again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from itertools import count
 from secrets import token_hex
 from time import perf_counter
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeVar
 
 from .windows import Use
 
-# Seconds for a question. In a data centre, a round trip takes less than one millisecond.
+# Seconds for a command. In a data centre, a round trip takes less than one millisecond.
 _DEADLINE: Final = 0.05
+# Seconds after which a command ends that nobody waits for any more.
+_FORGOTTEN: Final = 1.0
 _FAILURES: Final = 3
 _LEFT_ALONE: Final = 1.0
 _RENEWED_EVERY: Final = 1.0
@@ -112,8 +116,16 @@ return 1
 )
 
 
+# What reading an answer raises that is none of these scripts, in the library or here: a proxy, or another server.
+_UNREADABLE: Final = (ValueError, TypeError, AttributeError, LookupError)
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
 class Unavailable(Exception):
-    """The server has not answered in time, or is left alone."""
+    """The server has not answered in time, or not as expected, or is not asked at the moment."""
 
 
 class Machine(NamedTuple):
@@ -146,10 +158,13 @@ class Charge(NamedTuple):
     name: str
 
 
-class Remote:
-    """The server at `url`, as one worker of `machine` asks it. `failed` is called when a question fails.
+_NO_CHARGE: Final = Charge(0, "")
 
-    `refuses`: while it does not answer, requests are refused.
+
+class Remote:
+    """The server at `url`, as one worker of `machine` asks it. `failed` is called when a command fails.
+
+    `refuses`: while the server does not answer, requests are refused.
     """
 
     def __init__(self, url: str, machine: str, failed: Callable[[], None], *, refuses: bool) -> None:
@@ -160,39 +175,82 @@ class Remote:
         from redis.backoff import NoBackoff
         from redis.exceptions import RedisError
 
-        self._errors: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
+        self._errors: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError, *_UNREADABLE)
         # A connection that was idle while the server was started again fails at once, so there is a second attempt.
-        self._redis = Redis.from_url(url, retry=Retry(NoBackoff(), 1), protocol=2)
+        self._redis = Redis.from_url(
+            url,
+            retry=Retry(NoBackoff(), 1),
+            protocol=2,
+            # For commands that were given up, and do not know it.
+            socket_timeout=_FORGOTTEN,
+            socket_connect_timeout=_FORGOTTEN,
+        )
         self._admit = self._redis.register_script(_ADMIT)
         self._settle = self._redis.register_script(_SETTLE)
         self._machine = machine
         self._failed = failed
         self._failures = 0
         self._left_alone_until = 0.0
-        # Tokens that were used and have not been sent, and charges that were sent and perhaps not counted.
+        # Whether the log says that it does not answer.
+        self._away = False
+        # Tokens that were used and have not been sent, and for each client the charge that was perhaps not counted.
         self._owed: Counter[str] = Counter()
-        self._doubtful: dict[str, list[Charge]] = {}
+        self._doubtful: dict[str, Charge] = {}
+        # The clients of which there is something to tell, and those of which a task tells it.
+        self._untold: set[str] = set()
+        self._telling: set[str] = set()
         self._names = (f"{token_hex(8)}:{number}" for number in count())
         # For each client, the seconds of its window, and what it has on this machine.
         self._known: dict[str, tuple[int, Callable[[], Machine]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._renewing: asyncio.TimerHandle | None = None
 
-    async def _ask(self, question: Callable[[], Awaitable[object]]) -> object:
-        """Raises `Unavailable`."""
+    async def _ask(self, command: Callable[[], Awaitable[Any]], read: Callable[[Any], T]) -> T:
+        """The answer to `command`, as `read` reads it. Raises `Unavailable`."""
         if perf_counter() < self._left_alone_until:
             raise Unavailable
+        asking = asyncio.ensure_future(command())
         try:
-            async with asyncio.timeout(_DEADLINE):
-                answer = await question()
+            # This does not rely on cancellation: redis-py may swallow one, and go on waiting.
+            await asyncio.wait((asking,), timeout=_DEADLINE)
+            if not asking.done():
+                raise TimeoutError
+            answer = read(asking.result())
         except self._errors as error:
             self._failures += 1
             if self._failures >= _FAILURES:
                 self._failures, self._left_alone_until = 0, perf_counter() + _LEFT_ALONE
+                self._is_away(error)
             self._failed()
             raise Unavailable from error
+        finally:
+            if not asking.done():
+                self._give_up(asking)
         self._failures = 0
+        if self._away:
+            self._away = False
+            log.info("the server of ledger.url answers again")
         return answer
+
+    def _give_up(self, asking: asyncio.Future[Any]) -> None:
+        """Lets `asking` end by itself. Nobody waits for its answer."""
+
+        def ended(_: object) -> None:
+            self._tasks.discard(asking)
+            if not asking.cancelled():
+                asking.exception()
+
+        self._tasks.add(asking)
+        asking.add_done_callback(ended)
+        asking.cancel()
+
+    def _is_away(self, error: Exception) -> None:
+        if self._away:
+            return
+        self._away = True
+        why = "its answers cannot be read" if isinstance(error, _UNREADABLE) else str(error) or "no answer within 50 ms"
+        instead = "clients with limits get 503" if self.refuses else "each machine has the limits of clients for itself"
+        log.warning("the server of ledger.url does not answer: %s; meanwhile, %s", why, instead)
 
     def _keys(self, client: str) -> list[str]:
         # What is in braces decides on which node of a cluster a key is: all of a client are on the same one.
@@ -209,41 +267,45 @@ class Remote:
         has = machine()
         most = -1 if limits.active is None else limits.active
         arguments: list[str | int] = [self._machine, *has, most, *requests, *rate, tokens]
-        found = cast("list[Any]", await self._ask(lambda: self._admit(keys=self._keys(client), args=arguments)))
-        limit = found[0].decode()
-        asked = Use(int(found[1]), int(found[2]), float(found[3]), requests[1]) if limits.requests else None
-        used = Use(int(found[4]), int(found[5]), float(found[6]), rate[1]) if limits.tokens else None
-        return Verdict(limit, asked, used)
+
+        def read(found: list[Any]) -> Verdict:
+            asked = Use(int(found[1]), int(found[2]), float(found[3]), requests[1]) if limits.requests else None
+            used = Use(int(found[4]), int(found[5]), float(found[6]), rate[1]) if limits.tokens else None
+            return Verdict(found[0].decode(), asked, used)
+
+        return await self._ask(lambda: self._admit(keys=self._keys(client), args=arguments), read)
 
     def settle(self, client: str, tokens: int) -> None:
         """Counts `tokens` as used, and what the client has on this machine, when this turn of the loop has ended."""
         self._owed[client] += tokens
-        task = asyncio.get_running_loop().create_task(self._tell(client))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._untold.add(client)
+        if client not in self._telling:
+            self._telling.add(client)
+            task = asyncio.get_running_loop().create_task(self._tell(client))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _tell(self, client: str) -> None:
-        if perf_counter() < self._left_alone_until:
-            return
-        charges = self._doubtful.pop(client, [])
-        if owed := self._owed.pop(client, 0):
-            charges.append(Charge(owed, next(self._names)))
-        # Without a charge, the lease is renewed.
-        left = charges or [Charge(0, "")]
+        """Tells what there is of `client`, and what is added meanwhile. So there is one charge that may be doubtful."""
         try:
-            while left:
-                await self._charge(client, left[0])
-                del left[0]
+            while client in self._untold and perf_counter() >= self._left_alone_until:
+                self._untold.discard(client)
+                if client not in self._doubtful and (owed := self._owed.pop(client, 0)):
+                    self._doubtful[client] = Charge(owed, next(self._names))
+                # Without a charge, the lease is renewed.
+                await self._charge(client, self._doubtful.get(client, _NO_CHARGE))
+                self._doubtful.pop(client, None)
+                if self._owed[client]:
+                    self._untold.add(client)
         except Unavailable:
             pass
         finally:
-            if doubtful := [charge for charge in left if charge.tokens]:
-                self._doubtful.setdefault(client, []).extend(doubtful)
+            self._telling.discard(client)
 
     async def _charge(self, client: str, charge: Charge) -> None:
         seconds, machine = self._known[client]
         arguments: list[str | int] = [self._machine, *machine(), charge.tokens, seconds, charge.name]
-        await self._ask(lambda: self._settle(keys=self._keys(client), args=arguments))
+        await self._ask(lambda: self._settle(keys=self._keys(client), args=arguments), int)
 
     def _renew(self) -> None:
         if self._renewing is None:
@@ -257,7 +319,7 @@ class Remote:
                 self._renew()
 
     async def close(self) -> None:
-        """Waits until what was used is counted, as long as a question may take."""
+        """Waits until what was used is counted, as long as a command may take."""
         if self._renewing is not None:
             self._renewing.cancel()
         if self._tasks:

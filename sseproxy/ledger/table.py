@@ -20,7 +20,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from operator import itemgetter
 from time import perf_counter
@@ -63,12 +63,13 @@ _DIRECTORY: Final = 8 << 20
 class Count:
     """One number: the part of this row, and the sum of all rows."""
 
-    __slots__ = ("_cells", "_column", "_own")
+    __slots__ = ("_cells", "_own", "column")
 
     def __init__(self, cells: memoryview[int], row: int, column: int) -> None:
         self._cells = cells
-        self._column = _FIRST + column
-        self._own = self._column + row * _WIDTH
+        self.column = _FIRST + column
+        """Its cell in the row of the first worker."""
+        self._own = self.column + row * _WIDTH
 
     def add(self, number: int) -> None:
         """Adds `number` to the part of this worker."""
@@ -86,12 +87,12 @@ class Count:
     def all(self) -> list[int]:
         """What the supervisor has kept of workers that have ended, and the part of each worker."""
         cells = self._cells
-        return cells[self._column - _WIDTH : self._column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
+        return cells[self.column - _WIDTH : self.column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
 
     def each(self) -> list[int]:
         """The part of each worker, by row. It is 0 in rows that are not used."""
         cells = self._cells
-        return cells[self._column : self._column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
+        return cells[self.column : self.column + cells[_AT_HEIGHT] * _WIDTH : _WIDTH].tolist()
 
     def total(self) -> int:
         """The sum of all workers."""
@@ -99,35 +100,86 @@ class Count:
 
 
 class Loads:
-    """The sums of two or more `counts`, read in one step: this is done for each request.
+    """The sums of several `counts`, in the order of their columns, read in one step: this is done for each request.
 
-    `marks` are numbers that the supervisor tells.
+    `marks` are numbers that the supervisor writes.
     """
 
-    __slots__ = ("_cells", "_columns", "_height", "_marks", "_rests", "_slices")
+    __slots__ = ("_calm", "_cells", "_counts", "_each", "_first", "_height", "_marks", "_unpack")
 
     def __init__(self, counts: Sequence[Count], marks: Sequence[Count]) -> None:
         self._cells = counts[0]._cells
-        self._columns = [count._column for count in counts]
-        self._marks = itemgetter(*(mark._own for mark in marks))
+        self._counts = sorted(count.column for count in counts)
+        self._marks = sorted(mark._own for mark in marks)
         self._height = -1
-        self._slices: list[slice] = []
-        self._rests = slice(0)
+        # `_unpack` reads the height of the table and the marks, and from `_first` on, for each worker, its counts and
+        # until when anything rests.
+        self._first = 1 + len(self._marks)
+        # What is before that, as long as the height is the same and no mark is set.
+        self._calm: tuple[int, ...] = ()
+        self._unpack = _reader_of([_AT_HEIGHT])
+        # This takes, out of that, each count of all workers, and the rests.
+        self._each: Callable[[tuple[int, ...]], tuple[tuple[int, ...], ...]] = itemgetter(slice(0), slice(0))
 
-    def read(self) -> list[int] | None:
+    def read(self) -> Sequence[int] | None:
         """The sum of all workers of each. None if any mark is not 0, or if anything may rest."""
-        cells = self._cells
-        if cells[_AT_HEIGHT] != self._height:
-            self._measure()
-        if any(self._marks(cells)) or any(cells[self._rests]):
-            return None
-        return list(map(sum, map(cells.__getitem__, self._slices)))
+        cells, first = self._unpack(self._cells), self._first
+        if cells[:first] != self._calm:
+            if cells[0] == self._height:
+                return None
+            self._measure(cells[0])
+            return self.read()
+        if self._height == 1:
+            # There is nothing to add up.
+            return None if cells[-1] else cells[first:-1]
+        sums = [*map(sum, self._each(cells))]
+        return None if sums.pop() else sums
 
-    def _measure(self) -> None:
-        self._height = self._cells[_AT_HEIGHT]
-        *self._slices, self._rests = [
-            slice(column, column + self._height * _WIDTH, _WIDTH) for column in (*self._columns, _FIRST + _AT_RESTS)
-        ]
+    def _measure(self, height: int) -> None:
+        self._height = height
+        self._calm = (height, *[0 for _ in self._marks])
+        row = [*self._counts, _FIRST + _AT_RESTS]
+        places = [_AT_HEIGHT, *self._marks, *[worker * _WIDTH + place for worker in range(height) for place in row]]
+        self._unpack = _reader_of(places)
+        self._each = itemgetter(*[slice(self._first + place, None, len(row)) for place in range(len(row))])
+
+
+def _reader_of(places: Iterable[int]) -> Callable[[memoryview[int]], tuple[int, ...]]:
+    """A function that reads the cells at `places`, which ascend, in a fifth of the time that a memoryview takes."""
+    spelled, end = "", 0
+    for place in places:
+        spelled += f"{(place - end) * _CELL}xq"
+        end = place + 1
+    return struct.Struct(spelled).unpack_from
+
+
+class Columns:
+    """The cells of several `counts`, of the supervisor and of all workers, read in one step, as `Loads` does it."""
+
+    __slots__ = ("_cells", "_columns", "_each", "_height", "_unpack")
+
+    def __init__(self, counts: Sequence[Count]) -> None:
+        self._cells = counts[0]._cells
+        self._columns = [count.column for count in counts]
+        self._height = -1
+        self._unpack = _reader_of([_AT_HEIGHT])
+        # The cells of each column, out of those of all rows.
+        self._each: list[slice] = []
+
+    def read(self) -> list[tuple[int, ...]]:
+        """The cells of each, in the order of `counts`: the supervisor's, and each worker's, by row."""
+        cells = self._unpack(self._cells)
+        if cells[0] != self._height:
+            self._measure(cells[0])
+            return self.read()
+        return [cells[of_one] for of_one in self._each]
+
+    def _measure(self, height: int) -> None:
+        self._height = height
+        row = sorted(self._columns)
+        places = [number * _WIDTH + column for number in range(_OWN, height) for column in row]
+        self._unpack = _reader_of([_AT_HEIGHT, *places])
+        self._each = [slice(1 + row.index(column), None, len(row)) for column in self._columns]
 
 
 class Sketch:
@@ -262,7 +314,7 @@ class Row:
         """The number `name` in the supervisor's row, for reading. Raises `KeyError` if there is no such column."""
         return Count(self._table.cells, _OWN, self._columns[name])
 
-    def window(self, name: str, seconds: int) -> windows.Window:
+    def window(self, name: str, seconds: int) -> windows.Window[Count]:
         """What is used within so many seconds. Raises `KeyError` if there are no columns for it."""
         even, odd = map(self.count, windows.names(name, seconds))
         return windows.Window((even, odd), seconds)

@@ -12,10 +12,11 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import inf
-from time import perf_counter
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Generic, Protocol, TypeVar
+
+import msgspec
 
 # Bits of a cell for what was used. The other ones are for the number of the window, which starts again after
 # `_NUMBERS`: for windows of a second, after three months.
@@ -43,11 +44,10 @@ def cell(number: int, used: int) -> int:
 
 def used_in(number: int, cells: Iterable[int]) -> int:
     """What was used in the window `number`, according to all of `cells`."""
-    wanted, used = number % _NUMBERS, 0
-    for value in cells:
-        if value >> _BITS == wanted:
-            used += value & _MOST
-    return used
+    first = (number % _NUMBERS) << _BITS
+    # A cell of this window differs from `first` only in what was used. This is done for each request, and there may be
+    # many workers.
+    return sum(filter(_MOST.__ge__, map(first.__xor__, cells)))
 
 
 def added(one: int, other: int) -> int:
@@ -60,7 +60,7 @@ def added(one: int, other: int) -> int:
     return one if later % _NUMBERS < _NUMBERS // 2 else other
 
 
-class Use(NamedTuple):
+class Use(msgspec.Struct, frozen=True, gc=False):
     """What was used in the `present` fixed window, of which `elapsed` of `seconds` have passed, and in the `last`."""
 
     present: int
@@ -101,34 +101,37 @@ class Number(Protocol):
     @property
     def own(self) -> int: ...
     def put(self, value: int) -> None: ...
-    def all(self) -> list[int]: ...
 
 
-class Window:
-    """What all workers use of one thing within so many seconds. `clock` is the same for all processes of a machine."""
+C = TypeVar("C", bound=Number)
 
-    __slots__ = ("_clock", "_columns", "seconds")
 
-    def __init__(self, columns: tuple[Number, Number], seconds: int, clock: Callable[[], float] = perf_counter) -> None:
-        self._columns = columns
+class Window(Generic[C]):
+    """What all workers use of one thing within so many seconds. `columns` are those of even and of odd numbers.
+
+    `now` is a time of `perf_counter`, which is the same for all processes of a machine.
+    """
+
+    __slots__ = ("columns", "seconds")
+
+    def __init__(self, columns: tuple[C, C], seconds: int) -> None:
+        self.columns = columns
         self.seconds = seconds
-        self._clock = clock
 
-    def add(self, amount: int) -> None:
+    def add(self, amount: int, now: float) -> None:
         """Counts `amount` as used now."""
-        number = int(self._clock() // self.seconds)
-        column = self._columns[number & 1]
+        number = int(now // self.seconds)
+        column = self.columns[number & 1]
         own, wanted = column.own, number % _NUMBERS
         used = amount + (own & _MOST if own >> _BITS == wanted else 0)
         column.put(wanted << _BITS | (used if used < _MOST else _MOST))
 
-    def use(self, more: int = 0) -> Use:
-        """What was used, as if so much `more` had been."""
-        now, seconds = self._clock(), self.seconds
+    def use(self, even: Iterable[int], odd: Iterable[int], now: float, more: int = 0) -> Use:
+        """What was used, according to the cells of both columns, as if so much `more` had been."""
+        seconds = self.seconds
         number = int(now // seconds)
-        present, last = self._columns[number & 1].all(), self._columns[number - 1 & 1].all()
-        elapsed = now - number * seconds
-        return Use(more + used_in(number, present), used_in(number - 1, last), elapsed, seconds)
+        present, last = (odd, even) if number & 1 else (even, odd)
+        return Use(more + used_in(number, present), used_in(number - 1, last), now - number * seconds, seconds)
 
 
 def is_over(cells: Iterable[int], seconds: int, now: float) -> bool:

@@ -1,4 +1,4 @@
-"""What is under way now: a row for each exchange, and what has changed since the reading before. No I/O, no content.
+"""What is under way now: a row for each exchange, and what has changed since the previous reading. No I/O, no content.
 
 In each worker, a `Reader` makes rows of exchanges. In the supervisor, a `View` puts the rows of all workers together,
 and writes the events of `/live/events`: a snapshot, then changes. A row in the changes has only the fields that differ.
@@ -139,7 +139,7 @@ class Reader:
 
 
 class View:
-    """The rows of all workers. `add` takes a reading, `step` looks at what has changed since the step before."""
+    """The rows of all workers. `add` takes a reading, `step` finds what has changed since the previous step."""
 
     def __init__(self) -> None:
         self._readings: dict[int, tuple[dict[str, Row], int]] = {}

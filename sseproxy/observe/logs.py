@@ -68,6 +68,11 @@ class Lines(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
+    def add(self, line: bytes) -> None:
+        """Takes a whole line, without its end."""
+        with self._changed:
+            self._take(line)
+
     def write(self, data: bytes) -> int:  # type: ignore[override]
         """Takes UTF-8 text. An incomplete last line is kept until its end is written."""
         with self._changed:

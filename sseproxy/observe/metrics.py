@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import msgspec
 
@@ -45,7 +45,7 @@ TOKENS_OF_ONE: Final = (
 Labels = tuple[str, ...]
 
 
-class Metric(NamedTuple):
+class Metric(msgspec.Struct, frozen=True):
     """One metric family. `labels` take values from the configuration and from closed sets only.
 
     The gauges of several workers are added up. A `state` is a gauge whose latest value counts, from whichever worker.
@@ -65,7 +65,7 @@ REQUESTS = Metric(
     "requests",
     "counter",
     (*_RM, "code", "outcome"),
-    "Requests that have ended, by the status that the client got and by why they ended.",
+    "Requests that have ended. `code` is the status that the client got, `outcome` is why it ended.",
 )
 REQUESTS_ACTIVE = Metric("requests_active", "gauge", _R, "Requests in progress.")
 STREAMS_ACTIVE = Metric("streams_active", "gauge", _R, "Event streams in progress.")
@@ -196,19 +196,19 @@ ATTEMPTS = Metric(
     "attempts",
     "counter",
     (*_E, "result"),
-    "Attempts at endpoints, by what became of them, for upstreams between whose endpoints there is a choice.",
+    "Attempts at endpoints, by how they ended; only for upstreams with a choice of endpoints.",
 )
 RETRIES = Metric(
     "retries",
     "counter",
     (*_R, "reason"),
-    "Attempts that were followed by another one, by why; the labels are those of the attempt that failed.",
+    "Attempts that were followed by another one, by reason; the labels are those of the attempt that failed.",
 )
 DISCARDED_TOKENS = Metric(
     "discarded_tokens",
     "counter",
     ("upstream", "model", "type"),
-    "Tokens of attempts that were thrown away, as far as the upstream told them; they are not in tokens.",
+    "Tokens of attempts that were thrown away, as far as the upstream reported them; they are not in tokens_total.",
 )
 HELD = Metric(
     "held_seconds",
@@ -240,14 +240,14 @@ CLIENT_REQUESTS = Metric(
     "client_requests",
     "counter",
     ("client", "outcome"),
-    "Requests with the key of a client that have ended, by why they ended.",
+    "Requests of a client that have ended. `outcome` is why.",
 )
 CLIENT_ACTIVE = Metric("client_requests_active", "gauge", ("client",), "Requests with the key of a client in progress.")
 CLIENT_TOKENS = Metric(
     "client_tokens",
     "counter",
     ("client", "model", "type"),
-    "Tokens of a client as the upstream counts them; and, as estimated, those of answers that it has not counted.",
+    "Tokens of a client as the upstream counts them; the type estimated is for answers that it has not counted.",
 )
 CLIENT_LIMITED = Metric(
     "client_limited",
@@ -259,7 +259,7 @@ KEYS_REJECTED = Metric(
     "client_keys_rejected", "counter", (), "Requests that were refused because their key was wrong, or two differed."
 )
 LEDGER_FAILURES = Metric(
-    "ledger_failures", "counter", (), "Questions to the server of ledger.url that it did not answer in time."
+    "ledger_failures", "counter", (), "Commands that the server of ledger.url did not answer in time."
 )
 CONNECT_TIME = Metric(
     "upstream_connect_seconds",
@@ -474,27 +474,62 @@ class HistogramRecorder:
         self._open().add(taken, later=False)
 
 
+class Number:
+    """A counter since the last report, or a gauge. What is counted for each request adds to `value` directly."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+
+class State:
+    """A gauge whose latest value counts: the `value` that it got since the last report, or None."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+
 class Recorder:
     """The numbers of a worker since its last report."""
 
     def __init__(self) -> None:
-        self._counters: dict[tuple[str, Labels], float] = {}
-        self._gauges: dict[tuple[str, Labels], float] = {}
-        self._states: dict[tuple[str, Labels], float] = {}
+        self._counters: dict[tuple[str, Labels], Number] = {}
+        # What was counted by name: labels may come and go, as those of addresses do, so nothing of it is kept.
+        self._counted: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], Number] = {}
+        self._states: dict[tuple[str, Labels], State] = {}
         self._histograms: dict[tuple[str, Labels], HistogramRecorder] = {}
 
-    def count(self, metric: Metric, labels: Labels, amount: float = 1) -> None:
+    def counter(self, metric: Metric, labels: Labels) -> Number:
+        """The counter with these labels, for ever. The same labels get the same counter."""
+        return _number(self._counters, (metric.name, labels))
+
+    def gauge(self, metric: Metric, labels: Labels) -> Number:
+        """The gauge with these labels, for ever. The same labels get the same gauge."""
+        return _number(self._gauges, (metric.name, labels))
+
+    def state(self, metric: Metric, labels: Labels) -> State:
+        """The state with these labels. The same labels get the same state."""
         key = (metric.name, labels)
-        self._counters[key] = self._counters.get(key, 0) + amount
+        if key not in self._states:
+            self._states[key] = State()
+        return self._states[key]
+
+    def count(self, metric: Metric, labels: Labels, amount: float = 1) -> None:
+        """Counts `amount`. With 0, the series exists before anything is counted."""
+        key = (metric.name, labels)
+        self._counted[key] = self._counted.get(key, 0) + amount
 
     def move(self, metric: Metric, labels: Labels, by: int) -> None:
         """Changes a gauge by `by`."""
-        key = (metric.name, labels)
-        self._gauges[key] = self._gauges.get(key, 0) + by
+        self.gauge(metric, labels).value += by
 
     def set(self, metric: Metric, labels: Labels, value: float) -> None:
-        of = self._states if metric.kind == "state" else self._gauges
-        of[(metric.name, labels)] = value
+        of = self.state(metric, labels) if metric.kind == "state" else self.gauge(metric, labels)
+        of.value = value
 
     def histogram(self, metric: Metric, labels: Labels) -> HistogramRecorder:
         """The histogram with these labels. The same labels get the same histogram."""
@@ -510,12 +545,18 @@ class Recorder:
 
     def report(self, *, asked: bool = False) -> Report:
         """The changes since the last report. Counters and histograms start at 0 again."""
-        counters, self._counters = self._counters, {}
-        states, self._states = self._states, {}
+        counted, self._counted = self._counted, {}
+        counters = [(*key, value) for key, value in counted.items()]
+        counters += [(*key, number.value) for key, number in self._counters.items() if number.value]
+        for number in self._counters.values():
+            number.value = 0
+        states = [(*key, state.value) for key, state in self._states.items() if state.value is not None]
+        for state in self._states.values():
+            state.value = None
         return Report(
-            counters=[(*key, value) for key, value in counters.items()],
-            gauges=[(*key, value) for key, value in self._gauges.items()],
-            states=[(*key, value) for key, value in states.items()],
+            counters=counters,
+            gauges=[(*key, number.value) for key, number in self._gauges.items()],
+            states=states,
             histograms=[
                 (*key, taken) for key, found in self._histograms.items() if (taken := found.take()) is not None
             ],
@@ -525,8 +566,16 @@ class Recorder:
     def take_back(self, report: Report) -> None:
         """Adds `report` to the next one, because it could not be sent."""
         for name, labels, amount in report.counters:
-            self._counters[name, labels] = self._counters.get((name, labels), 0) + amount
+            self._counted[name, labels] = self._counted.get((name, labels), 0) + amount
         for name, labels, value in report.states:
-            self._states.setdefault((name, labels), value)
+            state = self._states[name, labels]
+            state.value = value if state.value is None else state.value
         for name, labels, taken in report.histograms:
             self._histograms[name, labels].take_back(taken)
+
+
+def _number(numbers: dict[tuple[str, Labels], Number], key: tuple[str, Labels]) -> Number:
+    found = numbers.get(key)
+    if found is None:
+        found = numbers[key] = Number()
+    return found

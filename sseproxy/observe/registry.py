@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from .metrics import METRICS, REQUESTS_ACTIVE, Histogram, Labels, Metric, Report
+from .metrics import METRICS, REQUESTS, REQUESTS_ACTIVE, Histogram, Labels, Metric, Report
 
 _OPENMETRICS: Final = "application/openmetrics-text"
 
@@ -45,6 +45,11 @@ class Registry(Collector):
     def gauge(self, worker: int, metric: Metric, labels: Labels = ()) -> float:
         """The value of a gauge of `worker`, or 0."""
         return self._gauges.get(worker, {}).get((metric.name, labels), 0)
+
+    def ended(self, *outcomes: str) -> int:
+        """How many requests have ended with one of `outcomes`."""
+        place = REQUESTS.labels.index("outcome")
+        return int(sum(n for labels, n in self._counters[REQUESTS.name].items() if labels[place] in outcomes))
 
     def drop(self, worker: int) -> dict[Labels, int]:
         """Drops the gauges of `worker`, which has ended. Returns its active exchanges, by (route, upstream)."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -24,7 +25,7 @@ from ..wire.meaning import Usage
 from . import metrics
 from .access import AccessLog
 from .live import ID_SIZE, Reading
-from .metrics import Labels, Metric, Recorder, Report
+from .metrics import HistogramRecorder, Labels, Metric, Number, Recorder, Report
 
 # Seconds between two reports that were not requested. A worker that dies loses the numbers since its last report. Each
 # report takes half a millisecond of a core, which the supervisor and the worker may share.
@@ -38,8 +39,13 @@ _CLIENT_CLOSED_REQUEST = 499
 # Characters. OpenMetrics allows 128 for the label names and values of an exemplar. Clients may choose longer ids.
 _EXEMPLAR_ID = 128 - len("request_id")
 
+# The types of tokens, in the order of `_by_type`.
+_TYPES: Final = ("input", "output", "cached_input", "cache_write", "reasoning")
 # Why a request with a wrong key is refused.
 _WRONG_KEYS = frozenset({"invalid_api_key", "too_many_wrong_keys"})
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _HEADER = struct.Struct("!I")
 _encode = msgspec.msgpack.Encoder().encode
@@ -124,7 +130,7 @@ class Reports:
         self._write(CANCEL + id.encode())
 
 
-class _Moved(NamedTuple):
+class _Moved(msgspec.Struct, frozen=True, gc=False):
     """What an exchange has moved so far."""
 
     events: int = 0
@@ -199,6 +205,8 @@ class Telemetry:
             # It goes to the end, so the next report begins with those after it.
             del self.running[exchange]
             self.running[exchange] = moved
+        for observer in self._observers.values():
+            observer.settle()
         for metric, labels, value in self._gauges():
             self.recorder.set(metric, labels, value)
         report = self.recorder.report(asked=self._asked)
@@ -235,19 +243,59 @@ def _count_moved(exchange: Exchange, told: _Moved) -> _Moved:
     return moved
 
 
+class Lazy(dict[K, V]):
+    """A dictionary whose values are made by `make` from their keys, when they are looked for first."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[[K], V]) -> None:
+        self._make = make
+
+    def __missing__(self, key: K) -> V:
+        made = self[key] = self._make(key)
+        return made
+
+
+class _Client:
+    """The numbers of one client that are counted for each of its requests, for one model label."""
+
+    __slots__ = ("active", "estimated", "requests", "tokens")
+
+    def __init__(self, recorder: Recorder, name: str, model: str) -> None:
+        self.requests: Lazy[Outcome, Number] = Lazy(
+            lambda outcome: recorder.counter(metrics.CLIENT_REQUESTS, (name, outcome))
+        )
+        self.active = recorder.gauge(metrics.CLIENT_ACTIVE, (name,))
+        self.tokens = [recorder.counter(metrics.CLIENT_TOKENS, (name, model, kind)) for kind in _TYPES]
+        self.estimated = recorder.counter(metrics.CLIENT_TOKENS, (name, model, "estimated"))
+
+
 class RouteObserver:
     """Implements `relay.exchange.Observer` for one route, upstream and model label."""
 
     __slots__ = (
+        "_active",
+        "_attempts",
+        "_clients",
         "_connect",
+        "_deltas",
         "_detailed",
+        "_ends",
+        "_events",
         "_first_token",
         "_head",
+        "_input",
         "_labels",
         "_of_model",
         "_of_whole",
+        "_output",
         "_recorder",
+        "_request_bytes",
+        "_response_bytes",
+        "_reused",
         "_telemetry",
+        "_tokens",
+        "_up",
         "first_event",
         "forwarded",
         "gap",
@@ -262,9 +310,25 @@ class RouteObserver:
         self._of_model = (*labels, model)
         self._of_whole: RouteObserver | None = None
         self._detailed = (*labels, model if telemetry.detailed else "")
+        # What is counted for most exchanges is looked up only once.
+        self._active = recorder.gauge(metrics.REQUESTS_ACTIVE, labels)
+        self._reused = recorder.counter(metrics.REUSED, labels)
+        self._up = recorder.state(metrics.UPSTREAM_UP, labels[1:])
+        self._events = recorder.counter(metrics.EVENTS, labels)
+        self._deltas = recorder.counter(metrics.DELTAS, self._detailed)
+        self._request_bytes = recorder.counter(metrics.REQUEST_BYTES, labels)
+        self._response_bytes = recorder.counter(metrics.RESPONSE_BYTES, labels)
+        self._tokens = [recorder.counter(metrics.TOKENS, (*self._of_model, kind)) for kind in _TYPES]
+        # Since the last report, by the endpoint and the result.
+        self._attempts = Counter[tuple[str, str]]()
+        # By the status, the outcome, and whether it is a stream.
+        self._ends = Lazy(self._new_end)
+        self._clients = Lazy(self._new_client)
         self._connect = recorder.histogram(metrics.CONNECT_TIME, labels)
         self._head = recorder.histogram(metrics.TO_HEAD, labels)
         self._first_token = recorder.histogram(metrics.TO_FIRST_TOKEN, self._of_model)
+        self._input = recorder.histogram(metrics.TOKENS_PER_REQUEST, (*self._detailed, "input"))
+        self._output = recorder.histogram(metrics.TOKENS_PER_REQUEST, (*self._detailed, "output"))
         self.first_event = recorder.histogram(metrics.TO_FIRST_EVENT, labels).observe
         self.gap = recorder.histogram(metrics.GAPS, self._detailed).observe
         self.forwarded = recorder.histogram(metrics.FORWARD, labels).observe
@@ -272,9 +336,9 @@ class RouteObserver:
 
     def started(self, exchange: Exchange) -> None:
         self._telemetry.running[exchange] = _NOTHING_YET
-        self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, 1)
+        self._active.value += 1
         if exchange.client_name:
-            self._recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), 1)
+            self._clients[exchange.client_name].active.value += 1
         self._telemetry.changed()
 
     def rejected(self, reason: str) -> None:
@@ -291,17 +355,24 @@ class RouteObserver:
     def upstream_failed(self, kind: str, *, answered: bool) -> None:
         self._recorder.count(metrics.UPSTREAM_ERRORS, (*self._labels, kind))
         if not answered:
-            self._recorder.set(metrics.UPSTREAM_UP, self._labels[1:], 0)
+            self._up.value = 0
 
     def attempted(self, endpoint: str, result: str) -> None:
-        self._recorder.count(metrics.ATTEMPTS, (self._labels[1], endpoint, result))
+        self._attempts[endpoint, result] += 1
+
+    def settle(self) -> None:
+        """Counts the attempts since the last call. Endpoints come and go, so no number of each is kept."""
+        for (endpoint, result), number in self._attempts.items():
+            self._recorder.count(metrics.ATTEMPTS, (self._labels[1], endpoint, result), number)
+        self._attempts.clear()
 
     def retried(self, reason: str) -> None:
         self._recorder.count(metrics.RETRIES, (*self._labels, reason))
 
     def discarded(self, usage: Usage) -> None:
-        for kind, tokens in _counted(usage):
-            self._recorder.count(metrics.DISCARDED_TOKENS, (*self._of_model[1:], kind), tokens)
+        for kind, tokens in zip(_TYPES, _by_type(usage), strict=True):
+            if tokens:
+                self._recorder.count(metrics.DISCARDED_TOKENS, (*self._of_model[1:], kind), tokens)
 
     def held(self, seconds: float) -> None:
         self._recorder.histogram(metrics.HELD, self._labels).observe(seconds)
@@ -311,6 +382,7 @@ class RouteObserver:
         if self._of_whole is None:
             self._of_whole = RouteObserver(self._telemetry, self._labels, self._of_model[-1])
             self._of_whole.gap = lambda seconds, /: None
+            self._of_whole._attempts = self._attempts
         return self._of_whole
 
     def handed_over(self, exchange: Exchange, to: Observer) -> None:
@@ -318,22 +390,22 @@ class RouteObserver:
         assert isinstance(to, RouteObserver)
         running = self._telemetry.running
         running[exchange] = _count_moved(exchange, running[exchange])
-        self._recorder.move(metrics.REQUESTS_ACTIVE, self._labels, -1)
-        self._recorder.move(metrics.REQUESTS_ACTIVE, to._labels, 1)
+        self._active.value -= 1
+        to._active.value += 1
         if exchange.is_stream:
             self._recorder.move(metrics.STREAMS_ACTIVE, self._labels, -1)
             self._recorder.move(metrics.STREAMS_ACTIVE, to._labels, 1)
         exchange.observer = to
 
-    def connected(self, seconds: float, *, reused: bool) -> None:
-        if reused:
-            self._recorder.count(metrics.REUSED, self._labels)
-        else:
-            self._connect.observe(seconds)
+    def connected(self, seconds: float) -> None:
+        self._connect.observe(seconds)
+
+    def reused(self) -> None:
+        self._reused.value += 1
 
     def response_head(self, seconds: float) -> None:
         self._head.observe(seconds)
-        self._recorder.set(metrics.UPSTREAM_UP, self._labels[1:], 1)
+        self._up.value = 1
 
     def stream_started(self) -> None:
         self._recorder.move(metrics.STREAMS_ACTIVE, self._labels, 1)
@@ -345,28 +417,24 @@ class RouteObserver:
 
     def moved(self, now: _Moved, told: _Moved) -> None:
         """Counts the difference between what an exchange has moved by `now`, and what was `told` of it."""
-        count, labels = self._recorder.count, self._labels
-        if by := now.events - told.events:
-            count(metrics.EVENTS, labels, by)
-        if by := now.deltas - told.deltas:
-            count(metrics.DELTAS, self._detailed, by)
-        if by := now.request_bytes - told.request_bytes:
-            count(metrics.REQUEST_BYTES, labels, by)
-        if by := now.response_bytes - told.response_bytes:
-            count(metrics.RESPONSE_BYTES, labels, by)
+        self._events.value += now.events - told.events
+        self._deltas.value += now.deltas - told.deltas
+        self._request_bytes.value += now.request_bytes - told.request_bytes
+        self._response_bytes.value += now.response_bytes - told.response_bytes
 
     def finished(self, exchange: Exchange) -> None:
         recorder, labels, detailed = self._recorder, self._labels, self._detailed
         assert exchange.outcome is not None
         assert exchange.ended_at is not None
         told = self._telemetry.running.pop(exchange, _NOTHING_YET)
-        recorder.move(metrics.REQUESTS_ACTIVE, labels, -1)
-        if exchange.client_name:
-            recorder.move(metrics.CLIENT_ACTIVE, (exchange.client_name,), -1)
-        code = exchange.status or _CLIENT_CLOSED_REQUEST
-        recorder.count(metrics.REQUESTS, (*detailed, str(code), exchange.outcome.value))
-        how = (str(exchange.is_stream).lower(), exchange.outcome.value) if self._telemetry.detailed else ("", "")
-        duration = recorder.histogram(metrics.REQUEST_DURATION, (*detailed, *how))
+        self._active.value -= 1
+        client = self._clients[exchange.client_name] if exchange.client_name else None
+        if client is not None:
+            client.active.value -= 1
+            client.requests[exchange.outcome].value += 1
+            client.estimated.value += exchange.estimated
+        requests, duration = self._ends[exchange.status or _CLIENT_CLOSED_REQUEST, exchange.outcome, exchange.is_stream]
+        requests.value += 1
         duration.observe(exchange.ended_at - exchange.received_at)
         if exchange.is_stream:
             recorder.move(metrics.STREAMS_ACTIVE, labels, -1)
@@ -383,39 +451,48 @@ class RouteObserver:
             recorder.count(metrics.NOT_READ, (*labels, exchange.unread))
         if exchange.finish_reason is not None and not exchange.repeats:
             recorder.count(metrics.FINISHED, (*detailed, metrics.reason_label(exchange.finish_reason)))
-        if exchange.client_name:
-            self._count_client(exchange, exchange.outcome)
         if exchange.usage is not None:
-            self._count_usage(exchange.usage, exchange.client_name, completed=exchange.outcome is Outcome.COMPLETED)
+            self._count_usage(exchange.usage, client, completed=exchange.outcome is Outcome.COMPLETED)
         if (pace := exchange.seconds_per_token()) is not None:
             recorder.histogram(metrics.TPOT, self._of_model).observe(pace)
         if self._telemetry.access is not None:
             self._telemetry.access.ended(exchange)
         self._telemetry.changed()
 
-    def _count_client(self, exchange: Exchange, outcome: Outcome) -> None:
-        name = exchange.client_name
-        self._recorder.count(metrics.CLIENT_REQUESTS, (name, outcome.value))
-        if exchange.estimated:
-            self._recorder.count(metrics.CLIENT_TOKENS, (name, self._of_model[-1], "estimated"), exchange.estimated)
+    def _new_end(self, how: tuple[int, Outcome, bool]) -> tuple[Number, HistogramRecorder]:
+        """Counts the exchanges that end like this, and how long they take."""
+        status, outcome, streamed = how
+        more = (str(streamed).lower(), outcome) if self._telemetry.detailed else ("", "")
+        return (
+            self._recorder.counter(metrics.REQUESTS, (*self._detailed, str(status), outcome)),
+            self._recorder.histogram(metrics.REQUEST_DURATION, (*self._detailed, *more)),
+        )
 
-    def _count_usage(self, usage: Usage, client: str, *, completed: bool) -> None:
-        for kind, tokens in _counted(usage):
-            self._recorder.count(metrics.TOKENS, (*self._of_model, kind), tokens)
-            if client:
-                self._recorder.count(metrics.CLIENT_TOKENS, (client, self._of_model[-1], kind), tokens)
+    def _new_client(self, name: str) -> _Client:
+        return _Client(self._recorder, name, self._of_model[-1])
+
+    def _count_usage(self, usage: Usage, client: _Client | None, *, completed: bool) -> None:
+        _add_tokens(self._tokens, usage)
+        if client is not None:
+            _add_tokens(client.tokens, usage)
         if usage.seconds:
             self._recorder.count(metrics.SECONDS, self._labels, usage.seconds)
-        for kind, of_one in (("input", usage.input), ("output", usage.output)):
-            if completed and of_one is not None:
-                self._recorder.histogram(metrics.TOKENS_PER_REQUEST, (*self._detailed, kind)).observe(of_one)
+        if completed and usage.input is not None:
+            self._input.observe(usage.input)
+        if completed and usage.output is not None:
+            self._output.observe(usage.output)
 
 
-def _counted(usage: Usage) -> Iterator[tuple[str, int]]:
-    """The tokens of each type, without those that are 0 or not told."""
-    for kind in ("input", "output", "cached_input", "cache_write", "reasoning"):
-        if tokens := getattr(usage, kind):
-            yield kind, tokens
+def _by_type(usage: Usage) -> tuple[int | None, ...]:
+    """The tokens of each of `_TYPES`."""
+    return usage.input, usage.output, usage.cached_input, usage.cache_write, usage.reasoning
+
+
+def _add_tokens(numbers: list[Number], usage: Usage) -> None:
+    """Adds the tokens of each type to its number. Those that are not told count nothing."""
+    for number, tokens in zip(numbers, _by_type(usage), strict=True):
+        if tokens:
+            number.value += tokens
 
 
 def _why_without_usage(exchange: Exchange) -> str:

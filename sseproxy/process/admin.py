@@ -2,10 +2,10 @@
 
 With `admin.token`, everything but health needs the token, or a browser's session (`login`).
 
-The browser of somebody who can reach it may send requests that any web page asks for. Two checks protect what changes
-something, and the live view. Requests from pages of other sites are refused; a link to a page may be followed. And the
-`Host` must be a known name, because a foreign name can be made to resolve to this address (DNS rebinding), and then the
-page would not count as one of another site.
+Any web page can make an operator's browser send requests to this listener. Two checks protect the live view, and
+everything that changes something. Requests from pages of other sites are refused; a link to a page may be followed. And
+the `Host` must be a known name, because a foreign name can be made to resolve to this address (DNS rebinding), and then
+the page would not count as one of another site.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .live import Live
 
 # These are read-only, and probes send all kinds of `Host` fields.
 _UNDER_ANY_NAME = frozenset({"/metrics", "/livez", "/readyz"})
-# These need no token: whoever asks can log in, or is a probe that knows none.
+# These need no token: they are for logging in, or for probes, which know none.
 _OPEN = frozenset({"/livez", "/readyz", "/login"})
 _PAGES = frozenset({"/", "/live"})
 # Bytes of a request body. The only one is that of the form with the token.
@@ -165,7 +165,12 @@ def application(
     async def end(app: web.Application) -> None:
         live.end()
 
+    async def hide_versions(request: web.Request, response: web.StreamResponse) -> None:
+        # By default, aiohttp sends its version and that of Python.
+        response.headers[hdrs.SERVER] = "sseproxy"
+
     app = web.Application(middlewares=[guard], client_max_size=_MAX_BODY)
+    app.on_response_prepare.append(hide_versions)
     app.on_startup.append(begin)
     app.on_shutdown.append(end)
     app.add_routes(

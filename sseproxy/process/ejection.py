@@ -50,7 +50,7 @@ class Ejected(NamedTuple):
 
 
 class OnTrial(NamedTuple):
-    """The endpoint is not used, but by the worker with the row `worker`, once. None withdraws that."""
+    """Only the worker with the row `worker` may use the endpoint, once. With None, no worker may any more."""
 
     endpoint: str
     worker: int | None

@@ -1,7 +1,7 @@
 """The live view: `/live/events`, and `/live/{id}/cancel`.
 
-While somebody looks, the workers are asked four times a second. All who look share one reading. Nothing is queued for
-them: whoever has not read the last event gets no other one, and later a new snapshot. When nobody looks, nothing
+While there are viewers, the workers are asked four times a second. All viewers share one reading. Nothing is queued for
+them: a viewer that has not read the last event gets no further ones, and later a new snapshot. Without viewers, nothing
 happens.
 """
 
@@ -26,7 +26,7 @@ _INTERVAL = 0.25
 _MOST_LOOKERS = 32
 # Seconds after which a comment is sent, if there is nothing else: less than the idle timeouts of proxies, 60 s.
 _KEEPALIVE = 15.0
-# Seconds that somebody may read nothing. Then the connection is closed; a browser makes a new one.
+# Seconds that a viewer may read nothing. Then the connection is closed; a browser makes a new one.
 _STALLED_AFTER = 60.0
 # Seconds that a cancelled request may take to end until the answer says that it has not ended yet.
 _END_TIMEOUT = 2.0
@@ -37,7 +37,7 @@ _EVENTS = {hdrs.CONTENT_TYPE: "text/event-stream", hdrs.CACHE_CONTROL: "no-store
 
 
 class Live:
-    """What all who look have in common.
+    """What all viewers share.
 
     `look` asks all workers, and returns when the `view` has their readings. `cancel` tells a worker to cancel the
     request with an id. `options` returns the current options.
@@ -78,7 +78,7 @@ class Live:
 
     @contextmanager
     def _looking(self) -> Iterator[None]:
-        """Somebody looks."""
+        """Adds a viewer."""
         self._lookers += 1
         if self._reading is None or self._reading.done():
             self._reading = asyncio.get_running_loop().create_task(self._read())
@@ -88,7 +88,7 @@ class Live:
             self._lookers -= 1
 
     async def _read(self) -> None:
-        """Reads what the workers have under way, as long as somebody looks."""
+        """Reads what the workers have under way, as long as there are viewers."""
         while True:
             await asyncio.sleep(self._due - perf_counter())
             if not self._lookers or self._ending:
@@ -116,7 +116,7 @@ class Live:
                 # What this event stream shows was allowed by these options, and ends with them.
                 await self._tell(request, response, lambda: self._options() == options)
         except ConnectionError:
-            # Whoever looked has left.
+            # The viewers have left.
             pass
         return response
 

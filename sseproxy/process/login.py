@@ -1,8 +1,8 @@
 """Who may use the admin listener, where `admin.token` is set: programs with the token, and browsers with a session.
 
-A browser cannot add the token to what it asks for. So its user logs in once, and it gets a cookie. In the cookie is the
-time until which it is valid, and a code (HMAC) that only somebody who knows the token can make. So it stays valid after
-a reload and a restart, and becomes invalid with another token.
+A browser cannot add the token to its requests. So its user logs in once, and the browser gets a cookie. The cookie has
+the time until which it is valid, and a code (HMAC) that nobody can make without the token. So it stays valid after a
+reload and a restart, and becomes invalid with another token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-COOKIE: Final = "sseproxy_admin"
+from ..wire.credentials import SESSION_COOKIE
+
 # Seconds: a working day.
 _SESSION: Final = 12 * 3600
 _BEARER: Final = re.compile(r"bearer +([!-~]+) *", re.IGNORECASE)
@@ -55,11 +56,17 @@ def admits(request: web.Request, token: str) -> bool:
     if fields:
         match = _BEARER.fullmatch(fields[0])
         return len(fields) == 1 and match is not None and is_token(match[1], token)
-    return is_session(request.cookies.get(COOKIE, ""), token, _now())
+    return is_session(request.cookies.get(SESSION_COOKIE, ""), token, _now())
 
 
 def log_in(response: web.Response, token: str, *, secure: bool) -> None:
     """Sets the cookie. `secure`: it must not be sent without TLS."""
     response.set_cookie(
-        COOKIE, session(token, _now()), max_age=_SESSION, path="/", httponly=True, samesite="Strict", secure=secure
+        SESSION_COOKIE,
+        session(token, _now()),
+        max_age=_SESSION,
+        path="/",
+        httponly=True,
+        samesite="Strict",
+        secure=secure,
     )

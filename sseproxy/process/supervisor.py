@@ -208,7 +208,7 @@ class Supervisor:
             succeeding = self._begin(self._take_over_from_predecessors(self._handover.version))
             if generation.ready:
                 await asyncio.wait((succeeding,))
-        notify.ready(f"{self.workers} workers")
+        notify.ready(_counted(self.workers, "worker"))
 
     def _open_ledger(self) -> dict[int, int]:
         """Opens the ledger that the previous version has handed over, or creates one.
@@ -230,14 +230,24 @@ class Supervisor:
         """Waits until one worker of this version accepts. Then the workers of the previous version finish."""
         await self._until(lambda: self._generation is not None and bool(self._generation.ready))
         await self._take_over(*self._unused)
-        log.info("upgraded from version %s to %s: %d workers", version, __version__, self.workers)
+        log.info("upgraded from version %s to %s: %s", version, __version__, _counted(self.workers, "worker"))
         await self._end_oldest()
 
     async def run(self) -> int:
         """Runs until a signal ends it. Returns the exit status."""
         await self.stopping.wait()
         log.info("draining for at most %gs; a second signal kills the workers immediately", self.config.drain_timeout)
+        began, cut_before = time.perf_counter(), self._cut_off()
+        unknown = any(isinstance(generation, Predecessors) for generation in self._generations)
         await self.close()
+        cut = self._cut_off() - cut_before
+        log.log(
+            logging.WARNING if cut else logging.INFO,
+            "draining ended after %.1fs; %s cut off%s",
+            time.perf_counter() - began,
+            {0: "no request was", 1: "1 request was"}.get(cut, f"{cut} requests were"),
+            ", not counting those of workers of the previous version" if unknown else "",
+        )
         return 128 + self._forced if self._forced is not None else 0
 
     async def reload(self) -> None:
@@ -265,13 +275,13 @@ class Supervisor:
                 self._refused("reloaded", error)
                 raise
             finally:
-                notify.ready(f"{self.workers} workers")
+                notify.ready(_counted(self.workers, "worker"))
             self._recorder.count(metrics.RELOADS, ("success",))
             earlier = len(self._generations) - 1
             log.info(
-                "configuration reloaded: %d workers; the streams of %d earlier configurations are finishing",
-                self.workers,
-                earlier,
+                "configuration reloaded: %s; %s as soon as no request is left",
+                _counted(self.workers, "worker"),
+                "1 earlier configuration ends" if earlier == 1 else f"{earlier} earlier configurations end",
             )
             await self._end_oldest()
 
@@ -304,7 +314,7 @@ class Supervisor:
             except SseproxyError as error:
                 self._refused("upgraded", error)
             finally:
-                notify.ready(f"{self.workers} workers")
+                notify.ready(_counted(self.workers, "worker"))
 
     async def _hand_over(self) -> None:
         """Executes the installed code in place of this process. Raises `ReloadError` if it fails."""
@@ -392,6 +402,11 @@ class Supervisor:
         clean_up([*self._sockets, *self._admin_sockets])
         self._health.close()
         self._ledger.close()
+
+    def _cut_off(self) -> int:
+        """How many requests have been cut off, by the end of a drain or of a worker."""
+        self._registry.add(0, self._recorder.report())
+        return self._registry.ended(Outcome.DRAINED, Outcome.PROXY_ERROR)
 
     async def registry(self) -> Registry:
         """The current numbers of all workers. For a worker that does not answer in time, those of its last report."""
@@ -545,7 +560,8 @@ class Supervisor:
         del oldest[max(0, len(oldest) - allowed) :]
         for generation in oldest:
             log.warning(
-                "more than %d earlier configurations are finishing: the streams of the oldest are ended", allowed
+                "more than %s finishing (reload.generations): the requests of the oldest are ended",
+                "1 earlier configuration is" if allowed == 1 else f"{allowed} earlier configurations are",
             )
             generation.expire()
         for generation in oldest:
@@ -562,6 +578,8 @@ class Supervisor:
         """Called when the configuration is in use: sets the metrics about it, and starts to watch its files."""
         for unused, why in unreachable(self.config.routes):
             log.warning("%s: %s", self.config.place(unused, self._path), why)
+        if exposed := self.config.exposed_keys():
+            log.warning("%s: %s", self._path, exposed)
         self._registry.drop(_CONFIGURATION)
         self._registry.add(_CONFIGURATION, Report([], [*_limits(self.config)], [], []))
         named = self.config.metrics
@@ -631,6 +649,10 @@ class Supervisor:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _limits(config: Config) -> Iterator[tuple[str, Labels, float]]:

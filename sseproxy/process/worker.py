@@ -110,7 +110,7 @@ class Worker:
         self._config = config
         self.telemetry = Telemetry(loop, send, self._gauges, access, detailed=config.metrics.detail == "full")
         self.proxy = Proxy(config, self.telemetry.observer, self.telemetry.lagged, row, most_connections)
-        # What the live view reads, while somebody looks.
+        # What the live view reads, while it has viewers.
         self._reader: Reader | None = None
         self._forgetting: asyncio.TimerHandle | None = None
         tls = config.tls.context() if config.tls is not None else None
@@ -191,9 +191,13 @@ class Worker:
         self._stop_accepting()
         self.proxy.retire()
         waiting = [asyncio.ensure_future(event.wait()) for event in (self.proxy.server.empty, over)]
-        await asyncio.wait(waiting, timeout=self._config.reload.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        timeout = self._config.reload.drain_timeout
+        ended, _ = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for waiter in waiting:
             waiter.cancel()
+        if not ended:
+            cut = len(self.proxy.active)
+            log.warning("requests of an earlier configuration cut off by reload.drain_timeout (%gs): %d", timeout, cut)
 
     async def drain(self, seconds: float | None = None) -> None:
         """Stops accepting, and waits for exchanges for `seconds`; the default is `drain_timeout`.
@@ -206,7 +210,6 @@ class Worker:
             async with asyncio.timeout(self._config.drain_timeout if seconds is None else seconds):
                 await self.proxy.server.empty.wait()
         except TimeoutError:
-            log.warning("%d exchanges are ended by the drain timeout", len(self.proxy.active))
             self.proxy.end_exchanges()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.proxy.server.empty.wait(), _FLUSH_TIMEOUT)

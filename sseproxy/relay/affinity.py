@@ -1,4 +1,4 @@
-"""What a request is assigned to an endpoint by: a header field, a member of its body, or the beginning of its messages.
+"""By what a request is assigned to an endpoint: a header field, a member of its body, or the beginning of its messages.
 
 Requests of one conversation have the same value, so the endpoint that has its prompt in a cache is asked again.
 """

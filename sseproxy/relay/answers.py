@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from time import time  # noqa: TID251 - a timestamp is exported
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from ..errors import ExchangeError
 from ..wire import headers
@@ -80,7 +82,7 @@ def response_head(
     )
 
 
-class Answer(NamedTuple):
+class Answer(msgspec.Struct, frozen=True):
     """What is left to send for a request: an error response, or nothing if the response was already sent.
 
     It consists of bytes and not of an aiohttp response, which would add fields such as Server and Content-Type.

@@ -1,7 +1,7 @@
-"""Asks endpoints until one has an answer: phases 3 to 5, as often as it takes.
+"""Asks endpoints until one has an answer: phases 3 to 5, as often as necessary.
 
 With one endpoint this is one attempt. Otherwise a `Course` says which endpoint is asked next. The beginning of an
-answer may be held back until it is clear that it is one.
+answer may be held back until it is clear that it is usable.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from ..errors import ExchangeError, Outcome, RequestError, Truncated, UpstreamError
+import msgspec
+
+from ..errors import ExchangeError, Outcome, RequestError, TooManyConnects, Truncated, UpstreamError
 from ..wire import headers
 from ..wire.credentials import without_key
 from ..wire.dialects import Dialect, asks_for_stream
@@ -30,7 +32,7 @@ from .clock import Clock
 from .downstream import Request
 from .exchange import Exchange
 from .heads import ResponseHead
-from .hold import UNOBSERVED, EarlyHead, Held, Hold
+from .hold import UNOBSERVED, EarlyHead, Hold
 from .inspect import inspector_of
 from .pool import Upstream, micros
 from .pump import Peek
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 _MAX_REFUSAL: Final = 64 * 1024
 # Bytes of a body that are kept while it is forwarded, in case it has to be sent again.
 _MAX_REPEATED: Final = 1024 * 1024
+# Fields that only the first upstream of a route gets, beside the client's key. They may be credentials.
+_OF_THE_FIRST: Final = frozenset({b"cookie"})
 # The safe methods (RFC 9110, section 9.2.1), except TRACE, which is not relayed.
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 # openai-python, openai-node and others obey it.
@@ -62,8 +66,8 @@ _JUDGEMENTS: Final[dict[Outcome, tuple[str, Verdict]]] = {
 }
 
 
-class Question(NamedTuple):
-    """What is asked, whichever endpoint it is asked of."""
+class Question(msgspec.Struct, frozen=True):
+    """The request, in the form that is the same for every endpoint."""
 
     route: Route
     path: str
@@ -81,8 +85,8 @@ class Question(NamedTuple):
     """Whether the upstream's key is sent."""
 
 
-class Asked(NamedTuple):
-    """A response head, of which endpoint, and whether usage was requested that the client does not want."""
+class Asked(msgspec.Struct, frozen=True):
+    """A response head, the endpoint that sent it, and whether usage was requested that the client does not want."""
 
     head: ResponseHead
     endpoint: Endpoint
@@ -98,7 +102,6 @@ class Asking:
 
     __slots__ = (
         "_clock",
-        "_course",
         "_early_head",
         "_exchange",
         "_fail",
@@ -131,10 +134,9 @@ class Asking:
         self._question: Question | None = question
         self._fail = fail
         self._early_head = early_head
-        self._course: Course | None = None
         # Whether more than one attempt is possible.
         self._several = False
-        # What is held back of an attempt that has failed.
+        # What is held back of an answer, until the client gets it, or nobody does.
         self._hold: Hold | None = None
         self.attempt: Attempt | None = None
         """The last attempt."""
@@ -152,12 +154,12 @@ class Asking:
         if upstream is None or endpoint is None or upstream.some_are_out:
             return await self._ask_in_turn(endpoint)
         # Usually the first one that is asked answers. Then nothing more is needed.
-        self._several = len(upstream.endpoints) > 1
+        self._several = upstream.has_several
         self._exchange.endpoint = endpoint.label
         try:
             keeps = question.route.retry.max_body if self._several else 0
             asked = await self._ask(upstream, endpoint, None, keeps=keeps)
-        except UpstreamError as error:
+        except (UpstreamError, TooManyConnects) as error:
             return await self._ask_in_turn(endpoint, error)
         return asked if asked.head.status < 400 else await self._ask_in_turn(endpoint, asked)
 
@@ -179,7 +181,7 @@ class Asking:
     def judge(self, outcome: Outcome) -> None:
         """Records what the outcome of the exchange says of the endpoint that was asked last."""
         self._exchange.on_first_token = None
-        if self.attempt is not None:
+        if self.attempt is not None and not self.attempt.judged:
             self.attempt.judge(*_JUDGEMENTS.get(outcome, ("abandoned", "open")))
 
     def end(self) -> None:
@@ -188,8 +190,11 @@ class Asking:
             if self.attempt is not None:
                 self.attempt.end()
         finally:
-            if self.early is not None:
-                self.early.stop()
+            try:
+                if self.early is not None:
+                    self.early.stop()
+            finally:
+                self._discard()
 
     def streams(self, kind: headers.BodyKind) -> bool:
         """Whether the client wants a stream, or gets one: the body of the response is labelled as `kind`."""
@@ -204,12 +209,12 @@ class Asking:
 
     # --- several attempts ---
 
-    async def _ask_in_turn(self, chosen: Endpoint | None, came: Asked | UpstreamError | None = None) -> Asked:
+    async def _ask_in_turn(self, chosen: Endpoint | None, came: Asked | ExchangeError | None = None) -> Asked:
         """Asks as many endpoints as it takes. The first one may be `chosen`, and asked already: then this `came`."""
         question, exchange, body = self.question, self._exchange, self._request.body
         options = question.route.retry
         await self._learn_models(question.route.name)
-        course = self._course = await self._course_of(question)
+        course = await self._course_of(question)
         step = course.first(chosen)
         if step is None:
             raise UpstreamError("dns", cause=f"{question.route.upstream[0].name}: no address is known")
@@ -217,10 +222,9 @@ class Asking:
         keeps = options.max_body if course.several else 0
         while True:
             asked, error = None, None
-            exchange.attempts = course.attempts
             try:
                 first, came = came, None
-                if isinstance(first, UpstreamError):
+                if isinstance(first, ExchangeError):
                     raise first
                 asked = first
                 if asked is None:
@@ -228,11 +232,11 @@ class Asking:
                     if step.pause:
                         self._clock.pause()
                         await asyncio.sleep(step.pause)
+                    exchange.attempts = course.attempts
                     asked = await self._ask(step.upstream, step.endpoint, step.target, later=step.later, keeps=keeps)
                 failure = await self._failure(asked.head, step, course)
-            except UpstreamError as raised:
+            except (UpstreamError, TooManyConnects) as raised:
                 error, failure = raised, failure_of(raised, begun=self.attempt is not None and self.attempt.begun)
-                error.attempts = course.attempts
             if failure is None:
                 assert asked is not None
                 return self._fitting(asked)
@@ -242,16 +246,17 @@ class Asking:
                 if error is not None:
                     raise error
                 assert asked is not None
+                answer = self._fitting(asked)
                 self._release(failure)
                 if course.several and failure.retry_after is None:
-                    asked.head.fields = asked.head.fields.with_only(*DO_NOT_RETRY)
-                return self._fitting(asked)
+                    answer.head.fields = answer.head.fields.with_only(*DO_NOT_RETRY)
+                return answer
             exchange.observer.retried(failure.reason)
-            if error is not None:
+            if isinstance(error, UpstreamError):
                 exchange.observer.upstream_failed(error.kind, answered=False)
             assert self.attempt is not None
+            self._discard()
             self.attempt.end()
-            self._hold = None
             body.begin_again()
             step = following
 
@@ -260,8 +265,8 @@ class Asking:
         models = self._proxy.models_of.get(route)
         if models is None or not models.differ or models.known(self._request.fields) is not None:
             return
-        self._clock.enter("head", perf_counter())
-        # Without a list, all upstreams are asked in their order.
+        # Without a list, all upstreams are asked in their order. So this may take long, but fails nothing.
+        self._clock.pause()
         with suppress(UpstreamError):
             await models.get(self._request.fields)
 
@@ -274,7 +279,7 @@ class Asking:
             (target, proxy.upstreams[target.name])
             for target in route.upstream
             # An upstream whose model cannot be put into the request would not know the one that is in it.
-            if target.model is None or question.model is None or _renaming(read, target.model)
+            if target.model is None or question.model is None or _renaming(question, target.model)
         ]
         known = proxy.models_of[route.name].known(self._request.fields) if route.name in proxy.models_of else None
         if known is not None and question.model is not None and (having := known.upstreams_with(question.model)):
@@ -285,13 +290,18 @@ class Asking:
                 if upstream.name in having or target.model is not None or upstream.name not in known.of
             ] or targets
         if not targets:
-            raise RequestError("encoding" if question.coding != b"" else "body_too_large")
+            if question.coding == b"":
+                raise RequestError("body_too_large")
+            raise RequestError("encoding", "The model of a compressed body cannot be replaced: send it uncompressed.")
         return Course(route.retry, targets, question.model, key, self._exchange.received_at)
 
     def _repeatable(self) -> Repeatable:
         """When the request may be repeated, as far as it is known now: its body may still be coming."""
         question, request = self.question, self._request
         dialect, reader = question.dialect, question.read or question.passing
+        if request.body.received > question.route.retry.max_body:
+            # It may have been kept for other reasons.
+            return "connect"
         keeps, known = dialect.keeps and request.method == "POST", isinstance(reader, RequestReader)
         if keeps and (dialect.name == "assistants" or not (known and request.body.ended)):
             return "connect"
@@ -314,7 +324,7 @@ class Asking:
 
     async def _failure(self, head: ResponseHead, step: Step, course: Course) -> Failure | None:
         """Why the response with `head` is not the answer, or None if it is. Raises `UpstreamError`."""
-        failure = failure_in(head.status, head.fields, our_key=step.endpoint.credential is not None)
+        failure = failure_in(head.status, head.fields, our_key=self._has_our_key(step.endpoint))
         if failure is not None:
             return failure
         if head.status == 400 and course.has_fallback and await self._is_too_long(head):
@@ -346,7 +356,7 @@ class Asking:
         assert attempt is not None
         options, kind = question.route.retry, headers.body_kind(head.fields)
         streams = self.streams(kind)
-        if not head.framing or headers.is_encoded(head.fields) or not question.dialect.generates:
+        if head.framing is None or headers.is_encoded(head.fields) or not question.dialect.generates:
             return None
         if options.until == "first_token" and not streams:
             return None
@@ -354,29 +364,31 @@ class Asking:
         record.status = head.status
         record.is_stream = kind == "events" or (kind == "open" and streams)
         begun_at = perf_counter()
-        hold = Hold(
+        hold = self._hold = Hold(
             self._connection,
             head.framing,
             record,
             inspector_of(self._request.method, head, kind, question.dialect, record, self._proxy.limits.event),
             self._clock,
             until=options.until,
+            natural=question.dialect.natural,
             most=options.hold,
             room=self._ticket.hold,
         )
         if kind == "events" and question.route.heartbeat is not None:
             self._begin_early(head, question.route.heartbeat)
-        held: Held | None = None
         try:
             held = await attempt.until(hold.look())
         finally:
             self._ticket.release(hold.size)
-            if record.usage is not None and held != "answer":
-                exchange.observer.discarded(record.usage)
         if held != "answer":
-            self._hold = hold
-            return Failure(str(held))
-        exchange.observer.held(perf_counter() - begun_at)
+            return Failure(held)
+        self._hold = None
+        now = perf_counter()
+        exchange.observer.held(now - begun_at)
+        if hold.has_content:
+            # The first token has come in time, whenever it is handed on.
+            attempt.began_at = now
         if options.until == "end":
             exchange.was_held = True
             exchange.observer = exchange.observer.of_whole_answers()
@@ -398,13 +410,14 @@ class Asking:
     def _fitting(self, asked: Asked) -> Asked:
         """`asked`, if it can still be the response. Otherwise raises `UpstreamError`.
 
-        When a head has gone out, only a stream can follow it.
+        When a head has gone out, only a stream can follow it, and not in a content coding that it does not name.
         """
         if self.early is not None:
             self.early.stop()
-            streams = asked.head.status == 200 and headers.body_kind(asked.head.fields) == "events"
-            if self.early.sent and not streams:
-                raise self._last(UpstreamError("answer", cause=f"status {asked.head.status}"))
+            fields = asked.head.fields
+            streams = asked.head.status == 200 and headers.body_kind(fields) == "events"
+            if self.early.sent and not (streams and not headers.is_encoded(fields)):
+                raise UpstreamError("answer", cause=f"status {asked.head.status}")
         return asked
 
     def _release(self, failure: Failure) -> None:
@@ -412,18 +425,23 @@ class Asking:
 
         If the client is to get a whole answer or none, and this is a part of one, raises `UpstreamError`.
         """
-        hold, self._hold = self._hold, None
+        hold = self._hold
         if hold is None:
             return
-        if self.question.route.retry.until == "first_token" or (failure.reason == "error" and not hold.has_content):
-            hold.put_back()
-        else:
-            raise self._last(Truncated() if failure.reason in ("truncated", "reset") else UpstreamError("answer"))
+        if self.question.route.retry.until == "end" and not (failure.reason == "error" and not hold.has_content):
+            raise Truncated() if failure.reason in ("truncated", "reset") else UpstreamError("answer")
+        self._hold = None
+        hold.put_back()
 
-    def _last(self, error: UpstreamError) -> UpstreamError:
-        assert self._course is not None
-        error.attempts = self._course.attempts
-        return error
+    def _discard(self) -> None:
+        """Counts the tokens of what is held back, because nobody gets it."""
+        hold, self._hold = self._hold, None
+        if hold is not None and hold.usage is not None:
+            self._exchange.observer.discarded(hold.usage)
+
+    def _has_our_key(self, endpoint: Endpoint) -> bool:
+        """Whether the request has our key for `endpoint`, so that a refusal of the key says something of it."""
+        return endpoint.credential is not None and self.question.with_key
 
     def _note(self, failure: Failure, step: Step) -> None:
         """Records what the failure of an attempt says of its endpoint."""
@@ -431,11 +449,14 @@ class Asking:
         verdict: Verdict = "refused" if failure.reason == "connect" else "failed"
         if failure.reason == "429":
             # Another key, or another model, may be free. The client's own key is not ours to judge.
-            if step.endpoint.credential is not None and failure.retry_after:
-                step.upstream.rest(step.endpoint, step.target.model or self.question.model, failure.retry_after)
+            if self._has_our_key(step.endpoint) and failure.retry_after:
+                model = step.target.model or self.question.model or ""
+                step.upstream.rest(step.endpoint, model, failure.retry_after)
             verdict = "open"
         elif failure.reason in ("503", "529") and failure.retry_after:
             step.upstream.rest(step.endpoint, None, failure.retry_after)
+            verdict = "open"
+        elif failure.reason == "pending_connects":
             verdict = "open"
         elif failure.reason == "context":
             verdict = "succeeded"
@@ -453,7 +474,7 @@ class Asking:
         question, body = self.question, self._request.body
         read, other_model = question.read, None if target is None else target.model
         model = other_model or question.model
-        splices = _renaming(read, other_model)
+        splices = _renaming(question, other_model)
         asking: Splice | None = None
         if question.wants_usage and read is not None and upstream.takes_stream_options(model) is not False:
             asking = read.with_usage()
@@ -505,7 +526,8 @@ class Asking:
                 body.keeps = size if reused or not spare or size <= keeps else 0
                 parts = changed(body.take(), splices) if splices else body.take()
                 framing = None if framing is None else sum(map(len, parts))
-            head = self._head_out(endpoint, target, framing, credentials=meant)
+            fields = request.fields if first else request.fields.without(_OF_THE_FIRST)
+            head = self._head_out(endpoint, target, framing, fields, credentials=meant)
             rest = body if whole is None else None
             if rest is not None:
                 request.send_continue()
@@ -528,14 +550,16 @@ class Asking:
     def _is_idempotent(self) -> bool:
         return self._request.method in _SAFE_METHODS or bool(self._request.fields.named(b"idempotency-key"))
 
-    def _head_out(self, endpoint: Endpoint, target: str, framing: Framing | None, *, credentials: bool) -> bytes:
-        """The request head for `endpoint`, with the client's `credentials` or without them."""
+    def _head_out(
+        self, endpoint: Endpoint, target: str, framing: Framing | None, fields: headers.Fields, *, credentials: bool
+    ) -> bytes:
+        """The request head for `endpoint`, with the client's `fields`, and its `credentials` or without them."""
         request, connection = self._request, self._request.connection
         peer = connection.address
         return headers.serialize(
             b"%b %b HTTP/1.1" % (request.method.encode(), target.encode("utf-8", "surrogateescape")),
             headers.to_upstream(
-                request.fields,
+                fields,
                 version=request.version,
                 host=endpoint.host,
                 framing=framing_fields(framing),
@@ -544,7 +568,7 @@ class Asking:
                 scheme=b"https" if connection.is_tls else b"http",
                 request_id=request.id,
                 credentials=credentials,
-                credential=endpoint.credential if self.question.with_key else None,
+                credential=endpoint.credential if self._has_our_key(endpoint) else None,
                 inspect=self.question.inspect,
             ),
         )
@@ -580,7 +604,11 @@ class Asking:
         return True
 
 
-def _renaming(read: RequestReader | FormReader | None, model: str | None) -> list[Splice]:
+def _renaming(question: Question, model: str | None) -> list[Splice]:
     """What replaces the model of a body by `model`: nothing, if it is None or cannot be replaced."""
-    splice = read.with_model(model) if isinstance(read, RequestReader) and model is not None else None
+    read = question.read
+    # A compressed body has nothing at the places that were found in what it stands for.
+    if model is None or question.coding != b"" or not isinstance(read, RequestReader):
+        return []
+    splice = read.with_model(model)
     return [] if splice is None else [splice]

@@ -1,7 +1,7 @@
 """One attempt at an endpoint: it connects, sends the request, and receives the response head.
 
 A deadline of these phases fails the attempt, not the exchange. `Attempt.end` closes the connection, unless the
-connection was given back to the pool before.
+connection was released before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
+
+import msgspec
 
 from ..errors import ExchangeError, InternalError
 from ..wire.framing import LAST_CHUNK, frame
@@ -36,7 +38,7 @@ _MOST_AT_ONCE: Final = 64 * 1024
 _STALE_WITHIN: Final = 1.0
 
 
-class Outgoing(NamedTuple):
+class Outgoing(msgspec.Struct, frozen=True):
     """A request as it is sent to the upstream.
 
     First the `parts` of the body are sent. Then the bytes that are read from `body`, if there is one.
@@ -66,6 +68,7 @@ class Attempt:
 
     __slots__ = (
         "_active",
+        "_awaits_head",
         "_clock",
         "_error",
         "_exchange",
@@ -95,8 +98,9 @@ class Attempt:
     ) -> None:
         self.endpoint = endpoint
         self.began_at = perf_counter()
-        self.judged = False
-        """Whether it is known what became of it."""
+        """From here the time to its first token counts."""
+        self.judged = endpoint.standing is None
+        """Whether it is known what became of it, or that is not asked."""
         self._active: Count | None = None
         self._later = upstream.later if later else None
         self._exchange = exchange
@@ -106,6 +110,8 @@ class Attempt:
         self._task: asyncio.Task[object] | None = None
         self._error: ExchangeError | None = None
         self._idempotent = False
+        # Until then, the clock tells what the request waits for; afterwards, what the answer does.
+        self._awaits_head = True
         self._upload: asyncio.Task[None] | None = None
         self._written_at: float | None = None
         self.connection: UpstreamConnection | None = None
@@ -114,8 +120,7 @@ class Attempt:
         """Phases 3 to 5. Returns the response head.
 
         `outgoing` builds the request. It is called when there is a connection, and its argument says whether that
-        connection was used before; with `fresh` it never was. Raises `UpstreamError`, or `RequestError` if too many
-        connections are being established.
+        connection was used before; with `fresh` it never was. Raises `UpstreamError`, or `TooManyConnects`.
         """
         if self.endpoint.standing is not None:
             self._active = self.endpoint.standing.active
@@ -132,7 +137,7 @@ class Attempt:
     async def until(self, result: Coroutine[None, None, T]) -> T:
         """Waits for the `result` of a part of this attempt. Meanwhile `fail` ends the attempt."""
         # The task is not a local variable: a cancelled task refers to this frame, so this would be a reference cycle.
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(self._clock.loop)
         assert self._task is not None
         cancelled = self._task.cancelling()
         try:
@@ -145,8 +150,16 @@ class Attempt:
             self._task = None
 
     async def _head(self, outgoing: Callable[[bool], Outgoing], fresh: bool) -> ResponseHead:
-        await self._connect(fresh)
-        return await self._send(outgoing)
+        self.connection = None if fresh else self.endpoint.reuse(self._released)
+        if self.connection is None:
+            await self._connect()
+        else:
+            self._exchange.observer.reused()
+        self._send(outgoing)
+        # The future is not a local variable: its exception refers to this frame, so this would be a reference cycle.
+        head = await self._connection.protocol.head()
+        self._awaits_head = False
+        return head
 
     def fail(self, error: ExchangeError) -> bool:
         """Ends `head` or `until` with `error`. Returns False if neither is waiting."""
@@ -205,17 +218,21 @@ class Attempt:
         if self.connection is not None:
             self.connection.abort()
 
-    async def _connect(self, fresh: bool) -> None:
-        """Phase 3: Connect."""
+    @property
+    def _connection(self) -> UpstreamConnection:
+        assert self.connection is not None
+        return self.connection
+
+    async def _connect(self) -> None:
+        """Phase 3: Connect, where no connection is idle."""
         begun = perf_counter()
         self._clock.enter("connect", begun)
-        self.connection = await self.endpoint.connect(self._released, fresh=fresh)
-        self._exchange.observer.connected(perf_counter() - begun, reused=self.connection.protocol.requests > 0)
+        self.connection = await self.endpoint.connect(self._released)
+        self._exchange.observer.connected(perf_counter() - begun)
 
-    async def _send(self, make: Callable[[bool], Outgoing]) -> ResponseHead:
-        """Phases 4, Send, and 5, Head."""
-        connection = self.connection
-        assert connection is not None
+    def _send(self, make: Callable[[bool], Outgoing]) -> None:
+        """Phase 4: Send. What is not sent at once is sent by a task."""
+        connection = self._connection
         out = make(connection.protocol.requests > 0)
         self._idempotent = out.idempotent
         connection.protocol.expect_head(out.method, out.interim)
@@ -234,8 +251,6 @@ class Attempt:
             self._clock.enter("body", self._written_at)
             sending = self._send_rest(connection, [] if at_once else out.parts, out.body, chunked=out.chunked)
             self._upload = asyncio.get_running_loop().create_task(sending)
-        # The future is not a local variable: its exception refers to this frame, so this would be a reference cycle.
-        return await connection.protocol.head()
 
     async def _send_rest(
         self, connection: UpstreamConnection, parts: list[bytes], body: RequestBody | None, *, chunked: bool
@@ -270,5 +285,5 @@ class Attempt:
         await connection.protocol.send(frame(part) if chunked else part)
 
     def _waits_for(self, phase: Literal["body", "head"]) -> None:
-        if self._exchange.head_at is None:
+        if self._awaits_head:
             self._clock.enter(phase, perf_counter())

@@ -231,6 +231,9 @@ class RequestBody:
 
     def close(self) -> None:
         """Stops reading. Bytes that still arrive are dropped."""
+        if self._closed and self._budget is None:
+            # Each owner of a request closes its body, so most calls find nothing left.
+            return
         self._closed = True
         self._look = None
         self.forget()

@@ -1,8 +1,8 @@
 """Who calls: finds the client whose key a request has, checks what the client may use, and counts what it uses.
 
 A request occupies a place of its client, and a part of its tokens is reserved, from before it is sent until its end.
-Then what the upstream has reported is charged. If it has reported nothing, what was seen is charged as an estimate. No
-stream is cut for a limit, so a limit of tokens may be exceeded by what the last requests have used more than reserved.
+Then the tokens that the upstream has reported are charged. If it has reported none, an estimate is charged. No stream
+is cut because of a limit. So a limit of tokens may be exceeded, if the last requests use more than was reserved.
 
 Without `clients` in the configuration there is none of this. With them, a request needs a key, except on routes that
 are open to everybody.
@@ -18,17 +18,20 @@ from time import (
     perf_counter,
     time,  # noqa: TID251 - a timestamp is exported
 )
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
 
 from ..errors import LimitExceeded, RequestError
 from ..ledger import windows
 from ..ledger.remote import Limits, Machine, Remote, Unavailable
-from ..ledger.windows import Use
+from ..ledger.table import Columns, Count
+from ..ledger.windows import Use, Window
 from ..wire.credentials import digest, public_part
 from ..wire.demand import OUTPUT, Demand
 from ..wire.dialects import Allowance, Form, models_in
 from ..wire.form import FormReader
-from ..wire.headers import Field, client_block
+from ..wire.headers import Field, Fields, client_block
 from ..wire.request import ModelAudit, RequestReader
 from .routes import said, some
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from ..config import Client as Options
     from ..config import Route
     from ..config.plain import Rate
-    from ..ledger.table import Count, Row
+    from ..ledger.table import Row
     from .exchange import Exchange
 
 log = logging.getLogger(__name__)
@@ -83,9 +86,10 @@ def _reserved(client: str) -> str:
     return f"reserved {client}"
 
 
-class Uses(NamedTuple):
-    """What a client has used within a time. None of what has no limit."""
+class Uses(msgspec.Struct, frozen=True, gc=False):
+    """What a client uses: how many requests are active, and what it has used within a time. None without a limit."""
 
+    active: int
     requests: Use | None
     tokens: Use | None
 
@@ -95,31 +99,40 @@ class Client:
 
     __slots__ = (
         "_active",
+        "_columns",
         "_requests",
-        "_routes",
         "_tokens",
         "counts_tokens",
         "has_rates",
         "is_limited",
         "models",
         "name",
+        "routes",
     )
 
     def __init__(self, options: Options, row: Row) -> None:
         self.name = name = options.name
         self.models: Sequence[str] = options.models
         """Globs for the models that it may use. Empty means all."""
-        self._routes: Sequence[str] = options.routes
+        self.routes: Sequence[str] = options.routes
+        """The names of those that it may use. Empty means all."""
         # Each limit, with what counts towards it. None if it is off.
-        most = options.limits
-        self._active = None if most.active_requests is None else (most.active_requests, row.count(_active(name)))
-        self._requests: tuple[Rate, windows.Window] | None = None
+        most, columns = options.limits, list[Count]()
+        self._active: tuple[int, Count] | None = None
+        if most.active_requests is not None:
+            self._active = most.active_requests, row.count(_active(name))
+            columns.append(self._active[1])
+        self._requests: tuple[Rate, Window[Count]] | None = None
         if most.requests is not None:
             self._requests = most.requests, row.window(_requests(name), most.requests.seconds)
-        self._tokens: tuple[Rate, windows.Window, Count] | None = None
+            columns += self._requests[1].columns
+        self._tokens: tuple[Rate, Window[Count], Count] | None = None
         if most.tokens is not None:
             used, reserved = row.window(_tokens(name), most.tokens.seconds), row.count(_reserved(name))
             self._tokens = most.tokens, used, reserved
+            columns += [*used.columns, reserved]
+        # All of these, to be read in one step.
+        self._columns = Columns(columns) if columns else None
         self.counts_tokens = self._tokens is not None
         """Whether its tokens are limited."""
         self.has_rates = self.counts_tokens or self._requests is not None
@@ -128,22 +141,27 @@ class Client:
         """Whether it has any limit."""
 
     def uses(self) -> Uses:
-        """What it has used so far of what is limited within a time, with what is reserved."""
-        requests = tokens = None
+        """What it uses, and has used so far, of what is limited, with what is reserved."""
+        if self._columns is None:
+            return _NOTHING
+        cells, now = iter(self._columns.read()), perf_counter()
+        active, requests, tokens = 0, None, None
+        if self._active is not None:
+            active = sum(next(cells))
         if self._requests is not None:
-            requests = self._requests[1].use()
+            requests = self._requests[1].use(next(cells), next(cells), now)
         if self._tokens is not None:
-            _, used, reserved = self._tokens
+            even, odd, reserved = cells
             # Most of what is reserved will have been used soon.
-            tokens = used.use(reserved.total())
-        return Uses(requests, tokens)
+            tokens = self._tokens[1].use(even, odd, now, sum(reserved))
+        return Uses(active, requests, tokens)
 
     def room(self, uses: Uses, tokens: int) -> int:
         """How many tokens to reserve for a request that may need `tokens`. Raises `LimitExceeded` above a limit.
 
         Of a request that needs more than the limit, all of the limit is reserved, so that it is not refused for ever.
         """
-        if self._active is not None and self._active[1].total() >= self._active[0]:
+        if self._active is not None and uses.active >= self._active[0]:
             raise self.exceeded("active_requests", uses, tokens)
         if self._requests is not None and uses.requests is not None:
             if uses.requests.wait(self._requests[0].number, 1):
@@ -182,7 +200,7 @@ class Client:
     def count(self) -> None:
         """Counts a request within the time of its limit."""
         if self._requests is not None:
-            self._requests[1].add(1)
+            self._requests[1].add(1, perf_counter())
 
     def take(self, tokens: int) -> None:
         """Counts a request as active, and reserves `tokens` for it."""
@@ -215,7 +233,7 @@ class Client:
     def charge(self, tokens: int) -> None:
         """Counts `tokens` as used now."""
         if self._tokens is not None and tokens:
-            self._tokens[1].add(tokens)
+            self._tokens[1].add(tokens, perf_counter())
 
     def allowances(self, uses: Uses, requests: int, tokens: int) -> list[Allowance]:
         """What it may still use, if so many `requests` and `tokens` have been used in addition to `uses`."""
@@ -228,10 +246,10 @@ class Client:
 
     def check_route(self, route: Route) -> None:
         """Raises `RequestError` if it may not use `route`."""
-        if self._routes and route.name not in self._routes:
+        if self.routes and route.name not in self.routes:
             raise RequestError(
                 "route_not_allowed",
-                f"This key may not use the route {route.name}; it may use {some(self._routes)}.",
+                f"This key may not use the route {route.name}; it may use {some(self.routes)}.",
             )
 
     def may_use(self, model: str) -> bool:
@@ -288,7 +306,7 @@ def unreported(exchange: Exchange, input: int, output: int) -> int:
     return (0 if told_input else input) + seen
 
 
-_NOTHING: Final = Uses(None, None)
+_NOTHING: Final = Uses(0, None, None)
 
 
 class Visit:
@@ -316,11 +334,11 @@ class Visit:
         """Whether the body has to be read before the request is sent. `generates`: its text is the input of a model."""
         return bool(self.client.models) or (generates and self.client.counts_tokens)
 
-    def feeding(self, reader: RequestReader | FormReader) -> Callable[[bytes], None]:
-        """What takes the parts of the body that `reader` reads."""
+    def feeding(self, reader: RequestReader | FormReader, fields: Fields) -> Callable[[bytes], None]:
+        """What takes the parts of the body that `reader` reads, of a request with these `fields`."""
         feed = reader.feed
         if self.client.models:
-            self._audit = ModelAudit(reader)
+            self._audit = ModelAudit(reader, fields)
             feed = self._audit.feed
         # A form has files, which are no text.
         if not self.client.counts_tokens or isinstance(reader, FormReader):
@@ -345,19 +363,19 @@ class Visit:
                 names.append(self._audit.model)
         self.client.check_models(names if read or not has_body else (), body_needed=has_body)
 
-    def begin(self, *, generates: bool) -> Awaitable[None] | None:
+    def begin(self, *, generates: bool, reports: bool) -> Awaitable[None] | None:
         """Counts the request, and reserves what it may need if it `generates` anything. Raises `LimitExceeded`.
 
-        Returns what has to be awaited, if a server has to be asked.
+        `reports`: its answer may report tokens, as that of embeddings does. So one is reserved: it is refused only if
+        none are left. Returns what has to be awaited, if a server has to be asked.
         """
         if generates:
             self._output = OUTPUT
             if self._demand is not None:
                 self._input, self._output = self._demand.input, self._demand.output
         self._demand = self._audit = None
-        client, tokens = self.client, self._input + self._output
-        if client.has_rates:
-            self._uses = client.uses()
+        client, tokens = self.client, (self._input + self._output) or int(reports)
+        self._uses = client.uses()
         if self._server is not None:
             return self._ask(self._server, client.most(tokens))
         tokens = client.room(self._uses, tokens)
@@ -379,8 +397,8 @@ class Visit:
             client.room_beside(here, tokens)
         else:
             # What the server tells has this request's own tokens.
-            used = None if used is None else used._replace(present=used.present - tokens)
-            self._uses = Uses(requests, used)
+            used = None if used is None else msgspec.structs.replace(used, present=used.present - tokens)
+            self._uses = Uses(here.active, requests, used)
             if limit:
                 raise client.exceeded(limit, self._uses, tokens)
         self._let_in()

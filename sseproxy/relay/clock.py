@@ -29,11 +29,11 @@ class Clock:
         "_fail",
         "_handle",
         "_limit",
-        "_loop",
         "_phase",
         "_stalled",
         "_timeouts",
         "_total_due",
+        "loop",
         "touched",
     )
 
@@ -43,7 +43,7 @@ class Clock:
         self.touched = started
         """When the current phase last made progress. Its timeout counts from here."""
         self._timeouts = timeouts
-        self._loop = loop
+        self.loop = loop
         self._fail = fail
         self._phase: Phase | Literal["body"] = "connect"
         self._limit = timeouts.connect
@@ -108,7 +108,7 @@ class Clock:
         if due == float("inf"):
             return
         self._armed_for = due
-        self._handle = self._loop.call_later(max(0.0, due - perf_counter()), self._fire)
+        self._handle = self.loop.call_later(max(0.0, due - perf_counter()), self._fire)
 
     def _fire(self) -> None:
         self._handle = None

@@ -139,7 +139,6 @@ class DownstreamProtocol(asyncio.Protocol):
         "_head_timer",
         "_heads",
         "_idle_timer",
-        "_loop",
         "_reads",
         "_requests",
         "_server",
@@ -152,6 +151,7 @@ class DownstreamProtocol(asyncio.Protocol):
         "free_at",
         "gone_at",
         "is_tls",
+        "loop",
         "on_gone",
         "pump",
         "read_at",
@@ -162,7 +162,7 @@ class DownstreamProtocol(asyncio.Protocol):
 
     def __init__(self, server: DownstreamServer, loop: asyncio.AbstractEventLoop) -> None:
         self._server = server
-        self._loop = loop
+        self.loop = loop
         self.transport: asyncio.Transport | None = None
         self.is_tls = False
         self._fd = -1
@@ -230,8 +230,8 @@ class DownstreamProtocol(asyncio.Protocol):
         transport.set_protocol(self._reads)
         self.free_at = perf_counter()
         self.refused = self._server.made(self)
-        self._task = self._loop.create_task(self._serve())
-        self._idle_timer = self._loop.call_later(KEEPALIVE, self._close_if_unused)
+        self._task = self.loop.create_task(self._serve())
+        self._idle_timer = self.loop.call_later(KEEPALIVE, self._close_if_unused)
         if self._unread:
             # With TLS, bytes may arrive before `connection_made`.
             self._advance()
@@ -296,7 +296,7 @@ class DownstreamProtocol(asyncio.Protocol):
 
     async def _next(self) -> Request | RequestError:
         if not self._requests:
-            self._waiter = self._loop.create_future()
+            self._waiter = self.loop.create_future()
             try:
                 await self._waiter
             finally:
@@ -412,7 +412,7 @@ class DownstreamProtocol(asyncio.Protocol):
             return len(data)
         if head is None:
             if self._heads.begun and self._head_timer is None:
-                self._head_timer = self._loop.call_later(
+                self._head_timer = self.loop.call_later(
                     self._server.limits.request_head_time, self._refuse, RequestError("head_timeout")
                 )
             return at
@@ -472,7 +472,7 @@ class DownstreamProtocol(asyncio.Protocol):
         if unused is not None and unused >= KEEPALIVE:
             self._close()
         else:
-            self._idle_timer = self._loop.call_later(KEEPALIVE - (unused or 0.0), self._close_if_unused)
+            self._idle_timer = self.loop.call_later(KEEPALIVE - (unused or 0.0), self._close_if_unused)
 
     def _unused_for(self) -> float | None:
         """Seconds since the connection was last in use. None if it is in use: by a request or a part of a head."""
@@ -522,7 +522,7 @@ class DownstreamProtocol(asyncio.Protocol):
             return
         transport.set_write_buffer_limits(high=0)
         if self.writing_paused:
-            self._drained = self._loop.create_future()
+            self._drained = self.loop.create_future()
             try:
                 await self._drained
             finally:
@@ -554,7 +554,7 @@ class DownstreamProtocol(asyncio.Protocol):
         if flush:
             transport.close()
             if transport.get_write_buffer_size():
-                self._loop.call_later(LINGER, transport.abort)
+                self.loop.call_later(LINGER, transport.abort)
         else:
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             transport.abort()

@@ -7,6 +7,7 @@ An `Exchange` is created when a request head has been received, and finished exa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -34,7 +35,8 @@ class Observer(Protocol):
     def held(self, seconds: float) -> None: ...
     def of_whole_answers(self) -> Observer: ...
     def handed_over(self, exchange: Exchange, to: Observer) -> None: ...
-    def connected(self, seconds: float, *, reused: bool) -> None: ...
+    def connected(self, seconds: float) -> None: ...
+    def reused(self) -> None: ...
     def response_head(self, seconds: float) -> None: ...
     def stream_started(self) -> None: ...
     def first_event(self, seconds: float, /) -> None: ...
@@ -45,130 +47,82 @@ class Observer(Protocol):
     def finished(self, exchange: Exchange) -> None: ...
 
 
+# No struct of msgspec: each chunk assigns to some of these attributes, and to those of a struct that takes longer.
+@dataclass(slots=True, eq=False)
 class Exchange:
     """The record of one request and its response. Times are values of `perf_counter`."""
 
-    __slots__ = (
-        "_passed_over",
-        "api",
-        "attempts",
-        "cause",
-        "client",
-        "client_name",
-        "complained",
-        "ended_at",
-        "endpoint",
-        "estimated",
-        "events",
-        "fetches",
-        "finish_reason",
-        "first_delta_at",
-        "first_event_at",
-        "first_token_at",
-        "gaps",
-        "garbled",
-        "head_at",
-        "is_stream",
-        "kept_as",
-        "lacks_usage",
-        "last_delta_at",
-        "longest_gap",
-        "marker_seen",
-        "method",
-        "model",
-        "observer",
-        "on_first_token",
-        "other_events",
-        "outcome",
-        "path",
-        "reason",
-        "received_at",
-        "repeats",
-        "reported_error",
-        "request_bytes",
-        "request_id",
-        "response_bytes",
-        "route",
-        "status",
-        "streamed_reasoning",
-        "traceparent",
-        "unread",
-        "upstream",
-        "upstream_request_id",
-        "usage",
-        "was_held",
-    )
-
-    def __init__(self, route: str, upstream: str, observer: Observer, request_id: str, received_at: float) -> None:
-        self.route = route
-        self.upstream = upstream
-        self.observer = observer
-        self.request_id = request_id
-        self.received_at = received_at
-        self.client = self.method = self.api = ""
-        self.endpoint = ""
-        """Which endpoint of the upstream was asked last. Empty if it has only one."""
-        self.attempts = 1
-        """How many attempts were made."""
-        self.on_first_token: Callable[[], None] | None = None
-        self.client_name = ""
-        """The name of the client whose key the request has. Empty if it has none that is known."""
-        self.model: str | None = None
-        """The model that the request names."""
-        self.traceparent: str | None = None
-        self.reason: str | None = None
-        """The code of the error that ended the exchange."""
-        self.cause: str | None = None
-        """What exactly failed, in words, if it is known."""
-        self.path = ""
-        """The path of the request as it was received, without the query."""
-        self.upstream_request_id: bytes | None = None
-        """The id that the upstream has given to the request."""
-        self.head_at: float | None = None
-        self.first_event_at: float | None = None
-        self.first_token_at: float | None = None
-        self.first_delta_at: float | None = None
-        self.last_delta_at = 0.0
-        self.longest_gap = 0.0
-        """The longest gap between deltas, in seconds."""
-        self.gaps: list[float] = []
-        """A sample of the gaps between deltas, in seconds. As a stream gets longer: every gap, every second, every
-        fourth, and so on."""
-        self._passed_over = 0
-        self.ended_at: float | None = None
-        self.status: int | None = None
-        self.is_stream = False
-        self.events = 0
-        self.other_events = 0
-        """Those of them without generated content."""
-        self.garbled = 0
-        self.request_bytes = 0
-        self.response_bytes = 0
-        self.usage: Usage | None = None
-        self.estimated = 0
-        """Tokens that a client was charged with and the upstream has not reported."""
-        self.lacks_usage = False
-        """A JSON answer tells no usage, and should."""
-        self.fetches = False
-        """It asks for an answer that was generated before, or is."""
-        self.repeats = False
-        """Its usage is counted already, as that of another exchange."""
-        self.kept_as: str | None = None
-        """The name under which the upstream keeps the answer, for whoever asks for it later."""
-        self.streamed_reasoning = False
-        """Some of the reasoning was among the deltas."""
-        self.finish_reason: str | None = None
-        self.marker_seen = False
-        """Whether the end marker of the dialect was seen and forwarded."""
-        self.reported_error = False
-        """Whether the upstream has reported an error."""
-        self.complained = False
-        """Whether the upstream has sent a code or a message. That is an error if nothing else comes."""
-        self.unread: Literal["encoded", "oversize", "unknown", "failed"] | None = None
-        """Why the body, or a part of it, could not be inspected."""
-        self.was_held = False
-        """All of it was held back and sent at once, so there are no times between tokens."""
-        self.outcome: Outcome | None = None
+    route: str
+    upstream: str
+    observer: Observer
+    request_id: str
+    received_at: float
+    client: str = ""
+    method: str = ""
+    api: str = ""
+    endpoint: str = ""
+    """Which endpoint of the upstream was asked last. Empty if it has only one."""
+    attempts: int = 1
+    """How many attempts were made."""
+    on_first_token: Callable[[], None] | None = None
+    client_name: str = ""
+    """The name of the client whose key the request has. Empty if it has none that is known."""
+    model: str | None = None
+    """The model that the request names."""
+    traceparent: str | None = None
+    reason: str | None = None
+    """The code of the error that ended the exchange."""
+    cause: str | None = None
+    """What exactly failed, in words, if it is known."""
+    path: str = ""
+    """The path of the request as it was received, without the query."""
+    upstream_request_id: bytes | None = None
+    """The id that the upstream has given to the request."""
+    head_at: float | None = None
+    first_event_at: float | None = None
+    first_token_at: float | None = None
+    first_delta_at: float | None = None
+    last_delta_at: float = 0.0
+    longest_gap: float = 0.0
+    """The longest gap between deltas, in seconds."""
+    gaps: list[float] = field(default_factory=list)
+    """A sample of the gaps between deltas, in seconds. As a stream gets longer: every gap, every second, every fourth,
+    and so on."""
+    _passed_over: int = 0
+    ended_at: float | None = None
+    status: int | None = None
+    is_stream: bool = False
+    events: int = 0
+    other_events: int = 0
+    """Those of them without generated content."""
+    garbled: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+    usage: Usage | None = None
+    estimated: int = 0
+    """Tokens that a client was charged with and the upstream has not reported."""
+    lacks_usage: bool = False
+    """A JSON answer tells no usage, and should."""
+    fetches: bool = False
+    """It asks for an answer that was generated before, or is."""
+    repeats: bool = False
+    """Its usage is counted already, as that of another exchange."""
+    kept_as: str | None = None
+    """The name under which the upstream keeps the answer, for whoever asks for it later."""
+    streamed_reasoning: bool = False
+    """Some of the reasoning was among the deltas."""
+    finish_reason: str | None = None
+    marker_seen: bool = False
+    """Whether the end marker of the dialect was seen and forwarded."""
+    reported_error: bool = False
+    """Whether the upstream has reported an error."""
+    complained: bool = False
+    """Whether the upstream has sent a code or a message. That is an error if nothing else comes."""
+    unread: Literal["encoded", "oversize", "unknown", "failed"] | None = None
+    """Why the body, or a part of it, could not be inspected."""
+    was_held: bool = False
+    """All of it was held back and sent at once, so there are no times between tokens."""
+    outcome: Outcome | None = None
 
     def begin(self) -> None:
         """Counts the exchange as active, until `finish`."""

@@ -1,4 +1,4 @@
-"""Holds back the beginning of an answer, or all of it, until it is clear that it is one.
+"""Holds back the beginning of an answer, or all of it, until it is clear that the answer is usable.
 
 What is held is inspected like any body, but recorded nowhere. When it is released, the pump gets all of it at once, and
 forwards it in one write.
@@ -15,6 +15,7 @@ from typing import Final, Literal, cast
 from ..errors import BrokenBodyError, Outcome
 from ..wire.dialects import Form
 from ..wire.framing import Framing, decoder, frame
+from ..wire.meaning import Usage
 from .clock import Clock
 from .downstream import DownstreamProtocol
 from .exchange import Exchange, Observer
@@ -46,10 +47,11 @@ UNOBSERVED: Final = cast("Observer", _Unobserved())
 
 
 class Hold:
-    """Reads the body on `connection` until it is known whether it is an answer.
+    """Reads the body on `connection` until it is known whether it is a usable answer.
 
     `record` is an exchange that nobody observes, which began with the attempt, and `inspector` records in it. `until`
-    is the `first_token` or the `end`. At most `most` bytes are held; `room` takes room for so many, if there is any.
+    is the `first_token` or the `end`. `natural` is the finish reason of a complete answer. At most `most` bytes are
+    held; `room` takes room for so many, if there is any.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Hold:
         clock: Clock,
         *,
         until: str,
+        natural: str,
         most: int,
         room: Callable[[int], bool],
     ) -> None:
@@ -70,6 +73,7 @@ class Hold:
         self._clock = clock
         self._awaits_token = inspector.awaits_token
         self._whole = until == "end"
+        self._natural = natural
         self._most = most if self._whole else min(most, _MAX_PRELUDE)
         self._room = room
         self._body = decoder(framing)
@@ -85,6 +89,9 @@ class Hold:
         else:
             self._clock.enter("idle", perf_counter())
         self._connection.protocol.feed_to(self)
+        if self._body.done:
+            # It has no bytes, so none will come.
+            self._end()
         return await self._found
 
     def put_back(self) -> None:
@@ -95,6 +102,11 @@ class Hold:
     def has_content(self) -> bool:
         """Whether a part of it was generated."""
         return self._record.first_token_at is not None
+
+    @property
+    def usage(self) -> Usage | None:
+        """What it has told so far of the tokens that it took."""
+        return self._record.usage
 
     def data_received(self, data: bytes) -> None:
         self._raw += data
@@ -153,20 +165,21 @@ class Hold:
         record = self._record
         if record.completed() is Outcome.UPSTREAM_ERROR:
             self._decide("error")
-        elif record.is_stream and _is_empty(record):
+        elif record.is_stream and self._is_empty:
             self._decide("empty")
         else:
             self._decide("answer")
 
+    @property
+    def _is_empty(self) -> bool:
+        """Whether the stream has ended without content, and without a reason why there is none."""
+        record = self._record
+        counted = record.usage is not None and bool(record.usage.output)
+        return record.first_token_at is None and not counted and record.finish_reason in (None, self._natural)
+
     def _decide(self, held: Held) -> None:
         if not self._found.done():
             self._found.set_result(held)
-
-
-def _is_empty(record: Exchange) -> bool:
-    """Whether a stream has ended without content, and without a reason why there is none."""
-    counted = record.usage is not None and bool(record.usage.output)
-    return record.first_token_at is None and not counted and record.finish_reason in (None, "stop")
 
 
 class EarlyHead:

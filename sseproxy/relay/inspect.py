@@ -60,7 +60,7 @@ class Inspector:
         """The bytes of a heartbeat, or none if a heartbeat cannot be inserted here."""
         return b""
 
-    def farewell(self, error: ExchangeError) -> bytes:
+    def error_event(self, error: ExchangeError) -> bytes:
         """The bytes of an error event that ends the body, or none if an event cannot be inserted here."""
         return b""
 
@@ -89,10 +89,10 @@ class EventInspector(Inspector):
         harmless = parser.at_boundary and not parser.in_line_end and not self._exchange.marker_seen
         return self._form.heartbeat if harmless else b""
 
-    def farewell(self, error: ExchangeError) -> bytes:
+    def error_event(self, error: ExchangeError) -> bytes:
         if not self._parser.at_boundary or self._exchange.marker_seen:
             return b""
-        return self._form.farewell(error, self._exchange.events)
+        return self._form.error_event(error, self._exchange.events)
 
 
 class StreamInspector(EventInspector):
@@ -182,8 +182,8 @@ class StreamInspector(EventInspector):
     def heartbeat(self) -> bytes:
         return super().heartbeat() if self._json is None else b""
 
-    def farewell(self, error: ExchangeError) -> bytes:
-        return super().farewell(error) if self._json is None else b""
+    def error_event(self, error: ExchangeError) -> bytes:
+        return super().error_event(error) if self._json is None else b""
 
 
 class JsonInspector(Inspector):

@@ -1,4 +1,4 @@
-"""The models of all endpoints of a route, as one list. It is asked for when a client asks, and kept for a while."""
+"""The models of all endpoints of a route, as one list. It is fetched when a client asks, and kept for a while."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ class Listed(NamedTuple):
     at: float
     of: dict[str, dict[str, bytes]]
 
+    @property
+    def is_fresh(self) -> bool:
+        return perf_counter() - self.at < _FRESH
+
     def upstreams_with(self, model: str) -> set[str]:
         """The upstreams that have `model`."""
         return {name for name, models in self.of.items() if model in models}
@@ -88,7 +92,7 @@ class ModelLists:
         credentials = self._credentials(fields)
         key = _key_of(credentials)
         kept = self._kept.get(key)
-        if kept is not None and perf_counter() - kept.at < _FRESH:
+        if kept is not None and kept.of and kept.is_fresh:
             return kept
         fetching = self._fetching.get(key)
         if fetching is None:
@@ -99,8 +103,9 @@ class ModelLists:
         return await asyncio.shield(fetching)
 
     def known(self, fields: headers.Fields) -> Listed | None:
-        """The lists as they are known, however old."""
-        return self._kept.get(_key_of(self._credentials(fields)))
+        """The lists as they are known, however old. Empty if they were asked for lately and nobody has told any."""
+        kept = self._kept.get(_key_of(self._credentials(fields)))
+        return kept if kept is not None and (kept.of or kept.is_fresh) else None
 
     async def close(self) -> None:
         for task in list(self._fetching.values()):
@@ -122,11 +127,14 @@ class ModelLists:
         for (upstream, _), models in zip(asked, lists, strict=True):
             if models is not None:
                 found[upstream.name] = models | found.get(upstream.name, {})
+        listed, before = Listed(perf_counter(), found), self._kept.get(key)
+        # What was told before is better than nothing. Nothing is kept as well, so that not each request asks again.
+        if found or before is None or not before.of:
+            while key not in self._kept and len(self._kept) >= _MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = listed
         if not found:
             raise UpstreamError("answer", "No endpoint has listed its models.")
-        while len(self._kept) >= _MAX_KEPT:
-            del self._kept[next(iter(self._kept))]
-        listed = self._kept[key] = Listed(perf_counter(), found)
         return listed
 
 
@@ -158,7 +166,7 @@ async def _models_of(endpoint: Endpoint, credentials: Sequence[headers.Field]) -
 
 
 async def _body_of(endpoint: Endpoint, credentials: Sequence[headers.Field]) -> bytes:
-    connection = await endpoint.connect(lambda: None)
+    connection = endpoint.reuse(lambda: None) or await endpoint.connect(lambda: None)
     try:
         sent = [endpoint.credential] if endpoint.credential is not None else credentials
         fields = [(b"Host", endpoint.host), (b"Accept", b"application/json"), *sent]

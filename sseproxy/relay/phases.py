@@ -17,8 +17,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from math import ceil
+from operator import attrgetter
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -35,8 +36,8 @@ from ..errors import (
 )
 from ..wire import headers
 from ..wire.coding import READABLE, Inflater, coding_of
-from ..wire.credentials import has_key, keys_in, strays, without_key
-from ..wire.dialects import Dialect, Form, dialect_of, form_of, model_in
+from ..wire.credentials import has, has_key, is_astray, keys_in, strays, without_key
+from ..wire.dialects import Dialect, Form, as_read, dialect_of, form_of, model_in
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
 from ..wire.request import RequestReader, reader_of
@@ -64,17 +65,19 @@ log = logging.getLogger(__name__)
 _MAX_PASSES: Final = 8
 # Statuses with which a Location says where to go on (RFC 9110, section 10.2.2).
 _WITH_LOCATION: Final = frozenset({201, 300, 301, 302, 303, 307, 308})
-
-
 # Bytes of a key that is also looked for where it is not expected.
 _MIN_STRAY: Final = 20
+_IS_OPEN: Final = attrgetter("open")
 
 
 def _is_preflight(request: Request) -> bool:
     """Whether it is a CORS preflight (https://fetch.spec.whatwg.org/#cors-preflight-request)."""
     fields = request.fields
-    asks = fields.named(b"origin") and fields.named(b"access-control-request-method")
-    return request.method == "OPTIONS" and bool(asks) and not request.framing
+    return (
+        request.method == "OPTIONS"
+        and bool(fields.named(b"origin") and fields.named(b"access-control-request-method"))
+        and not request.framing
+    )
 
 
 class Relay:
@@ -82,13 +85,12 @@ class Relay:
 
     def __init__(self, proxy: Proxy, request: Request) -> None:
         downstream = request.connection
-        task = asyncio.current_task()
+        task = asyncio.current_task(downstream.loop)
         assert task is not None
         self._proxy = proxy
         self._request = request
         self._downstream = downstream
         self._task = task
-        self._loop = asyncio.get_running_loop()
         self._received_at = max(downstream.read_at, downstream.free_at)
         # The path that was asked, and the name of its dialect: they tell which form of errors the client understands.
         self._asked_as = (request.target.partition("?")[0], "auto")
@@ -193,6 +195,8 @@ class Relay:
     def _failed(self, error: ExchangeError) -> Outcome:
         exchange = self._recorded()
         outcome = exchange.failed(error)
+        if isinstance(error, UpstreamError):
+            error.attempts = exchange.attempts
         if outcome is not error.outcome:
             return outcome
         exchange.reason, exchange.cause = error.code, error.cause
@@ -206,26 +210,27 @@ class Relay:
 
     def _end(self, outcome: Outcome) -> None:
         """Phase 7: End. Raises nothing, because the response has been sent already."""
-        try:
-            # All of these run, the last one first, even if another one raises.
-            with ExitStack() as ends:
-                if self._visit is not None:
-                    ends.callback(self._visit.release)
-                ends.callback(self._record, outcome)
-                if self._asking is not None:
-                    ends.callback(self._asking.judge, outcome)
-                if self._clock is not None:
-                    ends.callback(self._clock.stop)
-                if self._asking is not None:
-                    ends.callback(self._asking.end)
-                if self._pump is not None:
-                    ends.callback(self._pump.stop)
-                ends.callback(self._request.body.close)
-                if self._ticket is not None:
-                    ends.callback(self._ticket.give_back)
-        except Exception:
-            # The response has been sent, so nobody could do anything about it.
-            log.exception("internal error at the end of an exchange")
+        ends: list[Callable[[], object]] = []
+        if self._ticket is not None:
+            ends.append(self._ticket.give_back)
+        ends.append(self._request.body.close)
+        if self._pump is not None:
+            ends.append(self._pump.stop)
+        if self._asking is not None:
+            ends.append(self._asking.end)
+        if self._clock is not None:
+            ends.append(self._clock.stop)
+        if self._asking is not None:
+            ends.append(partial(self._asking.judge, outcome))
+        ends.append(partial(self._record, outcome))
+        if self._visit is not None:
+            ends.append(self._visit.release)
+        # All of these run, even if another one raises. It cannot be told to anybody: the response has been sent.
+        for end in ends:
+            try:
+                end()
+            except Exception:
+                log.exception("internal error at the end of an exchange")
         # This breaks reference cycles, so that all these objects are freed now, without the garbage collector.
         if self._asking is not None:
             self._asking.attempt = None
@@ -288,7 +293,7 @@ class Relay:
         """The error response. If a response head was sent already, breaks the connection instead."""
         early = self._asking.early if self._asking is not None else None
         if early is not None and early.sent and self._pump is None:
-            early.write(early.form.farewell(error, 0))
+            early.write(early.form.error_event(error, 0))
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(keep_alive=False)
@@ -372,7 +377,8 @@ class Relay:
             # In a coding that is not known, bytes that can be read may mean something else.
             readable = read is not None and self._coding is not None
             visit.check_model(known_as, read=readable, has_body=bool(request.framing))
-            asking_server = visit.begin(generates=dialect.generates and request.method == "POST")
+            posts = request.method == "POST"
+            asking_server = visit.begin(generates=dialect.generates and posts, reports=is_json and posts)
             if asking_server is not None:
                 await asking_server
         model = (None if read is None else read.model) or model_in(known_as)
@@ -401,7 +407,9 @@ class Relay:
         if self._passing is not None:
             exchange.model = exchange.model or self._passing.model_so_far
         kind = headers.body_kind(asked.head.fields)
-        streams = asking.streams(kind)
+        # Only what is labelled as JSON without a length, or as nothing in particular, may be a stream all the same.
+        unclear = kind == "open" or (kind == "json" and not isinstance(asked.head.framing, int))
+        streams = unclear and asking.streams(kind)
         # These are only needed to send the request. They are freed, because a stream may take long.
         del read, question
         asking.forget()
@@ -415,7 +423,7 @@ class Relay:
         """The models of all endpoints of `route` that the client may use."""
         extra, allowed = [(b"X-Request-Id", self._request.id)], None
         if self._visit is not None:
-            if (asking_server := self._visit.begin(generates=False)) is not None:
+            if (asking_server := self._visit.begin(generates=False, reports=False)) is not None:
                 await asking_server
             allowed = self._visit.client.may_use
         clock.enter("head", perf_counter())
@@ -484,11 +492,15 @@ class Relay:
             if self._read is None:
                 raise RequestError("body_too_large")
             model = self._read.model
-        route = routes.choose(candidates, model)
+        # A preflight names no model, and whoever has no key is not told which ones there are.
+        route = candidates[0] if self._keyless else routes.choose(candidates, model)
         if route is None:
             raise self._proxy.router.no_route(self._request.method, routes.normal_path(path), model)
-        if self._visit is not None:
-            self._visit.client.check_route(route)
+        if self._visit is not None and self._visit.client.routes:
+            # The upstream may read the path as one of other routes.
+            others = self._proxy.router.candidates(self._request.method, as_read(path))
+            for one in (route, *(others if others != candidates else ())):
+                self._visit.client.check_route(one)
         return route, path, query
 
     def _identify(self, clients: Clients, candidates: Sequence[Route], path: str, query: str) -> str:
@@ -497,23 +509,26 @@ class Relay:
         A key is needed, unless all routes that the request may take are open. A CORS preflight never has one (Fetch,
         section 3.2.2): it may have no body then, and the upstream's key is not sent with it.
         """
-        request, keys = self._request, keys_in(self._request.fields, query)
+        request, found = self._request, keys_in(self._request.fields, query)
+        keys = set(found)
         if candidates:
             self._asked_as = self._asked_as[0], candidates[0].dialect
+        target = request.target.encode(errors="surrogateescape")
         for key in keys:
-            # What is as short as this may be anywhere by chance, and is not random.
-            if len(key) >= _MIN_STRAY:
+            # What is as short as this may be anywhere by chance, and is not random. Nearly all keys are where they
+            # belong, and only there.
+            if len(key) >= _MIN_STRAY and (b"%" in target or is_astray(key, found.count(key), request.fields, target)):
                 query = self._hide(key, path, query)
         if candidates and _is_preflight(request):
             self._keyless = True
-        elif not candidates or [route for route in candidates if not route.open]:
+        elif not candidates or not all(map(_IS_OPEN, candidates)):
             self._visit = Visit(clients.caller(keys, self._client_address), clients.server)
         return query
 
     def _hide(self, key: bytes, path: str, query: str) -> str:
         """Removes `key`, where it is not expected, from what is forwarded and logged. Returns the query without it."""
         request = self._request
-        if key in self._request.id:
+        if has(request.id, key):
             request.id = new_request_id()
         if has_key(path, key):
             request.target = "/"
@@ -525,7 +540,7 @@ class Relay:
     def _start_clock(self, timeouts: Timeouts) -> Clock:
         if self._clock is not None:
             self._clock.stop()
-        self._clock = Clock(self._loop, timeouts, self._received_at, self._deadline_passed)
+        self._clock = Clock(self._downstream.loop, timeouts, self._received_at, self._deadline_passed)
         return self._clock
 
     async def _collect(self, clock: Clock, grace: float) -> None:
@@ -551,8 +566,9 @@ class Relay:
 
     def _reader(self) -> tuple[RequestReader | FormReader, Callable[[bytes], None]]:
         """What reads the body, and what takes its parts."""
-        read = reader_of(self._request.fields)
-        return read, read.feed if self._visit is None else self._visit.feeding(read)
+        fields = self._request.fields
+        read = reader_of(fields)
+        return read, read.feed if self._visit is None else self._visit.feeding(read, fields)
 
     async def _inflate(self, coding: bytes, feed: Callable[[bytes], None], clock: Clock) -> bool:
         """Reads the compressed body that was collected; False if it stands for more than is collected of one."""
@@ -618,7 +634,7 @@ class Relay:
     ) -> None:
         """Sends the response head to the client, and begins phase 6, Body. `kind` is what the body is labelled as.
 
-        `streams`: the client wants a stream.
+        `streams`: the client wants a stream, and the label does not say that this is none.
         """
         request, downstream, transport = self._request, self._downstream, self._downstream.transport
         head, attempt, exchange = asked.head, asking.attempt, self._exchange

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator
 from hashlib import blake2b
-from time import perf_counter
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from ..ledger.endpoints import (
@@ -46,7 +46,7 @@ _LATER_ALWAYS: Final = 3
 
 def micros() -> int:
     """The time in whole microseconds, as it is stored in the ledger."""
-    return int(perf_counter() * 1_000_000)
+    return perf_counter_ns() // 1_000
 
 
 class Upstream:
@@ -82,7 +82,7 @@ class Upstream:
             Addresses(row, of_host(config.name, config.endpoints[0].url)) if config.resolve is not None else None
         )
         self._version = 0
-        # Workers begin at different ones.
+        # The place after the endpoint that was chosen last. Workers begin at different ones.
         self._turn = random.randrange(len(names))
 
     @property
@@ -133,10 +133,13 @@ class Upstream:
             ranks = sorted(range(len(left)), key=lambda place: _rank(key, left[place]), reverse=True)
             # One is always below the mean.
             return left[next(place for place in ranks if active[place] < most)]
-        turn = self._turn % len(left)
-        rotated = active[turn:] + active[:turn]
-        self._turn = turn + rotated.index(min(rotated)) + 1
-        return left[(self._turn - 1) % len(left)]
+        number = len(left)
+        place = self._turn % number
+        if active[place]:
+            # Another one may have fewer. None has fewer than 0.
+            place = [*active, *active].index(min(active), place) % number
+        self._turn = place + 1
+        return left[place]
 
     def _left(self, model: str | None, tried: Collection[Endpoint], now: int, *, any_state: bool) -> list[Endpoint]:
         """The endpoints that can be chosen."""
@@ -147,10 +150,13 @@ class Upstream:
         return [one for one in left if not self._is_resting(one, model, now)] if self._rests.any(now) else left
 
     def _use(self, endpoints: list[Endpoint]) -> None:
-        self.endpoints = endpoints
+        # In the order in which their loads are read.
+        self.endpoints = sorted(endpoints, key=lambda one: -1 if one.standing is None else one.standing.place)
         standings = [one.standing for one in endpoints if one.standing is not None]
+        self.has_several = len(endpoints) > 1
+        """Whether it has more than one endpoint now."""
         # Of one endpoint there is nothing to compare.
-        self._loads = loads(standings) if len(standings) == len(endpoints) > 1 else None
+        self._loads = loads(standings) if self.has_several and len(standings) == len(endpoints) else None
 
     def usable(self) -> list[Endpoint]:
         """The endpoints that are not ejected, or all if none is left."""
@@ -159,7 +165,10 @@ class Upstream:
         return [one for one in self.endpoints if one.standing is None or not one.standing.is_out] or self.endpoints
 
     def rest(self, endpoint: Endpoint, model: str | None, seconds: float) -> None:
-        """`endpoint` is not asked for `model`, or without one for anything, for so many seconds."""
+        """`endpoint` is not asked for `model`, or if that is None for anything, for so many seconds.
+
+        An empty `model` is that of all requests whose model is not known.
+        """
         until = micros() + int(min(seconds, _MAX_REST) * 1_000_000)
         self._rests.add(self._rest_name(endpoint, model), until)
 
@@ -167,7 +176,7 @@ class Upstream:
         return f"{self.name} {endpoint.label}" if model is None else f"{self.name} {endpoint.label} {model}"
 
     def _is_resting(self, endpoint: Endpoint, model: str | None, now: int) -> bool:
-        names = {self._rest_name(endpoint, None), self._rest_name(endpoint, model)}
+        names = self._rest_name(endpoint, None), self._rest_name(endpoint, model or "")
         return any(self._rests.until(name, now) > now for name in names)
 
     @property

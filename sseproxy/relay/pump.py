@@ -121,7 +121,7 @@ class Pump:
         stripper: Stripper | None = None,
     ) -> None:
         assert downstream.transport is not None
-        self._loop = asyncio.get_running_loop()
+        self._loop = clock.loop
         self.done: asyncio.Future[None] = self._loop.create_future()
         self._upstream = upstream
         self._downstream = downstream
@@ -158,6 +158,9 @@ class Pump:
         else:
             self._clock.enter("idle", perf_counter())
         self._upstream.protocol.feed_to(self)
+        if self._body.done and not self.done.done():
+            # It has no bytes, so none will come.
+            self._walk(b"", perf_counter())
         self._send_head()
 
     def _send_head(self) -> None:
@@ -308,7 +311,8 @@ class Pump:
     def fail(self, error: ExchangeError) -> None:
         """Ends the body early, with `error`. The client will notice that it is not complete.
 
-        In an event stream, an error event is sent first, if the bytes so far end where an event can begin.
+        In an event stream, an error event is sent first, if the bytes so far end where an event can begin. Nothing is
+        sent if all of the body has been read: the client may have its end already.
         """
         if self.done.done():
             return
@@ -316,8 +320,8 @@ class Pump:
             self.stop()
             self._send_head()
             self._upstream.abort()
-            if self._extendable and self._downstream.gone_at is None:
-                event = self._inspector.farewell(error)
+            if self._extendable and not self._body.done and self._downstream.gone_at is None:
+                event = self._inspector.error_event(error)
                 if event:
                     self._write(frame(event) if self._chunked_out else event)
                     self._exchange.response_bytes += len(event)

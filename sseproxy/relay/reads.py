@@ -19,8 +19,10 @@ from typing import Final, Protocol
 # Bytes of one read. A client that does not read holds up to so many bytes, in addition to a full write buffer.
 MAX_READ: Final = 32 * 1024
 # Bytes. A read below this is small. Larger reads happen if events are large, if a body arrives as fast as the network
-# allows, or if the worker is late. The size of the pieces that are delivered never falls below this.
+# allows, or if the worker is late. No read has less room than this.
 _SMALL: Final = 4 * 1024
+# Bytes. A piece this small is not made smaller.
+_LEAST: Final = 2 * 1024
 # Line ends and opening braces in one piece. Small events and objects take longest for their size, 3 to 15 us each, and
 # each has at least one of these. A large read of ordinary events has fewer.
 _MAX_MARKS: Final = 600
@@ -35,10 +37,10 @@ def piece_size(data: bytes, room: int) -> int:
     This must be known before: the first piece of a read can only be measured when it has been delivered.
     """
     size = min(len(data), room)
-    if size <= 2 * _SMALL:
+    if size <= _LEAST:
         return size
     marks = sum(data.count(mark, 0, size) for mark in (b"\n", b"\r", b"{"))
-    return size if marks <= _MAX_MARKS else max(size * _MAX_MARKS // marks, _SMALL)
+    return size if marks <= _MAX_MARKS else max(size * _MAX_MARKS // marks, _LEAST)
 
 
 class Connection(Protocol):

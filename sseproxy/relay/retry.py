@@ -1,7 +1,8 @@
 """Whether a request is sent again, and where to.
 
 By default only what was certainly not begun, or was refused for load, is sent again, and only to another endpoint. An
-answer is never repeated once a byte of it was sent to the client. What may be paid for twice is opted in.
+answer is never repeated once a byte of it was sent to the client. A retry that may be paid for twice
+must be allowed by `retry.on` or `retry.until`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from ..errors import UpstreamError, UpstreamTimeout
+from ..errors import TooManyConnects, UpstreamError, UpstreamTimeout
 from ..wire.headers import Fields
 from .pool import Upstream
 from .upstream import Endpoint
@@ -33,6 +34,10 @@ _PAUSE: Final = 0.25, 0.75
 # Statuses of an endpoint that is broken. It may be ejected for them. 529 is Anthropic's for overload.
 _SERVER_ERRORS: Final = range(500, 600)
 _LOAD: Final = frozenset({"429", "503", "529"})
+# Reasons of failures that came before anything was sent.
+_NOT_BEGUN: Final = frozenset({"connect", "pending_connects"})
+# Reasons of failures for which no other endpoint of the same upstream is asked.
+_OF_THE_UPSTREAM: Final = frozenset({"context", "pending_connects"})
 _KEY_REFUSED: Final = frozenset({401, 403})
 _SECONDS: Final = re.compile(rb"[0-9]{1,6}(?:\.[0-9]{1,6})?")
 
@@ -41,8 +46,8 @@ class Failure(NamedTuple):
     """Why an attempt is not the answer.
 
     `reason` is what `retry.on` calls it, or `key` (our key was refused), `context` (the prompt is too long for the
-    model), `truncated`, `error` (an error in the stream) or `empty` (a stream without content); the last three only
-    before the commit.
+    model), `pending_connects`, or before the commit `truncated`, `error` (an error in the stream) or `empty` (a stream
+    without content).
     """
 
     reason: str
@@ -61,8 +66,10 @@ class Step(NamedTuple):
     """Whether it is a later attempt at something that may be under way already, and so is counted as one."""
 
 
-def failure_of(error: UpstreamError, *, begun: bool) -> Failure:
+def failure_of(error: UpstreamError | TooManyConnects, *, begun: bool) -> Failure:
     """The failure that `error` is. `begun`: a part of the request was sent."""
+    if isinstance(error, TooManyConnects):
+        return Failure(error.reason)
     if not begun or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
         return Failure("connect")
     return Failure("timeout" if isinstance(error, UpstreamTimeout) else "reset")
@@ -95,7 +102,7 @@ def retry_after(fields: Fields) -> float | None:
 class Course:
     """The attempts of one exchange, at the `upstreams` of its `targets`, in this order.
 
-    `key` is what the request is assigned to an endpoint by. `model` is what it asks for.
+    By its `key`, the request is assigned to an endpoint. `model` is the one that it asks for.
     """
 
     __slots__ = (
@@ -140,8 +147,10 @@ class Course:
 
     def first(self, chosen: Endpoint | None = None) -> Step | None:
         """The first attempt, at the endpoint that was `chosen`, if one was. None if there is no endpoint at all."""
+        # An upstream with no endpoint left is one as well: what is held back does not depend on who is ejected.
+        fallback = self.has_fallback
         step = self._first() if chosen is None else self._step(chosen)
-        self.several = len(self._targets) > 1 or len(self._targets[0][1].endpoints) > 1 or "same" in self._options.on
+        self.several = fallback or len(self._targets[0][1].endpoints) > 1 or "same" in self._options.on
         return step
 
     def _first(self) -> Step | None:
@@ -161,7 +170,7 @@ class Course:
         left = float("inf") if options.until == "end" else self._received_at + options.within - perf_counter()
         if left <= 0 or not self._may_repeat(reason, repeatable):
             return None
-        if reason != "context" and self._made < options.attempts:
+        if reason not in _OF_THE_UPSTREAM and self._made < options.attempts:
             target, upstream = self._targets[0]
             model = target.model or self._model
             if (endpoint := upstream.choose(model, self._key, self._tried)) is not None:
@@ -183,8 +192,8 @@ class Course:
         return None
 
     def _later(self, endpoint: Endpoint, reason: str, pause: float = 0.0) -> Step | None:
-        # What could not be connected to has cost nothing, so this is not hitting a sick fleet twice as hard.
-        later = reason != "connect"
+        # What was not begun has cost nothing, so this is not hitting a sick fleet twice as hard.
+        later = reason not in _NOT_BEGUN
         if later and not self._targets[0][1].has_room_for_later:
             return None
         return self._step(endpoint, pause, later)
@@ -198,6 +207,9 @@ class Course:
 
     def _may_repeat(self, reason: str, repeatable: Repeatable) -> bool:
         on = self._options.on
+        if reason == "pending_connects":
+            # Nobody was asked yet.
+            return True
         if reason in ("key", "context"):
             return repeatable != "connect"
         if reason in ("truncated", "error", "empty"):

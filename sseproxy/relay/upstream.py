@@ -1,8 +1,8 @@
 """The upstream's side: connects, sends requests, receives response heads.
 
-aiohttp's connector resolves names, connects, does TLS and has the connection pool. aiohttp's parser reads response
-heads. Bodies are not handled by aiohttp: a `RelayProtocol` passes the bytes after the head directly from the transport
-to a `Pump`, with no task in between.
+aiohttp's connector resolves names, connects and does TLS, and aiohttp's parser reads response heads. Bodies are not
+handled by aiohttp: a `RelayProtocol` passes the bytes after the head directly from the transport to a `Pump`, with no
+task in between.
 
 This module translates aiohttp's exceptions and `OSError` into `UpstreamError`.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
 import re
 import select
@@ -35,10 +36,11 @@ from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-from ..errors import ProtocolError, RequestError, UpstreamError
+from ..errors import ProtocolError, TooManyConnects, UpstreamError
 from ..wire import headers
 from ..wire.headers import check_beginning
 from .heads import ResponseHead, ResponseHeads, rule_of
+from .idle import Idle
 from .reads import BoundedReads, PlainReads
 from .routes import client_path
 
@@ -49,9 +51,6 @@ if TYPE_CHECKING:
     from ..ledger.endpoints import Standing
     from ..ledger.table import Count
 
-# Seconds. uvicorn and Node.js close an idle connection after 5 s. With less than that, this side closes it first, so a
-# request does not meet a connection that the upstream is just closing.
-KEEPALIVE = 4.0
 # Connections that were opened together are closed at different times, within this share of their age. As in gRPC.
 _JITTER = 0.1
 # Bytes of a body that may wait for the pump. The pump is attached one turn of the loop after the head was read.
@@ -76,9 +75,31 @@ class BodySink(Protocol):
 class RelayProtocol(ResponseHandler):
     """One upstream connection.
 
-    It is idle in the pool, or waits for a response head (`expect_head`), or passes a body to its sink (`feed_to`).
+    It is idle, or waits for a response head (`expect_head`), or passes a body to its sink (`feed_to`).
     Bytes that arrive in any other state are unexpected, and the connection is aborted.
     """
+
+    # The base class has none. With these, its dictionary is small enough to share its keys with all others.
+    __slots__ = (
+        "_answered",
+        "_closed_cleanly",
+        "_head",
+        "_heads",
+        "_held",
+        "_held_paused",
+        "_interim",
+        "_interim_size",
+        "_method",
+        "_old_at",
+        "_plain",
+        "_poll",
+        "_reads",
+        "_saw_eof",
+        "_sink",
+        "_tls",
+        "answer_begun",
+        "requests",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, heads: ResponseHeads, max_age: float | None = None) -> None:
         super().__init__(loop)
@@ -103,6 +124,9 @@ class RelayProtocol(ResponseHandler):
         self._held_paused = False
         self._plain = False
         self._old_at = None if max_age is None else perf_counter() + max_age * (1 - _JITTER * random.random())
+        self._tls: ssl.SSLObject | None = None
+        # Asks the kernel what has arrived. Made when it is needed first.
+        self._poll: select.poll | None = None
 
     @property
     def should_close(self) -> bool:
@@ -115,6 +139,7 @@ class RelayProtocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._tls = transport.get_extra_info("ssl_object")
         transport.set_protocol(self._reads)
 
     def expect_head(self, method: str, interim: Callable[[ResponseHead], None]) -> None:
@@ -174,7 +199,7 @@ class RelayProtocol(ResponseHandler):
         return self._reads
 
     def finish(self, *, reusable: bool) -> None:
-        """The exchange has ended. The connection goes back to the pool only if it is `reusable`."""
+        """The exchange has ended. Unless it is `reusable`, the connection has to be closed."""
         self._head, self._interim, self._answered = None, None, False
         self._take_back()
         if not reusable or self._held or self._reads.ahead or self.is_old:
@@ -259,11 +284,10 @@ class RelayProtocol(ResponseHandler):
 
     def _left_in_tls(self) -> bytes:
         """Bytes that uvloop's TLS has received and not delivered. uvloop drops them if a FIN arrives during a pause."""
-        tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
         parts: list[bytes] = []
-        if tls is not None:
+        if self._tls is not None:
             try:
-                while part := tls.read(1 << 18):
+                while part := self._tls.read(1 << 18):
                     parts.append(part)
                 self._saw_eof = True
             except ssl.SSLZeroReturnError:
@@ -301,9 +325,10 @@ class RelayProtocol(ResponseHandler):
         transport = self.transport
         if transport is None or transport.is_closing():
             return False
-        poll = select.poll()
-        poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.EPOLLRDHUP)
-        return not (poll.poll(0) or self._reads.ahead or self._left_in_tls() or self._saw_eof)
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.EPOLLRDHUP)
+        return not (self._poll.poll(0) or self._reads.ahead or self._left_in_tls() or self._saw_eof)
 
 
 class _Target:
@@ -341,8 +366,11 @@ def _reason(error: BaseException) -> str:
         return error.verify_message
     if isinstance(error, ssl.SSLError):
         return (error.reason or "handshake failed").lower().replace("_", " ")
-    # If several addresses were tried, the text has the errors of all.
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
+    # If several addresses were tried, the text has the errors of all. That of one has the address, and not the reason.
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno and text.startswith("Connect call failed"):
+        text = os.strerror(error.errno)
+    return text.lower()
 
 
 class Endpoint:
@@ -377,7 +405,7 @@ class Endpoint:
         self._target = cast(ClientRequest, _Target(url, of.tls.context() if url.scheme == "https" else True, address))
         loop = asyncio.get_running_loop()
         # Without a limit. With one, requests would wait in a queue of aiohttp that no metric shows.
-        self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ttl_dns_cache=10)
+        self._connector = TCPConnector(limit=0, ttl_dns_cache=10)
         self._connector._factory = cast(
             "functools.partial[ResponseHandler]",
             functools.partial(
@@ -387,6 +415,7 @@ class Endpoint:
                 max_age=of.max_connection_age,
             ),
         )
+        self._idle = Idle()
         self._max_pending = limits.pending_connects
         self._pending = pending
 
@@ -407,29 +436,40 @@ class Endpoint:
             return fields
         return fields.with_only(b"Location", (here + location[reference.end() :]).encode("latin-1"))
 
-    async def connect(self, on_abort: Callable[[], None], *, fresh: bool = False) -> UpstreamConnection:
-        """A connection for one exchange, from the pool or new; with `fresh` always new.
+    def reuse(self, on_abort: Callable[[], None]) -> UpstreamConnection | None:
+        """An idle connection, for one exchange. None if there is none.
 
-        `on_abort` is called if the connection is aborted. Raises `UpstreamError`, or `RequestError` if too many
-        connections are being established.
+        `on_abort` is called if the connection is aborted.
+        """
+        while (connection := self._idle.take()) is not None:
+            try:
+                protocol = connection.protocol
+                # It must be quiet: bytes on it would be taken for the response.
+                if isinstance(protocol, RelayProtocol) and protocol.is_quiet() and not protocol.is_old:
+                    return UpstreamConnection(connection, self._idle, on_abort)
+            except BaseException:
+                # Nobody else has the connection.
+                connection.close()
+                raise
+            connection.close()
+        return None
+
+    async def connect(self, on_abort: Callable[[], None]) -> UpstreamConnection:
+        """A new connection, for one exchange.
+
+        `on_abort` is called if the connection is aborted. Raises `UpstreamError`, or `TooManyConnects`.
         """
         if self._pending.total() >= self._max_pending:
-            raise RequestError("pending_connects")
+            raise TooManyConnects
         self._pending.add(1)
         try:
-            while True:
-                connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
-                try:
-                    owned = UpstreamConnection(connection, on_abort)
-                    protocol = owned.protocol
-                    # A reused connection must be quiet: bytes on it would be taken for the response.
-                    if not protocol.requests or not (fresh or protocol.is_old or not protocol.is_quiet()):
-                        return owned
-                except BaseException:
-                    # Nobody else has the connection.
-                    connection.close()
-                    raise
+            connection = await self._connector.connect(self._target, [], _NO_TIMEOUT)
+            try:
+                return UpstreamConnection(connection, self._idle, on_abort)
+            except BaseException:
+                # Nobody else has the connection.
                 connection.close()
+                raise
         except ClientConnectorDNSError as error:
             raise UpstreamError("dns", cause=f"{error.host}: {_reason(error.os_error)}") from None
         except ClientConnectorCertificateError as error:
@@ -444,24 +484,28 @@ class Endpoint:
 
     def connections(self) -> tuple[int, int]:
         """How many connections are (in use, idle)."""
-        pooled = (protocol for pool in self._connector._conns.values() for protocol, _ in pool)
-        return len(self._connector._acquired), sum(protocol.is_connected() for protocol in pooled)
+        # Those that are closed already, on this side, are not counted by the connector.
+        idle = [protocol for one in self._idle if (protocol := one.protocol) is not None]
+        return len(self._connector._acquired) - len(idle), sum(protocol.is_connected() for protocol in idle)
 
     async def close(self) -> None:
+        self._idle.close()
         await self._connector.close()
 
 
 class UpstreamConnection:
     """A connection while it belongs to one exchange: until `release` or `abort`, whichever is called first."""
 
-    __slots__ = ("_connection", "_on_abort", "protocol", "transport")
+    __slots__ = ("_connection", "_idle", "_on_abort", "protocol", "transport")
 
-    def __init__(self, connection: Connection, on_abort: Callable[[], None]) -> None:
+    def __init__(self, connection: Connection, idle: Idle, on_abort: Callable[[], None]) -> None:
         protocol, transport = connection.protocol, connection.transport
         assert isinstance(protocol, RelayProtocol)
         if transport is None:
             raise UpstreamError("reset")
         self._connection: Connection | None = connection
+        # Where it goes when it is released.
+        self._idle = idle
         self._on_abort = on_abort
         self.protocol = protocol
         self.transport = transport
@@ -472,7 +516,7 @@ class UpstreamConnection:
         return self.protocol.requests > 1
 
     def release(self, *, reusable: bool) -> None:
-        """The response is complete. If the connection is `reusable`, it goes back to the pool."""
+        """The response is complete. If the connection is `reusable`, it is kept for another exchange."""
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
@@ -480,9 +524,11 @@ class UpstreamConnection:
                 if self.protocol.should_close:
                     # A plain close would wait until the rest of an upload is written, which nobody reads any more.
                     self.protocol.abort()
-                connection.release()
+                    connection.close()
+                else:
+                    self._idle.add(connection)
             except BaseException:
-                # Otherwise the connection could leak: not in use, and not in the pool.
+                # Otherwise the connection could leak: not in use, and not idle.
                 self.protocol.abort()
                 connection.close()
                 raise

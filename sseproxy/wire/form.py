@@ -22,6 +22,15 @@ _ESCAPED: Final = re.compile(rb"\\(.)", re.DOTALL)
 _DISPOSITION: Final = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data", re.IGNORECASE)
 # The second has the name in an encoding for characters outside ASCII (RFC 5987).
 _FILE_NAMES: Final = frozenset({b"filename", b"filename*"})
+# The fields of a part that every parser reads alike: on a line each, one of them the disposition, without escapes that
+# some take for the end of a text, and with the parameters that a form has.
+_TEXT: Final = rb'(?:"(?:[^"\\\r\n]|\\[^"\r\n])*"|[^;"\\\s]*+)'
+_OTHERS: Final = rb"(?:\r\n(?!content-disposition:)[!#-'*+.^_`|~0-9a-z-]++:[^\r\n]*+)*"
+_PLAIN_HEAD: Final = re.compile(
+    rb"%b\r\ncontent-disposition:[ \t]*+form-data(?:[ \t]*+;[ \t]*+(?:name|filename\*?)=%b){0,3}[ \t]*+;?[ \t]*+%b"
+    % (_OTHERS, _TEXT, _OTHERS),
+    re.IGNORECASE,
+)
 # What must follow a delimiter: `--` at the end of the form, otherwise a line end, perhaps after spaces. Below it is the
 # beginning of either, when the rest has not arrived yet. Clients write no spaces there, so a limit of 256 does no harm.
 _AFTER_DELIMITER: Final = re.compile(rb"--|[ \t]{0,256}(?=\r\n)")
@@ -61,11 +70,13 @@ class FormReader:
     If a field occurs several times, the last one counts, as with members of a JSON object.
     """
 
-    __slots__ = ("_delimiter", "_ended", "_found", "_heads", "_name", "_parts", "_rest", "_value", "models")
+    __slots__ = ("_delimiter", "_ended", "_found", "_heads", "_name", "_parts", "_rest", "_value", "models", "odd")
 
     def __init__(self, boundary: bytes) -> None:
         self.models = 0
         """How many fields some parser may take for the model."""
+        self.odd = False
+        """Whether some parser may read other fields: the form has a preamble, or a part whose head is not plain."""
         self._delimiter = b"\r\n--" + boundary
         # The bytes that were not processed yet. They begin with a line end, because a form may begin with a delimiter.
         self._rest = b"\r\n"
@@ -134,9 +145,11 @@ class FormReader:
         if self._parts > _MAX_PARTS:
             self._give_up()
         disposition = _DISPOSITION.search(head)
+        self.odd |= _PLAIN_HEAD.fullmatch(head) is None
         if disposition is not None:
             found = [*islice(_parameters(head[disposition.end() :].partition(b"\r\n")[0]), _MAX_PARAMETERS)]
             parameters = dict(found)
+            self.odd |= len(found) > len(parameters)
             self.models += any(key == b"name" and value.lower() == b"model" for key, value in found)
             # A part with a file name is a file, not a field.
             name = parameters.get(b"name", b"")
@@ -147,6 +160,7 @@ class FormReader:
         return end + 2, True
 
     def _take(self, text: bytes, start: int, end: int) -> None:
+        self.odd |= not self._parts and start < end
         if self._value is not None and len(self._value) <= _MAX_VALUE:
             self._value += text[start : min(end, start + _MAX_VALUE + 1)]
 

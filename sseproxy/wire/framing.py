@@ -8,6 +8,7 @@ parser makes request and response smuggling possible.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from ..errors import BrokenBodyError, ProtocolError
@@ -86,17 +87,24 @@ def response_framing(method: str, status: int, version: tuple[int, int], fields:
     Raises `ProtocolError` if the head is ambiguous: if lengths differ, if there is a length and a transfer coding, if
     the coding is not exactly `chunked`, or if there is any coding in HTTP/1.0.
     """
-    lengths = {length.strip(b" \t") for value in fields.named(b"content-length") for length in value.split(b",")}
-    codings = fields.tokens(b"transfer-encoding")
-    if fields.named(b"transfer-encoding") and (lengths or codings != [b"chunked"] or version != (1, 1)):
+    lengths, codings = fields.named(b"content-length"), fields.named(b"transfer-encoding")
+    if codings and (lengths or version != (1, 1) or fields.tokens(b"transfer-encoding") != [b"chunked"]):
         raise ProtocolError("the Transfer-Encoding of the response is not allowed: it must be only chunked")
-    if len(lengths) > 1 or any(_DIGITS.fullmatch(length) is None for length in lengths):
-        raise ProtocolError("the Content-Length of the response is not one number")
+    length = _one_length(lengths) if lengths else None
     if method == "HEAD" or status in (204, 304):
         return None
-    if codings:
-        return "chunked"
-    return int(lengths.pop()) if lengths else "close"
+    return "chunked" if codings else "close" if length is None else length
+
+
+def _one_length(values: Sequence[bytes]) -> int:
+    """The Content-Length with these `values`. It may be repeated (RFC 9112, section 6.3)."""
+    if len(values) == 1 and _DIGITS.fullmatch(values[0]):
+        return int(values[0])
+    lengths = {length.strip(b" \t") for value in values for length in value.split(b",")}
+    length = lengths.pop()
+    if lengths or _DIGITS.fullmatch(length) is None:
+        raise ProtocolError("the Content-Length of the response is not one number")
+    return int(length)
 
 
 def framing_fields(framing: Framing | None) -> list[Field]:

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Final, Literal
 
 from ..errors import ProtocolError
-from .credentials import CREDENTIALS
+from .credentials import CREDENTIALS, has_secret, without_session
 
 Field = tuple[bytes, bytes]
 
@@ -34,6 +34,15 @@ _HOP_BY_HOP: Final = frozenset(
         b"upgrade",
     }
 )
+# Fields of a request that sseproxy sets itself, in addition.
+_REPLACED: Final = _HOP_BY_HOP | {
+    b"host",
+    b"content-length",
+    b"expect",
+    b"x-request-id",
+    b"x-forwarded-for",
+    b"forwarded",
+}
 # Fields that tell the upstream where a request comes from. sseproxy adds its own values after those of a trusted proxy.
 _FORWARDING: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"})
 # Fields that a server may trust about the client's identity, its address, or the original URL. Only a proxy in front of
@@ -93,6 +102,22 @@ _MAX_FORWARDS: Final = 255
 # The fields that tell a client its limits: OpenAI's and Anthropic's.
 _RATE_LIMITS: Final = (b"x-ratelimit-", b"anthropic-ratelimit-")
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
+# What of a request is not forwarded, by whether the client's credentials are, and whether the response is inspected.
+_NOT_UP: Final = {
+    (credentials, inspect): _REPLACED.union(
+        () if credentials else CREDENTIALS, (b"accept-encoding",) if inspect else ()
+    )
+    for credentials in (False, True)
+    for inspect in (False, True)
+}
+# What of a response is not forwarded, by whether its length is set here, and whether it is an event stream.
+_NOT_DOWN: Final = {
+    (framed, event_stream): _HOP_BY_HOP.union(
+        (b"content-length",) if framed else (), _STREAM_POLICY if event_stream else ()
+    )
+    for framed in (False, True)
+    for event_stream in (False, True)
+}
 
 # RFC 9112, sections 2.2, 4, 5.1 and 5.2: a status line, then lines with a name and a colon, with no space between them.
 # No bare CR or LF, no control characters, no folded lines. The quantifiers are possessive, so there is no backtracking,
@@ -113,6 +138,8 @@ _MAX_HOPS: Final = 32
 # Bytes of one hop. An IPv6 address with brackets, a scope and a port is shorter.
 _MAX_HOP: Final = 128
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+# The upstream's id of a request, in the fields of OpenAI, Anthropic, Azure and Amazon. The first one counts.
+_UPSTREAM_IDS: Final = (b"x-request-id", b"request-id", b"apim-request-id", b"x-amzn-requestid")
 
 
 class Fields:
@@ -179,26 +206,15 @@ def to_upstream(
     spelling even if the client is trusted: a proxy in front that removes them from its clients' requests may not know
     this spelling.
     """
-    said = {name: fields.named(name) if trusted else [] for name in _FORWARDING}
-    drop = {
-        *_HOP_BY_HOP,
-        *[name.translate(_FOLDED) for name in fields.tokens(b"connection")],
-        b"host",
-        b"content-length",
-        b"expect",
-        b"x-request-id",
-        b"x-forwarded-for",
-        b"forwarded",
-    }
-    drop |= {name for name, values in said.items() if not values}
-    if not credentials:
-        drop |= CREDENTIALS
-    if credential is not None:
-        drop.add(credential[0].translate(_FOLDED))
-    if inspect:
-        drop.add(b"accept-encoding")
+    said = {name: values for name in _FORWARDING if (values := fields.named(name))} if trusted else {}
+    drop = _NOT_UP[credentials, inspect]
+    named = [] if credential is None else [credential[0]]
+    if b"connection" in fields.by_name:
+        named += fields.tokens(b"connection")
+    if named:
+        drop = drop.union([name.translate(_FOLDED) for name in named])
     out = [(b"Host", host)]
-    for field in fields.all:
+    for field in fields.all if b"cookie" not in fields.by_name else without_session(fields.all):
         name = field[0].translate(_FOLDED)
         if name in drop:
             continue
@@ -211,13 +227,13 @@ def to_upstream(
     if inspect:
         out.append((b"Accept-Encoding", b"identity"))
     out += framing
-    if said[b"forwarded"]:
+    if b"forwarded" in said:
         ours = forwarded_element(peer, fields.named(b"host"), scheme)
         out.append((b"Forwarded", b", ".join([*said[b"forwarded"], ours])))
-    out.append((b"X-Forwarded-For", b", ".join([*said[b"x-forwarded-for"], peer])))
-    if not said[b"x-forwarded-proto"]:
+    out.append((b"X-Forwarded-For", b", ".join([*said.get(b"x-forwarded-for", ()), peer])))
+    if b"x-forwarded-proto" not in said:
         out.append((b"X-Forwarded-Proto", scheme))
-    if not said[b"x-forwarded-host"]:
+    if b"x-forwarded-host" not in said:
         out += [(b"X-Forwarded-Host", value) for value in fields.named(b"host")]
     out += [
         (b"X-Request-Id", request_id),
@@ -259,9 +275,9 @@ def to_downstream(
     body. None leaves a Content-Length unchanged, as needed for HEAD and 304. A response without a Date gets `date`,
     unless that is None (RFC 9110, section 6.6.1).
     """
-    drop = _HOP_BY_HOP.union(fields.tokens(b"connection"), () if framing is None else (b"content-length",))
-    if event_stream:
-        drop |= _STREAM_POLICY
+    drop = _NOT_DOWN[framing is not None, event_stream]
+    if b"connection" in fields.by_name:
+        drop = drop.union(fields.tokens(b"connection"))
     if allowances is not None:
         drop |= {name for name in fields.by_name if name.startswith(_RATE_LIMITS)}
     out = [field for field in fields.all if field[0].lower() not in drop]
@@ -269,10 +285,9 @@ def to_downstream(
         out += allowances
     if event_stream:
         out += [(b"Cache-Control", b"no-cache, no-transform"), (b"X-Accel-Buffering", b"no")]
-    kept = fields.by_name.keys() - drop
-    if date is not None and b"date" not in kept:
+    if date is not None and (b"date" not in fields.by_name or b"date" in drop):
         out.append((b"Date", date))
-    if b"x-request-id" not in kept:
+    if b"x-request-id" not in fields.by_name or b"x-request-id" in drop:
         out.append((b"X-Request-Id", request_id))
     out.append((b"Via", _VIA[version]))
     out += framing or ()
@@ -283,7 +298,7 @@ def to_downstream(
 
 def serialize(start_line: bytes, fields: Iterable[Field]) -> bytes:
     """A message head, with the blank line at its end."""
-    return b"".join((start_line, b"\r\n", *[b"%b: %b\r\n" % field for field in fields], b"\r\n"))
+    return b"\r\n".join((start_line, *map(b": ".join, fields), b"\r\n"))
 
 
 def passes(fields: Fields) -> int:
@@ -345,24 +360,24 @@ def check_head(head: bytes) -> None:
         raise ProtocolError("the response head has an invalid field line, a bare CR or LF, or a control character")
 
 
-def _has_type(fields: Fields, media_type: bytes) -> bool:
-    return media_type in [value.split(b";")[0].strip().lower() for value in fields.named(b"content-type")]
+def _types(fields: Fields) -> list[bytes]:
+    return [value.split(b";")[0].strip().lower() for value in fields.named(b"content-type")]
 
 
 def is_json(fields: Fields) -> bool:
-    return _has_type(fields, b"application/json")
+    return b"application/json" in _types(fields)
 
 
 def is_form(fields: Fields) -> bool:
-    return _has_type(fields, b"multipart/form-data")
+    return b"multipart/form-data" in _types(fields)
 
 
 def body_kind(fields: Fields) -> BodyKind:
     """What the Content-Type says that a body is."""
-    values = fields.named(b"content-type")
-    kind = values[0].split(b";")[0].strip().lower() if len(values) == 1 else b""
-    if _has_type(fields, b"text/event-stream"):
+    types = _types(fields)
+    if b"text/event-stream" in types:
         return "events"
+    kind = types[0] if len(types) == 1 else b""
     if kind in (b"application/json", b"text/json") or kind.endswith(b"+json"):
         return "json"
     return "open" if not kind or kind.startswith(b"text/") or kind == b"application/octet-stream" else "other"
@@ -383,12 +398,15 @@ def client_address(fields: Fields, peer: str, trusts: Callable[[str], bool]) -> 
     https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-Forwarded-For, "Trusted proxy list"
     """
     address = plain_address(peer)
-    hops = islice(_hops(fields.named(b"x-forwarded-for")), _MAX_HOPS)
-    while trusts(address) and (hop := next(hops, None)) is not None:
+    if not trusts(address):
+        return address
+    for hop in islice(_hops(fields.named(b"x-forwarded-for")), _MAX_HOPS):
         claimed = _address(hop)
         if claimed is None:
             break
         address = claimed
+        if not trusts(address):
+            break
     return address
 
 
@@ -462,12 +480,14 @@ def traceparent(fields: Fields) -> str | None:
 def request_id(fields: Fields) -> bytes | None:
     """The client's own id of the request, if it is safe to be logged and forwarded."""
     ids = fields.named(b"x-request-id")
-    return ids[0] if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) else None
+    return ids[0] if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) and not has_secret(ids[0]) else None
 
 
 def upstream_request_id(fields: Fields) -> bytes | None:
-    """The upstream's id of the request, from the fields of OpenAI, Anthropic, Azure and Amazon."""
-    for name in (b"x-request-id", b"request-id", b"apim-request-id", b"x-amzn-requestid"):
+    """The upstream's id of the request."""
+    if fields.by_name.keys().isdisjoint(_UPSTREAM_IDS):
+        return None
+    for name in _UPSTREAM_IDS:
         ids = fields.named(name)
         if ids and _REQUEST_ID.fullmatch(ids[0]):
             return ids[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
@@ -20,7 +20,7 @@ _MAX_DIGITS: Final = 15
 _MOST: Final = 10**_MAX_DIGITS - 1
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The token counts of an upstream, with the same meaning for all APIs. None means not reported.
 
     `input` is the whole prompt. `cached_input` and `cache_write` are parts of it: read from a cache, and written to
@@ -41,19 +41,24 @@ class Usage(NamedTuple):
     def updated(self, later: Usage) -> Usage:
         """These counts, updated by later ones of the same response. Counts are cumulative, and never fall."""
         counts = {name: max(count, getattr(self, name) or 0) for name, count in later.told().items()}
-        return self._replace(**counts, final=later.final)
+        return msgspec.structs.replace(self, **counts, final=later.final)
 
     @property
     def is_zero(self) -> bool:
         """Nothing was counted."""
-        return not any(self.told().values())
+        return not (
+            self.input or self.output or self.cached_input or self.reasoning or self.seconds or self.cache_write
+        )
 
     def told(self) -> dict[str, Any]:
         """The reported counts, by name."""
-        return {name: count for name, count in self._asdict().items() if count is not None and name != "final"}
+        return {name: count for name in _COUNTS if (count := getattr(self, name)) is not None}
 
 
-class Meaning(NamedTuple):
+_COUNTS: Final = tuple(name for name in Usage.__struct_fields__ if name != "final")
+
+
+class Meaning(msgspec.Struct, frozen=True, gc=False):
     """The meaning of an event.
 
     `delta`: it has generated content; `reasoning`: that content is reasoning. `usage`: the counts of all that came so
@@ -145,10 +150,8 @@ def text_of(value: msgspec.Raw) -> str | None:
 def _count(*values: msgspec.Raw) -> int | None:
     """The first of `values` that is a count, or None."""
     for value in values:
-        if value is not NULL:
-            digits = bytes(value)
-            if digits.isdigit() and len(digits) <= _MAX_DIGITS:
-                return int(digits)
+        if value is not NULL and (digits := bytes(value)).isdigit() and len(digits) <= _MAX_DIGITS:
+            return int(digits)
     return None
 
 
@@ -182,7 +185,7 @@ def read_usage(value: msgspec.Raw) -> Usage | None:
         usage = _decode_usage(value)
     except UNREADABLE:
         return None
-    if any(told is not NULL for told in (usage.promptTokenCount, usage.candidatesTokenCount, usage.thoughtsTokenCount)):
+    if not (usage.promptTokenCount is usage.candidatesTokenCount is usage.thoughtsTokenCount is NULL):
         counts = _of_gemini(usage)
     elif usage.prompt_tokens is NULL and usage.completion_tokens is NULL:
         counts = _of_messages_or_responses(usage)

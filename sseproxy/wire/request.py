@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
@@ -16,6 +17,16 @@ from .meaning import MAX_MODEL, NULL, UNREADABLE, text_of
 # Bytes of the name in JSON. A character takes at most two escapes.
 _MAX_SPELLED: Final = 2 * len(r"\uXXXX") * MAX_MODEL + 2
 _TRUE: Final = msgspec.Raw(b"true")
+# A type in which every parser reads the same body. In another charset, bytes that are ASCII here may be other text, and
+# JSON may be a form as well, with names and values in its texts.
+_PARAMETERS: Final = (
+    rb'(?:[ \t]*+;[ \t]*+(?:charset="?(?:utf-8|us-ascii)"?|(?!charset|boundary)[!#$&.^_+0-9a-z-]++=[^;,"\\ \t]*+))*'
+)
+_PLAIN_TYPE: Final = re.compile(
+    rb'(?:multipart/form-data%b[ \t]*+;[ \t]*+boundary=(?:"[^"\\]*+"|[^;," \t]*+)'
+    rb"|(?!multipart/|application/x-www-form-urlencoded)[^;,\s]*+)%b[ \t]*+;?[ \t]*+" % (_PARAMETERS, _PARAMETERS),
+    re.IGNORECASE,
+)
 
 
 class _Request(msgspec.Struct, gc=False):
@@ -183,21 +194,23 @@ class _ModelMembers(Extract):
 
 
 class ModelAudit:
-    """Finds out whether every parser reads the same model in a body that `reader` reads. `feed` takes its parts."""
+    """Finds out whether every parser reads the same model in a body that `reader` reads. `feed` takes its parts.
 
-    __slots__ = ("_begin", "_members", "_reader")
+    `fields` are those of the request.
+    """
 
-    def __init__(self, reader: RequestReader | FormReader) -> None:
+    __slots__ = ("_is_plain", "_members", "_reader")
+
+    def __init__(self, reader: RequestReader | FormReader, fields: Fields) -> None:
         self._reader = reader
-        self._begin = b""
+        types = fields.named(b"content-type")
+        self._is_plain = not types or (len(types) == 1 and _PLAIN_TYPE.fullmatch(types[0]) is not None)
         self._members = _ModelMembers()
 
     def feed(self, part: bytes) -> None:
         self._reader.feed(part)
         if isinstance(self._reader, RequestReader):
             self._members.feed(part)
-        elif len(self._begin) < 2:
-            self._begin += part[:2]
 
     @property
     def twice(self) -> bool:
@@ -212,8 +225,9 @@ class ModelAudit:
         What is before the first line of a form is not read. To a parser that does not look at the Content-Type it may
         be JSON, so there must be nothing.
         """
-        sound = self._begin.startswith(b"--") if isinstance(self._reader, FormReader) else not self._members.given_up
-        return self._reader.model if sound else None
+        reader = self._reader
+        odd = reader.odd if isinstance(reader, FormReader) else self._members.given_up
+        return reader.model if self._is_plain and not odd else None
 
 
 def _model(request: _Request) -> str | None:

@@ -44,7 +44,7 @@ With `members`, the data of a large event is an extract of it, and empty if it w
 
 
 class Stripper(Protocol):
-    """Takes something out of a stream while it is forwarded."""
+    """Removes something from a stream while it is forwarded."""
 
     def feed(self, payload: bytes) -> bytes:
         """What of `payload`, and of what was held before it, goes downstream now; `payload` itself if it all does."""
@@ -54,7 +54,7 @@ class Stripper(Protocol):
 
 
 class MarkStripper:
-    """Takes the byte order mark off a stream, the rest of which goes through `then`.
+    """Removes the byte order mark of a stream. The rest goes through `then`.
 
     The mark is only at the start of a stream. It is a part of the first line where something of ours came before it.
     """

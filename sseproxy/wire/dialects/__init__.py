@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from typing import Final
+from urllib.parse import unquote
 
 from ..meaning import MAX_MODEL
 from .assistants import ASSISTANTS
@@ -28,6 +29,7 @@ __all__ = [
     "Allowance",
     "Dialect",
     "Form",
+    "as_read",
     "asks_for_stream",
     "dialect_of",
     "form_of",
@@ -51,6 +53,16 @@ DIALECTS: Final = (
 
 
 _MODEL_IN_PATH: Final = re.compile(rf"/(?:models|deployments)/([^/:]{{1,{MAX_MODEL}}})(?=[/:])")
+# All that some API takes for a model: a member of a collection of models, and what a method of Google's generates with.
+# Azure AI has `/models/chat/completions`, without one.
+_METHOD: Final = r":(?=[a-z]+$)[a-z]*?(?:generate|predict|embed|count|compute)"
+_MODELS_IN_PATH: Final = re.compile(
+    rf"/(?:tunedModels|models?|deployments|engines)/(?!(?:chat/completions|embeddings)$)([^/]+?)(?=/|$|{_METHOD})"
+    rf"|/([^/:]+)(?={_METHOD})",
+    re.IGNORECASE,
+)
+# Parameters of a segment (RFC 3986, section 3.3), and slashes that say nothing.
+_PASSED_OVER: Final = re.compile(r";[^/]*|/+(?=[/;]|$)")
 
 # Google's methods that stream, which answer in a list where the query does not ask for events; and what GET
 # /responses/{id} is asked for.
@@ -67,8 +79,8 @@ def model_in(path: str) -> str | None:
 
 
 def models_in(path: str) -> list[str]:
-    """All that may be a model in `path`."""
-    return _MODEL_IN_PATH.findall(path)
+    """All that may be a model in `path`, to whatever server."""
+    return [found[1] or found[2] for found in _MODELS_IN_PATH.finditer(as_read(path))]
 
 
 def asks_for_stream(path: str, query: str) -> bool:
@@ -76,13 +88,19 @@ def asks_for_stream(path: str, query: str) -> bool:
     return bool(_STREAMING_PATH.search(path) or _STREAMING_QUERY.search(query))
 
 
+def as_read(path: str) -> str:
+    """`path` as the most lenient server reads it: many decode a slash, merge several, or do not mind one at the end."""
+    return _PASSED_OVER.sub("", unquote(path, errors="surrogateescape").replace("\\", "/"))
+
+
 # Cached, because most requests have one of a few paths. The cache is small, because a path may be as long as a head.
 @functools.lru_cache(maxsize=64)
 def dialect_of(path: str, name: str = "auto") -> Dialect:
     """The dialect called `name`. For `auto`, the one that matches `path`, the path of the request to the upstream."""
-    return next(
-        dialect for dialect in DIALECTS if (dialect.path.search(path) if name == "auto" else dialect.name == name)
-    )
+    if name != "auto":
+        return next(dialect for dialect in DIALECTS if dialect.name == name)
+    path = as_read(path)
+    return next(dialect for dialect in DIALECTS if dialect.path.search(path))
 
 
 _FORMS: Final = (ANTHROPIC, GOOGLE, OPENAI)

@@ -83,7 +83,7 @@ def read_run(kind: bytes, data: bytes) -> Meaning:
 
 ASSISTANTS: Final = Dialect(
     "assistants",
-    re.compile(r"/threads/(runs|[^/]+/runs(/[^/]+(/submit_tool_outputs)?)?)$"),
+    re.compile(r"/threads/(runs|[^/]+/runs(/[^/]+(/submit_tool_outputs)?)?)$", re.IGNORECASE),
     read_run,
     _MEMBERS,
     text_under("value", "arguments"),

@@ -154,15 +154,15 @@ def read_completion(kind: bytes, data: bytes) -> Meaning:
         return generated
     if usage is not None and generated.delta and finish is None:
         # More comes, and will be counted.
-        usage = usage._replace(final=False)
-    return generated._replace(usage=usage, finish=finish, error=error)
+        usage = msgspec.structs.replace(usage, final=False)
+    return Meaning(delta=generated.delta, reasoning=generated.reasoning, usage=usage, finish=finish, error=error)
 
 
 # Vertex AI has Mistral's models, and others, in this API.
 _PATHS: Final = r"/chat/completions$|/publishers/(?!anthropic/)[^/]+/models/[^/]+:(streamR|r)awPredict$"
 _TEXT: Final = text_under("content", "reasoning_content", "reasoning", "reasoning_text", "text", "arguments")
-CHAT: Final = Dialect("chat", re.compile(_PATHS), read_completion, _MEMBERS, _TEXT, asks_usage=True)
+CHAT: Final = Dialect("chat", re.compile(_PATHS, re.IGNORECASE), read_completion, _MEMBERS, _TEXT, asks_usage=True)
 COMPLETIONS: Final = Dialect(
-    "completions", re.compile(r"/completions$"), read_completion, _MEMBERS, _TEXT, asks_usage=True
+    "completions", re.compile(r"/completions$", re.IGNORECASE), read_completion, _MEMBERS, _TEXT, asks_usage=True
 )
 GENERIC: Final = Dialect("generic", re.compile(r""), read_completion, _MEMBERS, _TEXT, generates=False)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Final, Literal, NamedTuple
 
+from msgspec import Struct
+
 from ...errors import ExchangeError
 from ..headers import Field
 
@@ -36,18 +38,17 @@ def _openai_allowances(allowances: Sequence[Allowance], now: float) -> list[Fiel
     return found
 
 
-class Form(NamedTuple):
+class Form(Struct, frozen=True):
     """How a client is told that its stream goes on, that something failed, or how much it may still use.
 
     `heartbeat` is written between two events. It is a comment, or an event that clients ignore. `refusal(error)` is the
-    body of an error response. `farewell(error, number)` is the event that says why a stream ends after `number` events.
-    `paths` are the paths of the API that no dialect reads. `allowances(allowances, now)` are header fields; `now` is
-    the Unix time.
+    body of an error response. `error_event(error, number)` says why a stream ends after `number` events. `paths` are
+    the paths of the API that no dialect reads. `allowances(allowances, now)` are header fields; `now` is the Unix time.
     """
 
     heartbeat: bytes
     refusal: Callable[[ExchangeError], bytes]
-    farewell: Callable[[ExchangeError, int], bytes]
+    error_event: Callable[[ExchangeError, int], bytes]
     paths: re.Pattern[str]
     allowances: Callable[[Sequence[Allowance], float], list[Field]] = _openai_allowances
 
@@ -57,7 +58,7 @@ def document(content: dict[str, object]) -> bytes:
     return json.dumps(content).encode() + b"\n"
 
 
-def error_event(content: dict[str, object]) -> bytes:
+def event_with(content: dict[str, object]) -> bytes:
     """`content` as an event of the type `error`."""
     return b"event: error\ndata: " + json.dumps(content).encode() + b"\n\n"
 
@@ -71,12 +72,12 @@ def _openai_refusal(error: ExchangeError) -> bytes:
     return document({"error": openai_error(error)})
 
 
-def _openai_farewell(error: ExchangeError, number: int) -> bytes:
+def _openai_error_event(error: ExchangeError, number: int) -> bytes:
     # `event: error` together with a nested `error` is the one form on which every SDK of OpenAI raises, whatever
     # follows it on the connection.
-    return error_event({"type": "error", "error": openai_error(error)})
+    return event_with({"type": "error", "error": openai_error(error)})
 
 
 # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.
 COMMENT: Final = b": heartbeat\n"
-OPENAI: Final = Form(COMMENT, _openai_refusal, _openai_farewell, re.compile(r""))
+OPENAI: Final = Form(COMMENT, _openai_refusal, _openai_error_event, re.compile(r""))

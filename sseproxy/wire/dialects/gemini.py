@@ -7,6 +7,7 @@ import re
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from ...errors import ExchangeError
 from ..deltas import text_under
@@ -84,7 +85,7 @@ def read_gemini(kind: bytes, data: bytes) -> Meaning:
     usage = read_usage(event.usageMetadata)
     return Meaning(
         delta=bool(parts),
-        usage=usage if usage is None or finish is not None else usage._replace(final=False),
+        usage=usage if usage is None or finish is not None else replace(usage, final=False),
         finish=finish,
         end=finish is not None,
         error=kind == b"error" or filled(event.error) or filled(outer.error),
@@ -113,7 +114,7 @@ def _error(error: ExchangeError) -> dict[str, object]:
     return {"error": {"code": error.status, "message": error.message, "status": status}}
 
 
-def _farewell(error: ExchangeError, number: int) -> bytes:
+def _error_event(error: ExchangeError, number: int) -> bytes:
     # Google's clients take a line of another field than data for JSON. google-genai for Python looks for `error` as the
     # first member, and all look for a `code` that is a number.
     return b"data: " + json.dumps(_error(error)).encode() + b"\n\n"
@@ -123,7 +124,7 @@ GOOGLE: Final = Form(
     # They do so with a comment as well, or lose the event after it. A blank line is nothing to them.
     b"\n\n",
     lambda error: document(_error(error)),
-    _farewell,
+    _error_event,
     # Below openai, and below an endpoint of Vertex AI, Google has OpenAI's API.
     re.compile(
         r":(?:count|compute|embed|generate|batch|asyncBatch|predict|fetchPredict)[A-Za-z]*$"
@@ -134,9 +135,10 @@ GOOGLE: Final = Form(
 
 GEMINI: Final = Dialect(
     "gemini",
-    re.compile(r":(streamG|g)enerateContent$"),
+    re.compile(r":(streamG|g)enerateContent$", re.IGNORECASE),
     read_gemini,
     _MEMBERS,
     text_under("text"),
     form=GOOGLE,
+    natural="STOP",
 )

@@ -51,10 +51,16 @@ def read_media(kind: bytes, data: bytes) -> Meaning:
     return Meaning(usage=read_usage(event.usage))
 
 
-SPEECH: Final = Dialect("speech", re.compile(r"/audio/speech$"), read_media, _MEMBERS, text_under("delta"))
+SPEECH: Final = Dialect(
+    "speech", re.compile(r"/audio/speech$", re.IGNORECASE), read_media, _MEMBERS, text_under("delta")
+)
 TRANSCRIPTIONS: Final = Dialect(
-    "transcriptions", re.compile(r"/audio/(transcriptions|translations)$"), read_media, _MEMBERS, text_under("delta")
+    "transcriptions",
+    re.compile(r"/audio/(transcriptions|translations)$", re.IGNORECASE),
+    read_media,
+    _MEMBERS,
+    text_under("delta"),
 )
 IMAGES: Final = Dialect(
-    "images", re.compile(r"/images/(generations|edits)$"), read_media, _MEMBERS, text_under("delta")
+    "images", re.compile(r"/images/(generations|edits)$", re.IGNORECASE), read_media, _MEMBERS, text_under("delta")
 )

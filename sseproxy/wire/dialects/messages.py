@@ -9,6 +9,7 @@ from math import ceil
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from ...errors import ExchangeError
 from ..deltas import text_under
@@ -30,7 +31,7 @@ from ..meaning import (
     text_of,
 )
 from .dialect import Dialect
-from .form import COMMENT, Allowance, Form, document, error_event
+from .form import COMMENT, Allowance, Form, document, event_with
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -94,7 +95,7 @@ def read_message(kind: bytes, data: bytes) -> Meaning:
         case "message_start":
             # What it tells of the output is before anything was generated.
             usage = read_usage(event.message.usage) if event.message is not None else None
-            return Meaning(usage=None if usage is None else usage._replace(output=None, reasoning=None, final=False))
+            return Meaning(usage=None if usage is None else replace(usage, output=None, reasoning=None, final=False))
         case "message_delta":
             return Meaning(usage=read_usage(event.usage), finish=text_of(delta.stop_reason))
         case "message_stop":
@@ -142,7 +143,7 @@ def _allowances(allowances: Sequence[Allowance], now: float) -> list[Field]:
 ANTHROPIC: Final = Form(
     COMMENT,
     lambda error: document(_error(error)),
-    lambda error, number: error_event(_error(error)),
+    lambda error, number: event_with(_error(error)),
     re.compile(r"/messages/(?:count_tokens|batches)"),
     _allowances,
 )
@@ -151,9 +152,12 @@ ANTHROPIC: Final = Form(
 MESSAGES: Final = Dialect(
     "messages",
     # Messages of threads, and of stored completions, are OpenAI's.
-    re.compile(r"^(?!.*/(?:threads|completions)(?:/[^/]*)?/messages$).*/messages$|:(?:streamR|r)awPredict$"),
+    re.compile(
+        r"^(?!.*/(?:threads|completions)(?:/[^/]*)?/messages$).*/messages$|:(?:streamR|r)awPredict$", re.IGNORECASE
+    ),
     read_message,
     _MEMBERS,
     text_under("text", "thinking", "partial_json"),
     form=ANTHROPIC,
+    natural="end_turn",
 )

@@ -6,6 +6,7 @@ import re
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from ...errors import ExchangeError
 from ..deltas import text_under
@@ -25,7 +26,7 @@ from ..meaning import (
     text_of,
 )
 from .dialect import Dialect
-from .form import OPENAI, error_event, openai_error
+from .form import OPENAI, event_with, openai_error
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -87,7 +88,7 @@ def read_response(kind: bytes, data: bytes) -> Meaning:
     if name in _RESPONSE_ENDS:
         meaning = _of_answer(event.response or _Answer(), end=True)
         failed = name == "response.failed" or filled(event.error)
-        return meaning._replace(error=True) if failed else meaning
+        return replace(meaning, error=True) if failed else meaning
     if name == "error" or kind == b"error" or (name and filled(event.error)):
         return FAILED
     if name.endswith(".delta"):
@@ -106,18 +107,19 @@ def read_response(kind: bytes, data: bytes) -> Meaning:
     return NOTHING if name else _of_answer(event, end=False)
 
 
-def _farewell(error: ExchangeError, number: int) -> bytes:
+def _error_event(error: ExchangeError, number: int) -> bytes:
     # The API has these fields at the top level; the SDKs raise on what is nested.
     flat = {"code": error.code, "message": error.message, "param": None}
-    return error_event({"type": "error", "sequence_number": number, **flat, "error": openai_error(error)})
+    return event_with({"type": "error", "sequence_number": number, **flat, "error": openai_error(error)})
 
 
 RESPONSES: Final = Dialect(
     "responses",
-    re.compile(r"/responses(/(?!input_tokens$)[^/]+(/cancel)?)?$"),
+    re.compile(r"/responses(/(?!input_tokens$)[^/]+(/cancel)?)?$", re.IGNORECASE),
     read_response,
     _MEMBERS,
     text_under("delta"),
-    form=OPENAI._replace(farewell=_farewell),
+    form=replace(OPENAI, error_event=_error_event),
     keeps=True,
+    natural="completed",
 )
