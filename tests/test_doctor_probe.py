@@ -178,7 +178,7 @@ async def test_a_silence_a_beat_and_a_death_come_when_they_are_asked_for(port: i
     times = [event.received for event in answer.events]
     assert answer.stream().intact
     assert answer.stream().comments == 2
-    assert times[2] - times[1] >= 0.29
+    assert times[2] - times[1] >= 0.2
     for reset, end in ((False, "fin"), (True, "reset")):
         stream = (await ask(port, asking(events=4, cut=2, reset=reset))).stream()
         assert (len(stream.events), stream.end, stream.garbled) == (2, end, False)
@@ -221,7 +221,7 @@ async def test_it_answers_no_sooner_than_an_api(port: int) -> None:
     for body in (asking(id=1), asking(left=1), request(Asked(token=TOKEN, upload=True), filler=1 << 20)):
         head_at = (await ask(port, body)).stream().head_at
         assert head_at is not None
-        assert head_at >= 0.01
+        assert head_at >= 0.005
 
 
 async def test_it_answers_nothing_else(port: int) -> None:

@@ -400,9 +400,9 @@ async def test_the_workers_are_asked_only_while_somebody_looks_and_once_for_all_
         # Whoever comes later is the first to be asked for.
         async with watching(port) as late:
             await late.until(lambda: bool(late.kinds))
-        assert workers.asked_at[asked] - workers.asked_at[asked - 1] >= 0.24
+        assert workers.asked_at[asked] - workers.asked_at[asked - 1] >= 0.2
     gaps = [after - before for before, after in zip(workers.asked_at, workers.asked_at[1:], strict=False)]
-    assert min(gaps) >= 0.24
+    assert min(gaps) >= 0.2
 
 
 async def test_nothing_is_queued_for_a_slow_reader_who_gets_a_snapshot_later() -> None:

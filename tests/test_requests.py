@@ -179,7 +179,7 @@ async def test_a_client_that_was_refused_may_send_on_for_a_while(
 
     client.send(REFUSED["an_upload"])
     await until(sends_on)
-    assert perf_counter() - began >= 4 * SHORT
+    assert perf_counter() - began >= 3 * SHORT
 
 
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["in_one_write", "in_pieces"])
