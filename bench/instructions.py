@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import uvloop
 
 from sseproxy import config
-from sseproxy.config.plain import Rate
+from sseproxy.config.values import Rate
 from sseproxy.observe import telemetry
 from sseproxy.wire.credentials import digest
 from tests.harness import Peer, ScriptedUpstream, settings, start_proxy
@@ -85,7 +85,7 @@ async def worker(url: str, setup: Setup) -> None:
     if setup.limits is not None:
         keys = (f"sha256:{digest(KEY).hex()}",)
         more["clients"] = (config.Client(name="team", keys=keys, limits=setup.limits),)
-    proxy = await start_proxy(settings(url, upstreams=(upstream,), **more).plain())
+    proxy = await start_proxy(settings(url, upstreams=(upstream,), **more).for_workers())
     proxy.worker.proxy.loop_lag.stop()
     print(proxy.port, flush=True)  # noqa: T201
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)

@@ -78,8 +78,8 @@ outcome and is reported once.*
     config          a frozen, typed configuration; errors name file, line and column
       addresses       listening addresses
       files           reading files, loading certificates
-      plain           the configuration that a worker receives: the options without the pydantic model
-      values          durations, sizes, addresses, keys: how each is parsed and written, and its JSON schema
+      options         what an option and a part with options are: how they are read, written and described to editors
+      values          durations, sizes, addresses, keys: how each is read and written, and its JSON schema
       named           the options that name a file
       model           all options, and the rules between them
       mistakes        text that is not YAML: where the mistake is, and what to do about it
@@ -93,6 +93,7 @@ outcome and is reported once.*
       windows         what was used within the last minute, hour or day
     wire            what bytes mean. No I/O, no aiohttp, no asyncio
       credentials     the keys of clients: where they are, and how they are removed
+      target          the target of a request: its path and its query
       headers         hop-by-hop fields, forwarding fields, credentials
       framing         where a body ends: chunked, by length, by close
       sse             an incremental parser of server-sent events, with bounded memory

@@ -352,15 +352,14 @@ def _top(options: argparse.Namespace) -> int:
 
 
 def _key(options: argparse.Namespace) -> int:
-    from pydantic import TypeAdapter, ValidationError
-
-    from .config.values import Name
+    from .config.options import Expected
+    from .config.values import read_name
     from .wire.credentials import digest, new_key, public_part
 
     try:
-        name = TypeAdapter(Name).validate_python(options.name)
-    except ValidationError as error:
-        raise SseproxyError(f"NAME: {error.errors()[0]['msg']}") from None
+        name = read_name(options.name)
+    except Expected as error:
+        raise SseproxyError(f"NAME: {error}") from None
     key = new_key().encode()
     _print(
         f"{key.decode()}\n\n"

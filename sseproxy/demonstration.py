@@ -23,6 +23,7 @@ from typing import Any, cast
 import msgspec
 from aiohttp import ClientSession, web
 from aiohttp.typedefs import Handler
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
@@ -88,7 +89,7 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, 
     try:
         settings = config.single(f"http://127.0.0.1:{site.port}/v1", listen=listen, admin=admin, workers=1)
         # Lines of the access log would appear in the middle of the text.
-        settings = settings.model_copy(update={"access_log": AccessLog(exchanges="off")})
+        settings = replace(settings, access_log=AccessLog(exchanges="off"))
         supervisor = _bound(settings, screen)
         await supervisor.start()
         loop = asyncio.get_running_loop()

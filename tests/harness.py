@@ -13,19 +13,20 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from sseproxy import config
+from sseproxy.config.options import Part, PartOf, Reading, Secret
 from sseproxy.ledger.table import Row, alone
 from sseproxy.observe.metrics import Report
 from sseproxy.observe.registry import Registry, exposition
 from sseproxy.process.listeners import listen
 from sseproxy.process.worker import Worker, counted_by_a_worker
 
-DEADLINE = 10.0
+DEADLINE = 20.0
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -384,17 +385,28 @@ def settings(upstream_url: str, **more: Any) -> config.Config:
     """
     timeouts = config.Timeouts(**more.pop("timeouts", {}))
     tls = config.UpstreamTLS(**more.pop("tls", {}))
-    upstream = config.Upstream(name="up", url=f"{upstream_url}/v1", api_key=more.pop("api_key", None), tls=tls)
+    key = more.pop("api_key", None)
+    upstream = config.Upstream(name="up", url=f"{upstream_url}/v1", api_key=key and Secret(key), tls=tls)
     match, options = config.Match(path="/v1"), more.pop("route", {})
     route = config.Route(name="api", match=match, upstream=(config.Target(name="up"),), timeouts=timeouts, **options)
     defaults: dict[str, Any] = {
-        "listen": config.Address("127.0.0.1", 0),
+        "listen": (config.Address("127.0.0.1", 0),),
         "drain_timeout": 5.0,
         "tls": more.pop("listener_tls", None),
         "upstreams": (upstream,),
         "routes": (route,),
     }
     return config.Config(**(defaults | more))
+
+
+P = TypeVar("P", bound=Part)
+
+
+def valid(kind: type[P], data: dict[str, Any]) -> P:
+    """The part of a configuration that a document with `data` describes."""
+    found = PartOf(kind).read(data, (), Reading())
+    assert isinstance(found, kind)
+    return found
 
 
 def post(body: bytes = b'{"model":"m","stream":true,"messages":[]}', path: str = "/v1/chat/completions") -> bytes:

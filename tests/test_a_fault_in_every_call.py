@@ -33,8 +33,7 @@ import sseproxy.relay
 import sseproxy.wire
 import sseproxy.wire.dialects
 from sseproxy import config
-from sseproxy.config.plain import Rate
-from sseproxy.config.values import Source
+from sseproxy.config.values import Rate, Source
 from sseproxy.observe import metrics
 from sseproxy.relay import downstream
 

@@ -6,9 +6,9 @@ import asyncio
 import gzip
 
 import pytest
-from pydantic import SecretStr
 
 from sseproxy import config
+from sseproxy.config.options import Secret
 from sseproxy.config.values import Source
 from sseproxy.relay.affinity import key_of
 from sseproxy.wire.headers import Fields
@@ -273,7 +273,7 @@ async def test_who_has_no_key_takes_no_endpoint_from_others(start: StartProxy, c
     """A CORS preflight is sent without our key, and anybody may send one. What refuses it does not refuse our key."""
     async with nodes(*(Node(usual=status(code, b"Retry-After: 30")) for _ in range(2))) as two:
         somebody = config.Client(name="team", keys=("sha256:" + "0" * 64,))
-        fleets = fleet(upstream("a", *two, api_key=SecretStr("sk-ours")))
+        fleets = fleet(upstream("a", *two, api_key=Secret("sk-ours")))
         proxy = await start("http://unused", clients=(somebody,), **fleets)
         preflight = (
             b"OPTIONS /v1/x HTTP/1.1\r\nHost: p\r\nOrigin: https://a\r\nAccess-Control-Request-Method: POST\r\n\r\n"
@@ -289,7 +289,7 @@ async def test_who_has_no_key_takes_no_endpoint_from_others(start: StartProxy, c
 
 async def test_a_key_that_rests_for_no_model_is_used_for_those_that_are_named(start: StartProxy) -> None:
     async with nodes(Node(status(429, b"Retry-After: 30")), Node(status(429, b"Retry-After: 30"))) as two:
-        proxy = await start("http://unused", **fleet(upstream("a", *two, api_key=SecretStr("sk-ours"))))
+        proxy = await start("http://unused", **fleet(upstream("a", *two, api_key=Secret("sk-ours"))))
         assert (await ask(proxy, b"GET /v1/files HTTP/1.1\r\nHost: p\r\n\r\n")).status == 429
         chosen = proxy.worker.proxy.upstreams["a"].choose
         assert chosen("m", None) is not None

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy import config
-from sseproxy.config.plain import Rate
+from sseproxy.config.values import Rate
 from sseproxy.errors import ConfigError
 from sseproxy.relay.clients import unreported
 from sseproxy.relay.exchange import Exchange
@@ -38,6 +38,7 @@ from .harness import (
     delta,
     until,
     usage,
+    valid,
 )
 from .served import ConfigFile, Served
 from .splits import splits
@@ -49,7 +50,7 @@ TEXT = -(-len(STREAM) // 4)
 
 
 def limits(**limits: Any) -> config.ClientLimits:
-    return config.ClientLimits(**limits)
+    return valid(config.ClientLimits, limits)
 
 
 class Charged:
@@ -465,7 +466,6 @@ class Tired:
                 raise ConnectionResetError
 
 
-@pytest.mark.timeout(60)
 async def test_nothing_of_a_limit_leaks_however_thousands_of_exchanges_end(start: StartProxy, play: PlayScript) -> None:
     dice = random.Random(27)
     upstream = await play(Tired(dice))
@@ -640,7 +640,6 @@ async def test_what_is_charged_is_what_was_reported_to_the_token_whatever_worker
         assert "internal error" not in served.stderr
 
 
-@pytest.mark.timeout(60)
 async def test_a_limit_is_that_of_all_workers_and_no_death_and_no_reload_resets_it(
     play: PlayScript, tmp_path: Path
 ) -> None:

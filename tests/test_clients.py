@@ -12,7 +12,6 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from sseproxy import config
 from sseproxy.errors import ConfigError
@@ -655,13 +654,6 @@ def test_a_mistake_is_named_with_its_place(text: str, problem: str) -> None:
         config.parse(FILE + text, "f", {})
     assert list(caught.value.problems) == [problem]
     assert "sseproxy_" not in problem
-
-
-def test_a_mistake_is_one_in_code_too() -> None:
-    with pytest.raises(ValidationError, match="unique name"):
-        config.Config(
-            upstreams=(config.Upstream(name="up", url="http://h"),), routes=routes(), clients=(client(), client())
-        )
 
 
 async def test_a_key_is_printed_once_with_its_entry() -> None:

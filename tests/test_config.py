@@ -7,14 +7,12 @@ import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, SecretStr, ValidationError
-from pydantic_core import PydanticCustomError, PydanticUndefined
+from msgspec.structs import replace
 
 from sseproxy import config
 from sseproxy.config import (
@@ -30,6 +28,8 @@ from sseproxy.config import (
     Upstream,
     files,
 )
+from sseproxy.config.document import Document
+from sseproxy.config.options import Loc, Part, Secret, options_of
 from sseproxy.errors import ConfigError
 from sseproxy.wire.dialects import DIALECT_NAMES
 
@@ -50,6 +50,7 @@ routes:
     upstream: openai
 """
 VALID = UPSTREAMS + ROUTES
+NAMES = [option.name for option in options_of(Config)]
 
 TOP_KEYS = (
     "access_log, admin, clients, drain_timeout, ledger, limits, listen, log, max_body, metrics, probe, reload, routes, "
@@ -726,7 +727,7 @@ def test_secrets_are_in_no_message(line: str) -> None:
 @pytest.mark.parametrize("mistake", ["listen", "workers", "drain_timeout", "max_body", "admin", "upstreams", "routes"])
 @pytest.mark.parametrize("value", ["hidden value", "123456789", "yes", "[hidden]"])
 def test_values_of_variables_are_in_no_message(mistake: str, value: str) -> None:
-    text = "".join(f"{key}: ${{V}}\n" for key in Config.model_fields if key != mistake) + f"{mistake}: '${{V}}'\n"
+    text = "".join(f"{key}: ${{V}}\n" for key in NAMES if key != mistake) + f"{mistake}: '${{V}}'\n"
     assert value not in "\n".join(problems(text, {"V": value}))
 
 
@@ -738,11 +739,8 @@ def test_values_of_variables_in_entries_are_in_no_message(key: str) -> None:
 
 def test_api_key_is_in_no_repr() -> None:
     loaded = config.parse(upstream("api_key: ${KEY}"), "f", {"KEY": SECRET})
-    assert loaded.upstreams[0].api_key == SecretStr(SECRET)
+    assert loaded.upstreams[0].api_key == Secret(SECRET)
     assert SECRET not in repr(loaded) + str(loaded)
-    with pytest.raises(ValidationError) as caught:
-        Upstream(name="a b", url="http://h", api_key=SecretStr(f"{SECRET} "))
-    assert SECRET not in str(caught.value)
 
 
 def test_a_configuration_knows_the_variables_whose_values_it_took() -> None:
@@ -751,7 +749,7 @@ def test_a_configuration_knows_the_variables_whose_values_it_took() -> None:
     text = f"listen: 'h:${{PORT}}'\n{models}\n{upstream('api_key: ${KEY}')}"
     loaded = config.parse(text, "f", env)
     assert loaded.variables == config.override(loaded, workers=2).variables == {"PORT", "KEY", "EMPTY"}
-    assert "variables" not in config.resolved(loaded) + repr(loaded) + json.dumps(config.schema())
+    assert "variables" not in config.resolved(loaded) + json.dumps(config.schema())
     assert config.single("http://h").variables == frozenset()
 
 
@@ -768,13 +766,6 @@ def test_a_configuration_knows_the_variables_whose_values_it_took() -> None:
 )
 def test_a_body_that_would_never_fit_is_a_conflict(options: str, expected: str) -> None:
     assert problems(f"{options}\n{VALID}", {"BODY": "1GiB"}) == [expected]
-    with pytest.raises(ValidationError, match=r"limits\.held: expected at least max_body \(2B\), got 1B"):
-        Config(
-            max_body=2,
-            limits=config.Limits(held=1),
-            upstreams=(Upstream(name="up", url="http://h"),),
-            routes=(Route(name="api", match=Match(path="/v1"), upstream=(Target(name="up"),)),),
-        )
 
 
 @pytest.mark.parametrize("options", ["max_body: 64MiB", "max_body: 1B\nlimits: {held: 1B}", "limits: {held: 1GiB}"])
@@ -795,53 +786,52 @@ def test_config_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(loaded))
     assert again == loaded
     assert again.variables == {"OPENAI_API_KEY"}
-    assert again.upstreams[0].api_key.get_secret_value() == SECRET
+    assert again.upstreams[0].api_key.reveal() == SECRET
 
 
 def test_minimal_config_loads() -> None:
     loaded = config.load(CONFIGS / "minimal.yaml", {"OPENAI_API_KEY": SECRET})
-    assert dict(loaded) == dict(
-        Config(
-            upstreams=(Upstream(name="openai", url="https://api.openai.com/v1", api_key=SecretStr(SECRET)),),
-            routes=(Route(name="api", match=Match(path="/v1"), upstream=(Target(name="openai"),)),),
-        )
+    assert loaded == Config(
+        upstreams=(Upstream(name="openai", url="https://api.openai.com/v1", api_key=Secret(SECRET)),),
+        routes=(Route(name="api", match=Match(path="/v1"), upstream=(Target(name="openai"),)),),
+        variables=frozenset({"OPENAI_API_KEY"}),
     )
-    assert loaded.variables == {"OPENAI_API_KEY"}
     assert problems((CONFIGS / "minimal.yaml").read_text()) == [
         "f:8:5: upstreams[0].api_key: environment variable OPENAI_API_KEY is not set"
     ]
 
 
-def assert_complete_with_defaults(model: BaseModel) -> None:
-    fields = type(model).model_fields
-    assert model.model_fields_set == set(fields)
-    for name, field in fields.items():
-        value = getattr(model, name)
+def assert_complete_with_defaults(part: Part, loc: Loc, document: Document) -> None:
+    for option in options_of(type(part)):
+        place, value = (*loc, option.name), getattr(part, option.name)
+        assert place in document.parts
         # One of url and urls is required.
-        if not field.is_required() and name != "url":
-            assert value == field.default, name
-        for part in value if isinstance(value, tuple) else (value,):
+        if not option.required and option.name != "url":
+            assert value == option.default, place
+        if isinstance(value, Part):
+            assert_complete_with_defaults(value, place, document)
+        for index, item in enumerate(value if isinstance(value, tuple) else ()):
             # A target without a model is written as its name.
-            if isinstance(part, BaseModel) and not isinstance(part, config.Target):
-                assert_complete_with_defaults(part)
+            if isinstance(item, Part) and not isinstance(item, config.Target):
+                assert_complete_with_defaults(item, (*place, index), document)
 
 
 def test_reference_config_has_every_option_with_its_default() -> None:
-    loaded = config.load(CONFIGS / "reference.yaml", {})
+    text = (CONFIGS / "reference.yaml").read_text()
+    loaded = config.parse(text, "f", {})
     assert loaded.upstreams
     assert loaded.routes
-    assert_complete_with_defaults(loaded)
+    assert_complete_with_defaults(loaded, (), Document(text, {}))
 
 
 def test_reference_config_has_what_is_only_there_if_it_is_wanted() -> None:
     lines = (CONFIGS / "reference.yaml").read_text().splitlines()
-    for name, model in (("tls", config.TLS), ("probe", config.Probe)):
+    for name, part in (("tls", config.TLS), ("probe", config.Probe)):
         section = lines[lines.index(f"{name}:") :]
-        for option, field in model.model_fields.items():
-            line = next(line for line in section if line.startswith(f"  # {option}: "))
-            assert (
-                field.default in (PydanticUndefined, None) or line.replace('"', "") == f"  # {option}: {field.default}"
-            )
+        for option in options_of(part):
+            line = next(line for line in section if line.startswith(f"  # {option.name}: "))
+            optional = not option.required and option.default is not None
+            assert not optional or line.replace('"', "") == f"  # {option.name}: {option.default}"
 
 
 def test_a_key_is_read_from_its_file_and_shown_nowhere(tmp_path: Path) -> None:
@@ -849,7 +839,7 @@ def test_a_key_is_read_from_its_file_and_shown_nowhere(tmp_path: Path) -> None:
     loaded = config.parse(upstream(f"api_key_file: {tmp_path / 'key'}"), "f", {})
     key = loaded.upstreams[0].key
     assert key is not None
-    assert key.get_secret_value() == "sk-from-file"
+    assert key.reveal() == "sk-from-file"
     assert loaded.files() == [str(tmp_path / "key")]
     assert "sk-from" not in repr(loaded)
     with pytest.raises(ConfigError) as raised:
@@ -907,9 +897,8 @@ def test_routes_that_differ_in_model_or_methods_are_no_conflict() -> None:
     ],
 )
 def test_urls_are_canonical_and_without_trailing_slash(written: str, url: str) -> None:
-    upstream = Upstream(name="a", url=written)
-    assert type(upstream.url) is str
-    assert upstream.url == url
+    loaded = config.parse(upstream("").replace("http://h", written), "f", {})
+    assert loaded.upstreams[0].url == url
 
 
 @pytest.mark.parametrize(
@@ -936,24 +925,13 @@ def test_address_refuses_what_is_none(text: str) -> None:
         Address.parse(text)
 
 
-def test_models_take_values_in_python_and_check_them() -> None:
-    assert Timeouts(connect=0.05, head=1).head == 1.0
-    valid: dict[str, Any] = {
-        "upstreams": (Upstream(name="a", url="http://h"),),
-        "routes": (Route(name="r", match=Match(path="/"), upstream=(Target(name="a"),)),),
-    }
-    built = Config(**valid, max_body=1, workers=2, admin=Admin(listen=Address("", 0)))
-    assert (built.max_body, built.workers) == (1, 2)
-    assert built.upstream("a") is built.upstreams[0]
+def test_a_configuration_knows_its_upstreams_and_cannot_change() -> None:
+    loaded = config.parse(VALID, "f", {})
+    assert loaded.upstream("vllm") is loaded.upstreams[1]
     with pytest.raises(KeyError):
-        built.upstream("b")
-    for bad in (0, -1.0, float("inf"), float("nan"), True, "1"):
-        with pytest.raises(ValidationError, match="expected a duration"):
-            Timeouts.model_validate({"connect": bad})
-    with pytest.raises(ValidationError, match=r"routes\[1\].name: expected a unique name"):
-        Config(upstreams=valid["upstreams"], routes=(valid["routes"][0],) * 2)
-    with pytest.raises(ValidationError, match="frozen"):
-        built.workers = 3
+        loaded.upstream("b")
+    with pytest.raises(AttributeError, match="immutable"):
+        loaded.workers = 3  # type: ignore[misc]
 
 
 def test_load_names_the_file(tmp_path: Path) -> None:
@@ -1018,7 +996,7 @@ def test_problems_of_flags_name_the_flags() -> None:
 def test_override_changes_only_what_is_given() -> None:
     loaded = config.parse(f"listen: :1\nworkers: 2\n{VALID}", "f", {})
     assert config.override(loaded) == loaded
-    assert config.override(loaded, listen="h:5") == loaded.model_copy(update={"listen": (Address("h", 5),)})
+    assert config.override(loaded, listen="h:5") == replace(loaded, listen=(Address("h", 5),))
     assert config.override(loaded, admin=":6").admin == Admin(listen=Address("", 6))
     assert config.override(loaded, workers="auto").workers == "auto"
     assert config.override(loaded, workers=4).workers == config.override(loaded, workers="4").workers == 4
@@ -1042,8 +1020,9 @@ def test_duration_round_trip(counts: tuple[int | None, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "s", "1", "-1s", "1.5s", "1s1m", "1s1s", "1 s", "1S", "٣s", "1s\n", "0h0ms"])
 def test_duration_refuses_what_is_none(text: str) -> None:
-    with pytest.raises(ValidationError, match=DURATION):
-        Timeouts.model_validate({"idle": text})
+    assert problems(f"drain_timeout: {json.dumps(text)}\n{VALID}") == [
+        f"f:1:1: drain_timeout: {DURATION}, got {text!r}"
+    ]
 
 
 @settings(deadline=None)
@@ -1072,7 +1051,7 @@ SCALARS = [
     "/v1",
     ":80",
 ]
-KEYS = [key for model in (Config, Upstream, Route, Match, Timeouts) for key in model.model_fields]
+KEYS = [option.name for part in (Config, Upstream, Route, Match, Timeouts) for option in options_of(part)]
 FRAGMENTS = st.sampled_from(SYNTAX + REFUSED + SCALARS + KEYS)
 
 
@@ -1094,7 +1073,7 @@ VALUES = st.recursive(
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from([*Config.model_fields]), VALUES, min_size=1))
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1))
 def test_any_structure_is_a_config_or_a_config_error(data: dict[str, object]) -> None:
     try:
         config.parse(json.dumps(data), "f", {})
@@ -1174,7 +1153,7 @@ def test_a_file_that_became_a_pipe_keeps_no_worker_either(tmp_path: Path) -> Non
         (tmp_path / file).unlink()
         os.mkfifo(tmp_path / file)
         for context in contexts[file == "ca" :]:
-            with pytest.raises((OSError, PydanticCustomError), match="not a regular file"):
+            with pytest.raises(OSError, match="not a regular file"):
                 context()
 
 
@@ -1184,7 +1163,7 @@ def test_keys_are_read_through_links_as_they_are_mounted(tmp_path: Path) -> None
     (tmp_path / "..data").symlink_to("..2026")
     (tmp_path / "key").symlink_to("..data/key")
     loaded = config.parse(upstream(f"api_key_file: {tmp_path / 'key'}"), "f", {})
-    assert loaded.upstreams[0].key == SecretStr("sk-x")
+    assert loaded.upstreams[0].key == Secret("sk-x")
 
 
 @pytest.mark.parametrize("content", ["", "\n", "two\nlines", "é", "a b"])

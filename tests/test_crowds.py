@@ -7,8 +7,6 @@ import re
 import resource
 from pathlib import Path
 
-import pytest
-
 from .conftest import PlayScript
 from .harness import LAST_CHUNK, STREAM_HEAD, Peer, ScriptedUpstream, chunk, post
 from .served import serve
@@ -23,7 +21,6 @@ def resident(pid: int) -> int:
     return int(kib) * KIB
 
 
-@pytest.mark.timeout(60)
 async def test_thousands_of_idle_connections_cost_little_and_stop_nobody(upstream: ScriptedUpstream) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     crowd = min(5000, (hard - 200) // 2)
@@ -49,7 +46,6 @@ async def test_thousands_of_idle_connections_cost_little_and_stop_nobody(upstrea
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.timeout(60)
 async def test_a_million_tiny_chunks_pass_merged(play: PlayScript) -> None:
     """They come as fast as they are read, hundreds at a time, and leave as one each time."""
     size, at_once = 1_000_000, 5_000

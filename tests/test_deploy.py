@@ -19,10 +19,10 @@ import yaml
 from yarl import URL
 
 from sseproxy import __version__, config
-from sseproxy.config.values import DOCUMENT
 from sseproxy.observe.metrics import METRICS
 from sseproxy.relay.downstream import KEEPALIVE
 
+from .harness import valid
 from .served import program
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def load(path: Path) -> Any:
 
 
 def seconds(duration: str) -> float:
-    return config.Timeouts.model_validate({"idle": duration}, context=DOCUMENT).idle
+    return valid(config.Timeouts, {"idle": duration}).idle
 
 
 def manifests(path: Path) -> list[dict[str, Any]]:
@@ -139,8 +139,8 @@ def test_an_upstream_in_the_cluster_can_be_reached() -> None:
     upstream, route = yaml.safe_load(
         re.sub("^#  ", "", text.partition("# A vLLM in the cluster")[2].partition("\n")[2], flags=re.M)
     )
-    url = URL(config.Upstream.model_validate(upstream, context=DOCUMENT).endpoints[0].url)
-    config.Route.model_validate(route, context=DOCUMENT)
+    url = URL(valid(config.Upstream, upstream).endpoints[0].url)
+    valid(config.Route, route)
     assert route["upstream"] == upstream["name"]
     namespace = (url.host or "").split(".")[1]
     (rule,) = [one for one in load(KUBERNETES / "networkpolicy.yaml")["spec"]["egress"] if "to" in one]

@@ -38,7 +38,6 @@ async def port() -> AsyncIterator[int]:
         yield port
 
 
-@pytest.mark.timeout(40)
 async def test_two_hops_are_examined_within_a_minute_and_reported_in_three_ways(port: int, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     async with hop(port, changes(b"text/event-stream; charset=utf-8", b"text/plain; charset=utf-8       ")) as outer:

@@ -34,9 +34,6 @@ from .harness import DEADLINE, kept_port
 from .served import program
 from .test_front import BUFFERING, CADDY, ENVOY, FRONTS, HAPROXY, HTTP_1_0, NGINX, TRAEFIK, Front, running
 
-# One examination of a wrong hop with a silence.
-pytestmark = pytest.mark.timeout(40)
-
 Put = Callable[..., Awaitable[int]]
 
 

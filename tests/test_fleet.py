@@ -6,9 +6,9 @@ import asyncio
 
 import msgspec
 import pytest
-from pydantic import SecretStr
 
 from sseproxy import config
+from sseproxy.config.options import Secret
 from sseproxy.config.values import RETRIES, Source
 
 from .conftest import StartProxy
@@ -31,7 +31,7 @@ from .fleet import (
 )
 from .harness import DONE, LAST_CHUNK, STREAM_HEAD, Peer, chunk, delta, kept_port, post, until, usage
 
-KEY = SecretStr("sk-ours")
+KEY = Secret("sk-ours")
 
 
 async def test_each_endpoint_gets_as_many_streams(start: StartProxy) -> None:

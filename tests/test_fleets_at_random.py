@@ -17,9 +17,9 @@ from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
 
 import pytest
-from pydantic import SecretStr
 
 from sseproxy import config
+from sseproxy.config.options import Secret
 from sseproxy.config.values import RETRIES, Source
 from sseproxy.relay.attempt import Attempt
 
@@ -123,7 +123,7 @@ class Fleet:
             "hold": dice.choice([600, 1 << 20, 1 << 20]),
         }
         self.models = dice.choice([(None,), (None, None), (None, "other")])
-        self.key = dice.choice([None, SecretStr("sk-ours")])
+        self.key = dice.choice([None, Secret("sk-ours")])
         self.affinity = dice.choice([(), (Source("field", "user"), Source("prefix", "64"))])
         self.route: dict[str, Any] = {
             "heartbeat": dice.choice([None, 0.01]),

@@ -62,7 +62,6 @@ class Paced:
                 self.active -= 1
 
 
-@pytest.mark.timeout(60)
 async def test_endpoints_of_different_speed_have_as_many_streams(tmp_path: Path) -> None:
     speeds = [Paced(turns) for turns in (1, 10, 100)]
     async with AsyncExitStack() as stack:

@@ -226,7 +226,6 @@ async def truncated(peer: Peer) -> None:
     peer.close()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("act", [status(500), then_resets(), silent], ids=["500", "resets", "hangs"])
 async def test_an_endpoint_that_fails_is_tried_by_one_request_at_a_time(tmp_path: Path, act: Act) -> None:
     file = File(tmp_path)
@@ -358,7 +357,6 @@ async def test_a_reload_that_fails_goes_on_with_the_endpoints_before(tmp_path: P
             assert await series(served, "endpoint_up") == {one.label: 1, other.label: 0}
 
 
-@pytest.mark.timeout(60)
 async def test_an_upgrade_does_not_eject_for_ever(tmp_path: Path) -> None:
     file = File(tmp_path)
     async with places() as (one, other):
@@ -373,7 +371,6 @@ async def test_an_upgrade_does_not_eject_for_ever(tmp_path: Path) -> None:
             await is_up(served, other.label, 1)
 
 
-@pytest.mark.timeout(60)
 async def test_an_upgrade_to_a_configuration_without_the_endpoint_leaves_nothing(tmp_path: Path) -> None:
     file = File(tmp_path)
     async with places() as (one, other):
@@ -517,7 +514,6 @@ async def test_each_address_of_a_name_is_an_endpoint(tmp_path: Path) -> None:
             assert await served.sample(r"endpoint_requests_active\{.*\}") == 0
 
 
-@pytest.mark.timeout(60)
 async def test_a_name_that_cannot_be_resolved_keeps_its_addresses(tmp_path: Path) -> None:
     file = File(tmp_path)
     async with name_server() as dns, places("127.0.0.2", "127.0.0.3") as (one, other):

@@ -110,7 +110,6 @@ async def test_off_is_the_default(start: StartProxy, upstream: ScriptedUpstream)
     assert BEAT not in (await client.rest())[0]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("with_id", [False, True], ids=["plain", "with ids"])
 async def test_every_sdk_reads_over_them(start: StartProxy, play: PlayScript, with_id: bool) -> None:
     async def pause_in_between(api: Peer) -> None:

@@ -107,7 +107,6 @@ async def uploads(client: Peer) -> None:
     client.send(b"x" * 300_000)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("blocked", [pipelines, uploads])
 async def test_a_reset_while_reading_is_paused_leaves_nothing(
     start: StartProxy,
@@ -575,7 +574,6 @@ async def test_a_body_that_is_no_json_is_relayed_as_it_is(
 # --- what ends must end whole ---
 
 
-@pytest.mark.timeout(60)
 async def test_an_upload_that_is_answered_early_is_whole_or_has_no_end(start: StartProxy, play: PlayScript) -> None:
     """The upstream reads slowly, answers in between, and goes on to read."""
     size = 200_000

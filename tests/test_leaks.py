@@ -101,7 +101,6 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.timeout(60)
 async def test_after_thousands_of_cut_exchanges_everything_is_as_before(start: StartProxy, play: PlayScript) -> None:
     dice = random.Random(20_26)
     cutting = CuttingUpstream(dice)

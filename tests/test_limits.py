@@ -320,7 +320,7 @@ async def test_events_that_are_read(start: StartProxy, upstream: ScriptedUpstrea
 
 async def test_a_request_that_goes_in_circles_ends(start: StartProxy, play: PlayScript) -> None:
     with kept_port() as port:
-        proxy = await start(f"http://127.0.0.1:{port}", listen=config.Address("127.0.0.1", port))
+        proxy = await start(f"http://127.0.0.1:{port}", listen=(config.Address("127.0.0.1", port),))
     client = await proxy.connect()
     client.send(post())
     response = await client.message()

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseproxy.config import Admin
+from sseproxy.config.options import Secret
 from sseproxy.errors import Outcome
 from sseproxy.observe import live
 from sseproxy.observe.live import MOST_ROWS, Reader, Reading, Row, View
@@ -441,7 +442,7 @@ async def test_a_stream_of_events_ends_when_what_is_allowed_changes() -> None:
     workers = Workers()
     async with workers.serve() as port, watching(port) as looker:
         await looker.until(lambda: bool(looker.kinds))
-        workers.options = Admin(token=TOKEN)  # type: ignore[arg-type]
+        workers.options = Admin(token=Secret(TOKEN))
         with pytest.raises(EOFError):
             await looker.until(lambda: False)
 
@@ -449,7 +450,7 @@ async def test_a_stream_of_events_ends_when_what_is_allowed_changes() -> None:
 async def test_a_listener_that_closes_and_opens_again_has_lost_nobody() -> None:
     """As in an upgrade that fails: whoever looked looks again, and a request that is being cancelled gets an answer."""
     workers = Workers()
-    workers.options = Admin(token=TOKEN, cancel=True)  # type: ignore[arg-type]
+    workers.options = Admin(token=Secret(TOKEN), cancel=True)
     workers.rows = [row("0123456789abcdef")]
     async with workers.serve() as port:
         async with watching(port) as looker:

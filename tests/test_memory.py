@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from bench import hostile, memory
 from bench.memory import Figures
 from bench.watch import KIB, MIB
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BENCH = (Path(__file__).parent.parent / "bench" / "README.md").read_text()
-pytestmark = pytest.mark.timeout(60)
 
 
 def within_bound(figures: Figures) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from pydantic import SecretStr
 
+from sseproxy.config.options import Secret
 from sseproxy.relay import models
 
 from .conftest import StartProxy
@@ -13,7 +13,7 @@ from .fleet import Act, Node, ask, fleet, nodes, says, silent, status, upstream
 from .harness import Peer, kept_port, post
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: proxy\r\n%b\r\n"
-KEY = SecretStr("sk-ours")
+KEY = Secret("sk-ours")
 
 
 def lists(*models: str, **more: object) -> Act:

@@ -43,7 +43,6 @@ async def one(proxy: RunningProxy, number: int, version: bytes) -> tuple[bytes, 
         client.writer.transport.abort()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"], ids=["1.1", "1.0"])
 async def test_a_complete_response_is_complete_and_any_other_a_prefix(
     start: StartProxy, play: PlayScript, version: bytes

@@ -159,7 +159,6 @@ async def test_a_single_pause_is_no_overload(start: StartProxy, upstream: Script
     await begin(proxy, upstream)
 
 
-@pytest.mark.timeout(60)
 async def test_a_worker_killed_under_load_costs_its_own_streams_and_nothing_else() -> None:
     async with ScriptedUpstream(endless) as upstream:
         arguments = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", "2")

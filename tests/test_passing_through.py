@@ -9,9 +9,9 @@ import random
 from time import perf_counter
 
 import pytest
-from pydantic import SecretStr
 
 from sseproxy import config
+from sseproxy.config.options import Secret
 from sseproxy.relay.heads import ResponseHeads
 from sseproxy.relay.upstream import RelayProtocol
 
@@ -576,7 +576,7 @@ async def test_only_trusted_proxies_say_where_a_request_comes_from(
 
 
 async def test_a_key_may_stand_alone_in_a_field_of_its_own(start: StartProxy, upstream: ScriptedUpstream) -> None:
-    up = config.Upstream(name="up", url=f"{upstream.url}/v1", api_key=SecretStr("sk-x"), api_key_header="x-api-key")
+    up = config.Upstream(name="up", url=f"{upstream.url}/v1", api_key=Secret("sk-x"), api_key_header="x-api-key")
     proxy = await start(upstream.url, upstreams=(up,))
     client = await proxy.connect()
     client.send(post().replace(b"\r\n", b"\r\nAuthorization: Bearer client\r\nX-API-Key: client\r\n", 1))

@@ -397,7 +397,6 @@ async def test_earlier_configurations_that_finish_are_bounded(upstream: Scripted
         assert await served.sample(r"streams_active\{.*\}") == 2
 
 
-@pytest.mark.timeout(60)
 async def test_an_upload_in_each_of_twenty_configurations_leaves_few_workers(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sseproxy.config import Match, Route, Target
 from sseproxy.errors import RequestError
@@ -18,11 +19,11 @@ from sseproxy.relay.routes import (
     check_method,
     choose,
     normal_path,
-    split_target,
     unreachable,
     upstream_path,
 )
 from sseproxy.wire.credentials import without_key
+from sseproxy.wire.target import split_target
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_a_path_that_nothing_matches_has_no_route() -> None:
 def test_a_route_may_be_for_some_methods_only(method: str, path: str, name: str | None) -> None:
     routes = [
         route("/v1", name="v1"),
-        route("/v1/files", name="read", methods=("GET", "head")),
+        route("/v1/files", name="read", methods=("GET", "HEAD")),
         route("/", name="put", methods=("PUT",)),
     ]
     assert taken(routes, path, method) == name
@@ -429,9 +430,7 @@ MATCHES = st.builds(
 def test_a_route_is_called_unreachable_exactly_where_no_request_takes_it(
     drawn: list[tuple[Route, list[str]]],
 ) -> None:
-    routes = [
-        one.model_copy(update={"match": one.match.model_copy(update={"model": tuple(globs)})}) for one, globs in drawn
-    ]
+    routes = [replace(one, match=replace(one.match, model=tuple(globs))) for one, globs in drawn]
     router = Router(routes)
     taken = set()
     paths = {one.match.path for one in routes} | {"/v1/chat/completions", "/x"}

@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 from sseproxy import config
-from sseproxy.relay.upstream import RelayProtocol
+from sseproxy.relay.upstream import RelayProtocol, _tls_of
 
 from .conftest import StartProxy
 from .harness import (
@@ -143,7 +143,7 @@ async def test_the_authorities_of_the_system_are_trusted_where_none_are_named(
 
 def test_a_worker_reads_authorities_once_and_a_reload_reads_them_again(ca_file: str) -> None:
     trusts = (config.UpstreamTLS(), config.UpstreamTLS(), config.UpstreamTLS(ca_file=ca_file))
-    one, other, named = (tls.plain().context() for tls in trusts)
+    one, other, named = (_tls_of(tls) for tls in trusts)
     assert one is other
     assert one is not named
     one, other, named = (tls.context() for tls in trusts)

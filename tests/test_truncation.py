@@ -97,7 +97,6 @@ async def act(way: Way, peer: Peer) -> None:
     await peer.rest()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", WAYS)
 async def test_every_sdk_raises_with_our_message(start: StartProxy, play: PlayScript, name: str, reader: str) -> None:
@@ -125,7 +124,6 @@ async def test_every_sdk_raises_with_our_message(start: StartProxy, play: PlaySc
     assert await proxy.ended() == {way.outcome: len(apis)}
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("reader", READERS)
 async def test_every_sdk_raises_on_a_cut_within_an_event(start: StartProxy, play: PlayScript, reader: str) -> None:
     """Nothing can be said within an event; that the body breaks off is what is left to tell."""
@@ -139,7 +137,6 @@ async def test_every_sdk_raises_on_a_cut_within_an_event(start: StartProxy, play
     assert await proxy.ended() == {"truncated": len(apis)}
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("reader", READERS)
 async def test_an_sdk_that_has_seen_the_end_does_not_raise(start: StartProxy, play: PlayScript, reader: str) -> None:
     async def end_well(peer: Peer) -> None:

@@ -37,9 +37,6 @@ from .test_listeners import Systemd
 from .test_processes import ANYWHERE
 from .test_reload import answer, asked, reload, streaming
 
-# Each starts several supervisors, one after the other.
-pytestmark = pytest.mark.timeout(60)
-
 NOWHERE = b"GET /nowhere HTTP/1.1\r\nHost: p\r\nConnection: close\r\n\r\n"
 
 

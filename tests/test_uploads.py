@@ -419,7 +419,9 @@ async def test_a_body_in_a_coding_that_is_not_read_is_refused_where_a_route_need
 
 
 async def test_it_passes_where_no_route_needs_its_model(start: StartProxy, upstream: ScriptedUpstream) -> None:
-    proxy = await start(upstream.url, metrics=config.Metrics(models=("m",)), route={"usage": {"request": True}})
+    proxy = await start(
+        upstream.url, metrics=config.Metrics(models=("m",)), route={"usage": config.UsageOptions(request=True)}
+    )
     client = await proxy.connect()
     client.send(*transcription(b"Content-Type: application/json\r\nContent-Encoding: br", BR))
     api = await upstream.accept()

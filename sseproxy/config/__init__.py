@@ -77,7 +77,7 @@ _ADDRESSES = frozenset({"Address", "Listen", "PassedSocket", "UnixAddress"})
 
 
 def __getattr__(name: str) -> object:
-    """Imports a name when it is first used. So a worker, which reads no file, does not import pydantic and PyYAML."""
+    """Imports a name when it is first used. So a worker, which reads no file, does not import PyYAML."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "loading" if name in _READING else "addresses" if name in _ADDRESSES else "model"

@@ -6,10 +6,11 @@ import ipaddress
 import os
 import re
 from dataclasses import dataclass
+from typing import Final
 
-_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
-_PASSED_SOCKET = re.compile(r"systemd(?::(?P<name>[A-Za-z0-9_.@-]+))?")
-_UNIX_ADDRESS = re.compile(r"unix:(?P<path>/[^|\x00]*[^/|\x00])(?:\|(?P<mode>0?[0-7]{3}))?")
+_ADDRESS: Final = r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})"
+_PASSED_SOCKET: Final = r"systemd(?::(?P<name>[A-Za-z0-9_.@-]+))?"
+_UNIX_ADDRESS: Final = r"unix:(?P<path>/[^|\x00]*[^/|\x00])(?:\|(?P<mode>0?[0-7]{3}))?"
 # sun_path without its final zero byte (unix(7)).
 _MAX_UNIX_PATH = 107
 
@@ -24,7 +25,7 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """Read `HOST:PORT`, `[IPV6]:PORT` or `:PORT`; the inverse of `str`. Raises `ValueError`."""
-        match = _ADDRESS.fullmatch(text)
+        match = re.fullmatch(_ADDRESS, text)
         if match is None or int(match["port"]) > 65535:
             raise ValueError("not HOST:PORT")
         if match["v6"] is not None:
@@ -53,7 +54,7 @@ class UnixAddress:
     @classmethod
     def parse(cls, text: str) -> UnixAddress:
         """Read `unix:PATH` or `unix:PATH|MODE` with an octal mode; the inverse of `str`. Raises `ValueError`."""
-        match = _UNIX_ADDRESS.fullmatch(text)
+        match = re.fullmatch(_UNIX_ADDRESS, text)
         if match is None or len(os.fsencode(match["path"])) > _MAX_UNIX_PATH:
             raise ValueError("not unix:PATH")
         return cls(match["path"], int(match["mode"], 8)) if match["mode"] else cls(match["path"])
@@ -71,7 +72,7 @@ class PassedSocket:
     @classmethod
     def parse(cls, text: str) -> PassedSocket:
         """Read `systemd` or `systemd:NAME`; the inverse of `str`. Raises `ValueError`."""
-        match = _PASSED_SOCKET.fullmatch(text)
+        match = re.fullmatch(_PASSED_SOCKET, text)
         if match is None:
             raise ValueError("not systemd or systemd:NAME")
         return cls(match["name"])

@@ -9,19 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import yaml
 
-from .mistakes import explained
-from .values import Loc, dotted, quoted, shortened
+from .options import INVALID, Loc, dotted, quoted, shortened
 
 _SHARED = "!shared"
 _STR, _BOOL, _NULL, _SEQ, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "null", "seq", "map"))
 # A configuration has five levels. Much deeper documents could exhaust the stack of the parser.
 _MAX_DEPTH = 32
-INVALID: Final = object()
-"""Stands for a value with a problem that has already been reported."""
 
 _VARIABLE = re.compile(
     r"\$(?:(?P<dollar>\$)|\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?)", re.A
@@ -104,6 +100,8 @@ class Document:
         except yaml.reader.ReaderError as error:
             self.problems.append((position(text[: error.position]), "remove this unprintable character"))
         except yaml.MarkedYAMLError as error:
+            from .mistakes import explained
+
             self.problems.append(explained(text, error))
 
     def report(self, loc: Loc, message: str, mark: yaml.Mark | None = None) -> None:

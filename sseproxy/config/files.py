@@ -4,7 +4,7 @@ No file may block the supervisor: no pipe without a writer, and no device withou
 be regular files, or symbolic links to them, as Kubernetes mounts them. The configuration itself may come from a pipe,
 as with `-c <(...)`; this has a timeout.
 
-A worker imports this module, to read certificates. So nothing here may import pydantic or PyYAML. `ssl` is imported
+A worker imports this module, to read certificates. So nothing here may import PyYAML. `ssl` is imported
 where it is used, because most configurations have no certificate.
 """
 

@@ -6,25 +6,18 @@ and conflicts between options.
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import PydanticCustomError
+from msgspec.structs import replace
 from yarl import URL
 
 from ..errors import ConfigError
-from .document import INVALID, Document, position
+from .document import Document, position
 from .files import read_configuration
 from .model import (
     Admin,
@@ -40,46 +33,35 @@ from .model import (
     conflicts,
     conflicts_of_clients,
 )
-from .values import DOCUMENT, Loc, PathPrefix, Size, format_size, quoted, read_address, read_url, read_workers
+from .options import (
+    INVALID,
+    Expected,
+    Loc,
+    Part,
+    PartOf,
+    Problem,
+    Reading,
+    Schema,
+    options_of,
+    quoted,
+    schema_of,
+    written,
+)
+from .values import format_size, read_address, read_url, read_workers
 
 T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
 
 
 def schema() -> dict[str, object]:
     """The JSON Schema of a configuration file, for editors."""
-    described = Config.model_json_schema()
-    properties = {name: part["properties"] for name, part in [("Config", described), *described["$defs"].items()]}
-    for name, option, text in _docstrings():
-        # Sorted as pydantic sorts them.
-        properties[name][option] = dict(sorted({**properties[name][option], "description": text}.items()))
-    return {
-        "$schema": GenerateJsonSchema.schema_dialect,
-        "title": "sseproxy",
-        **{key: value for key, value in described.items() if key != "title"},
-    }
-
-
-def _docstrings() -> Iterator[tuple[str, str, str]]:
-    """For each option of the model: the name of its class, its name, and its docstring.
-
-    pydantic could read the docstrings, too. But it would do so at every import of the model, and take a quarter of the
-    time of that import.
-    """
-    for part in ast.parse(inspect.getsource(sys.modules[Config.__module__])).body:
-        for option, below in pairwise(part.body if isinstance(part, ast.ClassDef) else ()):
-            match part, option, below:
-                case (
-                    ast.ClassDef(name=name),
-                    ast.AnnAssign(target=ast.Name(id=key)),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ):
-                    yield name, key, inspect.cleandoc(text)
+    parts: dict[str, Schema] = {}
+    whole = schema_of(Config, parts)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sseproxy", **whole, "$defs": parts}
 
 
 def resolved(config: Config) -> str:
     """`config` as the text of a file that has every option. Secrets are masked."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    text: str = yaml.safe_dump(written(config), sort_keys=False, width=120, allow_unicode=True)
     return text
 
 
@@ -114,10 +96,9 @@ def parse(text: str, source: str, env: Mapping[str, str] = os.environ) -> Config
                 for (line, column), problem in sorted(document.problems, key=itemgetter(0))
             ]
         )
-    config._variables = frozenset(document.variables)
     marks = [document.parts["routes", index, "match"].place for index in range(len(config.routes))]
-    config._places = Places([f"{mark.line + 1}:{mark.column + 1}" for mark in marks])
-    return config
+    places = Places([f"{mark.line + 1}:{mark.column + 1}" for mark in marks])
+    return replace(config, variables=frozenset(document.variables), places=places)
 
 
 def single(
@@ -136,7 +117,8 @@ def single(
     return Config(
         upstreams=(Upstream(name="upstream", url=target),),
         routes=(Route(name="api", match=Match(path=path), upstream=(Target(name="upstream"),)),),
-    ).model_copy(update=changes)
+        **changes,
+    )
 
 
 def override(
@@ -147,7 +129,7 @@ def override(
     changes = _changes(problems, config.admin, listen, admin, workers)
     if problems:
         raise ConfigError(problems)
-    return config.model_copy(update=changes)
+    return replace(config, **changes)
 
 
 def _changes(
@@ -156,13 +138,13 @@ def _changes(
     listen: str | None,
     admin: str | None,
     workers: str | int | None,
-) -> dict[str, object]:
-    changes: dict[str, object] = {}
+) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
     if listen is not None:
         address = _flag(problems, "--listen", read_address, listen)
         changes["listen"] = (address,)
     if admin is not None and (place := _flag(problems, "--admin", read_address, admin)):
-        changes["admin"] = administration.model_copy(update={"listen": place})
+        changes["admin"] = replace(administration, listen=place)
     if workers is not None:
         number = isinstance(workers, str) and re.fullmatch("[0-9]{1,9}", workers)
         changes["workers"] = _flag(problems, "--workers", read_workers, int(workers) if number else workers)
@@ -172,61 +154,23 @@ def _changes(
 def _flag(problems: list[str], flag: str, read: Callable[[object], T], value: object) -> T | None:
     try:
         return read(value)
-    except PydanticCustomError as error:
-        got = f", got {quoted(str(value))}" if error.type == "expected" else ""
-        problems.append(f"{flag}: {error.message()}{got}")
+    except Expected as error:
+        got = f", got {quoted(str(value))}" if error.shown == "value" else ""
+        problems.append(f"{flag}: {error}{got}")
         return None
 
 
-_TYPE_PROBLEMS = {
-    "tuple_type": "expected a list (each entry begins with a dash and a space)",
-    "string_type": "expected text",
-    "bool_type": "expected true or false",
-}
-_NO_SPACE = "; is a space missing after a colon?"
-
-
-def _report_invalid(document: Document, kind: str, loc: Loc, message: str) -> None:
-    """Adds the problem that pydantic calls `kind` to `document`.
-
-    Nothing is added for a conflict, which `_validate` has already reported, or for a value whose problem is known.
-    """
-    if kind == "conflict":
+def _report(document: Document, problem: Problem) -> None:
+    """Adds a problem of the model to `document`."""
+    if problem.missing:
+        *above, name = problem.loc
+        place = _place(document, tuple(above))
+        document.report((*place, name), problem.message, document.parts[place].node.start_mark)
         return
-    place = _place(document, loc)
-    if kind == "missing":
-        document.report((*place, loc[-1]), "required key is missing", document.parts[place].node.start_mark)
-        return
-    if kind == "extra_forbidden":
-        known = sorted(_model_at(loc[:-1]).model_fields)
-        key = str(loc[-1])
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = _NO_SPACE if ":" in key else f"; did you mean '{close[0]}'?" if close else ""
-        document.report(place, f"unknown key; expected one of {', '.join(known)}{hint}")
-        return
-
+    place = _place(document, problem.loc)
     part = document.parts[place]
-    if part.value is INVALID:
-        return
-    if kind == "too_short":
-        if part.value == ():  # and not for the items that are not valid
-            document.report(place, "expected at least one entry")
-    elif kind == "expected_secret":
-        document.report(place, message)
-    elif kind == "model_type":
-        hint = _NO_SPACE if isinstance(part.value, str) and ":" in part.node.value else ""
-        document.report(place, f"{_options_of(_model_at(loc))}, got {part.kind()}{hint}")
-    elif kind in _TYPE_PROBLEMS:
-        document.report(place, f"{_TYPE_PROBLEMS[kind]}, got {part.kind()}")
-    else:
-        document.report(place, f"{message}, got {part.written()}")
-
-
-def _options_of(model: type[BaseModel]) -> str:
-    """What was expected where `model` has its options, with examples: those that are required, or else the first."""
-    required = [name for name, field in model.model_fields.items() if field.is_required()]
-    shown = required if len(required) > 1 else [*model.model_fields][:2]
-    return f"expected options with values, such as {{{', '.join(f'{name}: ...' for name in shown)}}}"
+    got = {"value": part.written, "kind": part.kind}.get(problem.shown)
+    document.report(place, f"{problem.message}{f', got {got()}' if got else ''}{problem.hint}")
 
 
 def _place(document: Document, loc: Loc) -> Loc:
@@ -240,24 +184,32 @@ def _place(document: Document, loc: Loc) -> Loc:
 
 def _validate(document: Document) -> Config | None:
     """The configuration in `document`. `None` if it is not valid; the problems are added to `document`."""
-    data = document.data
-    if not isinstance(data, dict):
-        if data is not INVALID:
-            _report_invalid(document, "model_type", (), "")
-        return None
+    reading = Reading()
+    config = PartOf(Config).read(document.data, (), reading)
+    if isinstance(document.data, dict):
+        _report_conflicts(document, document.data, reading.parts)
+    for problem in reading.problems:
+        _report(document, problem)
+    return config if isinstance(config, Config) else None
+
+
+def _report_conflicts(document: Document, data: Mapping[str, object], valid: Mapping[Loc, Part]) -> None:
+    """Adds conflicts between options to `document`. `valid` has the parts that are valid by themselves."""
     upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
+    numbers = range(len(routes))
     between = conflicts(
         [_text(upstream.get("name")) for upstream in upstreams],
         [_text(route.get("name")) for route in routes],
-        [_valid(Match, route.get("match")) for route in routes],
+        [cast("Match | None", valid.get(("routes", number, "match"))) for number in numbers],
         [_names(route.get("upstream")) for route in routes],
-        _valid_size(data, Config, "max_body"),
-        _valid_size(data.get("limits", {}), Limits, "held"),
-        _valid_path_of_probe(data.get("probe")),
+        _valid(Config, "max_body", data),
+        _valid(Limits, "held", data.get("limits", {})),
+        _valid(Probe, "path", data.get("probe")),
         shown=lambda loc, value: _shown(document, loc, value),
     )
     of_clients = conflicts_of_clients(
-        [_valid(Client, client) for client in _entries(data, "clients")], [_valid(Route, route) for route in routes]
+        [cast("Client | None", valid.get(("clients", number))) for number in range(len(_entries(data, "clients")))],
+        [cast("Route | None", valid.get(("routes", number))) for number in numbers],
     )
     for loc, message in (*between, *of_clients):
         # The upstream of a route need not be a list.
@@ -265,12 +217,6 @@ def _validate(document: Document) -> Config | None:
         # A default has no position. If `held` is one, the conflict is reported at `max_body`.
         instead = ("probe",) if loc[0] == "probe" else ("max_body",)
         document.report(loc, message, document.parts[loc if loc in document.parts else instead].place)
-    try:
-        return Config.model_validate(data, context=DOCUMENT)
-    except ValidationError as error:
-        for detail in error.errors(include_url=False, include_context=False, include_input=False):
-            _report_invalid(document, detail["type"], detail["loc"], detail["msg"])
-    return None
 
 
 def _entries(data: Mapping[str, object], section: str) -> list[dict[str, object]]:
@@ -286,18 +232,6 @@ def _names(value: object) -> list[str | None]:
     return [_text(target.get("name") if isinstance(target, dict) else target) for target in targets]
 
 
-def _model_at(loc: Loc) -> type[BaseModel]:
-    model: type[BaseModel] = Config
-    for key in loc:
-        if isinstance(key, str):
-            annotation: Any = model.model_fields[key].annotation
-            # A list of models, or a model or nothing, or both.
-            while parts := get_args(annotation):
-                annotation = parts[0]
-            model = annotation
-    return model
-
-
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
@@ -310,28 +244,12 @@ def _shown(document: Document, loc: Loc, value: str | int) -> str:
     return f"its default of {format_size(value)}" if isinstance(value, int) else value
 
 
-def _valid_size(options: object, model: type[BaseModel], name: str) -> int | None:
-    """The size `name` in `options`, or its default in `model`. `None` if it is not valid."""
+def _valid(kind: type[Part], name: str, options: object) -> Any:
+    """The value of one option of `kind`, or its default. `None` if it is not valid, or `options` are none."""
     if not isinstance(options, dict):
         return None
-    size = options.get(name, model.model_fields[name].default)
-    try:
-        return TypeAdapter(Size).validate_python(size, context=DOCUMENT if name in options else None)
-    except ValidationError:
-        return None
-
-
-def _valid_path_of_probe(options: object) -> str | None:
-    """The path of the probe, or its default. `None` if there is no probe, or the path is not valid."""
-    path = options.get("path", Probe.model_fields["path"].default) if isinstance(options, dict) else None
-    try:
-        return TypeAdapter(PathPrefix).validate_python(path, context=DOCUMENT)
-    except ValidationError:
-        return None
-
-
-def _valid(model: type[M], value: object) -> M | None:
-    try:
-        return model.model_validate(value, context=DOCUMENT)
-    except ValidationError:
-        return None
+    declared = next(each for each in options_of(kind) if each.name == name)
+    if name not in options:
+        return declared.default
+    value = declared.option.read(options[name], (), Reading())
+    return None if value is INVALID else value

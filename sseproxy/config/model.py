@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    SecretStr,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from msgspec.structs import replace
 
 from .addresses import Address
 from .files import for_clients, for_upstream
 from .named import ApiKeyFile, CAFile, KeysFile, check_certificate
-from .plain import TLS as PlainTLS
-from .plain import Options, Secret
-from .plain import UpstreamTLS as PlainUpstreamTLS
+from .options import Expected, ListOf, Loc, OrNone, Part, PartOf, Schema, Secret, dotted, quoted
 from .values import (
-    TEXT,
     AdminToken,
     Affinity,
-    AlsoAs,
     ApiKey,
     Count,
     CountOrOff,
@@ -45,7 +30,6 @@ from .values import (
     LedgerURL,
     ListenAddress,
     ListenAddresses,
-    Loc,
     LogFormat,
     LoggedPaths,
     LogLevel,
@@ -70,40 +54,14 @@ from .values import (
     URLOrNone,
     URLText,
     Workers,
-    dotted,
-    expected,
-    format_size,
     is_address,
-    quoted,
 )
 
 if TYPE_CHECKING:
     import ssl
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-    _kind: ClassVar[type[Options]] = Options
-
-    def plain(self) -> Self:
-        """The same options in the form that a worker receives (`config.plain`)."""
-        return cast("Self", self._kind({name: _plain(getattr(self, name)) for name in self._plain_fields()}))
-
-    @classmethod
-    def _plain_fields(cls) -> Iterable[str]:
-        return cls.model_fields
-
-
-def _plain(value: object) -> object:
-    if type(value) is tuple:
-        return tuple(map(_plain, value))
-    if isinstance(value, SecretStr):
-        return Secret(value.get_secret_value())
-    return value.plain() if isinstance(value, _Model) else value
-
-
-class Limits(_Model):
+class Limits(Part):
     """Upper limits. Counts are for all workers together, old ones that are still finishing included. Sizes are in
     bytes."""
 
@@ -139,14 +97,14 @@ class Limits(_Model):
     kept."""
 
 
-class RouteLimits(_Model):
+class RouteLimits(Part):
     """Limits of one route, in addition to the general limits."""
 
     active_requests: CountOrOff = None
     """Requests of this route that are being answered. Further requests are answered 503."""
 
 
-class Admin(_Model):
+class Admin(Part):
     """The listener for metrics and health checks. It is separate from the listener for clients."""
 
     listen: ListenAddress = Address("127.0.0.1", 9464)
@@ -158,19 +116,12 @@ class Admin(_Model):
     cancel: bool = False
     """Whether an operator may end a request from the live view. This needs a `token`."""
 
-    @model_validator(mode="after")
-    def _cancel_is_protected(self) -> Self:
+    def check(self) -> None:
         if self.cancel and self.token is None:
-            raise expected("token beside cancel: true, because without one anybody could end requests", show=False)
-        return self
-
-    @classmethod
-    def _plain_fields(cls) -> Iterable[str]:
-        # Workers do not serve this listener.
-        return [name for name in cls.model_fields if name != "token"]
+            raise Expected("token beside cancel: true, because without one anybody could end requests", "nothing")
 
 
-class UpstreamTLS(_Model):
+class UpstreamTLS(Part):
     """TLS with an `https` upstream."""
 
     ca_file: CAFile = None
@@ -180,22 +131,18 @@ class UpstreamTLS(_Model):
     key_file: FilePath = None
     """The private key of the certificate. `None` if it is in `cert_file`."""
 
-    _kind: ClassVar = PlainUpstreamTLS
-
-    @model_validator(mode="after")
-    def _loads(self) -> Self:
+    def check(self) -> None:
         if self.key_file is not None and self.cert_file is None:
-            raise expected("cert_file beside key_file", show=False)
+            raise Expected("cert_file beside key_file", "nothing")
         if self.cert_file is not None:
             check_certificate(self.context)
-        return self
 
     def context(self) -> ssl.SSLContext:
         """A context for connections to an upstream. Raises `OSError`, or `ValueError` for a key with a password."""
         return for_upstream(self.ca_file, self.cert_file, self.key_file)
 
 
-class TLS(_Model):
+class TLS(Part):
     """TLS with clients."""
 
     cert_file: RequiredPath
@@ -204,37 +151,27 @@ class TLS(_Model):
     """The private key of the certificate. `None` if it is in `cert_file`."""
     min_version: TLSVersion = "1.2"
 
-    _kind: ClassVar = PlainTLS
-
-    @model_validator(mode="after")
-    def _loads(self) -> Self:
+    def check(self) -> None:
         check_certificate(self.context)
-        return self
 
     def context(self) -> ssl.SSLContext:
         """A context for listeners. Raises `OSError`, or `ValueError` for a key with a password."""
         return for_clients(self.cert_file, self.key_file, self.min_version)
 
 
-class _WithKey(_Model):
+class _WithKey(Part):
     """What may have an API key."""
 
     if TYPE_CHECKING:
         api_key: ApiKey
         api_key_file: ApiKeyFile
 
-    @model_validator(mode="after")
-    def _one_key(self) -> Self:
+    def check(self) -> None:
         if self.api_key is not None and self.api_key_file is not None:
-            raise expected("either api_key or api_key_file, not both", show=False)
-        return self
-
-    @classmethod
-    def _plain_fields(cls) -> Iterable[str]:
-        return (*(name for name in cls.model_fields if name not in ("api_key", "api_key_file")), "key")
+            raise Expected("either api_key or api_key_file, not both", "nothing")
 
     @property
-    def key(self) -> SecretStr | None:
+    def key(self) -> Secret | None:
         """The API key, from `api_key` or `api_key_file`."""
         return self.api_key_file.key if self.api_key_file is not None else self.api_key
 
@@ -249,16 +186,8 @@ class Endpoint(_WithKey):
     api_key_file: ApiKeyFile = None
     """A file with the API key of this endpoint."""
 
-    @model_serializer(mode="wrap")
-    def _as_text(self, handler: SerializerFunctionWrapHandler) -> object:
-        return handler(self) if self.key is not None else self.url
 
-
-def _endpoint(value: object) -> object:
-    return {"url": value} if isinstance(value, str) else value
-
-
-class Health(_Model):
+class Health(Part):
     """Active checks of the endpoints of an upstream: a GET that has to be answered with a status from 200 to 299."""
 
     path: PathPrefix
@@ -269,7 +198,7 @@ class Health(_Model):
     """Seconds until a check that is not answered has failed."""
 
 
-class Ejection(_Model):
+class Ejection(Part):
     """When an endpoint that fails is not used for a while."""
 
     failures: Count = 5
@@ -282,12 +211,12 @@ class Ejection(_Model):
 class Upstream(_WithKey):
     """A named API. It has one base URL, or several that serve the same API."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["url"]}, {"required": ["urls"]}]})
+    described: ClassVar[Schema] = {"anyOf": [{"required": ["url"]}, {"required": ["urls"]}]}
 
     name: Name
     url: URLOrNone = None
     """The base URL. Its path replaces the prefix that `match.path` of the route has matched."""
-    urls: tuple[Annotated[Endpoint, BeforeValidator(_endpoint), AlsoAs(TEXT)], ...] = ()
+    urls: Annotated[tuple[Endpoint, ...], ListOf(PartOf(Endpoint, text="url"))] = ()
     """Instead of `url`: the base URLs of endpoints that serve the same API. Each request goes to the one with the
     fewest active requests. An endpoint with a key of its own is written as `{url: URL, api_key: KEY}`."""
     resolve: DurationOrOff = None
@@ -310,17 +239,12 @@ class Upstream(_WithKey):
     """A connection of this age, or up to a tenth less, gets no further requests. Running responses are not cut."""
     tls: UpstreamTLS = UpstreamTLS()
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def check(self) -> None:
+        super().check()
         if (self.url is None) == (not self.urls):
-            raise expected("either url or urls", show=False)
+            raise Expected("either url or urls", "nothing")
         if self.resolve is not None and (self.url is None or is_address(self.url)):
-            raise expected("url with the name of a host beside resolve", show=False)
-        return self
-
-    @classmethod
-    def _plain_fields(cls) -> Iterable[str]:
-        return (*super()._plain_fields(), "endpoints")
+            raise Expected("url with the name of a host beside resolve", "nothing")
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -328,7 +252,7 @@ class Upstream(_WithKey):
         return self.urls or (Endpoint(url=self.url or ""),)
 
 
-class Reload(_Model):
+class Reload(Part):
     """How a new configuration, or new code, replaces the old one."""
 
     watch: DurationOrOff = None
@@ -340,14 +264,14 @@ class Reload(_Model):
     """How many earlier configurations may have exchanges. If there are more, the exchanges of the oldest are ended."""
 
 
-class Log(_Model):
+class Log(Part):
     """The log on standard error. Its lines are JSON if those of the access log are."""
 
     level: LogLevel = "info"
     """Only lines of this level and above are written."""
 
 
-class AccessLog(_Model):
+class AccessLog(Part):
     """The access log on standard output: one line for each exchange."""
 
     exchanges: Exchanges = "all"
@@ -361,7 +285,7 @@ class AccessLog(_Model):
     received. `off`: not at all."""
 
 
-class Metrics(_Model):
+class Metrics(Part):
     """Which labels the metrics have."""
 
     models: Globs = ()
@@ -372,7 +296,7 @@ class Metrics(_Model):
     have neither `stream` nor `outcome`."""
 
 
-class Probe(_Model):
+class Probe(Part, kw_only=True):
     """The probe for `sseproxy doctor`, which answers in the place of an API. `None` means no probe."""
 
     path: PathPrefix = "/sseproxy-probe"
@@ -381,7 +305,7 @@ class Probe(_Model):
     """A secret of at least 16 characters. Only requests of the doctor that have it are answered."""
 
 
-class Match(_Model):
+class Match(Part):
     """The conditions of a route. A request must meet all of them."""
 
     path: PathPrefix
@@ -393,7 +317,7 @@ class Match(_Model):
     """HTTP methods. An empty list matches any method."""
 
 
-class Timeouts(_Model):
+class Timeouts(Part):
     """Timeouts for the phases of an exchange, in seconds."""
 
     connect: Duration = 10.0
@@ -413,7 +337,7 @@ class Timeouts(_Model):
     """How long a client may accept no byte. Then it is disconnected."""
 
 
-class UsageOptions(_Model):
+class UsageOptions(Part):
     """Options for token counts."""
 
     request: bool = False
@@ -421,7 +345,7 @@ class UsageOptions(_Model):
     backends then add `"usage": null` to all other chunks, which are forwarded unchanged."""
 
 
-class Target(_Model):
+class Target(Part):
     """An upstream of a route, and the model that requests to it get."""
 
     name: Text
@@ -430,25 +354,15 @@ class Target(_Model):
     """Replaces the model in the request. `None` leaves it as it is."""
 
 
-def _target(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _targets(value: object) -> object:
-    if isinstance(value, str | dict | Target):
+def _targets(value: object) -> tuple[object, ...]:
+    if isinstance(value, str | dict):
         return (value,)
     if isinstance(value, tuple):
         return value
-    raise expected("the name of an upstream, or a list of them")
+    raise Expected("the name of an upstream, or a list of them")
 
 
-def _format_targets(targets: tuple[Target, ...]) -> object:
-    """One target without a model is written as its name."""
-    written = [target.name if target.model is None else target.model_dump() for target in targets]
-    return written[0] if len(written) == 1 and isinstance(written[0], str) else written
-
-
-class Retry(_Model):
+class Retry(Part):
     """When a request is sent again, to another endpoint or upstream. Never after a byte of an answer was sent."""
 
     on: Retries = ("connect", "429", "503", "529")
@@ -472,18 +386,12 @@ class Retry(_Model):
     """With `until: end`: the largest answer that is held back, in bytes. A larger one is sent from then on."""
 
 
-class Route(_Model):
+class Route(Part):
     """Sends requests that match to an upstream."""
 
     name: Name
     match: Match
-    upstream: Annotated[
-        tuple[Annotated[Target, BeforeValidator(_target), AlsoAs(TEXT)], ...],
-        BeforeValidator(_targets),
-        AlsoAs(TEXT),
-        PlainSerializer(_format_targets),
-        Field(min_length=1),
-    ]
+    upstream: Annotated[tuple[Target, ...], ListOf(PartOf(Target, text="name"), _targets, least=1)]
     """The name of an upstream, or a list. The next one in the list is asked where the one before has no endpoint left
     for a request. In the list, `{name: NAME, model: MODEL}` also replaces the model in the request. The client's
     credentials go to the first one only, so others need an `api_key` if they want one."""
@@ -510,7 +418,7 @@ PROBE = "sseproxy-probe"
 _PROBE_TIMEOUT = 360.0
 
 
-class ClientLimits(_Model):
+class ClientLimits(Part):
     """Limits of one client, over all routes, workers and configurations together. Requests above one are answered
     429."""
 
@@ -523,7 +431,7 @@ class ClientLimits(_Model):
     reserved before it is sent."""
 
 
-class Client(_Model):
+class Client(Part):
     """A client that may send requests: its keys, what it may use, and its limits."""
 
     name: Name
@@ -539,15 +447,9 @@ class Client(_Model):
     """The names of the routes that it may use. An empty list allows all."""
     limits: ClientLimits = ClientLimits()
 
-    @model_validator(mode="after")
-    def _has_keys(self) -> Self:
+    def check(self) -> None:
         if not self.keys and self.keys_file is None:
-            raise expected("keys or keys_file; sseproxy key prints an entry with a new key", show=False)
-        return self
-
-    @classmethod
-    def _plain_fields(cls) -> Iterable[str]:
-        return (*(name for name in cls.model_fields if name not in ("keys", "keys_file")), "digests")
+            raise Expected("keys or keys_file; sseproxy key prints an entry with a new key", "nothing")
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -556,7 +458,7 @@ class Client(_Model):
         return tuple(one.removeprefix("sha256:") for one in written)
 
 
-class Ledger(_Model):
+class Ledger(Part):
     """Where the limits of clients are counted."""
 
     url: LedgerURL = None
@@ -566,13 +468,11 @@ class Ledger(_Model):
     """What happens while the server does not answer. `local`: each machine has the limits for itself. `refuse`:
     requests of clients with limits are answered 503."""
 
-    @model_validator(mode="after")
-    def _has_library(self) -> Self:
+    def check(self) -> None:
         if self.url is not None and find_spec("redis") is None:
-            raise expected(
-                "no url, because the package redis is not installed beside sseproxy: pip install redis", show=False
+            raise Expected(
+                "no url, because the package redis is not installed beside sseproxy: pip install redis", "nothing"
             )
-        return self
 
 
 class Places:
@@ -585,7 +485,7 @@ class Places:
         return isinstance(other, Places)
 
 
-class Config(_Model):
+class Config(Part, kw_only=True):
     """The whole configuration. It is immutable, and can be pickled for workers."""
 
     listen: ListenAddresses = (Address("127.0.0.1", 8080),)
@@ -607,26 +507,22 @@ class Config(_Model):
     access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
     limits: Limits = Limits()
-    upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
-    routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+    upstreams: Annotated[tuple[Upstream, ...], ListOf(PartOf(Upstream), least=1)]
+    routes: Annotated[tuple[Route, ...], ListOf(PartOf(Route), least=1)]
     probe: Probe | None = None
-    clients: Annotated[tuple[Client, ...] | None, Field(min_length=1)] = None
+    clients: Annotated[tuple[Client, ...] | None, OrNone(ListOf(PartOf(Client), least=1))] = None
     """Who may call. `None` means everybody. With clients, each request needs a key, which never goes upstream."""
     ledger: Ledger = Ledger()
 
-    _variables: frozenset[str] = frozenset()
-    _places: Places = Places()
-
-    @property
-    def variables(self) -> frozenset[str]:
-        """The environment variables that the file uses. They may hold keys, so workers do not inherit them."""
-        return self._variables
+    variables: frozenset[str] = frozenset()
+    """The environment variables that the file uses. They may hold keys, so workers do not inherit them."""
+    places: Places = Places()
 
     def place(self, route: Route, file: str | None) -> str:
         """Where in the `file` that this was read from the match of `route` is: `file:line:col: routes[0].match`."""
         index = self.routes.index(route)
         loc = dotted(("routes", index, "match"))
-        places = self._places.of_matches
+        places = self.places.of_matches
         return f"{file}:{places[index]}: {loc}" if places else loc
 
     def exposed_keys(self) -> str | None:
@@ -645,25 +541,9 @@ class Config(_Model):
             "name clients (sseproxy key NAME), or make sure that only a private network reaches it"
         )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        between = conflicts(
-            [upstream.name for upstream in self.upstreams],
-            [route.name for route in self.routes],
-            [route.match for route in self.routes],
-            [[target.name for target in route.upstream] for route in self.routes],
-            self.max_body,
-            self.limits.held,
-            self.probe.path if self.probe is not None else None,
-            shown=lambda _, value: value if isinstance(value, str) else format_size(value),
-        )
-        found = [
-            f"{dotted(loc)}: {message}"
-            for loc, message in (*between, *conflicts_of_clients(self.clients or (), self.routes))
-        ]
-        if found:
-            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(found)})
-        return self
+    def for_workers(self) -> Config:
+        """This configuration without the admin token, which workers do not need."""
+        return replace(self, admin=replace(self.admin, token=None))
 
     def with_probe(self) -> Config:
         """This configuration with the route and the upstream of the probe, if there is one.
@@ -679,7 +559,7 @@ class Config(_Model):
             upstream=(Target(name=PROBE),),
             timeouts=Timeouts(head=_PROBE_TIMEOUT, first_token=_PROBE_TIMEOUT, idle=_PROBE_TIMEOUT),
         )
-        return self.model_copy(update={"upstreams": (*self.upstreams, upstream), "routes": (*self.routes, route)})
+        return replace(self, upstreams=(*self.upstreams, upstream), routes=(*self.routes, route))
 
     def files(self) -> list[str]:
         """The files that this configuration names, as certificates and keys."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import SecretStr
-
 from .files import read_file, trusting
-from .values import API_KEY, KEY_DIGEST, NONE, TEXT, Option, expected
+from .options import NONE, TEXT, Expected, Secret, Value
+from .values import API_KEY, KEY_DIGEST
 
 if TYPE_CHECKING:
     import ssl
@@ -25,7 +25,7 @@ class KeyFile:
     """An API key that was read from the file at `path`."""
 
     path: str
-    key: SecretStr
+    key: Secret
 
 
 def _why(error: OSError) -> str:
@@ -34,20 +34,20 @@ def _why(error: OSError) -> str:
 
 
 def _api_key_file(value: object) -> KeyFile | None:
-    if value is None or isinstance(value, KeyFile):
-        return value
+    if value is None:
+        return None
     if not isinstance(value, str) or not value:
-        raise expected("the path of a file with an API key", show=False)
+        raise Expected("the path of a file with an API key", "nothing")
     try:
         text = read_file(value, _MAX_KEY_FILE).decode("ascii").strip()
     except OSError as error:
         # The value is not shown, because somebody may have put the key itself there.
-        raise expected(f"a readable file with an API key ({_why(error)})", show=False) from None
+        raise Expected(f"a readable file with an API key ({_why(error)})", "nothing") from None
     except UnicodeDecodeError:
         text = ""
-    if not API_KEY.fullmatch(text):
-        raise expected("a file with an API key: one line of visible ASCII characters", show=False)
-    return KeyFile(value, SecretStr(text))
+    if not re.fullmatch(API_KEY, text):
+        raise Expected("a file with an API key: one line of visible ASCII characters", "nothing")
+    return KeyFile(value, Secret(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,20 @@ class DigestsFile:
 
 
 def _digests_file(value: object) -> DigestsFile | None:
-    if value is None or isinstance(value, DigestsFile):
-        return value
+    if value is None:
+        return None
     what = "a file with the digests of keys, one in a line, as sseproxy key prints them"
     if not isinstance(value, str) or not value:
-        raise expected(f"the path of {what}", show=False)
+        raise Expected(f"the path of {what}", "nothing")
     try:
         text = read_file(value, _MAX_DIGESTS_FILE).decode()
     except OSError as error:
-        raise expected(f"{what} ({_why(error)})", show=False) from None
+        raise Expected(f"{what} ({_why(error)})", "nothing") from None
     except UnicodeDecodeError:
-        raise expected(what, show=False) from None
+        raise Expected(what, "nothing") from None
     found = [word for line in text.splitlines() if (word := line.partition("#")[0].strip())]
-    if not all(map(KEY_DIGEST.fullmatch, found)):
-        raise expected(what, show=False)
+    if not all(re.fullmatch(KEY_DIGEST, one) for one in found):
+        raise Expected(what, "nothing")
     return DigestsFile(value, tuple(found))
 
 
@@ -92,28 +92,28 @@ def _ca_file(value: object) -> str | None:
         except OSError as error:
             # ssl.SSLError is a subclass of OSError.
             why = "no certificate is in it" if isinstance(error, ssl.SSLError) else _why(error)
-            raise expected(f"a readable file of PEM certificates ({why})") from None
-    raise expected("the path of a file of PEM certificates")
+            raise Expected(f"a readable file of PEM certificates ({why})") from None
+    raise Expected("the path of a file of PEM certificates")
 
 
 def check_certificate(load: Callable[[], ssl.SSLContext]) -> None:
-    """Calls `load`, and turns its errors about a certificate into errors for pydantic."""
+    """Calls `load`, and raises `Expected` for its errors about a certificate."""
     import ssl
 
     try:
         load()
     except ValueError:
-        raise expected("a private key without password", show=False) from None
+        raise Expected("a private key without password", "nothing") from None
     except ssl.SSLError:
-        raise expected(
-            "a certificate and its private key in PEM, in cert_file and key_file, that belong together", show=False
+        raise Expected(
+            "a certificate and its private key in PEM, in cert_file and key_file, that belong together", "nothing"
         ) from None
     except OSError as error:
-        raise expected(f"readable files in cert_file and key_file ({_why(error)})", show=False) from None
+        raise Expected(f"readable files in cert_file and key_file ({_why(error)})", "nothing") from None
 
 
-ApiKeyFile = Annotated[KeyFile | None, Option(_api_key_file, TEXT, NONE, write=_format_file)]
+ApiKeyFile = Annotated[KeyFile | None, Value(_api_key_file, TEXT, NONE, write=_format_file)]
 
-KeysFile = Annotated[DigestsFile | None, Option(_digests_file, TEXT, NONE, write=_format_file)]
+KeysFile = Annotated[DigestsFile | None, Value(_digests_file, TEXT, NONE, write=_format_file)]
 
-CAFile = Annotated[str | None, Option(_ca_file, TEXT, NONE)]
+CAFile = Annotated[str | None, Value(_ca_file, TEXT, NONE)]

@@ -7,52 +7,46 @@ secret.
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Annotated, Final, Literal, NamedTuple, cast
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    PositiveInt,
-    SecretStr,
-    ValidationInfo,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
-from pydantic_core.core_schema import plain_serializer_function_ser_schema
 from yarl import URL
 
 from .addresses import Address, Listen, PassedSocket, UnixAddress
-from .plain import Rate
+from .options import NONE, TEXT, Expected, ListOf, Option, Schema, Secret, Value, text_or_list
 
-DOCUMENT: Final = object()
-"""Validation context for values from a file. In a file, durations and sizes need a unit; in code they are numbers."""
+T = TypeVar("T")
 
-API_KEY = re.compile(r"[!-~]+")
+API_KEY: Final = r"[!-~]+"
 # A random token of 16 characters cannot be guessed over a network.
-_LONG_TOKEN = re.compile(r"[!-~]{16,1024}")
-KEY_DIGEST = re.compile("sha256:[0-9a-f]{64}")
-_DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
+_LONG_TOKEN: Final = r"[!-~]{16,1024}"
+KEY_DIGEST: Final = "sha256:[0-9a-f]{64}"
+_DURATION: Final = r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?"
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-_LEDGER_URL = re.compile(r"(?:rediss?://[!-~]+|unix:///[!-~]+)")
-_HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_PATH = re.compile(r"(?:/(?!\.{0,2}(?:/|$))[^/?#\x00-\x20\x7f-\U0010ffff]+)+/?|/")
-_RATE = re.compile(r"([1-9][0-9]{0,11})/1([smhd])")
+_TOKEN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+_LEDGER_URL: Final = r"(?:rediss?://[!-~]+|unix:///[!-~]+)"
+_HOST_NAME: Final = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}"
+_NAME: Final = r"[A-Za-z0-9_.-]{1,64}"
+# Visible ASCII characters without slash, `?` and `#`.
+_PATH: Final = r"(?:/(?!\.{0,2}(?:/|$))[!\"$-.0->@-~]+)+/?|/"
+_RATE: Final = r"([1-9][0-9]{0,11})/1([smhd])"
 _RATE_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)")
+_SIZE: Final = r"([0-9]{1,9})(B|KiB|MiB|GiB)"
 RETRIES: Final = ("connect", "429", "503", "529", "reset", "timeout", "500", "502", "504", "same")
 """What a route's `retry.on` may name."""
 MAX_PREFIX: Final = 64 << 10
 """Bytes. A longer prefix of messages would not tell conversations apart better."""
 _SIZE_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class Rate(NamedTuple):
+    """At most `number` within so many seconds."""
+
+    number: int
+    seconds: int
 
 
 class Source(NamedTuple):
@@ -66,136 +60,99 @@ class Source(NamedTuple):
     what: str
 
 
-def expected(what: str, *, show: bool = True) -> PydanticCustomError:
-    """The error for a value that is not `what`. With `show`, the message may contain the value."""
-    return PydanticCustomError("expected" if show else "expected_secret", "expected {what}", {"what": what})
+def _or_none(read: Callable[[Any], T]) -> Callable[[object], T | None]:
+    return lambda value: None if value is None else read(value)
+
+
+def _or_off(read: Callable[[Any], T]) -> Callable[[object], T | None]:
+    """A reader that also accepts `off`. YAML 1.1 reads a plain `off` as False."""
+
+    def read_or_off(value: object) -> T | None:
+        if value is None or value is False or value == "off":
+            return None
+        try:
+            return read(value)
+        except Expected as error:
+            raise Expected(f"{str(error).removeprefix('expected ')}, or off") from None
+
+    return read_or_off
 
 
 def read_address(value: object) -> Listen:
-    if isinstance(value, Listen):
-        return value
     for kind in (PassedSocket, UnixAddress, Address):
         try:
             if isinstance(value, str):
                 return kind.parse(value)
         except ValueError:
             continue
-    raise expected("HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535, unix:/PATH, systemd or systemd:NAME")
+    raise Expected("HOST:PORT, [IPV6]:PORT or :PORT with a port from 0 to 65535, unix:/PATH, systemd or systemd:NAME")
 
 
-def _addresses(value: object) -> object:
+def _addresses(value: object) -> tuple[object, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _secret(what: str) -> Callable[[object], SecretStr | None]:
+def _secret(what: str, allowed: str) -> Callable[[object], Secret]:
     """A reader of a secret, which is `what`."""
 
-    def read(value: object) -> SecretStr | None:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            value = SecretStr(value)
-        if isinstance(value, SecretStr) and API_KEY.fullmatch(value.get_secret_value()):
-            return value
-        raise expected(f"{what}: text of visible ASCII characters", show=False)
+    def read(value: object) -> Secret:
+        if isinstance(value, str) and re.fullmatch(allowed, value):
+            return Secret(value)
+        raise Expected(what, "nothing")
 
     return read
 
 
-def _token(value: object) -> SecretStr:
-    if isinstance(value, str):
-        value = SecretStr(value)
-    if isinstance(value, SecretStr) and _LONG_TOKEN.fullmatch(value.get_secret_value()):
-        return value
-    raise expected("a token: at least 16 visible ASCII characters", show=False)
+_api_key = _secret("an API key: text of visible ASCII characters", API_KEY)
+_admin_token = _secret("a token: text of visible ASCII characters", API_KEY)
+_token = _secret("a token: at least 16 visible ASCII characters", _LONG_TOKEN)
+_ledger_url = _secret("a URL such as redis://127.0.0.1:6379/0, with redis, rediss or unix", _LEDGER_URL)
 
 
 def _header(value: object) -> str:
-    if isinstance(value, str) and _TOKEN.fullmatch(value):
+    if isinstance(value, str) and re.fullmatch(_TOKEN, value):
         return value
-    raise expected("the name of a header field such as Authorization or x-api-key")
+    raise Expected("the name of a header field such as Authorization or x-api-key")
 
 
 def _file_path(value: object) -> str:
     if isinstance(value, str) and value:
         return value
-    raise expected("the path of a file")
-
-
-def _file_path_or_none(value: object) -> str | None:
-    return None if value is None else _file_path(value)
+    raise Expected("the path of a file")
 
 
 def _tls_version(value: object) -> str:
     if value in ("1.2", "1.3"):
         return str(value)
-    raise expected('"1.2" or "1.3", in quotes')
+    raise Expected('"1.2" or "1.3", in quotes')
 
 
-def _seconds(value: object, info: ValidationInfo) -> float | None:
-    seconds = math.nan
-    if isinstance(value, str):
-        if match := _DURATION.fullmatch(value):
-            seconds = sum(int(n or 0) * ms for n, ms in zip(match.groups(), _DURATION_MS, strict=True)) / 1000
-    elif isinstance(value, int | float) and not isinstance(value, bool) and info.context is not DOCUMENT:
-        seconds = float(value)
-    return seconds if 0 < seconds < math.inf else None
-
-
-def _duration(value: object, info: ValidationInfo) -> float:
-    seconds = _seconds(value, info)
-    if seconds is None:
-        raise expected("a duration such as 30s or 5m")
-    return seconds
-
-
-def _duration_or_off(value: object, info: ValidationInfo) -> float | None:
-    if value is None or value is False or value == "off":
-        return None
-    seconds = _seconds(value, info)
-    if seconds is None:
-        raise expected("a duration such as 30s or 5m, or off")
-    return seconds
+def _duration(value: object) -> float:
+    match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
+    ms = sum(int(n or 0) * ms for n, ms in zip(match.groups(), _DURATION_MS, strict=True)) if match else 0
+    if not ms:
+        raise Expected("a duration such as 30s or 5m")
+    return ms / 1000
 
 
 def _count(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    raise expected("a number from 1 up")
+    raise Expected("a number from 1 up")
 
 
-def _count_or_off(value: object) -> int | None:
-    if value is None or value is False or value == "off":
-        return None
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    raise expected("a number from 1 up, or off")
-
-
-def _rate_or_off(value: object) -> Rate | None:
-    if value is None or value is False or value == "off":
-        return None
-    if isinstance(value, Rate):
-        return value
-    if isinstance(value, str) and (match := _RATE.fullmatch(value)):
+def _rate(value: object) -> Rate:
+    if isinstance(value, str) and (match := re.fullmatch(_RATE, value)):
         return Rate(int(match[1]), _RATE_SECONDS[match[2]])
-    raise expected("a number within a time, such as 600/1m, with 1s, 1m, 1h or 1d, or off")
+    raise Expected("a number within a time, such as 600/1m, with 1s, 1m, 1h or 1d")
 
 
-def _size(value: object, info: ValidationInfo) -> int:
-    size = 0
-    if isinstance(value, str):
-        if match := _SIZE.fullmatch(value):
-            size = int(match[1]) * _SIZE_BYTES[match[2]]
-    elif isinstance(value, int) and not isinstance(value, bool) and info.context is not DOCUMENT:
-        size = value
-    if size <= 0:
-        raise expected("a size such as 512KiB or 32MiB")
+def read_size(value: object) -> int:
+    match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
+    size = int(match[1]) * _SIZE_BYTES[match[2]] if match else 0
+    if not size:
+        raise Expected("a size such as 512KiB or 32MiB")
     return size
-
-
-def _size_or_off(value: object, info: ValidationInfo) -> int | None:
-    return None if value is None or value is False or value == "off" else _size(value, info)
 
 
 def _dialect(value: object) -> str:
@@ -204,7 +161,7 @@ def _dialect(value: object) -> str:
     names = _dialect_names()
     if value in names:
         return str(value)
-    raise expected(f"auto or the name of a dialect ({', '.join(names)})")
+    raise Expected(f"auto or the name of a dialect ({', '.join(names)})")
 
 
 def _dialect_names() -> tuple[str, ...]:
@@ -217,61 +174,40 @@ def _dialect_names() -> tuple[str, ...]:
 def _glob(value: object) -> str:
     if isinstance(value, str) and value:
         return value
-    raise expected("the name of a model or a glob such as gpt-4*")
+    raise Expected("the name of a model or a glob such as gpt-4*")
 
 
 def _host_name(value: object) -> str:
-    if isinstance(value, str) and _HOST_NAME.fullmatch(value):
+    if isinstance(value, str) and re.fullmatch(_HOST_NAME, value):
         return value.lower()
-    raise expected("the name of a host such as proxy.example.org, without port")
-
-
-def _listed(value: object) -> tuple[object, ...]:
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        return (value,)
-    if isinstance(value, tuple):
-        return value
-    raise expected("text or a list")
+    raise Expected("the name of a host such as proxy.example.org, without port")
 
 
 def _method(value: object) -> str:
-    if isinstance(value, str) and _TOKEN.fullmatch(value):
+    if isinstance(value, str) and re.fullmatch(_TOKEN, value):
         return value.upper()
-    raise expected("an HTTP method such as POST")
+    raise Expected("an HTTP method such as POST")
 
 
 def _network(value: object) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
-        return value
     try:
         if isinstance(value, str):
             return ipaddress.ip_network(value)
     except ValueError:
         pass
-    raise expected("an address or a network such as 10.0.0.0/8")
+    raise Expected("an address or a network such as 10.0.0.0/8")
 
 
-def _name(value: object) -> str:
-    if isinstance(value, str) and _NAME.fullmatch(value):
+def read_name(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(_NAME, value):
         return value
-    raise expected("a name: 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+    raise Expected("a name: 1 to 64 of the characters A-Z a-z 0-9 _ . -")
 
 
-def _path(value: object) -> str:
-    if isinstance(value, str) and _PATH.fullmatch(value):
+def read_path(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(_PATH, value):
         return value.removesuffix("/") or "/"
-    raise expected("a path such as /v1, without query, empty segments and dot segments")
-
-
-def _one_of(*names: str) -> Callable[[object], str]:
-    """A reader that accepts one of `names`. YAML 1.1 reads a plain `off` as False; this is `off` again."""
-
-    def read(value: object) -> str:
-        if value in names or (value is False and "off" in names):
-            return str(value) if value else "off"
-        raise expected(f"{', '.join(names[:-1])} or {names[-1]}")
-
-    return read
+    raise Expected("a path such as /v1, without query, empty segments and dot segments")
 
 
 def _retry_on(value: object) -> str:
@@ -279,19 +215,17 @@ def _retry_on(value: object) -> str:
         value = str(value)
     if value in RETRIES:
         return str(value)
-    raise expected(f"one of {', '.join(RETRIES)}")
+    raise Expected(f"one of {', '.join(RETRIES)}")
 
 
 def _affinity(value: object) -> Source:
-    if isinstance(value, Source):
-        return value
     kind, _, what = value.partition(":") if isinstance(value, str) else ("", "", "")
-    size = _SIZE.fullmatch(what) if kind == "prefix" else None
-    if (kind == "header" and _TOKEN.fullmatch(what)) or (kind == "field" and what):
+    size = re.fullmatch(_SIZE, what) if kind == "prefix" else None
+    if (kind == "header" and re.fullmatch(_TOKEN, what)) or (kind == "field" and what):
         return Source(kind, what)
     if size is not None and 0 < (number := int(size[1]) * _SIZE_BYTES[size[2]]) <= MAX_PREFIX:
         return Source(kind, str(number))
-    raise expected("header:NAME, field:NAME, or prefix:SIZE with at most 64KiB, such as prefix:1KiB")
+    raise Expected("header:NAME, field:NAME, or prefix:SIZE with at most 64KiB, such as prefix:1KiB")
 
 
 def _format_source(source: Source) -> str:
@@ -299,27 +233,16 @@ def _format_source(source: Source) -> str:
 
 
 def _key_digest(value: object) -> str:
-    if isinstance(value, str) and KEY_DIGEST.fullmatch(value):
+    if isinstance(value, str) and re.fullmatch(KEY_DIGEST, value):
         return value
     # The value is not shown, because somebody may have put the key itself there.
-    raise expected("the digest of a key, as sseproxy key prints it: sha256: and 64 hexadecimal digits", show=False)
-
-
-def _ledger_url(value: object) -> SecretStr | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = SecretStr(value)
-    if isinstance(value, SecretStr) and _LEDGER_URL.fullmatch(value.get_secret_value()):
-        return value
-    # The value is not shown, because it may have a password.
-    raise expected("a URL such as redis://127.0.0.1:6379/0, with redis, rediss or unix", show=False)
+    raise Expected("the digest of a key, as sseproxy key prints it: sha256: and 64 hexadecimal digits", "nothing")
 
 
 def _share(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
-    raise expected("a share above 0, up to 1")
+    raise Expected("a share above 0, up to 1")
 
 
 def read_url(value: object) -> str:
@@ -332,11 +255,13 @@ def read_url(value: object) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise expected("a URL such as https://api.openai.com/v1", show=show)
+        raise Expected("a URL such as https://api.openai.com/v1", "value" if show else "nothing")
     if re.match("[^/]*//[^/]*@", text):
-        raise expected("a URL without user name and password; a key belongs into api_key", show=show)
+        raise Expected(
+            "a URL without user name and password; a key belongs into api_key", "value" if show else "nothing"
+        )
     if "?" in text or "#" in text:
-        raise expected("a URL without query and fragment", show=show)
+        raise Expected("a URL without query and fragment", "value" if show else "nothing")
     return str(url).rstrip("/")
 
 
@@ -351,13 +276,13 @@ def is_address(url: str) -> bool:
 def _text(value: object) -> str:
     if isinstance(value, str):
         return value
-    raise expected("text")
+    raise Expected("text")
 
 
-def _model_or_none(value: object) -> str | None:
-    if value is None or (isinstance(value, str) and value and value.isprintable()):
+def _model(value: object) -> str:
+    if isinstance(value, str) and value and value.isprintable():
         return value
-    raise expected("the name of a model")
+    raise Expected("the name of a model")
 
 
 def read_workers(value: object) -> int | Literal["auto"]:
@@ -365,7 +290,7 @@ def read_workers(value: object) -> int | Literal["auto"]:
         return "auto"
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    raise expected("auto or a number of processes from 1 up")
+    raise Expected("auto or a number of processes from 1 up")
 
 
 def _format_duration(seconds: float | None) -> str:
@@ -392,19 +317,16 @@ def format_size(size: int | None) -> str:
     return f"{size // factor}{unit}"
 
 
-NONE: Final[JsonSchemaValue] = {"type": "null"}
-TEXT: Final[JsonSchemaValue] = {"type": "string"}
-_NUMBER: Final[JsonSchemaValue] = {"type": "integer", "minimum": 1}
-_IN_TIME: Final[JsonSchemaValue] = {"type": "string", "pattern": "^([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"}
-_IN_BYTES: Final[JsonSchemaValue] = {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}
-_VARIABLE: Final[JsonSchemaValue] = {"type": "string", "pattern": r"\$\{"}
+_NUMBER: Final[Schema] = {"type": "integer", "minimum": 1}
+_IN_TIME: Final[Schema] = {"type": "string", "pattern": "^([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"}
+_IN_BYTES: Final[Schema] = {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}
 
 
 def _as_in_yaml(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-def _enum(*values: str | bool | int) -> JsonSchemaValue:
+def _enum(*values: str | bool | int) -> Schema:
     return {"enum": list(values)}
 
 
@@ -412,196 +334,122 @@ def _enum(*values: str | bool | int) -> JsonSchemaValue:
 _OFF: Final = _enum("off", False)
 
 
-def _one_or_more(item: JsonSchemaValue) -> JsonSchemaValue:
-    return {"anyOf": [item, {"type": "array", "items": item}]}
+def _one_of(*names: str) -> Option:
+    """An option that is one of `names`. YAML 1.1 reads a plain `off` as False; this is `off` again."""
+
+    def read(value: object) -> str:
+        if value in names or (value is False and "off" in names):
+            return str(value) if value else "off"
+        raise Expected(f"{', '.join(names[:-1])} or {names[-1]}")
+
+    return Value(read, _enum(*names, *([False] if "off" in names else [])))
 
 
-class AlsoAs:
-    """Adds `schema` to the JSON schema of a type: values may be written in that form, too."""
-
-    def __init__(self, schema: JsonSchemaValue) -> None:
-        self._schema = schema
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [self._schema, handler(schema)]}
-
-
-class Option:
-    """A type of option: `read` validates a value, `schemas` describe it to editors, and `write` turns it into text.
-
-    A schema that needs an import is a function, which is called only when the schema is printed.
-    """
-
-    def __init__(
-        self,
-        read: Callable[..., object],
-        *schemas: JsonSchemaValue | Callable[[], JsonSchemaValue],
-        write: Callable[..., object] | None = None,
-    ) -> None:
-        self._reader = BeforeValidator(read)
-        # Any value may also be text with ${VAR}.
-        self._schemas = list(schemas) if TEXT in schemas else [*schemas, _VARIABLE]
-        self._write = write
-
-    def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema = self._reader.__get_pydantic_core_schema__(source, handler)
-        if self._write is None:
-            return schema
-        return cast(CoreSchema, {**schema, "serialization": plain_serializer_function_ser_schema(self._write)})
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        schemas = [known() if callable(known) else known for known in self._schemas]
-        return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-
-Duration = Annotated[float, Option(_duration, _IN_TIME, write=_format_duration)]
+Duration = Annotated[float, Value(_duration, _IN_TIME, write=_format_duration)]
 """Seconds. Written as `250ms`, `30s`, `5m`, `1h` or a combination in descending units, such as `1m30s`."""
 
-DurationOrOff = Annotated[float | None, Option(_duration_or_off, _IN_TIME, _OFF, NONE, write=_format_duration)]
+DurationOrOff = Annotated[float | None, Value(_or_off(_duration), _IN_TIME, _OFF, NONE, write=_format_duration)]
 """A `Duration`, or `None`, which is written as `off`."""
 
-Size = Annotated[int, Option(_size, _IN_BYTES, write=format_size)]
+Size = Annotated[int, Value(read_size, _IN_BYTES, write=format_size)]
 """Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
 
-SizeOrOff = Annotated[int | None, Option(_size_or_off, _IN_BYTES, _OFF, NONE, write=format_size)]
+SizeOrOff = Annotated[int | None, Value(_or_off(read_size), _IN_BYTES, _OFF, NONE, write=format_size)]
 """A `Size`, or `None`, which is written as `off`."""
 
-Count = Annotated[int, Option(_count, _NUMBER)]
+Count = Annotated[int, Value(_count, _NUMBER)]
 
-CountOrOff = Annotated[int | None, Option(_count_or_off, _NUMBER, _OFF, NONE, write=lambda n: n or "off")]
+CountOrOff = Annotated[int | None, Value(_or_off(_count), _NUMBER, _OFF, NONE, write=lambda n: n or "off")]
 """A number from 1 up, or `None`, which is written as `off`."""
 
 RateOrOff = Annotated[
     Rate | None,
-    Option(_rate_or_off, {"type": "string", "pattern": f"^{_RATE.pattern}$"}, _OFF, NONE, write=format_rate),
+    Value(_or_off(_rate), {"type": "string", "pattern": f"^{_RATE}$"}, _OFF, NONE, write=format_rate),
 ]
 """A number within a time, written as `600/1m`, or `None`, which is written as `off`."""
 
-Share = Annotated[float, Option(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
+Share = Annotated[float, Value(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
 
-Workers = Annotated[PositiveInt | Literal["auto"], Option(read_workers, _NUMBER, _enum("auto"))]
+Workers = Annotated[int | Literal["auto"], Value(read_workers, _NUMBER, _enum("auto"))]
 
-Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, Option(_network, TEXT, write=str)]
+Networks = Annotated[
+    tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],
+    ListOf(Value(_network, TEXT, write=str), text_or_list),
+]
 
-Networks = Annotated[tuple[Network, ...], Option(_listed, _one_or_more(TEXT))]
+_LISTEN: Final = Value(read_address, TEXT, write=str)
 
-ListenAddress = Annotated[Listen, Option(read_address, TEXT, write=str)]
+ListenAddress = Annotated[Listen, _LISTEN]
 
-ListenAddresses = Annotated[tuple[ListenAddress, ...], Option(_addresses, _one_or_more(TEXT)), Field(min_length=1)]
+ListenAddresses = Annotated[tuple[Listen, ...], ListOf(_LISTEN, _addresses, least=1)]
 
-URLText = Annotated[str, Option(read_url, TEXT)]
+URLText = Annotated[str, Value(read_url, TEXT)]
 """The URL of an API, canonical, without trailing slash."""
 
-URLOrNone = Annotated[str | None, Option(lambda value: None if value is None else read_url(value), TEXT, NONE)]
+URLOrNone = Annotated[str | None, Value(_or_none(read_url), TEXT, NONE)]
 
 Retries = Annotated[
-    tuple[Annotated[str, Option(_retry_on, _enum(*map(_as_in_yaml, RETRIES)), write=_as_in_yaml)], ...],
-    Option(_listed, _one_or_more(_enum(*map(_as_in_yaml, RETRIES)))),
+    tuple[str, ...],
+    ListOf(Value(_retry_on, _enum(*map(_as_in_yaml, RETRIES)), write=_as_in_yaml), text_or_list),
 ]
 
-Until = Annotated[
-    Literal["head", "first_token", "end"],
-    Option(_one_of("head", "first_token", "end"), _enum("head", "first_token", "end")),
-]
+Until = Annotated[Literal["head", "first_token", "end"], _one_of("head", "first_token", "end")]
 
-Affinity = Annotated[
-    tuple[Annotated[Source, Option(_affinity, TEXT, write=_format_source)], ...], Option(_listed, _one_or_more(TEXT))
-]
+Affinity = Annotated[tuple[Source, ...], ListOf(Value(_affinity, TEXT, write=_format_source), text_or_list)]
 
-ApiKey = Annotated[SecretStr | None, Option(_secret("an API key"), TEXT, NONE)]
+ApiKey = Annotated[Secret | None, Value(_or_none(_api_key), TEXT, NONE)]
 
-AdminToken = Annotated[SecretStr | None, Option(_secret("a token"), TEXT, NONE)]
+AdminToken = Annotated[Secret | None, Value(_or_none(_admin_token), TEXT, NONE)]
 
-Token = Annotated[SecretStr, Option(_token, TEXT)]
+Token = Annotated[Secret, Value(_token, TEXT)]
 
-LedgerURL = Annotated[SecretStr | None, Option(_ledger_url, TEXT, NONE)]
+LedgerURL = Annotated[Secret | None, Value(_or_none(_ledger_url), TEXT, NONE)]
 """The URL of a server, with its password if it needs one."""
 
-OnFailure = Annotated[Literal["local", "refuse"], Option(_one_of("local", "refuse"), _enum("local", "refuse"))]
+OnFailure = Annotated[Literal["local", "refuse"], _one_of("local", "refuse")]
 
-FieldName = Annotated[str, Option(_header, TEXT)]
+FieldName = Annotated[str, Value(_header, TEXT)]
 
-Text = Annotated[str, Option(_text, TEXT)]
+Text = Annotated[str, Value(_text, TEXT)]
 
-ModelName = Annotated[str | None, Option(_model_or_none, TEXT, NONE)]
+ModelName = Annotated[str | None, Value(_or_none(_model), TEXT, NONE)]
 
-RequiredPath = Annotated[str, Option(_file_path, TEXT)]
+RequiredPath = Annotated[str, Value(_file_path, TEXT)]
 """The path of a file. A relative path starts at the working directory."""
 
-FilePath = Annotated[str | None, Option(_file_path_or_none, TEXT, NONE)]
+FilePath = Annotated[str | None, Value(_or_none(_file_path), TEXT, NONE)]
 
-Name = Annotated[str, Option(_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"})]
+_NAMED: Final = Value(read_name, {"type": "string", "pattern": f"^{_NAME}$"})
+
+Name = Annotated[str, _NAMED]
 """A name is the value of a metric label, so it is short and has no special characters."""
 
-PathPrefix = Annotated[str, Option(_path, {"type": "string", "pattern": r"^/|\$\{"})]
+Names = Annotated[tuple[str, ...], ListOf(_NAMED, text_or_list)]
 
-Globs = Annotated[tuple[Annotated[str, BeforeValidator(_glob)], ...], Option(_listed, _one_or_more(TEXT))]
+PathPrefix = Annotated[str, Value(read_path, {"type": "string", "pattern": r"^/|\$\{"})]
 
-Names = Annotated[tuple[Annotated[str, BeforeValidator(_name)], ...], Option(_listed, _one_or_more(TEXT))]
+Globs = Annotated[tuple[str, ...], ListOf(Value(_glob, TEXT), text_or_list)]
 
 KeyDigests = Annotated[
-    tuple[Annotated[str, BeforeValidator(_key_digest)], ...],
-    Option(_listed, _one_or_more({"type": "string", "pattern": f"^{KEY_DIGEST.pattern}$"})),
+    tuple[str, ...],
+    ListOf(Value(_key_digest, {"type": "string", "pattern": f"^{KEY_DIGEST}$"}), text_or_list),
 ]
 """Digests of keys. The keys themselves are never in a file."""
 
-HostNames = Annotated[tuple[Annotated[str, BeforeValidator(_host_name)], ...], Option(_listed, _one_or_more(TEXT))]
+HostNames = Annotated[tuple[str, ...], ListOf(Value(_host_name, TEXT), text_or_list)]
 
-Methods = Annotated[tuple[Annotated[str, BeforeValidator(_method)], ...], Option(_listed, _one_or_more(TEXT))]
+Methods = Annotated[tuple[str, ...], ListOf(Value(_method, TEXT), text_or_list)]
 
-DialectName = Annotated[str, Option(_dialect, lambda: _enum("auto", *_dialect_names()))]
+DialectName = Annotated[str, Value(_dialect, lambda: _enum("auto", *_dialect_names()))]
 
-TLSVersion = Annotated[Literal["1.2", "1.3"], Option(_tls_version, _enum("1.2", "1.3"))]
+TLSVersion = Annotated[Literal["1.2", "1.3"], Value(_tls_version, _enum("1.2", "1.3"))]
 
-Exchanges = Annotated[
-    Literal["all", "errors", "off"], Option(_one_of("all", "errors", "off"), _enum("all", "errors", "off", False))
-]
+Exchanges = Annotated[Literal["all", "errors", "off"], _one_of("all", "errors", "off")]
 
-LoggedPaths = Annotated[
-    Literal["known", "all", "off"], Option(_one_of("known", "all", "off"), _enum("known", "all", "off", False))
-]
+LoggedPaths = Annotated[Literal["known", "all", "off"], _one_of("known", "all", "off")]
 
-MetricsDetail = Annotated[Literal["full", "basic"], Option(_one_of("full", "basic"), _enum("full", "basic"))]
+MetricsDetail = Annotated[Literal["full", "basic"], _one_of("full", "basic")]
 
-LogLevel = Annotated[
-    Literal["debug", "info", "warning", "error"],
-    Option(_one_of("debug", "info", "warning", "error"), _enum("debug", "info", "warning", "error")),
-]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], _one_of("debug", "info", "warning", "error")]
 
-LogFormat = Annotated[
-    Literal["auto", "json", "text"], Option(_one_of("auto", "json", "text"), _enum("auto", "json", "text"))
-]
-
-
-# How messages show locations and values.
-
-Loc = tuple[str | int, ...]
-"""The location of a part of a configuration: keys and indices, from the top."""
-
-_NOT_IN_WORD = re.compile(r"[^A-Za-z0-9_-]")
-
-
-def dotted(loc: Loc) -> str:
-    """A location as text: `path.to[0].key`.
-
-    Only the first word of a key is shown, and nothing below an `api_key` or a `token`, because both may contain a
-    secret: the YAML `{api_key:secret}` has one key that includes it.
-    """
-    path = ""
-    for key in loc:
-        if isinstance(key, int):
-            path += f"[{key}]"
-            continue
-        word = _NOT_IN_WORD.split(key)[0][:64]
-        path += f".{word}" if word == key else f".{word}\N{HORIZONTAL ELLIPSIS}"
-        if key in ("api_key", "token"):
-            break
-    return path.removeprefix(".")
-
-
-def quoted(text: str) -> str:
-    return repr(shortened(text))
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 64 else text[:63] + "\N{HORIZONTAL ELLIPSIS}"
+LogFormat = Annotated[Literal["auto", "json", "text"], _one_of("auto", "json", "text")]

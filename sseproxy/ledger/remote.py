@@ -173,9 +173,7 @@ class Remote:
         from redis.asyncio import Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
-        from redis.exceptions import RedisError
 
-        self._errors: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError, *_UNREADABLE)
         # A connection that was idle while the server was started again fails at once, so there is a second attempt.
         self._redis = Redis.from_url(
             url,
@@ -216,7 +214,8 @@ class Remote:
             if not asking.done():
                 raise TimeoutError
             answer = read(asking.result())
-        except self._errors as error:
+        except Exception as error:
+            # The library raises more than its own errors: on uvloop a RuntimeError, if the connection has just ended.
             self._failures += 1
             if self._failures >= _FAILURES:
                 self._failures, self._left_alone_until = 0, perf_counter() + _LEFT_ALONE

@@ -107,7 +107,7 @@ def application(
         if costs and of_another_site(request, authority):
             return web.Response(status=403, text="Pages of other sites are not allowed to do this.\n")
         token = options().token
-        if token is None or request.path in _OPEN or login.admits(request, token.get_secret_value()):
+        if token is None or request.path in _OPEN or login.admits(request, token.reveal()):
             return await handler(request)
         if request.path in _PAGES and "text/html" in request.headers.get(hdrs.ACCEPT, ""):
             response = pages.LOGIN.response(401, to=request.path, problem="")
@@ -127,11 +127,11 @@ def application(
         form, token = await request.post(), options().token
         to = str(form.get("to", "/"))
         to = to if to in _PAGES else "/"
-        if token is not None and not login.is_token(str(form.get("token", "")), token.get_secret_value()):
+        if token is not None and not login.is_token(str(form.get("token", "")), token.reveal()):
             return pages.LOGIN.response(401, to=to, problem="This is not the token.")
         response = web.Response(status=303, headers={hdrs.LOCATION: to, hdrs.CACHE_CONTROL: "no-store"})
         if token is not None:
-            login.log_in(response, token.get_secret_value(), secure=request.secure)
+            login.log_in(response, token.reveal(), secure=request.secure)
         return response
 
     async def metrics(request: web.Request) -> web.Response:

@@ -186,7 +186,7 @@ class _Upstream:
         url = URL(endpoint.config.url, encoded=True).origin().with_path(options.path, encoded=True)
         fields: dict[str, str] = {hdrs.USER_AGENT: f"sseproxy/{__version__}"}
         if (key := endpoint.config.key or self.config.key) is not None:
-            name, value = credential(self.config.api_key_header, key.get_secret_value())
+            name, value = credential(self.config.api_key_header, key.reveal())
             fields[name.decode()] = value.decode()
         resolver = _Resolver(endpoint.address)
         await asyncio.sleep(random.uniform(0, min(_FIRST_CHECK, options.interval)))

@@ -23,6 +23,7 @@ from typing import get_args
 
 import aiohttp
 from aiohttp import web
+from msgspec.structs import replace
 
 from .. import __version__
 from ..config import Address, Config, Listen
@@ -372,7 +373,7 @@ class Supervisor:
         anywhere = Address("127.0.0.1", 0)
         try:
             sockets: _Sockets = {anywhere: listen("listen", anywhere)}
-            config = self.config.model_copy(update={"workers": 1})
+            config = replace(self.config, workers=1)
             worker = self._generate(config, sockets, self._columns(config))
             if not await self._wait_for_start(worker, lambda: bool(worker.last_exit)):
                 raise ReloadError(worker.missing())

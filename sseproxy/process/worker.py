@@ -26,6 +26,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import uvloop
+from msgspec.structs import replace
 
 from ..ledger.table import Row, opened
 from ..observe import metrics
@@ -69,7 +70,7 @@ class Instructions(NamedTuple):
 
     def encoded(self) -> bytes:
         """The first frame of a worker's channel. It is a pickle, which only a child of this process ever reads."""
-        body = pickle.dumps((self.config.plain(), *self[1:]))
+        body = pickle.dumps((self.config.for_workers(), *self[1:]))
         return _HEADER.pack(len(body)) + body
 
 
@@ -122,13 +123,11 @@ class Worker:
 
         assert config.probe is not None
         sock = socket.create_server(("127.0.0.1", 0))
-        self._probe = Origin(config.probe.token.get_secret_value(), row), sock
+        self._probe = Origin(config.probe.token.reveal(), row), sock
         # The upstream of the probe is the last one (`Config.with_probe`).
         *upstreams, upstream = config.upstreams
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        (endpoint,) = upstream.endpoints
-        upstream = upstream.model_copy(update={"url": url, "endpoints": (endpoint.model_copy(update={"url": url}),)})
-        return config.model_copy(update={"upstreams": (*upstreams, upstream)})
+        return replace(config, upstreams=(*upstreams, replace(upstream, url=url)))
 
     def _stop_accepting(self) -> None:
         self._accepting.stop()

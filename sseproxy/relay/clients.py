@@ -38,7 +38,7 @@ from .routes import said, some
 if TYPE_CHECKING:
     from ..config import Client as Options
     from ..config import Route
-    from ..config.plain import Rate
+    from ..config.values import Rate
     from ..ledger.table import Row
     from .exchange import Exchange
 

@@ -23,6 +23,8 @@ from operator import attrgetter
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from ..errors import (
     ExchangeError,
     InternalError,
@@ -42,6 +44,7 @@ from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
 from ..wire.request import RequestReader, reader_of
 from ..wire.sse import MarkStripper, Stripper
+from ..wire.target import is_for_the_server, split_target, without_host
 from ..wire.usage import UsageStripper
 from . import routes
 from .admission import Ticket
@@ -264,7 +267,7 @@ class Relay:
             exchange.method = self._request.method
             target = self._request.target
             # The host of an absolute target may have a user and a password before it.
-            exchange.path = (target if target[0] == "/" else routes.without_host(target)).partition("?")[0]
+            exchange.path = (target if target[0] == "/" else without_host(target)).partition("?")[0]
             exchange.traceparent = headers.traceparent(self._request.fields)
         return self._exchange
 
@@ -463,7 +466,7 @@ class Relay:
     def _ends_here(self) -> bool:
         """Whether an OPTIONS request is for this server itself: it says so, or may not be forwarded any more."""
         request = self._request
-        if routes.is_for_the_server(request.target):
+        if is_for_the_server(request.target):
             return True
         try:
             fields = headers.one_hop_less(request.fields)
@@ -475,7 +478,7 @@ class Relay:
 
     async def _route(self) -> tuple[Route, str, str]:
         """Phase 2: Route. Returns the route, the path and the query."""
-        path, query = routes.split_target(self._request.target)
+        path, query = split_target(self._request.target)
         candidates = self._proxy.router.candidates(self._request.method, path)
         if self._proxy.clients is not None:
             query = self._identify(self._proxy.clients, candidates, path, query)
@@ -487,7 +490,7 @@ class Relay:
             silence = max(route.timeouts.body for route in candidates)
             totals = [route.timeouts.total for route in candidates]
             total = None if None in totals else max(total for total in totals if total is not None)
-            clock = self._start_clock(candidates[0].timeouts.model_copy(update={"body": silence, "total": total}))
+            clock = self._start_clock(replace(candidates[0].timeouts, body=silence, total=total))
             await self._collect(clock, silence)
             if self._read is None:
                 raise RequestError("body_too_large")

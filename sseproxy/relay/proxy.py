@@ -147,7 +147,7 @@ class Proxy:
             return None
         failed = self.observer("", "", routes.OTHER).ledger_failed
         refuses = config.ledger.on_failure == "refuse"
-        return Remote(config.ledger.url.get_secret_value(), row.machine, failed, refuses=refuses)
+        return Remote(config.ledger.url.reveal(), row.machine, failed, refuses=refuses)
 
     def handle(self, request: Request) -> Coroutine[None, None, Answer]:
         return Relay(self, request).run()

@@ -46,7 +46,7 @@ from .routes import client_path
 
 if TYPE_CHECKING:
     from ..config import Endpoint as EndpointConfig
-    from ..config import Limits, Route
+    from ..config import Limits, Route, UpstreamTLS
     from ..config import Upstream as UpstreamConfig
     from ..ledger.endpoints import Standing
     from ..ledger.table import Count
@@ -61,6 +61,13 @@ _REFERENCE = re.compile(r"(?:(?:https?:)?//([^/?#]*)(?=[/?#]|$)|(?=/))([^?#]*)",
 
 _NO_TIMEOUT = ClientTimeout()
 _NO_QUEUE: deque[Any] = deque(maxlen=0)
+
+
+@functools.cache
+def _tls_of(options: UpstreamTLS) -> ssl.SSLContext:
+    # Cached, because to load the system's CA certificates takes 20 ms. A worker has one configuration for all its
+    # life, so it does not need to read the files again.
+    return options.context()
 
 
 class BodySink(Protocol):
@@ -396,13 +403,13 @@ class Endpoint:
         """What it is called in metrics and in the log."""
         self.standing = standing
         key = config.key or of.key
-        self.credential = None if key is None else headers.credential(of.api_key_header, key.get_secret_value())
+        self.credential = None if key is None else headers.credential(of.api_key_header, key.reveal())
         self.base_path = url.raw_path.rstrip("/")
         self.port = url.port or 0
         self.host = (url.host_port_subcomponent or "").encode("ascii")
         # As which it may know itself: by the Host that it is sent, or with its port told all the same.
         self._names = {self.host.decode().lower(), f"{url.host_subcomponent}:{url.port}".lower()}
-        self._target = cast(ClientRequest, _Target(url, of.tls.context() if url.scheme == "https" else True, address))
+        self._target = cast(ClientRequest, _Target(url, _tls_of(of.tls) if url.scheme == "https" else True, address))
         loop = asyncio.get_running_loop()
         # Without a limit. With one, requests would wait in a queue of aiohttp that no metric shows.
         self._connector = TCPConnector(limit=0, ttl_dns_cache=10)

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from ..errors import ProtocolError
 from .credentials import CREDENTIALS, has_secret, without_session
+from .target import ABSOLUTE
 
 Field = tuple[bytes, bytes]
 
@@ -125,8 +126,6 @@ _NOT_DOWN: Final = {
 _HEAD: Final = re.compile(
     rb"(?:[\t\x20-\x7e\x80-\xff]++\r\n)(?:[\x21-\x39\x3b-\x7e]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*\r\n"
 )
-# RFC 9112, section 3.2.2: the scheme and the authority of a target in absolute form.
-ABSOLUTE: Final = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 # RFC 9110, section 4.2.3: a name, an IPv4 or an IPv6 address, and a port. No user, no list, not empty.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
