@@ -78,7 +78,7 @@ outcome and is reported once.*
     config          a frozen, typed configuration; errors name file, line and column
       addresses       listening addresses
       files           reading files, loading certificates
-      options         what an option and a part with options are: how they are read, written and described to editors
+      options         options, and sections, which have options: how they are read, written, and described to editors
       values          durations, sizes, addresses, keys: how each is read and written, and its JSON schema
       named           the options that name a file
       model           all options, and the rules between them

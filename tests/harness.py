@@ -19,7 +19,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from sseproxy import config
-from sseproxy.config.options import Part, PartOf, Reading, Secret
+from sseproxy.config.options import Reading, Secret, Section, SectionOf
 from sseproxy.ledger.table import Row, alone
 from sseproxy.observe.metrics import Report
 from sseproxy.observe.registry import Registry, exposition
@@ -399,13 +399,14 @@ def settings(upstream_url: str, **more: Any) -> config.Config:
     return config.Config(**(defaults | more))
 
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=Section)
 
 
 def valid(kind: type[P], data: dict[str, Any]) -> P:
-    """The part of a configuration that a document with `data` describes."""
-    found = PartOf(kind).read(data, (), Reading())
-    assert isinstance(found, kind)
+    """The section of a configuration that a document with `data` describes."""
+    reading = Reading()
+    found = SectionOf(kind).read(data, (), reading)
+    assert isinstance(found, kind), reading.problems
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+import yarl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -27,9 +28,10 @@ from sseproxy.config import (
     UnixAddress,
     Upstream,
     files,
+    values,
 )
 from sseproxy.config.document import Document
-from sseproxy.config.options import Loc, Part, Secret, options_of
+from sseproxy.config.options import Loc, Secret, Section, options_of
 from sseproxy.errors import ConfigError
 from sseproxy.wire.dialects import DIALECT_NAMES
 
@@ -50,7 +52,7 @@ routes:
     upstream: openai
 """
 VALID = UPSTREAMS + ROUTES
-NAMES = [option.name for option in options_of(Config)]
+NAMES = [*options_of(Config)]
 
 TOP_KEYS = (
     "access_log, admin, clients, drain_timeout, ledger, limits, listen, log, max_body, metrics, probe, reload, routes, "
@@ -791,7 +793,7 @@ def test_config_survives_pickling() -> None:
 
 def test_minimal_config_loads() -> None:
     loaded = config.load(CONFIGS / "minimal.yaml", {"OPENAI_API_KEY": SECRET})
-    assert loaded == Config(
+    assert replace(loaded, places=()) == Config(
         upstreams=(Upstream(name="openai", url="https://api.openai.com/v1", api_key=Secret(SECRET)),),
         routes=(Route(name="api", match=Match(path="/v1"), upstream=(Target(name="openai"),)),),
         variables=frozenset({"OPENAI_API_KEY"}),
@@ -801,18 +803,18 @@ def test_minimal_config_loads() -> None:
     ]
 
 
-def assert_complete_with_defaults(part: Part, loc: Loc, document: Document) -> None:
-    for option in options_of(type(part)):
-        place, value = (*loc, option.name), getattr(part, option.name)
+def assert_complete_with_defaults(section: Section, loc: Loc, document: Document) -> None:
+    for name, option in options_of(type(section)).items():
+        place, value = (*loc, name), getattr(section, name)
         assert place in document.parts
         # One of url and urls is required.
-        if not option.required and option.name != "url":
+        if not option.required and name != "url":
             assert value == option.default, place
-        if isinstance(value, Part):
+        if isinstance(value, Section):
             assert_complete_with_defaults(value, place, document)
         for index, item in enumerate(value if isinstance(value, tuple) else ()):
             # A target without a model is written as its name.
-            if isinstance(item, Part) and not isinstance(item, config.Target):
+            if isinstance(item, Section) and not isinstance(item, config.Target):
                 assert_complete_with_defaults(item, (*place, index), document)
 
 
@@ -828,10 +830,10 @@ def test_reference_config_has_what_is_only_there_if_it_is_wanted() -> None:
     lines = (CONFIGS / "reference.yaml").read_text().splitlines()
     for name, part in (("tls", config.TLS), ("probe", config.Probe)):
         section = lines[lines.index(f"{name}:") :]
-        for option in options_of(part):
-            line = next(line for line in section if line.startswith(f"  # {option.name}: "))
-            optional = not option.required and option.default is not None
-            assert not optional or line.replace('"', "") == f"  # {option.name}: {option.default}"
+        for option, declared in options_of(part).items():
+            line = next(line for line in section if line.startswith(f"  # {option}: "))
+            optional = not declared.required and declared.default is not None
+            assert not optional or line.replace('"', "") == f"  # {option}: {declared.default}"
 
 
 def test_a_key_is_read_from_its_file_and_shown_nowhere(tmp_path: Path) -> None:
@@ -899,6 +901,11 @@ def test_routes_that_differ_in_model_or_methods_are_no_conflict() -> None:
 def test_urls_are_canonical_and_without_trailing_slash(written: str, url: str) -> None:
     loaded = config.parse(upstream("").replace("http://h", written), "f", {})
     assert loaded.upstreams[0].url == url
+
+
+@given(st.from_regex(values._CANONICAL_URL, fullmatch=True))
+def test_a_url_that_is_taken_as_it_is_is_canonical(written: str) -> None:
+    assert values.read_url(written) == str(yarl.URL(written)).rstrip("/")
 
 
 @pytest.mark.parametrize(
@@ -1051,7 +1058,7 @@ SCALARS = [
     "/v1",
     ":80",
 ]
-KEYS = [option.name for part in (Config, Upstream, Route, Match, Timeouts) for option in options_of(part)]
+KEYS = [name for section in (Config, Upstream, Route, Match, Timeouts) for name in options_of(section)]
 FRAGMENTS = st.sampled_from(SYNTAX + REFUSED + SCALARS + KEYS)
 
 

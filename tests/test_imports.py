@@ -156,7 +156,7 @@ MODEL = {"msgspec", "yaml", "yarl", "sseproxy.config.model"}
         (["--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
         (["demo", "--help"], SERVING | MODEL | {"http.client", "ssl"}, 90),
         (["healthcheck", "--admin", "127.0.0.1:1"], SERVING | MODEL | {"http.client", "ssl", "email"}, 120),
-        (["check-config", str(ROOT.parent / "configs" / "minimal.yaml")], SERVING | {"ssl"}, 330),
+        (["check-config", str(ROOT.parent / "configs" / "minimal.yaml")], SERVING | {"ssl", "yarl"}, 200),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

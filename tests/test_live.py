@@ -445,6 +445,7 @@ async def test_a_stream_of_events_ends_when_what_is_allowed_changes() -> None:
         workers.options = Admin(token=Secret(TOKEN))
         with pytest.raises(EOFError):
             await looker.until(lambda: False)
+    assert Admin(token=Secret(TOKEN)) == Admin(token=Secret(TOKEN)) != Admin(token=Secret("another"))
 
 
 async def test_a_listener_that_closes_and_opens_again_has_lost_nobody() -> None:

@@ -108,7 +108,7 @@ async def test_what_a_file_comes_to_is_a_file_with_the_same_meaning(path: Path) 
 
 def without_keys(settings: Config) -> dict[str, Any]:
     keyless = tuple(replace(upstream, api_key=None) for upstream in settings.upstreams)
-    return asdict(settings) | {"upstreams": keyless, "variables": None}
+    return asdict(settings) | {"upstreams": keyless, "variables": None, "places": None}
 
 
 TIMES = st.integers(1, 10**10).map(lambda ms: ms / 1000)
@@ -131,8 +131,53 @@ def test_every_value_is_written_as_it_is_read(
         ),
     )
     text = config.resolved(settings)
-    assert config.parse(text, "resolved", {}) == settings
+    assert replace(config.parse(text, "resolved", {}), places=()) == settings
     VALIDATOR.validate(yaml.load(text, _Loader))
+
+
+EVERYTHING = """\
+listen: [':80', 'unix:/s|0600', systemd:x]
+trusted_proxies: [10.0.0.0/8, "::1/128"]
+admin: {listen: ':1', hosts: [a.b]}
+access_log: {exchanges: off, sample: 0.5, path: off}
+metrics: {models: ["gpt-*"], detail: basic}
+log: {level: error}
+upstreams:
+  - name: up
+    urls: ['http://a', {url: 'http://b:1/v1', api_key: sk-b}]
+    affinity: [header:x-session-id, field:prompt_cache_key, prefix:1KiB]
+    health: {path: /health, interval: 1s, timeout: 500ms}
+    ejection: {failures: 2, time: 1m30s}
+    api_key_header: x-api-key
+    max_connection_age: off
+  - {name: down, url: 'http://c', resolve: 10s}
+routes:
+  - name: r
+    match: {path: /v1, model: [a, b*], methods: [get, POST]}
+    upstream: [up, {name: down, model: m}]
+    retry: {on: [429, connect, same], until: end, max_body: 2KiB}
+    usage: {request: true}
+    dialect: chat
+    heartbeat: 15s
+    timeouts: {total: 1h}
+    limits: {active_requests: off}
+clients:
+  - name: team
+    keys: "sha256:KEY"
+    models: [a]
+    routes: [r]
+    limits: {active_requests: 1, requests: 600/1m, tokens: off}
+""".replace("KEY", "0" * 64)
+
+
+def test_options_of_every_kind_are_written_as_they_are_read() -> None:
+    settings = config.parse(EVERYTHING, "f", {})
+    text = config.resolved(settings)
+    assert "sk-b" not in text
+    again = config.parse(text.replace("'**********'", "sk-b"), "f", {})
+    assert replace(again, places=()) == replace(settings, places=())
+    VALIDATOR.validate(yaml.load(text, _Loader))
+    VALIDATOR.validate(yaml.load(EVERYTHING, _Loader))
 
 
 def test_what_a_worker_is_handed_has_all_options_but_the_admin_token_and_cannot_change() -> None:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 
 import yaml
 from msgspec.structs import replace
-from yarl import URL
 
 from ..errors import ConfigError
 from .document import Document, position
@@ -25,7 +24,6 @@ from .model import (
     Config,
     Limits,
     Match,
-    Places,
     Probe,
     Route,
     Target,
@@ -37,11 +35,11 @@ from .options import (
     INVALID,
     Expected,
     Loc,
-    Part,
-    PartOf,
     Problem,
     Reading,
     Schema,
+    Section,
+    SectionOf,
     options_of,
     quoted,
     schema_of,
@@ -54,9 +52,9 @@ T = TypeVar("T")
 
 def schema() -> dict[str, object]:
     """The JSON Schema of a configuration file, for editors."""
-    parts: dict[str, Schema] = {}
-    whole = schema_of(Config, parts)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sseproxy", **whole, "$defs": parts}
+    sections: dict[str, Schema] = {}
+    whole = schema_of(Config, sections)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sseproxy", **whole, "$defs": sections}
 
 
 def resolved(config: Config) -> str:
@@ -97,7 +95,7 @@ def parse(text: str, source: str, env: Mapping[str, str] = os.environ) -> Config
             ]
         )
     marks = [document.parts["routes", index, "match"].place for index in range(len(config.routes))]
-    places = Places([f"{mark.line + 1}:{mark.column + 1}" for mark in marks])
+    places = tuple(f"{mark.line + 1}:{mark.column + 1}" for mark in marks)
     return replace(config, variables=frozenset(document.variables), places=places)
 
 
@@ -113,7 +111,8 @@ def single(
     changes = _changes(problems, Admin(), listen, admin, workers)
     if problems or target is None:
         raise ConfigError(problems)
-    path = "/" if URL(target).raw_path == "/" else "/v1"
+    # `read_url` returns it without a slash at the end, so a slash after the host begins a path.
+    path = "/v1" if "/" in target.partition("://")[2] else "/"
     return Config(
         upstreams=(Upstream(name="upstream", url=target),),
         routes=(Route(name="api", match=Match(path=path), upstream=(Target(name="upstream"),)),),
@@ -174,7 +173,7 @@ def _report(document: Document, problem: Problem) -> None:
 
 
 def _place(document: Document, loc: Loc) -> Loc:
-    """Where in `document` is what the model has at `loc`. The only item of a list may be written without a list."""
+    """The location in `document` of what the model has at `loc`: the only item of a list may stand without a list."""
     place: Loc = ()
     for key in loc:
         if (*place, key) in document.parts:
@@ -185,16 +184,16 @@ def _place(document: Document, loc: Loc) -> Loc:
 def _validate(document: Document) -> Config | None:
     """The configuration in `document`. `None` if it is not valid; the problems are added to `document`."""
     reading = Reading()
-    config = PartOf(Config).read(document.data, (), reading)
+    config = SectionOf(Config).read(document.data, (), reading)
     if isinstance(document.data, dict):
-        _report_conflicts(document, document.data, reading.parts)
+        _report_conflicts(document, document.data, reading.sections)
     for problem in reading.problems:
         _report(document, problem)
     return config if isinstance(config, Config) else None
 
 
-def _report_conflicts(document: Document, data: Mapping[str, object], valid: Mapping[Loc, Part]) -> None:
-    """Adds conflicts between options to `document`. `valid` has the parts that are valid by themselves."""
+def _report_conflicts(document: Document, data: Mapping[str, object], valid: Mapping[Loc, Section]) -> None:
+    """Adds conflicts between options to `document`. `valid` has the sections that are valid by themselves."""
     upstreams, routes = _entries(data, "upstreams"), _entries(data, "routes")
     numbers = range(len(routes))
     between = conflicts(
@@ -244,11 +243,11 @@ def _shown(document: Document, loc: Loc, value: str | int) -> str:
     return f"its default of {format_size(value)}" if isinstance(value, int) else value
 
 
-def _valid(kind: type[Part], name: str, options: object) -> Any:
-    """The value of one option of `kind`, or its default. `None` if it is not valid, or `options` are none."""
+def _valid(kind: type[Section], name: str, options: object) -> Any:
+    """The value of one option of `kind`, or its default. `None` if it is not valid, or if `options` is no mapping."""
     if not isinstance(options, dict):
         return None
-    declared = next(each for each in options_of(kind) if each.name == name)
+    declared = options_of(kind)[name]
     if name not in options:
         return declared.default
     value = declared.option.read(options[name], (), Reading())

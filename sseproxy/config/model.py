@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from .addresses import Address
 from .files import for_clients, for_upstream
 from .named import ApiKeyFile, CAFile, KeysFile, check_certificate
-from .options import Expected, ListOf, Loc, OrNone, Part, PartOf, Schema, Secret, dotted, quoted
+from .options import Expected, ListOf, Loc, OrNone, Schema, Secret, Section, SectionOf, dotted, quoted
 from .values import (
     AdminToken,
     Affinity,
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     import ssl
 
 
-class Limits(Part):
+class Limits(Section):
     """Upper limits. Counts are for all workers together, old ones that are still finishing included. Sizes are in
     bytes."""
 
@@ -97,14 +97,14 @@ class Limits(Part):
     kept."""
 
 
-class RouteLimits(Part):
+class RouteLimits(Section):
     """Limits of one route, in addition to the general limits."""
 
     active_requests: CountOrOff = None
     """Requests of this route that are being answered. Further requests are answered 503."""
 
 
-class Admin(Part):
+class Admin(Section):
     """The listener for metrics and health checks. It is separate from the listener for clients."""
 
     listen: ListenAddress = Address("127.0.0.1", 9464)
@@ -121,7 +121,7 @@ class Admin(Part):
             raise Expected("token beside cancel: true, because without one anybody could end requests", "nothing")
 
 
-class UpstreamTLS(Part):
+class UpstreamTLS(Section):
     """TLS with an `https` upstream."""
 
     ca_file: CAFile = None
@@ -142,7 +142,7 @@ class UpstreamTLS(Part):
         return for_upstream(self.ca_file, self.cert_file, self.key_file)
 
 
-class TLS(Part):
+class TLS(Section):
     """TLS with clients."""
 
     cert_file: RequiredPath
@@ -159,9 +159,10 @@ class TLS(Part):
         return for_clients(self.cert_file, self.key_file, self.min_version)
 
 
-class _WithKey(Part):
+class _WithKey(Section):
     """What may have an API key."""
 
+    # The sections declare them, each with its own docstring.
     if TYPE_CHECKING:
         api_key: ApiKey
         api_key_file: ApiKeyFile
@@ -187,7 +188,7 @@ class Endpoint(_WithKey):
     """A file with the API key of this endpoint."""
 
 
-class Health(Part):
+class Health(Section):
     """Active checks of the endpoints of an upstream: a GET that has to be answered with a status from 200 to 299."""
 
     path: PathPrefix
@@ -198,7 +199,7 @@ class Health(Part):
     """Seconds until a check that is not answered has failed."""
 
 
-class Ejection(Part):
+class Ejection(Section):
     """When an endpoint that fails is not used for a while."""
 
     failures: Count = 5
@@ -216,7 +217,7 @@ class Upstream(_WithKey):
     name: Name
     url: URLOrNone = None
     """The base URL. Its path replaces the prefix that `match.path` of the route has matched."""
-    urls: Annotated[tuple[Endpoint, ...], ListOf(PartOf(Endpoint, text="url"))] = ()
+    urls: Annotated[tuple[Endpoint, ...], ListOf(SectionOf(Endpoint, text="url"))] = ()
     """Instead of `url`: the base URLs of endpoints that serve the same API. Each request goes to the one with the
     fewest active requests. An endpoint with a key of its own is written as `{url: URL, api_key: KEY}`."""
     resolve: DurationOrOff = None
@@ -252,7 +253,7 @@ class Upstream(_WithKey):
         return self.urls or (Endpoint(url=self.url or ""),)
 
 
-class Reload(Part):
+class Reload(Section):
     """How a new configuration, or new code, replaces the old one."""
 
     watch: DurationOrOff = None
@@ -264,14 +265,14 @@ class Reload(Part):
     """How many earlier configurations may have exchanges. If there are more, the exchanges of the oldest are ended."""
 
 
-class Log(Part):
+class Log(Section):
     """The log on standard error. Its lines are JSON if those of the access log are."""
 
     level: LogLevel = "info"
     """Only lines of this level and above are written."""
 
 
-class AccessLog(Part):
+class AccessLog(Section):
     """The access log on standard output: one line for each exchange."""
 
     exchanges: Exchanges = "all"
@@ -285,7 +286,7 @@ class AccessLog(Part):
     received. `off`: not at all."""
 
 
-class Metrics(Part):
+class Metrics(Section):
     """Which labels the metrics have."""
 
     models: Globs = ()
@@ -296,7 +297,7 @@ class Metrics(Part):
     have neither `stream` nor `outcome`."""
 
 
-class Probe(Part, kw_only=True):
+class Probe(Section, kw_only=True):
     """The probe for `sseproxy doctor`, which answers in the place of an API. `None` means no probe."""
 
     path: PathPrefix = "/sseproxy-probe"
@@ -305,7 +306,7 @@ class Probe(Part, kw_only=True):
     """A secret of at least 16 characters. Only requests of the doctor that have it are answered."""
 
 
-class Match(Part):
+class Match(Section):
     """The conditions of a route. A request must meet all of them."""
 
     path: PathPrefix
@@ -317,7 +318,7 @@ class Match(Part):
     """HTTP methods. An empty list matches any method."""
 
 
-class Timeouts(Part):
+class Timeouts(Section):
     """Timeouts for the phases of an exchange, in seconds."""
 
     connect: Duration = 10.0
@@ -337,7 +338,7 @@ class Timeouts(Part):
     """How long a client may accept no byte. Then it is disconnected."""
 
 
-class UsageOptions(Part):
+class UsageOptions(Section):
     """Options for token counts."""
 
     request: bool = False
@@ -345,7 +346,7 @@ class UsageOptions(Part):
     backends then add `"usage": null` to all other chunks, which are forwarded unchanged."""
 
 
-class Target(Part):
+class Target(Section):
     """An upstream of a route, and the model that requests to it get."""
 
     name: Text
@@ -362,7 +363,7 @@ def _targets(value: object) -> tuple[object, ...]:
     raise Expected("the name of an upstream, or a list of them")
 
 
-class Retry(Part):
+class Retry(Section):
     """When a request is sent again, to another endpoint or upstream. Never after a byte of an answer was sent."""
 
     on: Retries = ("connect", "429", "503", "529")
@@ -386,12 +387,12 @@ class Retry(Part):
     """With `until: end`: the largest answer that is held back, in bytes. A larger one is sent from then on."""
 
 
-class Route(Part):
+class Route(Section):
     """Sends requests that match to an upstream."""
 
     name: Name
     match: Match
-    upstream: Annotated[tuple[Target, ...], ListOf(PartOf(Target, text="name"), _targets, least=1)]
+    upstream: Annotated[tuple[Target, ...], ListOf(SectionOf(Target, text="name"), _targets, least=1)]
     """The name of an upstream, or a list. The next one in the list is asked where the one before has no endpoint left
     for a request. In the list, `{name: NAME, model: MODEL}` also replaces the model in the request. The client's
     credentials go to the first one only, so others need an `api_key` if they want one."""
@@ -418,7 +419,7 @@ PROBE = "sseproxy-probe"
 _PROBE_TIMEOUT = 360.0
 
 
-class ClientLimits(Part):
+class ClientLimits(Section):
     """Limits of one client, over all routes, workers and configurations together. Requests above one are answered
     429."""
 
@@ -431,7 +432,7 @@ class ClientLimits(Part):
     reserved before it is sent."""
 
 
-class Client(Part):
+class Client(Section):
     """A client that may send requests: its keys, what it may use, and its limits."""
 
     name: Name
@@ -458,7 +459,7 @@ class Client(Part):
         return tuple(one.removeprefix("sha256:") for one in written)
 
 
-class Ledger(Part):
+class Ledger(Section):
     """Where the limits of clients are counted."""
 
     url: LedgerURL = None
@@ -475,17 +476,7 @@ class Ledger(Part):
             )
 
 
-class Places:
-    """Where the match of each route is in a file: `line:col`. The same options are equal wherever they are."""
-
-    def __init__(self, of_matches: Sequence[str] = ()) -> None:
-        self.of_matches = of_matches
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Places)
-
-
-class Config(Part, kw_only=True):
+class Config(Section, kw_only=True):
     """The whole configuration. It is immutable, and can be pickled for workers."""
 
     listen: ListenAddresses = (Address("127.0.0.1", 8080),)
@@ -507,23 +498,24 @@ class Config(Part, kw_only=True):
     access_log: AccessLog = AccessLog()
     metrics: Metrics = Metrics()
     limits: Limits = Limits()
-    upstreams: Annotated[tuple[Upstream, ...], ListOf(PartOf(Upstream), least=1)]
-    routes: Annotated[tuple[Route, ...], ListOf(PartOf(Route), least=1)]
+    upstreams: Annotated[tuple[Upstream, ...], ListOf(SectionOf(Upstream), least=1)]
+    routes: Annotated[tuple[Route, ...], ListOf(SectionOf(Route), least=1)]
     probe: Probe | None = None
-    clients: Annotated[tuple[Client, ...] | None, OrNone(ListOf(PartOf(Client), least=1))] = None
+    clients: Annotated[tuple[Client, ...] | None, OrNone(ListOf(SectionOf(Client), least=1))] = None
     """Who may call. `None` means everybody. With clients, each request needs a key, which never goes upstream."""
     ledger: Ledger = Ledger()
 
+    no_options: ClassVar = frozenset({"variables", "places"})
     variables: frozenset[str] = frozenset()
     """The environment variables that the file uses. They may hold keys, so workers do not inherit them."""
-    places: Places = Places()
+    places: tuple[str, ...] = ()
+    """Where the match of each route is in the file: `line:col`."""
 
     def place(self, route: Route, file: str | None) -> str:
         """Where in the `file` that this was read from the match of `route` is: `file:line:col: routes[0].match`."""
         index = self.routes.index(route)
         loc = dotted(("routes", index, "match"))
-        places = self.places.of_matches
-        return f"{file}:{places[index]}: {loc}" if places else loc
+        return f"{file}:{self.places[index]}: {loc}" if self.places else loc
 
     def exposed_keys(self) -> str | None:
         """A warning if everybody who can reach a listener from another machine can spend a key, or None.

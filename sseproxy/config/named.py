@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
 from .files import read_file, trusting
-from .options import NONE, TEXT, Expected, Secret, Value
+from .options import TEXT, Expected, OrNone, Secret, Value
 from .values import API_KEY, KEY_DIGEST
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ def _why(error: OSError) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _api_key_file(value: object) -> KeyFile | None:
-    if value is None:
-        return None
+def _api_key_file(value: object) -> KeyFile:
     if not isinstance(value, str) or not value:
         raise Expected("the path of a file with an API key", "nothing")
     try:
@@ -58,9 +57,7 @@ class DigestsFile:
     digests: tuple[str, ...]
 
 
-def _digests_file(value: object) -> DigestsFile | None:
-    if value is None:
-        return None
+def _digests_file(value: object) -> DigestsFile:
     what = "a file with the digests of keys, one in a line, as sseproxy key prints them"
     if not isinstance(value, str) or not value:
         raise Expected(f"the path of {what}", "nothing")
@@ -76,13 +73,7 @@ def _digests_file(value: object) -> DigestsFile | None:
     return DigestsFile(value, tuple(found))
 
 
-def _format_file(file: KeyFile | DigestsFile | None) -> str | None:
-    return None if file is None else file.path
-
-
-def _ca_file(value: object) -> str | None:
-    if value is None:
-        return None
+def _ca_file(value: object) -> str:
     if isinstance(value, str) and value:
         import ssl
 
@@ -112,8 +103,8 @@ def check_certificate(load: Callable[[], ssl.SSLContext]) -> None:
         raise Expected(f"readable files in cert_file and key_file ({_why(error)})", "nothing") from None
 
 
-ApiKeyFile = Annotated[KeyFile | None, Value(_api_key_file, TEXT, NONE, write=_format_file)]
+ApiKeyFile = Annotated[KeyFile | None, OrNone(Value(_api_key_file, TEXT, write=attrgetter("path")))]
 
-KeysFile = Annotated[DigestsFile | None, Value(_digests_file, TEXT, NONE, write=_format_file)]
+KeysFile = Annotated[DigestsFile | None, OrNone(Value(_digests_file, TEXT, write=attrgetter("path")))]
 
-CAFile = Annotated[str | None, Value(_ca_file, TEXT, NONE)]
+CAFile = Annotated[str | None, OrNone(Value(_ca_file, TEXT))]

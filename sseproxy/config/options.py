@@ -1,4 +1,4 @@
-"""What an option is, and a part of a configuration, which has options: how they are read, written and described.
+"""Options, and sections of a configuration, which have options: how they are read, written, and described to editors.
 
 The type of an option is annotated with an `Option`, which reads its value from a document. All problems of a document
 are collected; none ends the reading. A worker imports this module, so nothing here may import PyYAML.
@@ -7,19 +7,16 @@ are collected; none ends the reading. A worker imports this module, so nothing h
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from types import UnionType
-from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar, cast, dataclass_transform, get_args
+from types import NoneType
+from typing import Any, ClassVar, Final, Literal, NamedTuple, cast, dataclass_transform, get_args
 
 import msgspec
-
-T = TypeVar("T")
 
 Loc = tuple[str | int, ...]
 """The location of a part of a configuration: keys and indices, from the top."""
@@ -31,18 +28,17 @@ INVALID: Final = object()
 """Stands for a value with a problem, which is reported already."""
 
 TEXT: Final[Schema] = {"type": "string"}
-NONE: Final[Schema] = {"type": "null"}
 # Any value may also be text with ${VAR}.
 _VARIABLE: Final[Schema] = {"type": "string", "pattern": r"\$\{"}
 _NOT_IN_WORD: Final = r"[^A-Za-z0-9_-]"
 _NO_SPACE: Final = "; is a space missing after a colon?"
 
 Shown = Literal["value", "kind", "nothing"]
-"""What a message may contain of a value that is not valid."""
+"""What a message may show of a value that is not valid."""
 
 
 class Expected(ValueError):
-    """A value is not what was expected. `hint` ends the message, after what it shows of the value."""
+    """A value is not what was expected. `shown` is what the message shows of it, and `hint` is added at the end."""
 
     def __init__(self, what: str, shown: Shown = "value", hint: str = "") -> None:
         super().__init__(f"expected {what}")
@@ -51,7 +47,7 @@ class Expected(ValueError):
 
 
 class Problem(NamedTuple):
-    """What is wrong with the value at `loc`. `missing`: there is none."""
+    """What is wrong with the value at `loc`. `missing`: there is none. So the problem is that of the section."""
 
     loc: Loc
     message: str
@@ -61,11 +57,11 @@ class Problem(NamedTuple):
 
 
 class Reading:
-    """What was found while a document was read: its problems, and the parts that are valid, by their locations."""
+    """What was found while a document was read: problems, and the sections that are valid, by their locations."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.parts: dict[Loc, Part] = {}
+        self.sections: dict[Loc, Section] = {}
 
 
 class Secret:
@@ -94,30 +90,33 @@ class Option(ABC):
 
     @abstractmethod
     def read(self, value: object, loc: Loc, reading: Reading) -> object:
-        """The option's value, of the `value` at `loc`. If that is not valid, adds a problem, and returns `INVALID`."""
+        """Reads the `value` at `loc`. If it is not valid, adds a problem and returns `INVALID`.
+
+        If it is `INVALID` already, adds none.
+        """
 
     @abstractmethod
     def write(self, value: object) -> object:
         """The value as it is written in a document. Secrets are masked."""
 
     @abstractmethod
-    def schema(self, parts: dict[str, Schema]) -> Schema:
-        """Its JSON Schema. The schemas of parts that it refers to are added to `parts`, by their names."""
+    def schema(self, sections: dict[str, Schema]) -> Schema:
+        """Its JSON Schema. The schemas of sections that it refers to are added to `sections`, by their names."""
 
 
-def _attempt(read: Callable[[Any], T], value: object, loc: Loc, reading: Reading) -> T | None:
-    """What `read` returns. None if it raises `Expected`, which is added as a problem; or if the value is `INVALID`."""
+def _attempt(read: Callable[[Any], object], value: object, loc: Loc, reading: Reading) -> Any:
+    """What `read` returns. `INVALID` if it raises `Expected`, which is added as a problem."""
     if value is INVALID:
-        return None
+        return INVALID
     try:
         return read(value)
     except Expected as error:
         reading.problems.append(Problem(loc, str(error), error.shown, error.hint))
-        return None
+        return INVALID
 
 
 class Value(Option):
-    """An option with a single value, which `read` returns, or raises `Expected`. `write` is its inverse.
+    """An option with a single value. `read` returns it, or raises `Expected`. `write` is the inverse of `read`.
 
     `schemas` describe the value to editors. One that needs an import is a function, which is called only when the
     schema is printed.
@@ -134,20 +133,35 @@ class Value(Option):
         self._write = write
 
     def read(self, value: object, loc: Loc, reading: Reading) -> object:
-        found = _attempt(lambda value: (self._read(value),), value, loc, reading)
-        return INVALID if found is None else found[0]
+        return _attempt(self._read, value, loc, reading)
 
     def write(self, value: object) -> object:
         if self._write is not None:
             return self._write(value)
         return "**********" if isinstance(value, Secret) else value
 
-    def schema(self, parts: dict[str, Schema]) -> Schema:
+    def schema(self, sections: dict[str, Schema]) -> Schema:
         return _any_of([known() if callable(known) else known for known in self._schemas])
 
 
 def _any_of(schemas: list[Schema]) -> Schema:
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+
+class OrNone(Option):
+    """An option that is another one, or `None`, which a document writes as null."""
+
+    def __init__(self, option: Option) -> None:
+        self.option = option
+
+    def read(self, value: object, loc: Loc, reading: Reading) -> object:
+        return None if value is None else self.option.read(value, loc, reading)
+
+    def write(self, value: object) -> object:
+        return None if value is None else self.option.write(value)
+
+    def schema(self, sections: dict[str, Schema]) -> Schema:
+        return {"anyOf": [self.option.schema(sections), {"type": "null"}]}
 
 
 def _only_a_list(value: object) -> tuple[object, ...]:
@@ -166,8 +180,10 @@ def text_or_list(value: object) -> tuple[object, ...]:
 
 
 class ListOf(Option):
-    """An option that is a list with at least so many items. `items` returns the items of a value, or raises `Expected`;
-    with it, the only item may be written without a list."""
+    """An option that is a list of at least `least` items.
+
+    `items` returns the items of a value, or raises `Expected`. With it, the only item may be written without a list.
+    """
 
     def __init__(
         self, item: Option, items: Callable[[object], tuple[object, ...]] = _only_a_list, *, least: int = 0
@@ -178,7 +194,7 @@ class ListOf(Option):
 
     def read(self, value: object, loc: Loc, reading: Reading) -> object:
         items = _attempt(self._items, value, loc, reading)
-        if items is None:
+        if items is INVALID:
             return INVALID
         if len(items) < self._least:
             reading.problems.append(Problem(loc, "expected at least one entry"))
@@ -189,16 +205,16 @@ class ListOf(Option):
     def write(self, value: object) -> object:
         return [self.item.write(item) for item in cast("Sequence[object]", value)]
 
-    def schema(self, parts: dict[str, Schema]) -> Schema:
-        item = self.item.schema(parts)
+    def schema(self, sections: dict[str, Schema]) -> Schema:
+        item = self.item.schema(sections)
         several: Schema = {"type": "array", "items": item} | ({"minItems": self._least} if self._least else {})
         return several if self._items is _only_a_list else _any_of([item, several])
 
 
-class PartOf(Option):
-    """An option that is a part of a configuration. A text stands for the part with only the option `text`."""
+class SectionOf(Option):
+    """An option that is a section. If `text` names one of its options, a text stands for that option alone."""
 
-    def __init__(self, kind: type[Part], *, text: str = "") -> None:
+    def __init__(self, kind: type[Section], *, text: str = "") -> None:
         self.kind = kind
         self._text = text
 
@@ -207,46 +223,29 @@ class PartOf(Option):
             return {self._text: value}
         if isinstance(value, dict):
             return value
-        names = [each.name for each in options_of(self.kind)]
-        required = [each.name for each in options_of(self.kind) if each.required]
-        examples = ", ".join(f"{name}: ..." for name in (required if len(required) > 1 else names[:2]))
+        options = options_of(self.kind)
+        required = [name for name, option in options.items() if option.required]
+        examples = ", ".join(f"{name}: ..." for name in (required if len(required) > 1 else [*options][:2]))
         hint = _NO_SPACE if isinstance(value, str) and ":" in value else ""
         raise Expected(f"options with values, such as {{{examples}}}", "kind", hint)
 
     def read(self, value: object, loc: Loc, reading: Reading) -> object:
         found = _attempt(self._options, value, loc, reading)
-        return INVALID if found is None else read_part(self.kind, found, loc, reading)
+        return INVALID if found is INVALID else _read_section(self.kind, found, loc, reading)
 
     def write(self, value: object) -> object:
-        options = written(cast("Part", value))
-        others = (each for each in options_of(self.kind) if each.name != self._text)
-        if self._text and all(getattr(value, each.name) == each.default for each in others):
+        options = written(cast("Section", value))
+        others = {name: option.default for name, option in options_of(self.kind).items() if name != self._text}
+        if self._text and all(getattr(value, name) == default for name, default in others.items()):
             return options[self._text]
         return options
 
-    def schema(self, parts: dict[str, Schema]) -> Schema:
+    def schema(self, sections: dict[str, Schema]) -> Schema:
         name = self.kind.__name__
-        if name not in parts:
-            parts[name] = {}
-            parts[name].update(schema_of(self.kind, parts))
-        part = {"$ref": f"#/$defs/{name}"}
-        return {"anyOf": [TEXT, part]} if self._text else part
-
-
-class OrNone(Option):
-    """An option that is another one, or `None`."""
-
-    def __init__(self, option: Option) -> None:
-        self.option = option
-
-    def read(self, value: object, loc: Loc, reading: Reading) -> object:
-        return None if value is None else self.option.read(value, loc, reading)
-
-    def write(self, value: object) -> object:
-        return None if value is None else self.option.write(value)
-
-    def schema(self, parts: dict[str, Schema]) -> Schema:
-        return {"anyOf": [self.option.schema(parts), NONE]}
+        if name not in sections:
+            sections[name] = schema_of(self.kind, sections)
+        section = {"$ref": f"#/$defs/{name}"}
+        return {"anyOf": [TEXT, section]} if self._text else section
 
 
 def _true_or_false(value: object) -> bool:
@@ -258,104 +257,105 @@ def _true_or_false(value: object) -> bool:
 _BOOLEAN: Final = Value(_true_or_false, {"type": "boolean"})
 
 
+# For mypy only. At run time, `kw_only` is not inherited: a section needs it if a required option follows a default.
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-class Part(msgspec.Struct, frozen=True):
+class Section(msgspec.Struct, frozen=True):
     """Options that belong together. They cannot be changed, and are not checked if they are given in code."""
 
     described: ClassVar[Schema] = {}
     """What its JSON Schema has beside its options."""
+    no_options: ClassVar[frozenset[str]] = frozenset()
+    """The fields that are not in a document."""
 
     def check(self) -> None:
         """Raises `Expected` if options that are valid by themselves contradict each other."""
 
 
 class Declared(NamedTuple):
-    """An option of a part. A `required` one has no `default`."""
+    """An option of a section. A `required` one has no `default`."""
 
-    name: str
     option: Option
     required: bool
     default: object
 
 
 @functools.cache
-def options_of(kind: type[Part]) -> tuple[Declared, ...]:
-    """The options of a part. Fields whose type is no `Option` are none of them."""
-    return tuple(
-        Declared(field.name, option, field.required, field.default)
+def options_of(kind: type[Section]) -> dict[str, Declared]:
+    """The options of a section, by their names."""
+    return {
+        field.name: Declared(_option_of(field.type), field.required, field.default)
         for field in msgspec.structs.fields(kind)
-        if (option := _option_of(field.type)) is not None
-    )
+        if field.name not in kind.no_options
+    }
 
 
-def _option_of(annotation: Any) -> Option | None:
-    found = [known for known in getattr(annotation, "__metadata__", ()) if isinstance(known, Option)]
-    if found:
-        return found[-1]
+def _option_of(annotation: Any) -> Option:
+    for known in getattr(annotation, "__metadata__", ()):
+        if isinstance(known, Option):
+            return known
     if annotation is bool:
         return _BOOLEAN
-    if isinstance(annotation, type) and issubclass(annotation, Part):
-        return PartOf(annotation)
-    if isinstance(annotation, UnionType) and (option := _option_of(get_args(annotation)[0])) is not None:
-        return OrNone(option)
-    return None
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return SectionOf(annotation)
+    match get_args(annotation):
+        case (other, none) if none is NoneType:
+            return OrNone(_option_of(other))
+    raise TypeError(f"{annotation} does not say how the option is read")
 
 
-def read_part(kind: type[Part], data: Mapping[str, object], loc: Loc, reading: Reading) -> object:
-    """The part that `data` describes. If it is not valid, problems are added, and `INVALID` is returned."""
-    known = {each.name: each for each in options_of(kind)}
+def _read_section(kind: type[Section], data: Mapping[str, object], loc: Loc, reading: Reading) -> object:
+    known = options_of(kind)
     before, values = len(reading.problems), {}
+    for name, option in known.items():
+        if option.required and name not in data:
+            reading.problems.append(Problem((*loc, name), "required key is missing", missing=True))
     for key, value in data.items():
         if key in known:
             values[key] = known[key].option.read(value, (*loc, key), reading)
         else:
             reading.problems.append(Problem((*loc, key), _unknown(key, sorted(known))))
-    for name, each in known.items():
-        if each.required and name not in data:
-            reading.problems.append(Problem((*loc, name), "required key is missing", missing=True))
     if len(reading.problems) > before or any(value is INVALID for value in values.values()):
         return INVALID
-    part = kind(**values)
-    try:
-        part.check()
-    except Expected as error:
-        reading.problems.append(Problem(loc, str(error), error.shown, error.hint))
+    section = kind(**values)
+    if _attempt(kind.check, section, loc, reading) is INVALID:
         return INVALID
-    reading.parts[loc] = part
-    return part
+    reading.sections[loc] = section
+    return section
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+    # Only here, because a valid configuration needs none of it.
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, known, n=1)
     hint = _NO_SPACE if ":" in key else f"; did you mean '{close[0]}'?" if close else ""
     return f"unknown key; expected one of {', '.join(known)}{hint}"
 
 
-def written(part: Part) -> dict[str, object]:
-    """All options of `part` as they are written in a document. Secrets are masked."""
-    return {each.name: each.option.write(getattr(part, each.name)) for each in options_of(type(part))}
+def written(section: Section) -> dict[str, object]:
+    """All options of `section` as they are written in a document. Secrets are masked."""
+    return {name: each.option.write(getattr(section, name)) for name, each in options_of(type(section)).items()}
 
 
-def schema_of(kind: type[Part], parts: dict[str, Schema]) -> Schema:
-    """The JSON Schema of a part. Those of the parts in it are added to `parts`."""
+def schema_of(kind: type[Section], sections: dict[str, Schema]) -> Schema:
+    """The JSON Schema of a section. Those of the sections in it are added to `sections`."""
     properties: dict[str, Schema] = {}
-    texts = _docstrings(kind)
-    options = options_of(kind)
-    for each in options:
-        text = {"description": texts[each.name]} if each.name in texts else {}
+    texts, options = _docstrings(kind), options_of(kind)
+    for name, each in options.items():
+        text = {"description": texts[name]} if name in texts else {}
         default = {} if each.required else {"default": each.option.write(each.default)}
-        properties[each.name] = each.option.schema(parts) | text | default
+        properties[name] = each.option.schema(sections) | text | default
     return {
         "type": "object",
         "description": inspect.cleandoc(kind.__doc__ or ""),
         "properties": properties,
-        "required": [each.name for each in options if each.required],
+        "required": [name for name, each in options.items() if each.required],
         "additionalProperties": False,
         **kind.described,
     }
 
 
-def _docstrings(kind: type[Part]) -> dict[str, str]:
+def _docstrings(kind: type[Section]) -> dict[str, str]:
     """The docstrings of options, by their names. They are below the options in the source."""
     tree = ast.parse(inspect.getsource(kind)).body[0]
     found: dict[str, str] = {}

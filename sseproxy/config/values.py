@@ -1,7 +1,6 @@
 """The types of options: how a value of each type is read, how it is written, and its JSON schema.
 
-A value that is not valid raises an `expected` error, which says what was expected. No error shows a value that may be
-secret.
+A reader raises `Expected` for a value that is not valid. No error shows a value that may be secret.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
-from yarl import URL
-
 from .addresses import Address, Listen, PassedSocket, UnixAddress
-from .options import NONE, TEXT, Expected, ListOf, Option, Schema, Secret, Value, text_or_list
+from .options import TEXT, Expected, ListOf, Option, OrNone, Schema, Secret, Value, text_or_list
 
 T = TypeVar("T")
 
@@ -27,6 +24,9 @@ _DURATION: Final = r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?(?:([
 _DURATION_MS = (3_600_000, 60_000, 1_000, 1)
 # A token (RFC 9110, section 5.6.2): a method, or the name of a header field.
 _TOKEN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+# URLs that yarl does not change: without IDNA, dots in the path, and the ports 80 and 443, which it may remove. For
+# these, yarl is not imported: its import takes a tenth of the time of a check of a configuration.
+_CANONICAL_URL: Final = r"https?://(?!.*xn--)[a-z0-9.-]+(?::(?:[1-5][0-9]{4}|[1-9][0-9]{3}))?(?:/[A-Za-z0-9_-]+)*/?"
 _LEDGER_URL: Final = r"(?:rediss?://[!-~]+|unix:///[!-~]+)"
 _HOST_NAME: Final = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}"
 _NAME: Final = r"[A-Za-z0-9_.-]{1,64}"
@@ -58,10 +58,6 @@ class Source(NamedTuple):
 
     kind: str
     what: str
-
-
-def _or_none(read: Callable[[Any], T]) -> Callable[[object], T | None]:
-    return lambda value: None if value is None else read(value)
 
 
 def _or_off(read: Callable[[Any], T]) -> Callable[[object], T | None]:
@@ -247,6 +243,10 @@ def _share(value: object) -> float:
 
 def read_url(value: object) -> str:
     """A canonical URL. A message never shows a URL that may have userinfo or a query, because these hold secrets."""
+    if isinstance(value, str) and re.fullmatch(_CANONICAL_URL, value):
+        return value.rstrip("/")
+    from yarl import URL
+
     text = value if isinstance(value, str) and value.isprintable() and " " not in value else ""
     show = not (isinstance(value, str) and re.search("[@?#]", value))
     try:
@@ -267,6 +267,8 @@ def read_url(value: object) -> str:
 
 def is_address(url: str) -> bool:
     """Whether the host of `url` is an IP address."""
+    from yarl import URL
+
     try:
         return bool(ipaddress.ip_address(URL(url).host or ""))
     except ValueError:
@@ -317,6 +319,7 @@ def format_size(size: int | None) -> str:
     return f"{size // factor}{unit}"
 
 
+_NULL: Final[Schema] = {"type": "null"}
 _NUMBER: Final[Schema] = {"type": "integer", "minimum": 1}
 _IN_TIME: Final[Schema] = {"type": "string", "pattern": "^([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"}
 _IN_BYTES: Final[Schema] = {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}
@@ -348,23 +351,23 @@ def _one_of(*names: str) -> Option:
 Duration = Annotated[float, Value(_duration, _IN_TIME, write=_format_duration)]
 """Seconds. Written as `250ms`, `30s`, `5m`, `1h` or a combination in descending units, such as `1m30s`."""
 
-DurationOrOff = Annotated[float | None, Value(_or_off(_duration), _IN_TIME, _OFF, NONE, write=_format_duration)]
+DurationOrOff = Annotated[float | None, Value(_or_off(_duration), _IN_TIME, _OFF, _NULL, write=_format_duration)]
 """A `Duration`, or `None`, which is written as `off`."""
 
 Size = Annotated[int, Value(read_size, _IN_BYTES, write=format_size)]
 """Bytes. Written as `512B`, `16KiB`, `1MiB` or `2GiB`."""
 
-SizeOrOff = Annotated[int | None, Value(_or_off(read_size), _IN_BYTES, _OFF, NONE, write=format_size)]
+SizeOrOff = Annotated[int | None, Value(_or_off(read_size), _IN_BYTES, _OFF, _NULL, write=format_size)]
 """A `Size`, or `None`, which is written as `off`."""
 
 Count = Annotated[int, Value(_count, _NUMBER)]
 
-CountOrOff = Annotated[int | None, Value(_or_off(_count), _NUMBER, _OFF, NONE, write=lambda n: n or "off")]
+CountOrOff = Annotated[int | None, Value(_or_off(_count), _NUMBER, _OFF, _NULL, write=lambda n: n or "off")]
 """A number from 1 up, or `None`, which is written as `off`."""
 
 RateOrOff = Annotated[
     Rate | None,
-    Value(_or_off(_rate), {"type": "string", "pattern": f"^{_RATE}$"}, _OFF, NONE, write=format_rate),
+    Value(_or_off(_rate), {"type": "string", "pattern": f"^{_RATE}$"}, _OFF, _NULL, write=format_rate),
 ]
 """A number within a time, written as `600/1m`, or `None`, which is written as `off`."""
 
@@ -386,7 +389,7 @@ ListenAddresses = Annotated[tuple[Listen, ...], ListOf(_LISTEN, _addresses, leas
 URLText = Annotated[str, Value(read_url, TEXT)]
 """The URL of an API, canonical, without trailing slash."""
 
-URLOrNone = Annotated[str | None, Value(_or_none(read_url), TEXT, NONE)]
+URLOrNone = Annotated[str | None, OrNone(Value(read_url, TEXT))]
 
 Retries = Annotated[
     tuple[str, ...],
@@ -397,13 +400,13 @@ Until = Annotated[Literal["head", "first_token", "end"], _one_of("head", "first_
 
 Affinity = Annotated[tuple[Source, ...], ListOf(Value(_affinity, TEXT, write=_format_source), text_or_list)]
 
-ApiKey = Annotated[Secret | None, Value(_or_none(_api_key), TEXT, NONE)]
+ApiKey = Annotated[Secret | None, OrNone(Value(_api_key, TEXT))]
 
-AdminToken = Annotated[Secret | None, Value(_or_none(_admin_token), TEXT, NONE)]
+AdminToken = Annotated[Secret | None, OrNone(Value(_admin_token, TEXT))]
 
 Token = Annotated[Secret, Value(_token, TEXT)]
 
-LedgerURL = Annotated[Secret | None, Value(_or_none(_ledger_url), TEXT, NONE)]
+LedgerURL = Annotated[Secret | None, OrNone(Value(_ledger_url, TEXT))]
 """The URL of a server, with its password if it needs one."""
 
 OnFailure = Annotated[Literal["local", "refuse"], _one_of("local", "refuse")]
@@ -412,12 +415,12 @@ FieldName = Annotated[str, Value(_header, TEXT)]
 
 Text = Annotated[str, Value(_text, TEXT)]
 
-ModelName = Annotated[str | None, Value(_or_none(_model), TEXT, NONE)]
+ModelName = Annotated[str | None, OrNone(Value(_model, TEXT))]
 
 RequiredPath = Annotated[str, Value(_file_path, TEXT)]
 """The path of a file. A relative path starts at the working directory."""
 
-FilePath = Annotated[str | None, Value(_or_none(_file_path), TEXT, NONE)]
+FilePath = Annotated[str | None, OrNone(Value(_file_path, TEXT))]
 
 _NAMED: Final = Value(read_name, {"type": "string", "pattern": f"^{_NAME}$"})
 

@@ -81,6 +81,7 @@ def connections_of_a_worker(config: Config, workers: int) -> int:
     if most == resource.RLIM_INFINITY:
         return wanted
     possible = max(1, connections_within(most - _DESCRIPTORS_OF_ITS_OWN))
+    # The default is no promise, so fewer are no warning.
     if workers * possible < wanted and wanted != Limits().connections:
         log.warning(
             "there can be %d connections instead of %d: each worker may have %d descriptors (ulimit -n)",
