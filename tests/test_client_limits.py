@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sseproxy import config
 from sseproxy.config.values import Rate
@@ -415,7 +416,8 @@ def test_a_rate_is_written_as_it_is_read(text: str, rate: tuple[int, int]) -> No
     assert made.clients is not None
     assert made.clients[0].limits.requests == Rate(*rate)
     assert f"requests: {text}" in config.resolved(made)
-    assert config.parse(config.resolved(made), "f", {}) == made
+    again = config.parse(config.resolved(made), "f", {})
+    assert replace(again, places=()) == replace(made, places=())
 
 
 @pytest.mark.parametrize(
