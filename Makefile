@@ -81,7 +81,7 @@ test: $(STAMP) $(NODE_MODULES)
 faults: $(STAMP)
 	EXCHANGES=$(EXCHANGES) SEED=$(SEED) FAULTS=all $(BIN)/python -m pytest tests/test_faults_at_random.py \
 	    tests/test_fleets_at_random.py tests/test_faults_everywhere.py tests/test_a_fault_in_every_call.py \
-	    tests/test_client_limits.py tests/test_reload.py
+	    tests/test_client_limits.py
 
 ## check: check format, lint and types
 check: $(STAMP)

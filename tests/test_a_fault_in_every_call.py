@@ -54,7 +54,7 @@ from .harness import (
 )
 
 # One of so many calls is made to fail, if not all are.
-ONE_OF = 1 if os.environ.get("FAULTS") == "all" else 15
+ONE_OF = 1 if os.environ.get("FAULTS") == "all" else 10
 
 When = Literal["before", "after", "cancelled"]
 

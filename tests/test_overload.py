@@ -16,7 +16,6 @@ from sseproxy import config
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
-    DEADLINE,
     DONE,
     LAST_CHUNK,
     STREAM_HEAD,
@@ -184,7 +183,7 @@ async def test_a_worker_killed_under_load_costs_its_own_streams_and_nothing_else
             killed_at = perf_counter()
             await served.until("worker_restarts_total", 1)
             await served.until("workers", 2)
-            assert perf_counter() - killed_at < DEADLINE / 2
+            assert perf_counter() - killed_at < 5
             await until_true(lambda: upstream.open < CAPACITY)
             await until_true(lambda: sum(reader.task.done() for reader in readers) == CAPACITY - upstream.open)
             cut = [reader for reader in readers if reader.task.done()]

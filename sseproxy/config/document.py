@@ -100,6 +100,7 @@ class Document:
         except yaml.reader.ReaderError as error:
             self.problems.append((position(text[: error.position]), "remove this unprintable character"))
         except yaml.MarkedYAMLError as error:
+            # A valid configuration does not need it.
             from .mistakes import explained
 
             self.problems.append(explained(text, error))

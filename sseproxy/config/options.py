@@ -324,7 +324,7 @@ def _read_section(kind: type[Section], data: Mapping[str, object], loc: Loc, rea
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    # Only here, because a valid configuration needs none of it.
+    # A valid configuration does not need it.
     from difflib import get_close_matches
 
     close = get_close_matches(key, known, n=1)

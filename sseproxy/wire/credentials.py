@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import string
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
@@ -32,8 +33,6 @@ _KEY: Final = re.compile(rb"(%b[0-9A-Za-z]{%d})_[0-9A-Za-z]{%d}" % (_PREFIX.enco
 
 def new_key() -> str:
     """A new random key, `sseproxy_PUBLIC_SECRET`. Logs may name what is before the secret."""
-    import secrets
-
     public, secret = ("".join(secrets.choice(_ALPHABET) for _ in range(size)) for size in (_PUBLIC, _SECRET))
     return f"{_PREFIX}{public}_{secret}"
 
