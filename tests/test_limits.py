@@ -354,10 +354,12 @@ async def test_too_few_descriptors_are_fewer_connections(
     peers: list[Peer] = []
     try:
         async with asyncio.timeout(DEADLINE):
-            line = (await process.stderr.readline()).decode()
-            wanted = 1000 if limits else 10_000
-            told = f"there can be 4 connections instead of {wanted}: each worker may have 60 descriptors (ulimit -n)"
-            assert told in line
+            if limits:
+                line = (await process.stderr.readline()).decode()
+                assert (
+                    "there can be 4 connections instead of 1000: each worker may have 60 descriptors (ulimit -n)"
+                    in line
+                )
             port = await port_of(process)
             peers += [Peer(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(5)]
             peers[4].send(post())

@@ -298,7 +298,7 @@ async def test_workers_that_do_not_come_up_change_nothing(
 async def test_workers_of_which_only_some_come_up_change_nothing(
     upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 1.0)
+    monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 5.0)
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
     supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
     supervisor.bind()

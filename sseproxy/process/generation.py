@@ -23,7 +23,7 @@ from functools import partial
 from math import ceil
 from time import perf_counter
 
-from ..config import Config
+from ..config import Config, Limits
 from ..errors import Outcome, ReloadError
 from ..ledger.table import Ledger
 from ..observe import metrics
@@ -81,7 +81,8 @@ def connections_of_a_worker(config: Config, workers: int) -> int:
     if most == resource.RLIM_INFINITY:
         return wanted
     possible = max(1, connections_within(most - _DESCRIPTORS_OF_ITS_OWN))
-    if workers * possible < wanted:
+    # The default is no promise, so fewer are no warning.
+    if workers * possible < wanted and wanted != Limits().connections:
         log.warning(
             "there can be %d connections instead of %d: each worker may have %d descriptors (ulimit -n)",
             workers * possible,
