@@ -46,10 +46,13 @@ accepting, and finishes its exchanges. So no connection is refused, no stream is
 change a configuration while it runs. If the configuration is invalid, or its workers do not start, everything stays as
 it was. The number of old generations that are still finishing is limited.
 
+Workers are forked from the fork server, a process that has imported what a worker needs. The supervisor forks it when
+it starts, before there are threads, an event loop or a configuration. So a worker starts within milliseconds, workers
+share the memory of their code, and a reload runs the code that is running, whatever is installed.
+
 An upgrade is a reload with new code. The supervisor first starts a child process that tries the new code. Then it
 replaces itself with the new code (execve), and passes on the sockets and the old workers. The old workers accept until
-the new ones do. A reload never mixes two versions: it is refused if the package on disk is not the code that is
-running.
+the new ones do.
 
 The life of a request
 ---------------------
@@ -153,7 +156,8 @@ outcome and is reported once.*
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration
       upgrade         replaces the running code with new code
-      start           imports what a worker needs, and starts it
+      forkserver      the process from which workers are forked
+      start           imports what a worker needs, and starts the fork server
       worker          one event loop, and how it ends
       accepting       connections, evenly shared with the other workers
       listeners       listening sockets: TCP, Unix, passed by systemd
@@ -169,8 +173,8 @@ outcome and is reported once.*
 Imports go one way: wire <- relay <- process <- cli. `ledger` imports nothing else, and `observe` imports
 `relay.exchange`. `doctor` imports `wire` and `ledger`; only `cli` imports it, and a worker that has a probe. Every
 module may import `config` and `errors`. Within `config` the order is files <- values <- named <- model <- loading.
-Imports take most of the time that a worker needs to start, so a worker imports neither the model nor a YAML parser. A
-health check runs every few seconds, so each command of `cli` imports what it needs only when it runs.
+What workers share is imported before the fork server, and what only a supervisor needs afterwards, such as a YAML
+parser. A health check runs every few seconds, so each command of `cli` imports what it needs only when it runs.
 `tests/test_imports.py` checks all this.
 
 One owner for each thing

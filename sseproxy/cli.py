@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from . import __version__, config
@@ -18,6 +18,7 @@ from .errors import ListenError, SseproxyError
 
 if TYPE_CHECKING:
     from .config import Config
+    from .process.forkserver import ForkServer
     from .process.supervisor import Supervisor
     from .process.upgrade import Handover
 
@@ -208,6 +209,13 @@ def _count(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from .process import start
+
+    with closing(start.fork_server()) as fork_server:
+        return _serve_with(options, fork_server)
+
+
+def _serve_with(options: argparse.Namespace, fork_server: ForkServer) -> int:
     import uvloop
 
     from .observe.logs import log_as, set_up_logging
@@ -224,29 +232,35 @@ def _serve(options: argparse.Namespace) -> int:
     settings = read()
     if options.trial:
         # Without logging, errors are plain lines. The process that started the trial writes them to its log.
-        return uvloop.run(_try(settings, handover))
+        return uvloop.run(_try(settings, fork_server, handover))
     set_up_logging()
     log_as(settings)
-    return uvloop.run(_run(settings, read, options.config, handover))
+    return uvloop.run(_run(settings, fork_server, read, options.config, handover))
 
 
-async def _try(settings: Config, handover: Handover | None) -> int:
+async def _try(settings: Config, fork_server: ForkServer, handover: Handover | None) -> int:
     from .process.supervisor import Supervisor
 
-    supervisor = Supervisor(settings, handover=handover)
+    supervisor = Supervisor(settings, fork_server, handover=handover)
     supervisor.bind()
     await supervisor.trial()
     return 0
 
 
-async def _run(settings: Config, reread: Callable[[], Config], path: str | None, handover: Handover | None) -> int:
+async def _run(
+    settings: Config,
+    fork_server: ForkServer,
+    reread: Callable[[], Config],
+    path: str | None,
+    handover: Handover | None,
+) -> int:
     import logging
 
     from .observe.logs import STANDARD_OUTPUT, Lines
     from .process import upgrade
     from .process.supervisor import Supervisor
 
-    supervisor = Supervisor(settings, reread, path, upgrade.command(), handover)
+    supervisor = Supervisor(settings, fork_server, reread, path, upgrade.command(), handover)
     supervisor.bind()
     await supervisor.start()
     banner = summary(supervisor)
@@ -379,6 +393,13 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from .process import start
+
+    with closing(start.fork_server()) as fork_server:
+        return _demo_with(options, fork_server)
+
+
+def _demo_with(options: argparse.Namespace, fork_server: ForkServer) -> int:
     import uvloop
 
     from . import demonstration
@@ -386,10 +407,9 @@ def _demo(options: argparse.Namespace) -> int:
     from .observe.logs import set_up_logging
 
     given = {name: value for name in ("ttft", "rate", "tokens") if (value := getattr(options, name)) is not None}
+    flags = {"listen": options.listen, "admin": options.admin, "once": options.once}
     set_up_logging()
-    return uvloop.run(
-        demonstration.run(Pace(**given), listen=options.listen, admin=options.admin, once=options.once, write=_print)
-    )
+    return uvloop.run(demonstration.run(Pace(**given), fork_server, **flags, write=_print))
 
 
 def _probe(options: argparse.Namespace) -> int:

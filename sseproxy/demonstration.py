@@ -31,6 +31,7 @@ from . import config
 from .config import AccessLog, Config
 from .demo import MODEL, Pace, backend
 from .errors import ListenError, SseproxyError
+from .process.forkserver import ForkServer
 from .process.supervisor import Supervisor
 from .wire.framing import ChunkedDecoder
 from .wire.sse import Event, EventParser
@@ -70,7 +71,15 @@ and see what it measured:
 """
 
 
-async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, write: Callable[[str], None]) -> int:
+async def run(
+    pace: Pace,
+    fork_server: ForkServer,
+    *,
+    listen: str | None,
+    admin: str | None,
+    once: bool,
+    write: Callable[[str], None],
+) -> int:
     """Runs the demonstration. `write` gets its text. Returns the exit status.
 
     With `once` it returns when the demonstration has ended, and otherwise when a signal ends the proxy.
@@ -90,7 +99,7 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, 
         settings = config.single(f"http://127.0.0.1:{site.port}/v1", listen=listen, admin=admin, workers=1)
         # Lines of the access log would appear in the middle of the text.
         settings = replace(settings, access_log=AccessLog(exchanges="off"))
-        supervisor = _bound(settings, screen)
+        supervisor = _bound(settings, fork_server, screen)
         await supervisor.start()
         loop = asyncio.get_running_loop()
         show = loop.create_task(_Show(supervisor, screen, watched, pace).run())
@@ -107,17 +116,17 @@ async def run(pace: Pace, *, listen: str | None, admin: str | None, once: bool, 
         await runner.cleanup()
 
 
-def _bound(settings: Config, screen: _Screen) -> Supervisor:
+def _bound(settings: Config, fork_server: ForkServer, screen: _Screen) -> Supervisor:
     """A supervisor that listens. If a port is in use, another one is chosen."""
     try:
-        supervisor = Supervisor(settings)
+        supervisor = Supervisor(settings, fork_server)
         supervisor.bind()
     except ListenError as error:
         if not error.in_use:
             raise
         screen.raw(f"{error}; using another port.\n")
         settings = config.override(settings, **{error.option.partition(".")[0]: "127.0.0.1:0"})
-        return _bound(settings, screen)
+        return _bound(settings, fork_server, screen)
     return supervisor
 
 

@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import uvloop
 
+from sseproxy.process import worker
+from sseproxy.process.forkserver import ForkServer
+
 from .harness import RunningProxy, Script, ScriptedUpstream, settings, start_proxy
+from .served import Flaky
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -30,6 +36,25 @@ def pytest_asyncio_loop_factories(
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests run on the loop that workers run."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+def fork_server() -> Iterator[ForkServer]:
+    """Forks workers for a supervisor that runs in this process."""
+    with closing(ForkServer(worker.main)) as server:
+        yield server
+
+
+@pytest.fixture
+def flaky(tmp_path: Path) -> Flaky:
+    return Flaky(tmp_path)
+
+
+@pytest.fixture
+def flaky_server(flaky: Flaky) -> Iterator[ForkServer]:
+    """Forks workers that are `flaky`."""
+    with closing(ForkServer(flaky.main)) as server:
+        yield server
 
 
 @pytest.fixture

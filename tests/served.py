@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from aiohttp import ClientSession
 
 from sseproxy.config import Admin
 from sseproxy.observe.live import View
+from sseproxy.process import worker
 from sseproxy.process.live import Live
 
 from .harness import DEADLINE, Peer, ScriptedUpstream
@@ -64,6 +66,19 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def name_of(pid: int) -> str:
+    """The name of a process, as `pgrep` finds it."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip()
+    except OSError:
+        return ""
+
+
+def workers_of(pid: int) -> list[int]:
+    """The workers of the supervisor `pid`."""
+    return [child for child in children(pid) if name_of(child) == "sse-worker"]
+
+
 def alive(pid: int) -> bool:
     """False for a zombie as well: it only waits for its parent to look."""
     try:
@@ -91,7 +106,7 @@ class Served:
 
     @property
     def workers(self) -> list[int]:
-        return children(self.pid)
+        return workers_of(self.pid)
 
     @property
     def messages(self) -> list[str]:
@@ -226,6 +241,35 @@ async def serve(
         # The pipes are open as long as a worker holds its end of them.
         await (log if log is not None else process.stdout.read())
         await (reader if reader is not None else process.stderr.read())
+
+
+class Flaky:
+    """Workers of which some work and the others end after a second. `directory` has a file for each that will work."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def may_work(self, times: int) -> None:
+        """Lets so many work."""
+        for file in self._directory.glob("works*"):
+            file.unlink()
+        for number in range(times):
+            (self._directory / f"works{number}").touch()
+
+    def hang(self) -> None:
+        """Lets those that do not work hang."""
+        (self._directory / "hangs").touch()
+
+    def main(self, descriptors: Sequence[int]) -> None:
+        for file in self._directory.glob("works*"):
+            try:
+                file.unlink()
+            except FileNotFoundError:
+                continue
+            worker.main(descriptors)
+            return
+        time.sleep(1000 if (self._directory / "hangs").exists() else 1)
+        os._exit(3)
 
 
 async def end(process: asyncio.subprocess.Process) -> None:

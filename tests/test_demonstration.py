@@ -21,7 +21,7 @@ from sseproxy.demonstration import _Client, _rhythm
 from sseproxy.errors import SseproxyError
 
 from .harness import DEADLINE
-from .served import alive, children, end, run, until_true
+from .served import alive, end, run, until_true, workers_of
 
 # Slow enough that a client can leave in mid-stream on a machine that is busy.
 FAST = ("--ttft", "0.05", "--rate", "100")
@@ -86,7 +86,7 @@ def in_one_line(output: str) -> str:
 async def test_an_answer_is_whole_and_the_client_and_the_backend_leave(demo: Start) -> None:
     running = await demo("--once", *FAST, *ANYWHERE)
     await running.read_until("1. ")
-    workers = children(running.process.pid)
+    workers = workers_of(running.process.pid)
     assert len(workers) == 1
     async with asyncio.timeout(DEADLINE):
         assert await running.process.wait() == 0
@@ -186,7 +186,7 @@ async def test_tokens_are_shown_as_they_arrive(demo: Start) -> None:
     running = await demo("--ttft", "0", "--rate", "0.01", *ANYWHERE)
     await running.read_until("token by token\n\n   A")
     assert running.output.endswith("A")
-    workers = children(running.process.pid)
+    workers = workers_of(running.process.pid)
     os.killpg(running.process.pid, signal.SIGINT)
     await running.rest()
     await until_true(lambda: not any(map(alive, workers)))

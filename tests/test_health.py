@@ -342,16 +342,28 @@ async def test_a_reload_forgets_what_it_no_longer_has(tmp_path: Path) -> None:
             assert other.requests[-1:]
 
 
+# Workers that end at once, as soon as there is a file.
+ENDING = """
+import os, sys
+if "serve" in sys.orig_argv:
+    from sseproxy.process import worker
+    main = worker.main
+    def work(descriptors):
+        if not os.path.exists(os.path.join(os.path.dirname(__file__), "end")):
+            main(descriptors)
+    worker.main = work
+"""
+
+
 async def test_a_reload_that_fails_goes_on_with_the_endpoints_before(tmp_path: Path) -> None:
     file = File(tmp_path)
     async with places() as (one, other):
         file.write(urls(one, other, ejection="{failures: 3, time: 1m}"))
-        async with file.serve(**python_runs_first("", tmp_path)) as served:
+        async with file.serve(**python_runs_first(ENDING, tmp_path)) as served:
             await other.end()
             await is_up(served, other.label, 0)
             file.write(urls(one))
-            # New workers end at once.
-            (tmp_path / "sitecustomize.py").write_text("raise SystemExit(3)")
+            (tmp_path / "end").touch()
             status_code, text = await post_reload(served)
             assert (status_code, "did not start" in text) == (503, True)
             assert await series(served, "endpoint_up") == {one.label: 1, other.label: 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,10 @@ import pytest
 import trustme
 
 import sseproxy
+
+from .harness import ScriptedUpstream
+from .served import ConfigFile, python_runs_first, until_true
+from .test_reload import asked
 
 ROOT = Path(sseproxy.__file__).parent
 EVERYWHERE = {"config", "errors"}
@@ -216,3 +221,29 @@ def test_no_group_is_possessive(path: Path) -> None:
     # Without sets of characters, in which all of these are characters.
     lines = [re.sub(r"\[[^]]*\]", "x", line) for line in path.read_text().splitlines()]
     assert [line for line in lines if re.search(r"\)[*+?]\+|\(\?>", line)] == []
+
+
+# A worker that tells, when it is told to, what it has imported by itself.
+IMPORTING = """
+import os, signal, sys
+if "serve" in sys.orig_argv:
+    from sseproxy.process import worker
+    main = worker.main
+    def work(descriptors):
+        shared = set(sys.modules)
+        def tell(*_):
+            os.write(2, f"by itself: {sorted(set(sys.modules) - shared)}".encode())
+        signal.signal(signal.SIGUSR1, tell)
+        main(descriptors)
+    worker.main = work
+"""
+
+
+async def test_a_worker_imports_nothing_by_itself(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    """So workers start at once, share the memory of all code, and never run code that was installed since."""
+    options = {"probe": "{token: a-token-of-16-bytes}", "access_log": "{format: text}"}
+    async with ConfigFile(tmp_path, upstream, **options).serve(**python_runs_first(IMPORTING, tmp_path)) as served:
+        await asked(served, upstream)
+        os.kill(served.workers[0], signal.SIGUSR1)
+        await until_true(lambda: "by itself: [" in served.stderr)
+        assert "by itself: []" in served.stderr

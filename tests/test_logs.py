@@ -27,7 +27,7 @@ from sseproxy.observe import logs
 from sseproxy.observe.logs import Lines, _Json
 
 from .harness import DEADLINE, ScriptedUpstream
-from .served import ConfigFile, Served, children, end, python_runs_first, until_true
+from .served import ConfigFile, Served, end, python_runs_first, until_true, workers_of
 
 # Writes as a worker does, from several processes at once: numbered lines of many lengths, and long ones.
 WRITER = """
@@ -170,7 +170,7 @@ def test_a_write_has_whole_lines_and_is_never_split(lines: list[bytes]) -> None:
 # Runs `sseproxy` with standard output and standard error that nobody reads, and with a worker that can be made to log.
 NOISY = """
 import logging, os, signal, sys
-if "sseproxy.process.start" in sys.orig_argv:
+if "serve" in sys.orig_argv:
     def noise(*_):
         for n in range(3000):
             logging.getLogger("noise").error("%s", "x" * 200)
@@ -209,7 +209,7 @@ async def test_nobody_reads_standard_error_and_everybody_is_served(upstream: Scr
 
             while await ask(admin_path, "GET", "/readyz") != 200:  # noqa: ASYNC110 - another process's state
                 await asyncio.sleep(0.02)
-            (worker,) = children(process.pid)
+            (worker,) = workers_of(process.pid)
             for _ in range(3):
                 os.kill(worker, signal.SIGUSR1)
                 assert await ask(socket_path, "GET", "/nowhere") == 404
@@ -217,7 +217,7 @@ async def test_nobody_reads_standard_error_and_everybody_is_served(upstream: Scr
             for _ in range(10):
                 assert await ask(admin_path, "POST", "/-/reload") == 400
             assert await ask(admin_path, "GET", "/readyz") == 200
-            assert children(process.pid) == [worker]
+            assert workers_of(process.pid) == [worker]
             # The end comes, though nobody takes the last lines.
             process.terminate()
             async with asyncio.timeout(DEADLINE):
@@ -239,7 +239,7 @@ async def test_a_full_disk_keeps_nobody_from_serving(upstream: ScriptedUpstream,
     os.close(other)
     os.close(device)
     try:
-        await until_true(lambda: len(children(process.pid)) == 1 and admin_path.exists())
+        await until_true(lambda: len(workers_of(process.pid)) == 1 and admin_path.exists())
         # The access log is on standard output, all else on standard error.
         await until_true((tmp_path / "s").exists)
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))

@@ -21,7 +21,8 @@ from sseproxy.observe.metrics import Recorder
 from sseproxy.observe.registry import Registry, exposition
 from sseproxy.observe.telemetry import REPORT_INTERVAL, Reports, encode_report
 from sseproxy.process import accepting
-from sseproxy.process.generation import cores, environment
+from sseproxy.process.forkserver import ForkServer
+from sseproxy.process.generation import cores
 from sseproxy.process.listeners import listen
 from sseproxy.process.supervisor import Supervisor
 from sseproxy.process.worker import Instructions
@@ -47,15 +48,16 @@ from .harness import (
 )
 from .served import (
     ConfigFile,
+    Flaky,
     Served,
     alive,
-    children,
     end,
     python_runs_first,
     run,
     serve,
     until_refused,
     until_true,
+    workers_of,
 )
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
@@ -192,14 +194,18 @@ async def test_workers_that_die_again_and_again_are_started_later_and_later(upst
 # What Python runs first: a worker, if it is the first, says something else than workers of this version.
 OTHER_VERSION = """
 import os, signal, sys
-if "sseproxy.process.start" in sys.orig_argv:
-    try:
-        os.rmdir(os.path.join(os.path.dirname(__file__), "once"))
-    except OSError:
-        pass
-    else:
-        os.write(int(sys.orig_argv[4]), bytes.fromhex("00000002 91a0"))
-        signal.pause()
+if "serve" in sys.orig_argv:
+    from sseproxy.process import worker
+    main = worker.main
+    def work(descriptors):
+        try:
+            os.rmdir(os.path.join(os.path.dirname(__file__), "once"))
+        except OSError:
+            main(descriptors)
+        else:
+            os.write(descriptors[0], bytes.fromhex("00000002 91a0"))
+            signal.pause()
+    worker.main = work
 """
 
 
@@ -208,7 +214,7 @@ async def test_a_worker_that_is_not_understood_is_replaced(upstream: ScriptedUps
     arguments = ("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1")
     async with serve(*arguments, **python_runs_first(OTHER_VERSION, tmp_path)) as served:
         await served.until("worker_restarts_total", 1)
-        assert "a worker sent a report that this version cannot decode" in served.stderr
+        assert "a worker sent a report that cannot be decoded" in served.stderr
         await served.until("workers", 1)
         await finish_stream(*await begin_stream(served, upstream))
 
@@ -238,7 +244,6 @@ import signal, sys
 if "serve" in sys.orig_argv:
     from sseproxy.process import generation
     generation._REPORT_REQUEST_INTERVAL = 0.05
-if "sseproxy.process.start" in sys.orig_argv:
     def hang(*_):
         while True:
             pass
@@ -284,9 +289,19 @@ async def test_a_worker_that_finishes_and_hangs_is_killed(upstream: ScriptedUpst
 
 
 # A worker that closes its channel, with a question in it, and hangs.
-SILENCED = IMPATIENT.replace("import signal, sys", "import os, signal, sys, time").replace(
-    "    def hang(*_):", "    def hang(*_):\n        time.sleep(0.3)\n        os.close(int(sys.orig_argv[4]))"
-)
+SILENCED = f"""{IMPATIENT}
+    import os, time
+    from sseproxy.process import worker
+    main = worker.main
+    def work(descriptors):
+        def close_and_hang(*_):
+            time.sleep(0.3)
+            os.close(descriptors[0])
+            hang()
+        signal.signal(signal.SIGUSR1, close_and_hang)
+        main(descriptors)
+    worker.main = work
+"""
 
 
 async def test_a_worker_that_hangs_without_its_channel_is_killed(upstream: ScriptedUpstream, tmp_path: Path) -> None:
@@ -320,16 +335,21 @@ async def test_nobody_is_killed_because_all_stood_still(upstream: ScriptedUpstre
 
 @pytest.mark.parametrize("lag", [None, 0.1, 3.5])
 async def test_a_worker_is_given_more_time_where_more_lag_is_allowed(
-    upstream: ScriptedUpstream, lag: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    upstream: ScriptedUpstream,
+    lag: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fork_server: ForkServer,
 ) -> None:
     monkeypatch.setattr("sseproxy.process.generation._REPORT_REQUEST_INTERVAL", 0.02)
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere, limits=config.Limits(lag=lag)))
+    supervisor = Supervisor(
+        settings(upstream.url, workers=1, admin=anywhere, limits=config.Limits(lag=lag)), fork_server
+    )
     supervisor.bind()
-    before = children(os.getpid())
     try:
         await supervisor.start()
-        (worker,) = set(children(os.getpid())).difference(before)
+        (worker,) = workers_of(os.getpid())
         os.kill(worker, signal.SIGSTOP)
         await until_true(lambda: not alive(worker))
     finally:
@@ -339,17 +359,6 @@ async def test_a_worker_is_given_more_time_where_more_lag_is_allowed(
     assert killed == f"worker {worker} has sent no report for {20 * patience} s: it is killed"
 
 
-def python_that_works(times: int, directory: Path) -> str:
-    """A path that executes Python so often, and from then on fails after a second."""
-    for number in range(times):
-        (directory / f"{number}").mkdir()
-    path = directory / "python"
-    works = f'rmdir "$n" 2>/dev/null && exec {sys.executable} "$@"'
-    path.write_text(f"#!/bin/sh\nfor n in {directory}/[0-9]*; do {works}; done\nsleep 1\nexit 3\n")
-    path.chmod(0o755)
-    return str(path)
-
-
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers have 3 s to come up, two of them."""
@@ -357,35 +366,27 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_start_without_any_worker_is_an_error(
-    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_a_start_without_any_worker_is_an_error(upstream: ScriptedUpstream, flaky_server: ForkServer) -> None:
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
     supervisor.bind()
-    before = children(os.getpid())
-    monkeypatch.setattr(sys, "executable", python_that_works(0, tmp_path))
     with pytest.raises(
         SseproxyError, match=r"^no worker accepts connections: 2 of 2 new workers .*: one ended with status 3$"
     ):
         await supervisor.start()
-    assert set(children(os.getpid())) <= set(before)
+    assert not workers_of(os.getpid())
 
 
 @pytest.mark.usefixtures("hurried")
 async def test_a_start_goes_on_with_the_workers_that_there_are(
-    upstream: ScriptedUpstream,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
+    upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture, flaky: Flaky, flaky_server: ForkServer
 ) -> None:
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
     supervisor.bind()
     try:
-        with monkeypatch.context() as broken:
-            broken.setattr(sys, "executable", python_that_works(1, tmp_path))
-            await supervisor.start()
+        flaky.may_work(1)
+        await supervisor.start()
         assert supervisor._unready() is None
         assert any(
             "1 of 2 new workers did not start to accept connections: one ended with status 3" in record.getMessage()
@@ -530,7 +531,7 @@ async def test_a_signal_while_the_workers_start_ends_them_as_well(upstream: Scri
     try:
         workers: list[int] = []
         while len(workers) < started:
-            workers = children(process.pid)
+            workers = workers_of(process.pid)
             await asyncio.sleep(0)
         process.terminate()
         async with asyncio.timeout(DEADLINE):
@@ -543,15 +544,14 @@ async def test_a_signal_while_the_workers_start_ends_them_as_well(upstream: Scri
 
 
 async def test_a_worker_that_is_just_being_started_when_the_end_comes_is_ended_as_well(
-    upstream: ScriptedUpstream,
+    upstream: ScriptedUpstream, fork_server: ForkServer
 ) -> None:
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere, drain_timeout=3600.0))
+    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere, drain_timeout=3600.0), fork_server)
     supervisor.bind()
-    others = children(os.getpid())
     starting = asyncio.get_running_loop().create_task(supervisor.start())
-    await until(lambda: len(children(os.getpid())) > len(others))
-    (worker,) = set(children(os.getpid())).difference(others)
+    await until(lambda: len(workers_of(os.getpid())) == 1)
+    (worker,) = workers_of(os.getpid())
     # It is there, but its supervisor has not heard so.
     heard = supervisor._generation is not None and bool(supervisor._generation._processes)
     closing = asyncio.get_running_loop().create_task(supervisor.close())
@@ -565,7 +565,9 @@ async def test_a_worker_that_is_just_being_started_when_the_end_comes_is_ended_a
         await starting
 
 
-async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstream: ScriptedUpstream) -> None:
+async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(
+    upstream: ScriptedUpstream, fork_server: ForkServer
+) -> None:
     ours, theirs = socket.socketpair()
     # The channel is full of reports before the worker has sent any.
     theirs.setblocking(False)
@@ -578,23 +580,19 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
     with theirs, listener:
         ledger = Ledger()
         columns = ledger.columns([*accepting.NAMES, *counted(configured)], ())
-        fds = [theirs.fileno(), ledger.fd, listener.fileno()]
         port = listener.getsockname()[1]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "sseproxy.process.start", *map(str, fds)), pass_fds=fds
-        )
+        process = await fork_server.fork([theirs.fileno(), ledger.fd, listener.fileno()])
     ours.sendall(Instructions(configured, ledger.take_row(), columns, 100).encoded())
     try:
         client = Peer(*await asyncio.open_connection("127.0.0.1", port))
         client.send(b"GET /nowhere HTTP/1.1\r\nHost: p\r\n\r\n")
         assert (await client.message()).status == 404
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         # It drains, and has nothing left to do but to report.
         await client.gone()
         client.close()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await process.wait()
+        await asyncio.sleep(0.3)
+        assert alive(process.pid)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         registry = Registry()
         async for report in Reports(reader, writer.write):
@@ -605,7 +603,7 @@ async def test_the_last_report_of_a_worker_arrives_however_late_it_is_read(upstr
         )
         assert await process.wait() == 0
     finally:
-        await end(process)
+        process.send_signal(signal.SIGKILL)
 
 
 async def drained(proxy: RunningProxy) -> asyncio.Task[None]:
@@ -700,7 +698,7 @@ async def test_an_exchange_that_the_end_does_not_wait_for_was_not_left_by_its_cl
 # A worker that says, when it is told to, whether it collects garbage, and whether it spares what it began with.
 TALKATIVE = """
 import gc, os, signal, sys
-if "sseproxy.process.start" in sys.orig_argv:
+if "serve" in sys.orig_argv:
     def tell(*_):
         os.write(2, f"collects: {gc.isenabled()}, spares: {gc.get_freeze_count() > 10_000}".encode())
     signal.signal(signal.SIGUSR1, tell)
@@ -746,25 +744,18 @@ def variables_of(pid: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line)
 
 
-async def test_a_worker_has_no_key_in_its_environment(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    file = ConfigFile(tmp_path, upstream, key="api_key: '${SECRET_KEY}'")
+async def test_a_worker_has_no_key_in_its_environment_and_what_the_interpreter_goes_by(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream, key="api_key: '${HOME}${SECRET_KEY}'")
     async with file.serve(SECRET_KEY="sk-very-secret", OTHER="kept") as served:
         (worker,) = served.workers
         expected = os.environ | {"OTHER": "kept"}
         passed = variables_of(worker)
         assert {name: passed.get(name) for name in expected} == expected
-        assert not any("sk-very-secret" in value for value in passed.values())
+        assert "sk-very-secret" not in "".join(passed.values())
         client = await served.connect()
         client.send(post())
-        assert (await (await upstream.accept()).message()).get("authorization") == "Bearer sk-very-secret"
-
-
-def test_what_the_interpreter_goes_by_is_passed_though_the_file_has_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (
-        "upstreams: [{name: up, url: 'http://h', api_key: '${HOME}${KEY}'}]\n"
-        "routes: [{name: r, match: {path: /}, upstream: up}]\n"
-    )
-    monkeypatch.setenv("HOME", "/home")
-    monkeypatch.setenv("KEY", "sk-x")
-    passed = environment(config.parse(text, "file"))
-    assert passed == {name: value for name, value in os.environ.items() if name != "KEY"}
+        assert (await (await upstream.accept()).message()).get(
+            "authorization"
+        ) == f"Bearer {os.environ['HOME']}sk-very-secret"

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from sseproxy import config
 from sseproxy.errors import ReloadError
 from sseproxy.observe.registry import Registry
 from sseproxy.process.admin import application
+from sseproxy.process.forkserver import ForkServer
 from sseproxy.process.supervisor import Supervisor
 
 from .conftest import StartProxy
@@ -38,8 +38,7 @@ from .harness import (
     settings,
     until,
 )
-from .served import ConfigFile, Served, alive, children, nobody_looks, until_true
-from .test_processes import python_that_works
+from .served import ConfigFile, Flaky, Served, alive, nobody_looks, until_true, workers_of
 
 RELOADS = 100
 SHORT = b'{"object":"list","data":[]}'
@@ -271,69 +270,68 @@ async def test_what_is_watched_is_reloaded_when_its_content_changes(upstream: Sc
 
 
 async def test_workers_that_do_not_come_up_change_nothing(
-    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+    upstream: ScriptedUpstream, flaky: Flaky, flaky_server: ForkServer
 ) -> None:
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
     supervisor.bind()
-    before = children(os.getpid())
     try:
+        flaky.may_work(2)
         await supervisor.start()
-        workers = set(children(os.getpid())).difference(before)
-        with monkeypatch.context() as broken:
-            broken.setattr(sys, "executable", "/bin/false")
-            with pytest.raises(
-                ReloadError, match="2 of 2 new workers did not start to accept connections: one ended with status 1"
-            ):
-                await supervisor.reload()
-        assert workers <= set(children(os.getpid()))
+        workers = workers_of(os.getpid())
+        with pytest.raises(
+            ReloadError, match="2 of 2 new workers did not start to accept connections: one ended with status 3"
+        ):
+            await supervisor.reload()
+        assert workers_of(os.getpid()) == workers
         assert (await supervisor.registry())._gauges[0]["config_last_reload_successful", ()] == 0
+        flaky.may_work(2)
         await supervisor.reload()
         await until_true(lambda: not any(map(alive, workers)))
     finally:
         await supervisor.close()
-    assert set(children(os.getpid())) == set(before)
+    assert not workers_of(os.getpid())
 
 
 async def test_workers_of_which_only_some_come_up_change_nothing(
-    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, flaky: Flaky, flaky_server: ForkServer
 ) -> None:
     monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 5.0)
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
     supervisor.bind()
-    before = children(os.getpid())
     try:
+        flaky.may_work(2)
         await supervisor.start()
-        workers = set(children(os.getpid())).difference(before)
-        with monkeypatch.context() as broken:
-            broken.setattr(sys, "executable", python_that_works(1, tmp_path))
-            with pytest.raises(ReloadError, match=r"^1 of 2 new workers did not start .*: one ended with status 3$"):
-                await supervisor.reload()
-        assert set(children(os.getpid())).difference(before) == workers
+        workers = workers_of(os.getpid())
+        flaky.may_work(1)
+        with pytest.raises(ReloadError, match=r"^1 of 2 new workers did not start .*: one ended with status 3$"):
+            await supervisor.reload()
+        assert workers_of(os.getpid()) == workers
+        flaky.may_work(2)
         await supervisor.reload()
     finally:
         await supervisor.close()
 
 
 async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
-    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    flaky: Flaky,
+    flaky_server: ForkServer,
 ) -> None:
     monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 0.5)
     anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere))
+    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere), flaky_server)
     supervisor.bind()
-    hangs = tmp_path / "python"
-    hangs.write_text("#!/bin/sh\nexec sleep 1000\n")
-    hangs.chmod(0o755)
     try:
+        flaky.may_work(1)
         await supervisor.start()
-        workers = children(os.getpid())
-        with monkeypatch.context() as broken:
-            broken.setattr(sys, "executable", str(hangs))
-            with pytest.raises(ReloadError, match=r"^1 of 1 new workers did not start to accept connections$"):
-                await supervisor.reload()
-        assert children(os.getpid()) == workers
+        workers = workers_of(os.getpid())
+        flaky.hang()
+        with pytest.raises(ReloadError, match=r"^1 of 1 new workers did not start to accept connections$"):
+            await supervisor.reload()
+        assert workers_of(os.getpid()) == workers
     finally:
         await supervisor.close()
 

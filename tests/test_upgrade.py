@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .harness import (
     delta,
     post,
 )
-from .served import ConfigFile, Served, alive, end, run, serve, until_refused, until_true
+from .served import ConfigFile, Served, alive, children, end, name_of, run, serve, until_refused, until_true
 from .test_listeners import Systemd
 from .test_processes import ANYWHERE
 from .test_reload import answer, asked, reload, streaming
@@ -45,7 +45,8 @@ class Installation:
 
     def __init__(self, directory: Path) -> None:
         self.root = directory / "installed" / "sseproxy"
-        shutil.copytree(Path(sseproxy.__file__).parent, self.root, ignore=shutil.ignore_patterns("__pycache__"))
+        # With what Python has compiled, whose times are copied as well.
+        shutil.copytree(Path(sseproxy.__file__).parent, self.root)
         # The current directory is not looked into.
         self.environment = {"PYTHONPATH": str(self.root.parent), "PYTHONSAFEPATH": "1"}
 
@@ -110,7 +111,7 @@ async def finish(client: Peer, api: Peer) -> None:
 
 
 def none_is_a_zombie(served: Served) -> bool:
-    return all(map(alive, served.workers))
+    return all(map(alive, children(served.pid)))
 
 
 @pytest.mark.timeout(120)
@@ -343,58 +344,85 @@ async def test_an_address_that_is_taken_changes_nothing(
             await asked(served, upstream)
 
 
-async def test_no_reload_mixes_two_versions(
+async def test_a_reload_never_runs_other_code(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
     file = ConfigFile(tmp_path, upstream)
-    async with file.serve(**installed.environment) as served:
-        workers = served.workers
+    async with ScriptedUpstream() as other, file.serve(**installed.environment) as served:
         installed.install("0.9.1")
-        why = f"version 0.9.1 is installed, {__version__} is running: send SIGUSR2 to upgrade"
-        assert await reload(served) == (503, f"{why}\n")
-        served.process.send_signal(signal.SIGHUP)
-        await served.until(r'config_reloads_total\{result="failure"\}', 2)
-        await until_true(lambda: served.messages.count(f"not reloaded: {why}") == 2)
-        assert await served.sample("config_last_reload_successful") == 0
-        assert served.workers == workers
+        file.write(other)
+        workers = served.workers
+        assert await reload(served) == (200, "reloaded\n")
+        await until_true(lambda: not any(map(alive, workers)))
+        await asked(served, other)
         await serves(served, __version__)
-        # What is installed is what runs again.
+        goes_on = f"{__version__} is running: the running code goes on; send SIGUSR2 to upgrade"
+        await until_true(lambda: f"version 0.9.1 is installed, {goes_on}" in served.messages)
         installed.install(__version__, before="0.9.1")
         installed.change("relay/routes.py", f"version {__version__} has", "there are")
         assert await reload(served) == (200, "reloaded\n")
+        assert served.stderr.count("goes on") == 1
         installed.change("relay/pump.py", '"""', '"""New. ')
+        assert await reload(served) == (200, "reloaded\n")
+        await until_true(lambda: "have changed since it was started: the running code goes on" in served.stderr)
+        # No code at all, and workers that need more of it than before. A mistake is still told where it is.
+        shutil.rmtree(installed.root)
+        file.write(other, probe="{token: a-token-of-16-bytes}")
+        assert await reload(served) == (200, "reloaded\n")
+        await until_true(lambda: "is no longer installed in" in served.stderr)
+        await serves(served, __version__)
+        file.write(other, probes="{}")
         status, text = await reload(served)
-        assert (status, "have changed since it was started: send SIGUSR2" in text) == (503, True)
-        (installed.root / "__init__.py").unlink()
-        status, text = await reload(served)
-        assert (status, "is no longer installed in" in text) == (503, True)
+        assert (status, text.count("probes: unknown key"), text.count("did you mean 'probe'?")) == (400, 1, 1)
 
 
-async def test_what_is_watched_is_not_reloaded_by_other_code(
+async def test_what_is_watched_is_reloaded_by_the_running_code(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
     file = ConfigFile(tmp_path, upstream, reload="{watch: 50ms}")
     async with ScriptedUpstream() as other, file.serve(**installed.environment) as served:
         installed.install("0.9.1")
         file.write(other, reload="{watch: 50ms}")
-        await served.until(r'config_reloads_total\{result="failure"\}', 1)
-        await asked(served, upstream)
+        await served.until(r'config_reloads_total\{result="success"\}', 1)
+        await asked(served, other)
+        await serves(served, __version__)
         await upgraded(served, "0.9.1")
         await asked(served, other)
 
 
-async def test_a_worker_that_can_only_be_replaced_by_new_code_is_replaced_by_an_upgrade(
+async def test_a_worker_is_replaced_by_the_code_that_it_ran(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    async with ConfigFile(tmp_path, upstream).serve(**installed.environment) as served:
+        installed.change("process/worker.py", "import asyncio\n", "import asyncio as\n")
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGKILL)
+        await served.until("worker_restarts_total", 1)
+        await served.until("workers", 1)
+        await serves(served, __version__)
+        assert not any("upgrad" in message for message in served.messages)
+
+
+async def test_a_fork_server_that_is_killed_is_replaced_by_an_upgrade(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
     async with ConfigFile(tmp_path, upstream, workers="2").serve(**installed.environment) as served:
         client, api = await streaming(served, upstream)
         await served.until(r"streams_active\{.*\}", 1)
-        installed.install("0.9.1")
+        os.kill(fork_server_of(served), signal.SIGKILL)
         os.kill(await idle_one(served), signal.SIGKILL)
-        await until_true(lambda: any(f"from version {__version__} to 0.9.1:" in said for said in served.messages))
-        await serves(served, "0.9.1")
+        await until_true(lambda: any("upgraded from version" in said for said in served.messages))
+        assert any("the process that starts workers has been killed" in said for said in served.messages)
+        await serves(served, __version__)
         assert await served.sample("workers") == 2
         await finish(client, api)
+        await until_true(lambda: none_is_a_zombie(served))
+        assert await reload(served) == (200, "reloaded\n")
+
+
+def fork_server_of(served: Served) -> int:
+    (pid,) = (child for child in children(served.pid) if name_of(child) == "sse-forkserver")
+    return pid
 
 
 async def idle_one(served: Served) -> int:
@@ -407,22 +435,26 @@ async def idle_one(served: Served) -> int:
     return min(served.workers, key=sockets)
 
 
-async def test_a_worker_is_not_replaced_by_code_that_does_not_work_and_is_when_it_does(
+async def test_no_trial_and_no_upgrade_leaves_a_process(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
+    installed.change("process/upgrade.py", "_TRIAL_TIMEOUT = 60.0", "_TRIAL_TIMEOUT = 6.0")
     async with ConfigFile(tmp_path, upstream).serve(**installed.environment) as served:
-        installed.change("process/worker.py", "import asyncio\n", "import asyncio as\n")
-        (worker,) = served.workers
-        os.kill(worker, signal.SIGKILL)
-        await until_true(lambda: any("not upgraded: " in message for message in served.messages))
-        assert any(
-            message.startswith("a worker could not be started (version") and "send SIGUSR2 to upgrade" in message
-            for message in served.messages
+        installed.install("0.9.1")
+        # Before there is a fork server, and when it has forked a worker.
+        broken = (
+            ("process/start.py", "from .worker import main\n", "raise ValueError\n"),
+            ("process/supervisor.py", "  self._kill()\n            for gen", "  while True: pass\n            for gen"),
         )
-        assert (await served.get("/readyz"))[0] == 503
-        installed.change("process/worker.py", "import asyncio as\n", "import asyncio\n")
-        await served.until("workers", 1)
-        await serves(served, __version__)
+        for failed, (module, old, new) in enumerate(broken, 1):
+            installed.change(module, old, new)
+            served.process.send_signal(signal.SIGUSR2)
+            await served.until(r'config_reloads_total\{result="failure"\}', failed)
+            installed.change(module, new, old)
+        await upgraded(served, "0.9.1")
+        assert await reload(served) == (200, "reloaded\n")
+        await until_true(lambda: none_is_a_zombie(served))
+        assert sorted(children(served.pid)) == sorted([*served.workers, fork_server_of(served)])
 
 
 async def test_addresses_come_and_go_with_an_upgrade_and_unix_sockets_stay(
@@ -504,10 +536,6 @@ async def test_systemd_keeps_its_sockets_and_is_told_of_an_upgrade(
         await end(process)
 
 
-def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().rstrip()
-
-
 async def test_without_a_file_and_as_a_script_it_is_upgraded_as_well_and_keeps_its_name(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
@@ -571,8 +599,9 @@ async def test_where_no_new_worker_comes_up_after_all_the_old_ones_go_on_until_o
         old = served.workers
         installed.install("0.9.1")
         # One, as in the trial, comes up.
-        start = f"sys.executable if self.size == 1 or os.path.exists({str(well)!r}) else '/bin/false'"
-        installed.change("process/generation.py", "*(sys.executable,", f"*({start},")
+        fails = f"if self.size > 1 and not os.path.exists({str(well)!r}):\n                    raise OSError('no')\n"
+        forks = "process = await self._fork(fds)"
+        installed.change("process/generation.py", forks, f"{fails}                {forks}")
         installed.change("process/supervisor.py", "_START_TIMEOUT = 30.0", "_START_TIMEOUT = 1.0")
         served.process.send_signal(signal.SIGUSR2)
         await until_true(
@@ -613,15 +642,21 @@ async def test_signals_that_come_while_the_code_is_exchanged_are_not_lost(
         assert "Traceback" not in served.stderr
 
 
+def trials_of(served: Served) -> Callable[[], set[int]]:
+    """The children that `served` has from now on."""
+    before = children(served.pid)
+    return lambda: set(children(served.pid)).difference(before)
+
+
 async def test_signals_ask_for_one_upgrade_at_a_time_and_the_end_ends_it(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
     async with ConfigFile(tmp_path, upstream).serve(**installed.environment) as served:
         installed.change("cli.py", "    import uvloop\n", "    import time; time.sleep(60)\n")
-        workers = served.workers
+        trials = trials_of(served)
         served.process.send_signal(signal.SIGUSR2)
-        await until_true(lambda: len(served.workers) == 2)
-        (trial,) = set(served.workers) - set(workers)
+        await until_true(lambda: len(trials()) == 1)
+        (trial,) = trials()
         served.process.send_signal(signal.SIGUSR2)
         await until_true(lambda: "an upgrade is already in progress" in served.messages)
         served.process.terminate()

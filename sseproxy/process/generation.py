@@ -16,7 +16,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,7 +23,7 @@ from math import ceil
 from time import perf_counter
 
 from ..config import Config, Limits
-from ..errors import Outcome, ReloadError
+from ..errors import Outcome
 from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.live import View
@@ -32,6 +31,7 @@ from ..observe.metrics import Labels, Recorder, Report
 from ..observe.registry import Registry, of_process
 from ..observe.telemetry import Reports
 from ..relay.admission import connections_within
+from .forkserver import Process
 from .worker import Instructions
 
 log = logging.getLogger(__name__)
@@ -46,17 +46,10 @@ _REPORT_REQUEST_INTERVAL = 1.0
 # loop takes milliseconds; in an overloaded worker it takes as long as `limits.lag` allows. A kill cuts streams, so it
 # is only for workers that will not recover. gunicorn waits 30 seconds.
 _UNREADY_AFTER, _KILLED_AFTER = 5, 20
-# The same for a worker that has not reported yet. A start takes a sixth of a second of CPU, and on a small machine many
-# workers start at the same time.
+# The same for a worker that has not reported yet. It may have certificates and keys to load.
 _STARTED_AFTER = 60
 # File descriptors that a worker needs besides its connections.
 _DESCRIPTORS_OF_ITS_OWN = 50
-# Variables that the interpreter and its libraries read. A worker keeps them even if the configuration uses them, for
-# example ${HOME} in a path.
-_KEPT_VARIABLES = frozenset(
-    {"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ"}
-    | {"SSL_CERT_DIR", "SSL_CERT_FILE"}
-)
 
 
 def cores() -> int:
@@ -90,11 +83,6 @@ def connections_of_a_worker(config: Config, workers: int) -> int:
             most,
         )
     return min(possible, wanted)
-
-
-def environment(config: Config) -> dict[str, str]:
-    """A worker's environment: without the variables that `config` used, because the worker receives their values."""
-    return {name: value for name, value in os.environ.items() if name not in config.variables - _KEPT_VARIABLES}
 
 
 def _lag_factor(config: Config) -> int:
@@ -141,8 +129,7 @@ class Generation(_Workers):
     `numbers` gives each worker a number that is unique among all generations; the registry and the `view` of what is
     under way use it. Each worker has a
     row in `ledger`, and `columns` are the columns that it uses. `changed` is called when a worker becomes ready or has
-    ended. `check_code` is called before a worker is replaced; it raises `ReloadError` if the code on disk is not the
-    code that is running.
+    ended. `fork` starts a process with descriptors; it raises `OSError`.
     """
 
     def __init__(
@@ -156,7 +143,7 @@ class Generation(_Workers):
         view: View,
         recorder: Recorder,
         changed: Callable[[], None],
-        check_code: Callable[[], Awaitable[None]],
+        fork: Callable[[Sequence[int]], Awaitable[Process]],
     ) -> None:
         self.config = config
         self.size = cores() if config.workers == "auto" else config.workers
@@ -174,8 +161,8 @@ class Generation(_Workers):
         self._view = view
         self._recorder = recorder
         self._changed = changed
-        self._check_code = check_code
-        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._fork = fork
+        self._processes: dict[int, Process] = {}
         # Which of the workers each is, as its label says, and the CPU time that was counted of it.
         self._places: dict[int, tuple[str, float]] = {}
         self._channels: dict[int, socket.socket] = {}
@@ -206,9 +193,7 @@ class Generation(_Workers):
         self._last_signal = number
         self._closing.set()
         for process in self._processes.values():
-            # A worker that has just ended may still be in the table.
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
+            process.send_signal(number)
 
     def settled(self) -> bool:
         """Whether every worker process has reported, so none is being started and none has just ended."""
@@ -261,19 +246,14 @@ class Generation(_Workers):
     async def _keep_worker(self, place: str) -> None:
         """Runs the worker with the label `place`, and replaces it when it ends, until the generation is closed."""
         backoff = 0.0
-        replaces = False
         while not self._closing.is_set():
             started = perf_counter()
             try:
-                if replaces:
-                    await self._check_code()
                 last_exit = f"ended with status {await self._run_worker(place)}"
                 ended = True
-            except (OSError, ReloadError) as error:
-                # OSError: no descriptors, processes or memory are left now, but there may be some later.
-                # ReloadError: the code on disk is not the code that is running.
+            except OSError as error:
+                # No descriptors, processes or memory are left now, but there may be some later.
                 last_exit, ended = f"could not be started ({error})", False
-            replaces = True
             if self._closing.is_set():
                 return
             if ended:
@@ -303,13 +283,7 @@ class Generation(_Workers):
         self._spawning += 1
         with theirs:
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "sseproxy.process.start", *map(str, fds)),
-                    env=environment(self.config),
-                    pass_fds=fds,
-                    # Ctrl-C in a terminal sends SIGINT to a whole process group. Only the supervisor must get it.
-                    start_new_session=True,
-                )
+                process = await self._fork(fds)
             except OSError:
                 ours.close()
                 raise
@@ -320,8 +294,7 @@ class Generation(_Workers):
         self._channels[number] = ours
         self._rows[number] = row
         if self._last_signal is not None:
-            with suppress(ProcessLookupError):
-                process.send_signal(self._last_signal)
+            process.send_signal(self._last_signal)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(Instructions(self.config, row, self._columns, self._most_connections).encoded())
 
@@ -335,9 +308,8 @@ class Generation(_Workers):
         try:
             await self._follow(number, reports)
         except Exception:
-            # This happens when the package on disk was replaced while the worker was starting.
-            log.exception("a worker sent a report that this version cannot decode: the worker is killed")
-            process.kill()
+            log.exception("a worker sent a report that cannot be decoded: the worker is killed")
+            process.send_signal(signal.SIGKILL)
         self.ready.discard(number)
         self._reports.pop(number, None)
         status = await process.wait()
@@ -367,7 +339,7 @@ class Generation(_Workers):
             (self.ready.add if accepts else self.ready.discard)(number)
             self._changed()
 
-    async def _watch(self, number: int, process: asyncio.subprocess.Process, reports: Reports) -> None:
+    async def _watch(self, number: int, process: Process, reports: Reports) -> None:
         """Notices when a worker sends no reports. If it does not recover, kills it.
 
         This counts intervals in which this process ran and received nothing, and not the time. So a worker is not
@@ -390,8 +362,7 @@ class Generation(_Workers):
                 self._add(number, Report([], [(metrics.WORKERS.name, (), 0)], [], []))
             if silent == (killed_after if reports.number else max(killed_after, _STARTED_AFTER)):
                 log.error("worker %d has sent no report for %d s: it is killed", process.pid, silent)
-                with suppress(ProcessLookupError):
-                    process.kill()
+                process.send_signal(signal.SIGKILL)
 
 
 class Predecessors(_Workers):

@@ -1,18 +1,16 @@
-"""Starts a worker: `python -m sseproxy.process.start CHANNEL LEDGER LISTENER...`.
-
-Imports take most of the time that a worker needs to start, and every reload starts one worker per core. So this module
-skips the part of the imports that a worker does not need.
-"""
+"""Imports what a worker needs, and forks the server of workers from this process."""
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - a worker that connects to a host needs it
 import gc
 import ssl
-from collections.abc import Callable
+
+from .forkserver import ForkServer, Main
 
 
-def load() -> Callable[[], None]:
-    """Imports the worker, and returns its `main`. Garbage collection is off until `main` has frozen these objects."""
+def load() -> Main:
+    """Imports the worker, and returns its `main`."""
     # Collections would visit the imported objects again and again, although they live as long as the process.
     gc.disable()
     # aiohttp creates two TLS contexts when it is imported, and loads the system's CA certificates into each. This takes
@@ -24,8 +22,10 @@ def load() -> Callable[[], None]:
     finally:
         # Now the method of the base class is visible again.
         del ssl.SSLContext.set_default_verify_paths
+        gc.enable()
     return main
 
 
-if __name__ == "__main__":
-    load()()
+def fork_server() -> ForkServer:
+    """Starts a fork server. Call it before there are any threads."""
+    return ForkServer(load())

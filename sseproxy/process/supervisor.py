@@ -26,7 +26,9 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from .. import __version__
-from ..config import Address, Config, Listen
+
+# This is imported now, so that a reload after the installation of other code imports nothing of that.
+from ..config import Address, Config, Listen, mistakes  # noqa: F401
 from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
 from ..ledger.table import Ledger
@@ -39,6 +41,7 @@ from ..relay.heads import check_parser
 from ..relay.routes import OTHER, unreachable
 from . import notify, upgrade
 from .admin import application
+from .forkserver import ForkServer, ForkServerGone, Process, forget_orphans
 from .generation import Generation, Predecessors, cores
 from .health import Health
 from .listeners import clean_up, listen, refuse, url
@@ -64,8 +67,7 @@ _FLEET = -2
 _RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # Seconds that a reload waits for the old workers to stop accepting. They need one turn of their loops.
 _TAKE_OVER_TIMEOUT = 5.0
-# Seconds that a start or a reload waits until the workers accept, plus one second for each worker. A worker needs half
-# a second of CPU to start, and all workers start at the same time.
+# Seconds that a start or a reload waits until the workers accept, plus one second for each worker.
 _START_TIMEOUT = 30.0
 # Rows of the ledger, for the workers of all generations. A row that is not used takes no memory.
 _ROWS, _ROWS_PER_CORE = 256, 8
@@ -76,20 +78,22 @@ _REPORT_TIMEOUT = 1.0
 class Supervisor:
     """The parent of the workers. Call `bind`, `start` and `run`, in this order.
 
-    `reread` reads the configuration again. `path` is its file, or None if it does not come from a file. `command` is
-    the command line that runs the installed code; without it there are no upgrades. `handover` is what the previous
-    version has left, if this process is the result of an upgrade.
+    `fork_server` starts workers. `reread` reads the configuration again. `path` is its file, or None if it does not
+    come from a file. `command` is the command line that runs the installed code; without it there are no upgrades.
+    `handover` is what the previous version has left, if this process is the result of an upgrade.
     """
 
     def __init__(
         self,
         config: Config,
+        fork_server: ForkServer,
         reread: Callable[[], Config] | None = None,
         path: str | None = None,
         command: Sequence[str] = (),
         handover: Handover | None = None,
     ) -> None:
         self.config = config
+        self._fork_server = fork_server
         self._reread = reread or (lambda: config)
         self._path = path
         self._command = command
@@ -464,7 +468,7 @@ class Supervisor:
             self._view,
             self._recorder,
             self._changed.set,
-            self._check_code_or_upgrade,
+            self._fork,
         )
         self._generations.append(generation)
         generation.start()
@@ -474,7 +478,10 @@ class Supervisor:
         if self.stopping.is_set():
             raise ReloadError(_ENDING)
         self._digests = await asyncio.to_thread(self._read_digests)
-        await self._check_code()
+        if (other := await asyncio.to_thread(self._code.replaced)) is not None:
+            log.warning(
+                "%s: the running code goes on; %s to upgrade", other, "send SIGUSR2" if self._command else "restart"
+            )
         # In a thread, because reading may take long, and the admin listener must answer meanwhile.
         config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
@@ -483,22 +490,13 @@ class Supervisor:
         new = self._generate(config, clients, columns)
         # If a worker ends before any has accepted, the others will fail as well.
         came_up = await self._wait_for_start(new, lambda: bool(new.last_exit) and not new.ready)
-        try:
-            if not came_up:
-                raise ReloadError(new.missing())
-            # The code may have been replaced while the workers started.
-            await self._check_code()
-        except ReloadError:
-            if came_up:
-                # These workers may have accepted clients by now.
-                new.retire()
-                self._begin(self._end(new))
-            else:
-                new.kill()
-                await self._end(new)
+        if not came_up:
+            error = ReloadError(new.missing())
+            new.kill()
+            await self._end(new)
             _close_and_unlink(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
             self._health.follow(self.config, self._columns(self.config))
-            raise
+            raise error
         self._health.follow(config, columns)
         await self._administer(_without(admin, self._admin_sockets))
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
@@ -525,18 +523,13 @@ class Supervisor:
                 await self._admin_sites.pop(sock).stop()
         _close_and_unlink(unused | unused_admin)
 
-    async def _check_code(self) -> None:
-        """Raises `ReloadError` if the code on disk is not the code that is running. New workers would run it."""
-        if (replaced := await asyncio.to_thread(self._code.replaced)) is not None:
-            raise ReloadError(f"{replaced}: {'send SIGUSR2' if self._command else 'restart'} to upgrade")
-
-    async def _check_code_or_upgrade(self) -> None:
-        """As `_check_code`, for a worker that has to be replaced. If the code on disk differs, starts an upgrade."""
+    async def _fork(self, descriptors: Sequence[int]) -> Process:
+        """Starts a worker. If the fork server has been killed, only an upgrade, to whatever code, makes another one."""
         try:
-            await self._check_code()
-        except ReloadError:
+            return await self._fork_server.fork(descriptors)
+        except ForkServerGone:
             if self._command and (self._upgrading is None or self._upgrading.done()):
-                log.warning("a worker has ended, and the code that it ran is no longer installed: upgrading")
+                log.warning("the process that starts workers has been killed: this process executes itself again")
                 self.upgrade()
             raise
 
@@ -553,6 +546,10 @@ class Supervisor:
     async def _end(self, generation: Generation | Predecessors) -> None:
         await generation.ended()
         self._generations.remove(generation)
+        # While the code is being tried, there are also children that others wait for.
+        if self._command and (self._upgrading is None or self._upgrading.done()):
+            workers = {pid for each in self._generations for pid, _ in each.channels()}
+            forget_orphans({self._fork_server.pid, *workers})
 
     async def _end_oldest(self) -> None:
         """Ends the oldest generations if more than `reload.generations` are finishing."""

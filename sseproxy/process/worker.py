@@ -1,8 +1,7 @@
 """A worker: one event loop, one immutable configuration, the relay.
 
-The supervisor starts it by way of `start`, with CHANNEL LEDGER LISTENER... as arguments. These are inherited file
-descriptors. The worker receives its instructions as the first frame of the channel, and then sends reports through the
-channel.
+The fork server starts it with file descriptors: its channel to the supervisor, the ledger, and listening sockets. The
+worker receives its instructions as the first frame of the channel, and then sends reports through the channel.
 
     SIGTERM, or the channel is closed   drains: exchanges may take `drain_timeout`, then they are ended
     SIGHUP                              retires, because new workers have taken over: exchanges may take
@@ -20,14 +19,16 @@ import pickle
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import uvloop
 from msgspec.structs import replace
 
+from ..config.model import Config
+from ..doctor.origin import NAMES as PROBE_NAMES
+from ..doctor.origin import Origin
 from ..ledger.table import Row, opened
 from ..observe import metrics
 from ..observe.access import AccessLog, to_standard_output
@@ -39,10 +40,7 @@ from ..relay.admission import counted
 from ..relay.proxy import Proxy
 from . import accepting
 from .accepting import Accepting
-
-if TYPE_CHECKING:
-    from ..config import Config
-    from ..doctor.origin import Origin
+from .forkserver import hide
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +51,12 @@ _MAX_UNREAD_REPORTS = 1024 * 1024
 _LOOKED_AT = 10.0
 # Seconds for exchanges that were ended at the deadline of a drain to write their last bytes.
 _FLUSH_TIMEOUT = 2.0
+# Variables that the interpreter and its libraries read. A worker keeps them even if the configuration uses them, for
+# example ${HOME} in a path. It has the values of all others in its configuration.
+_KEPT_VARIABLES = frozenset(
+    {"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ"}
+    | {"SSL_CERT_DIR", "SSL_CERT_FILE"}
+)
 
 _HEADER = struct.Struct("!I")
 
@@ -83,9 +87,7 @@ def counted_by_a_worker(config: Config) -> list[str]:
     """The names in the ledger of all that a worker counts."""
     names = [*accepting.NAMES, *counted(config)]
     if config.probe is not None:
-        from ..doctor.origin import NAMES
-
-        names += NAMES
+        names += PROBE_NAMES
     return names
 
 
@@ -119,8 +121,6 @@ class Worker:
 
     def _make_probe(self, config: Config, row: Row) -> Config:
         """Makes the probe. Returns `config` with its port."""
-        from ..doctor.origin import Origin
-
         assert config.probe is not None
         sock = socket.create_server(("127.0.0.1", 0))
         self._probe = Origin(config.probe.token.reveal(), row), sock
@@ -180,8 +180,8 @@ class Worker:
     async def start(self) -> None:
         """Starts to accept connections, and reports it."""
         if self._probe is not None:
-            origin, sock = self._probe
-            await origin.start(sock)
+            probe, sock = self._probe
+            await probe.start(sock)
         await self._accepting.start()
         self._report_accepting(True)
 
@@ -239,6 +239,7 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
     config, number, columns, most_connections = await _read_instructions(reader)
+    hide(config.variables - _KEPT_VARIABLES)
     log_as(config)
     row = opened(ledger_fd, number, columns)
 
@@ -292,7 +293,7 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
         await asyncio.wait_for(writer.wait_closed(), _FLUSH_TIMEOUT)
 
 
-def main() -> None:
+def main(descriptors: Sequence[int]) -> None:
     set_up_logging()
-    channel, ledger, *listeners = map(int, sys.argv[1:])
+    channel, ledger, *listeners = descriptors
     uvloop.run(_serve(channel, ledger, listeners))
