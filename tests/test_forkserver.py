@@ -193,6 +193,17 @@ async def test_a_server_that_was_killed_is_gone(serving: MakeServer) -> None:
             await server.fork([0])
 
 
+async def test_a_server_that_does_not_answer_is_killed(serving: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sseproxy.process.forkserver._ANSWER_TIMEOUT", 0.1)
+    server = serving(tells_its_id)
+    await tells_its_own(server)
+    os.kill(server.pid, signal.SIGSTOP)
+    for _ in range(2):
+        with pytest.raises(ForkServerGone):
+            await forked(server)
+    await until_true(lambda: not alive(server.pid))
+
+
 async def test_a_server_that_stands_still_is_closed_and_its_workers_go_on() -> None:
     with closing(ForkServer(lambda descriptors: signal.pause())) as server:
         process, ours = await forked(server)

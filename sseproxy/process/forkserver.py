@@ -30,7 +30,8 @@ from ..observe import logs
 Main = Callable[[Sequence[int]], None]
 """What a worker runs, with its descriptors."""
 
-_PR_SET_CHILD_SUBREAPER: Final = 36
+# linux/prctl.h
+_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 # Signals that are meant for the supervisor and may be sent to all processes of a service. The fork server ignores them:
 # it ends when the supervisor has closed its socket.
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -38,15 +39,17 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 _MOST_DESCRIPTORS: Final = 200
 _MORE, _LAST = b"+", b"."
 _MAX_ANSWER: Final = 32
+# Seconds for an answer. It takes milliseconds.
+_ANSWER_TIMEOUT: Final = 10.0
 # TASK_COMM_LEN has 15 bytes. `pkill sseproxy` must only find the supervisor.
-_NAME, _WORKER_NAME = "sse-forkserver", "sse-worker"
+_NAME, _WORKER_NAME = b"sse-forkserver", b"sse-worker"
 
 
 class ForkServer:
     """The server, as its supervisor has it. `main` is what workers run. Create it before there are any threads."""
 
     def __init__(self, main: Main) -> None:
-        _adopt(True)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # None of these signals may come before they are ignored.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -72,8 +75,13 @@ class ForkServer:
                     last = first + _MOST_DESCRIPTORS >= len(descriptors)
                     part = descriptors[first : first + _MOST_DESCRIPTORS]
                     socket.send_fds(self._sock, [_LAST if last else _MORE], part)
-                answer = await asyncio.get_running_loop().sock_recv(self._sock, _MAX_ANSWER)
+                async with asyncio.timeout(_ANSWER_TIMEOUT):
+                    answer = await asyncio.get_running_loop().sock_recv(self._sock, _MAX_ANSWER)
             except ConnectionError:
+                answer = b""
+            except TimeoutError:
+                # A later answer would be taken for that of another request.
+                os.kill(self.pid, signal.SIGKILL)
                 answer = b""
         if not answer:
             raise ForkServerGone
@@ -86,11 +94,11 @@ class ForkServer:
         self._sock.close()
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        _adopt(False)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
 class ForkServerGone(OSError):
-    """The fork server has been killed."""
+    """The fork server has been killed, or did not answer and was killed."""
 
     def __str__(self) -> str:
         return "the process that starts workers has been killed"
@@ -132,10 +140,10 @@ def forget_orphans(known: Container[int]) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-def _adopt(orphans: bool) -> None:
-    """Says whether this process adopts descendants whose parents have ended."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(orphans), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+def _prctl(option: int, value: int | bytes) -> None:
+    """Sets an attribute of this process. Raises `OSError`."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
 
 
 def hide(variables: Iterable[str]) -> None:
@@ -148,7 +156,7 @@ def hide(variables: Iterable[str]) -> None:
             os.environ.pop(name, None)
 
 
-def _run(name: str, handler: signal.Handlers, life: Callable[[], None]) -> NoReturn:
+def _run(name: bytes, handler: signal.Handlers, life: Callable[[], None]) -> NoReturn:
     """The rest of this process, which has just been forked: `life`, with `handler` for the signals of supervisors."""
     status = 1
     try:
@@ -158,8 +166,7 @@ def _run(name: str, handler: signal.Handlers, life: Callable[[], None]) -> NoRet
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         # Ctrl-C in a terminal sends SIGINT to a whole process group. Only the supervisor must get it.
         os.setsid()
-        with open("/proc/self/comm", "w", encoding="ascii") as file:
-            file.write(name)
+        _prctl(_PR_SET_NAME, name)
         life()
         status = 0
     except BaseException:  # noqa: BLE001 - nobody above may go on in this process
@@ -171,7 +178,7 @@ def _run(name: str, handler: signal.Handlers, life: Callable[[], None]) -> NoRet
 
 def _serve(sock: socket.socket, main: Main) -> None:
     """Forks a worker for each request that comes by `sock`, until the supervisor has closed its end."""
-    # What an earlier version has handed over is inheritable, and no worker's business.
+    # What an earlier version or systemd has handed over is inheritable, and no worker's business.
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         # The directory that was listed is closed already.
         with suppress(OSError):

@@ -546,8 +546,9 @@ class Supervisor:
     async def _end(self, generation: Generation | Predecessors) -> None:
         await generation.ended()
         self._generations.remove(generation)
-        # While the code is being tried, there are also children that others wait for.
-        if self._command and (self._upgrading is None or self._upgrading.done()):
+        # While code is being tried, or workers start, there are children that are not known yet.
+        quiet = self._upgrading is None or self._upgrading.done()
+        if self._command and quiet and all(each.settled() for each in self._generations):
             workers = {pid for each in self._generations for pid, _ in each.channels()}
             forget_orphans({self._fork_server.pid, *workers})
 
