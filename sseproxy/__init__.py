@@ -18,7 +18,7 @@ Processes
                       +- worker 1: uvloop, aiohttp's server and connector, one immutable configuration
                       +- worker N
 
-A worker is a new interpreter process. It inherits the listening sockets and one end of a socket pair, the channel.
+A worker is a process of its own. It has the listening sockets and one end of a socket pair, the channel.
 Through the channel it receives its configuration, and sends reports. A report has the changes since the previous
 report. A worker reports once a second, and whenever `/metrics` is requested. The supervisor adds the reports up, so a
 counter never falls when a worker ends, while the gauges of that worker disappear. It reads from the system what CPU,
