@@ -51,7 +51,7 @@ from .harness import (
     until,
     usage,
 )
-from .served import ConfigFile, Served, children
+from .served import ConfigFile, Served
 
 TOKEN = "a-token-of-the-tests"
 ADMIN = "{listen: '127.0.0.1:0', token: a-token-of-the-tests, cancel: true}"
@@ -549,7 +549,7 @@ async def test_a_worker_that_stands_still_hides_nobody(upstream: ScriptedUpstrea
         for _ in range(4):
             await request(served, upstream)
         await looker.until(lambda: len(looker.rows) == 4)
-        still = children(served.pid)[0]
+        still = served.workers[0]
         os.kill(still, signal.SIGSTOP)
         try:
             client, _ = await request(served, upstream, "later")
@@ -566,7 +566,7 @@ async def test_what_a_killed_worker_had_has_ended(upstream: ScriptedUpstream, tm
     async with file.serve() as served, watching(served.admin) as looker:
         await request(served, upstream)
         await looker.until(lambda: len(looker.rows) == 1)
-        os.kill(children(served.pid)[0], signal.SIGKILL)
+        os.kill(served.workers[0], signal.SIGKILL)
         await looker.until(lambda: bool(looker.ended))
         assert looker.ended[0]["outcome"] == "proxy_error"
 

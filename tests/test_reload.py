@@ -38,7 +38,7 @@ from .harness import (
     settings,
     until,
 )
-from .served import ConfigFile, Flaky, Served, alive, nobody_looks, until_true, workers_of
+from .served import ConfigFile, Flaky, Served, alive, nobody_looks, python_runs_first, until_true, workers_of
 
 RELOADS = 100
 SHORT = b'{"object":"list","data":[]}'
@@ -336,9 +336,22 @@ async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
         await supervisor.close()
 
 
+# Workers that take their time to start, so that much is asked meanwhile.
+SLOW = """
+import sys, time
+if "serve" in sys.orig_argv:
+    from sseproxy.process import worker
+    main = worker.main
+    def work(descriptors):
+        time.sleep(0.5)
+        main(descriptors)
+    worker.main = work
+"""
+
+
 async def test_reloads_that_are_asked_for_together_are_two_at_most(upstream: ScriptedUpstream, tmp_path: Path) -> None:
     file = ConfigFile(tmp_path, upstream)
-    async with file.serve() as served:
+    async with file.serve(**python_runs_first(SLOW, tmp_path)) as served:
         answers = await asyncio.gather(*(reload(served) for _ in range(50)))
         assert answers == [(200, "reloaded\n")] * 50
         assert 1 <= await served.sample(r'config_reloads_total\{result="success"\}') <= 2
@@ -351,7 +364,7 @@ async def test_reloads_that_are_asked_for_together_are_two_at_most(upstream: Scr
 
 
 async def test_a_hundred_signals_are_a_few_reloads(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    async with ConfigFile(tmp_path, upstream).serve() as served:
+    async with ConfigFile(tmp_path, upstream).serve(**python_runs_first(SLOW, tmp_path)) as served:
         for _ in range(100):
             served.process.send_signal(signal.SIGHUP)
             # The supervisor has a turn in between.
@@ -365,7 +378,7 @@ async def test_what_asks_during_a_reload_gets_what_is_configured_by_then(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     file = ConfigFile(tmp_path, upstream)
-    async with ScriptedUpstream() as other, file.serve() as served:
+    async with ScriptedUpstream() as other, file.serve(**python_runs_first(SLOW, tmp_path)) as served:
         first = asyncio.get_running_loop().create_task(reload(served))
         await until_true(lambda: len(served.workers) == 2)
         file.write(other)
