@@ -68,7 +68,7 @@ BYTES = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), event=BYTES | st.binary(max_size=40), kind=st.sampled_from([b"", b"error", b"\xff"]))
 def test_no_bytes_make_a_reader_raise(data: st.DataObject, event: bytes, kind: bytes) -> None:
     for dialect in DIALECTS:
