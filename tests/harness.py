@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from sseproxy import config
 from sseproxy.config.options import Reading, Secret, Section, SectionOf
@@ -324,14 +323,11 @@ class RunningProxy:
         return exposition(self.registry, accept)[0].decode()
 
     def samples(self, name: str = "") -> Samples:
-        """All samples, or those of `name` only."""
-        text = self.exposed()
-        if name:
-            # Most of the time is spent on parsing.
-            text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(name))
+        """All samples, or those of `name` only; not from `exposed`, which takes ten times as long."""
+        self.worker.telemetry.report()
         return {
             (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(text)
+            for family in self.registry.collect()
             for sample in family.samples
             if name in ("", sample.name)
         }

@@ -903,6 +903,7 @@ def test_urls_are_canonical_and_without_trailing_slash(written: str, url: str) -
     assert loaded.upstreams[0].url == url
 
 
+@settings(max_examples=50)
 @given(st.from_regex(values._CANONICAL_URL, fullmatch=True))
 def test_a_url_that_is_taken_as_it_is_is_canonical(written: str) -> None:
     assert values.read_url(written) == str(yarl.URL(written)).rstrip("/")

@@ -6,6 +6,7 @@ import json
 import sys
 import tracemalloc
 from collections.abc import Callable
+from random import Random
 from types import FrameType
 from typing import Any
 
@@ -61,37 +62,38 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.lists(st.tuples(NAMES, inner), max_size=4).map(tuple),
     max_leaves=25,
 )
-SPACES = st.sampled_from(["", "", " ", "\n", "\t \r\n"])
+SPACES = ["", "", " ", "\n", "\t \r\n"]
 
 
-@st.composite
-def spelled(draw: st.DrawFn, value: Any) -> str:
+def spelled(value: Any, dice: Random) -> str:
     """JSON of `value`, where a tuple is an object's members, which may have the same names."""
-    space = draw(SPACES)
+    space = dice.choice(SPACES)
     if isinstance(value, tuple):
-        members = (f"{space}{draw(names(name))}{space}:{space}{draw(spelled(held))}{space}" for name, held in value)
+        members = (f"{space}{named(name, dice)}{space}:{space}{spelled(held, dice)}{space}" for name, held in value)
         return "{" + ",".join(members) + space + "}"
     if isinstance(value, list):
-        return "[" + ",".join(space + draw(spelled(item)) + space for item in value) + space + "]"
-    return json.dumps(value, ensure_ascii=draw(st.booleans()) or (isinstance(value, str) and not _is_unicode(value)))
+        return "[" + ",".join(space + spelled(item, dice) + space for item in value) + space + "]"
+    return json.dumps(value, ensure_ascii=dice.random() < 0.5 or (isinstance(value, str) and not _is_unicode(value)))
 
 
-@st.composite
-def names(draw: st.DrawFn, name: str) -> str:
+def named(name: str, dice: Random) -> str:
     """A name, plain or with every character escaped."""
-    return draw(st.sampled_from([json.dumps(name), '"' + "".join(f"\\u{ord(char):04x}" for char in name) + '"']))
+    return dice.choice([json.dumps(name), '"' + "".join(f"\\u{ord(char):04x}" for char in name) + '"'])
 
 
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
-OBJECTS = st.lists(st.tuples(NAMES, VALUES), max_size=5).map(tuple).flatmap(spelled)
+# Drawn by dice: to draw each space and each name costs more than all else.
+OBJECTS = st.builds(
+    spelled, st.lists(st.tuples(NAMES, VALUES), max_size=5).map(tuple), st.randoms(use_true_random=True)
+)
 
 
 @pytest.mark.timeout(90)
-@settings(max_examples=500, deadline=None)
-@given(st.data(), OBJECTS, SPACES)
+@settings(max_examples=200, deadline=None)
+@given(st.data(), OBJECTS, st.sampled_from(SPACES))
 def test_what_is_wanted_is_what_a_parser_finds(data: st.DataObject, text: str, space: str) -> None:
     body = f"{space}{text}{space}".encode()
     truth = json.loads(body)
@@ -109,7 +111,7 @@ def test_what_is_wanted_is_what_a_parser_finds(data: st.DataObject, text: str, s
 
 
 @pytest.mark.timeout(90)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data(), OBJECTS, st.binary(max_size=3) | st.sampled_from([b'"', b"\\", b"]", b"}", b",", b"{", b"[["]))
 def test_what_is_no_json_never_raises_and_is_the_same_at_any_split(
     data: st.DataObject, text: str, change: bytes
@@ -219,8 +221,8 @@ def test_what_is_small_is_whole() -> None:
 
 
 SIZE = 2 << 20
-# Bytes, whatever the size: of a read, all its strings in a list.
-MOST = 700_000
+# Bytes, whatever the size: of a read, all its strings in a list. Of an event that is not decoded whole, less.
+MOST, MOST_OF_LARGE = 700_000, 400_000
 # What costs most by its kind: brackets, strings, escapes, members, items, and all of these where something is wanted.
 WORST = {
     "lists": b'{"model":[' + b"[]," * (SIZE // 3) + b"1]}",
@@ -308,10 +310,12 @@ def test_whatever_an_event_holds_the_work_for_a_read_and_memory_are_bounded(dial
         for name, data in parser.feed(payload):
             dialect.read(name, data or b"")
 
-    for size in (SIZE // 4, 2 * WHOLE, WHOLE - 200):
+    # Each of so many lines takes as long as hundreds of bytes in one.
+    largest = SIZE // (32 if kind == "lines" else 8)
+    for size in (largest, 2 * WHOLE, WHOLE - 200):
         event = b"data: " + first + again * (size // len(again)) + last + b"\n\n"
         assert calls(read, event) < 2 * READ
-        assert held(read, event) < MOST
+        assert held(read, event) < (MOST_OF_LARGE if size > WHOLE else MOST)
 
 
 def large(**members: object) -> bytes:
@@ -335,10 +339,10 @@ def large(**members: object) -> bytes:
             (False, 2, "completed", True),
         ),
         ("responses", large(type="response.output_text.delta", delta="y" * 99_999), (True, None, None, False)),
-        ("images", large(type="image_generation.partial_image", b64_json="A" * 20_000_000), (True, None, None, False)),
+        ("images", large(type="image_generation.partial_image", b64_json="A" * 5_000_000), (True, None, None, False)),
         (
             "gemini",
-            large(candidates=[{"content": {"parts": [{"inlineData": {"data": "A" * 20_000_000}}]}}]),
+            large(candidates=[{"content": {"parts": [{"inlineData": {"data": "A" * 5_000_000}}]}}]),
             (True, None, None, False),
         ),
         (
@@ -364,7 +368,7 @@ def test_a_large_event_means_what_it_says(
 ) -> None:
     dialect = next(dialect for dialect in DIALECTS if dialect.name == name)
     for pieces in ([event], steps(event, READ), steps(event, 777)):
-        parser = EventParser(24 << 20, dialect.members)
+        parser = EventParser(6 << 20, dialect.members)
         (found,) = [found for piece in pieces for found in parser.feed(piece)]
         assert found[1] is not None
         assert len(found[1]) < WHOLE

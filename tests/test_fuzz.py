@@ -262,7 +262,7 @@ def measured(api: str, pieces: list[bytes]) -> reference.Seen:
 
 
 @pytest.mark.parametrize("api", list(reference.APIS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(data=st.data())
 def test_any_split_of_any_stream_is_measured_as_it_reads(api: str, data: st.DataObject) -> None:
     stream = data.draw(streams(api))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,20 +68,22 @@ BYTES = st.recursive(
 )
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), event=BYTES | st.binary(max_size=40), kind=st.sampled_from([b"", b"error", b"\xff"]))
-def test_no_bytes_make_a_reader_raise(dialect: Dialect, data: st.DataObject, event: bytes, kind: bytes) -> None:
-    assert isinstance(dialect.read(kind, event), Meaning)
+def test_no_bytes_make_a_reader_raise(data: st.DataObject, event: bytes, kind: bytes) -> None:
+    for dialect in DIALECTS:
+        assert isinstance(dialect.read(kind, event), Meaning)
     # And as a large event, of which an extract is read.
     if event.startswith(b"{") and not set(event) & set(b"\r\n"):
         large = b'data: {"x":"' + b"y" * WHOLE + b'",' + event[1:] + b"\n\n"
-        found = [EventParser(1 << 20, dialect.members).feed(large)]
-        parser = EventParser(1 << 20, dialect.members)
-        found.append([event for piece in data.draw(splits(large)) for event in parser.feed(piece)])
-        assert found[0] == found[1]
-        ((_, extract),) = found[0]
-        assert isinstance(dialect.read(kind, extract or b""), Meaning)
+        pieces = data.draw(splits(large))
+        for dialect in DIALECTS:
+            found = [EventParser(1 << 20, dialect.members).feed(large)]
+            parser = EventParser(1 << 20, dialect.members)
+            found.append([event for piece in pieces for event in parser.feed(piece)])
+            assert found[0] == found[1]
+            ((_, extract),) = found[0]
+            assert isinstance(dialect.read(kind, extract or b""), Meaning)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
@@ -172,8 +174,8 @@ async def test_an_answer_whose_reader_fails_is_whole_and_counted(start: StartPro
 
 async def test_usage_of_an_answer_of_any_size_is_found(proxy: RunningProxy, upstream: ScriptedUpstream) -> None:
     client, api = await begin(proxy, upstream, post(path="/v1/embeddings"))
-    data: list[Any] = [{"index": index, "embedding": [0.0123456789] * 512} for index in range(5000)]
-    body = json.dumps({"data": data, "usage": {"prompt_tokens": 7, "total_tokens": 7}}).encode()
+    data: list[Any] = [{"index": index, "embedding": [0.0123456789] * 512} for index in range(6000)]
+    body = msgspec.json.encode({"data": data, "usage": {"prompt_tokens": 7, "total_tokens": 7}})
     assert len(body) > config.Limits().event
     api.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body)
     assert (await client.message()).body == body

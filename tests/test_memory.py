@@ -42,7 +42,7 @@ async def test_streams_between_events_hold_little() -> None:
 
 
 async def test_an_event_without_end_is_not_kept() -> None:
-    assert within_bound(await memory.endless_line(256 * MIB))
+    assert within_bound(await memory.endless_line(96 * MIB))
 
 
 async def test_a_hundred_thousand_events_leave_nothing() -> None:

@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Iterator
 from time import perf_counter
 
 import pytest
@@ -35,12 +34,10 @@ SOON = 1.0
 
 
 @pytest.fixture(autouse=True)
-def nothing_old_is_collected() -> Iterator[None]:
+def nothing_old_is_collected() -> None:
     """The collector looks at all that other tests have left in this process, which may take more than a second."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 async def endless(api: Peer) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from .conftest import PlayScript, StartProxy
-from .ends import AI_SDK, EVENTS, LAST_EVENTS, READERS, Ended, api_of
+from .ends import AI_SDK, EVENTS, LAST_EVENTS, READERS, Ended, api_of, read_all_with_node
 from .harness import (
     LAST_CHUNK,
     STREAM_HEAD,
@@ -97,31 +97,54 @@ async def act(way: Way, peer: Peer) -> None:
     await peer.rest()
 
 
-@pytest.mark.parametrize("reader", READERS)
+async def behind(start: StartProxy, play: PlayScript, way: Way) -> RunningProxy:
+    upstream = await play(partial(act, way))
+    return await start(upstream.url, timeouts=way.timeouts)
+
+
+async def end(proxy: RunningProxy, name: str, streams: int) -> None:
+    """Ends all `streams` once they are under way, where that is not for the upstream or for a timeout to do."""
+    if name not in ("drain", "cancel"):
+        return
+    relay = proxy.worker.proxy
+    await until(lambda: len(relay.active) == streams and proxy.sample("time_to_first_token_seconds_count") == streams)
+    if name == "drain":
+        relay.end_exchanges()
+    else:
+        for row in (await proxy.worker.look()).rows:
+            proxy.worker.cancel(row.id)
+
+
+async def check(proxy: RunningProxy, name: str, apis: tuple[str, ...], ended: list[Ended]) -> None:
+    way = WAYS[name]
+    assert [each.api for each in ended] == list(apis)
+    for each in ended:
+        assert way.says in each.error, each
+        assert each.error.partition(":")[0] in RAISED[each.api], each
+        if each.api in ("chat", "responses"):
+            assert each.code == way.code
+        if way.then is not Peer.reset:
+            assert each.text == ("" if name == "first token" else "Hi"), each
+    assert await proxy.ended() == {way.outcome: len(apis)}
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "node"])
 @pytest.mark.parametrize("name", WAYS)
 async def test_every_sdk_raises_with_our_message(start: StartProxy, play: PlayScript, name: str, reader: str) -> None:
-    way = WAYS[name]
     apis, read = READERS[reader]
-    upstream = await play(partial(act, way))
-    proxy = await start(upstream.url, timeouts=way.timeouts)
+    proxy = await behind(start, play, WAYS[name])
     reading = asyncio.ensure_future(read(proxy.url))
-    if name in ("drain", "cancel"):
-        await until(lambda: proxy.sample("time_to_first_token_seconds_count") == len(apis))
-        if name == "drain":
-            proxy.worker.proxy.end_exchanges()
-        else:
-            for row in (await proxy.worker.look()).rows:
-                proxy.worker.cancel(row.id)
-    ended = await reading
-    assert [end.api for end in ended] == list(apis)
-    for end in ended:
-        assert way.says in end.error, end
-        assert end.error.partition(":")[0] in RAISED[end.api], end
-        if end.api in ("chat", "responses"):
-            assert end.code == way.code
-        if way.then is not Peer.reset:
-            assert end.text == ("" if name == "first token" else "Hi"), end
-    assert await proxy.ended() == {way.outcome: len(apis)}
+    await end(proxy, name, len(apis))
+    await check(proxy, name, apis, await reading)
+
+
+async def test_every_sdk_of_node_raises_with_our_message(start: StartProxy, play: PlayScript) -> None:
+    apis = READERS["node"].apis
+    proxies = {name: await behind(start, play, way) for name, way in WAYS.items()}
+    reading = asyncio.ensure_future(read_all_with_node([proxy.url for proxy in proxies.values()]))
+    await asyncio.gather(*(end(proxy, name, len(apis)) for name, proxy in proxies.items()))
+    for (name, proxy), ended in zip(proxies.items(), await reading, strict=True):
+        await check(proxy, name, apis, ended)
 
 
 @pytest.mark.parametrize("reader", READERS)
