@@ -194,9 +194,9 @@ async def test_a_server_that_was_killed_is_gone(serving: MakeServer) -> None:
 
 
 async def test_a_server_that_does_not_answer_is_killed(serving: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sseproxy.process.forkserver._ANSWER_TIMEOUT", 0.1)
     server = serving(tells_its_id)
     await tells_its_own(server)
+    monkeypatch.setattr("sseproxy.process.forkserver._ANSWER_TIMEOUT", 0.1)
     os.kill(server.pid, signal.SIGSTOP)
     for _ in range(2):
         with pytest.raises(ForkServerGone):

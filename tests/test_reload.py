@@ -662,14 +662,16 @@ async def test_a_hundred_reloads_under_load_refuse_nothing_and_cut_nothing(tmp_p
         return answered
 
     async with ScriptedUpstream(model) as upstream:
-        file = ConfigFile(tmp_path, upstream)
+        file = ConfigFile(tmp_path, upstream, reload="{generations: 100}")
         async with file.serve() as served:
             work = [(b'{"stream":true}', True), (b'{"stream":true}', False), (b"{}", True), (b"{}", False)]
             tasks = [
                 asyncio.get_running_loop().create_task(keep_asking(served, body, keep=keep)) for body, keep in 2 * work
             ]
             for number in range(RELOADS):
-                file.write(upstream, drain_timeout=f"{number + 1}s", workers=str(1 + number % 2))
+                # Streams take longer than several reloads.
+                changed = {"drain_timeout": f"{number + 1}s", "workers": str(1 + number % 2)}
+                file.write(upstream, reload="{generations: 100}", **changed)
                 assert await reload(served) == (200, "reloaded\n")
                 assert not any(task.done() for task in tasks), [task for task in tasks if task.done()]
             over.set()
