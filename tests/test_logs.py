@@ -27,7 +27,7 @@ from sseproxy.observe import logs
 from sseproxy.observe.logs import Lines, _Json
 
 from .harness import DEADLINE, ScriptedUpstream
-from .served import ConfigFile, Served, end, python_runs_first, until_true, workers_of
+from .served import ConfigFile, Served, children, end, python_runs_first, until_true, workers_of
 
 # Writes as a worker does, from several processes at once: numbered lines of many lengths, and long ones.
 WRITER = """
@@ -260,20 +260,19 @@ async def test_a_full_disk_keeps_nobody_from_serving(upstream: ScriptedUpstream,
     assert "Traceback" not in (tmp_path / "other").read_text()
 
 
-def test_a_process_that_was_started_without_standard_streams_gives_their_numbers_to_nobody() -> None:
-    script = """
-import json, os, sys
-from sseproxy.observe.logs import set_up_logging
-os.close(1); os.close(2)
-set_up_logging()
-print(json.dumps([os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)]), file=open(3, "w"))
-"""
-    with pipe() as (reader, writer):
-        subprocess.run(
-            [sys.executable, "-c", f"import os; os.dup2({writer}, 3);{script}"], pass_fds=[writer], check=True
-        )
-        os.close(writer)
-        assert json.loads(drain(reader)) == ["/dev/null", "/dev/null"]
+async def test_processes_that_were_started_without_standard_streams_give_their_numbers_to_nobody(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    admin_path = tmp_path / "admin"
+    file = ConfigFile(tmp_path, upstream, listen=f"unix:{tmp_path / 's'}", admin=f"{{listen: 'unix:{admin_path}'}}")
+    command = f'exec "{sys.executable}" -m sseproxy serve -c "{file.path}" <&- >&- 2>&-'
+    process = await asyncio.create_subprocess_exec("bash", "-c", command)
+    try:
+        await until_true(lambda: admin_path.exists() and len(workers_of(process.pid)) == 1)
+        for pid in (process.pid, *children(process.pid)):
+            assert {os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)} == {"/dev/null"}
+    finally:
+        await end(process)
 
 
 # --- what is written, and how ---

@@ -214,14 +214,17 @@ class _Handler(logging.StreamHandler[TextIO]):
         return self.format(logging.makeLogRecord(said))
 
 
-def set_up_logging() -> None:
-    """Sets up the log on standard error. From now on neither logging nor writing to `sys.stderr` can block."""
+def open_standard_streams() -> None:
+    """Opens those that the process was started without. Otherwise a socket could get the number of one."""
     for descriptor in range(_STANDARD_ERROR + 1):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The process was started with this descriptor closed. Without this, a socket could get its number.
             os.open(os.devnull, os.O_RDWR)
+
+
+def set_up_logging() -> None:
+    """Sets up the log on standard error. From now on neither logging nor writing to `sys.stderr` can block."""
     handler = _Handler()
     lines = Lines(_STANDARD_ERROR, handler.say_dropped)
     atexit.register(lines.finish)

@@ -127,9 +127,8 @@ class Generation(_Workers):
     """The workers of `config`. They accept on `sockets` until a method of `_Workers` is called.
 
     `numbers` gives each worker a number that is unique among all generations; the registry and the `view` of what is
-    under way use it. Each worker has a
-    row in `ledger`, and `columns` are the columns that it uses. `changed` is called when a worker becomes ready or has
-    ended. `fork` starts a process with descriptors; it raises `OSError`.
+    under way use it. Each worker has a row in `ledger`, and `columns` are the columns that it uses. `changed` is called
+    when a worker becomes ready or has ended. `fork` starts a worker that has descriptors; it raises `OSError`.
     """
 
     def __init__(

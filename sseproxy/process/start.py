@@ -6,6 +6,8 @@ import encodings.idna  # noqa: F401 - a worker that connects to a host needs it
 import gc
 import ssl
 
+from ..errors import SseproxyError
+from ..observe import logs
 from .forkserver import ForkServer, Main
 
 
@@ -27,5 +29,10 @@ def load() -> Main:
 
 
 def fork_server() -> ForkServer:
-    """Starts a fork server. Call it before there are any threads."""
-    return ForkServer(load())
+    """Starts a fork server. Call it before there are any threads. Raises `SseproxyError`."""
+    logs.open_standard_streams()
+    main = load()
+    try:
+        return ForkServer(main)
+    except OSError as error:
+        raise SseproxyError(f"no process can be started: {error.strerror}") from None
