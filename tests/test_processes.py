@@ -748,14 +748,14 @@ async def test_a_worker_has_no_key_in_its_environment_and_what_the_interpreter_g
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     file = ConfigFile(tmp_path, upstream, key="api_key: '${HOME}${SECRET_KEY}'")
-    async with file.serve(SECRET_KEY="sk-very-secret", OTHER="kept") as served:
+    more = {"HOME": str(tmp_path), "OTHER": "kept"}
+    async with file.serve(SECRET_KEY="sk-very-secret", **more) as served:
         (worker,) = served.workers
-        expected = os.environ | {"OTHER": "kept"}
+        expected = os.environ | more
         passed = variables_of(worker)
         assert {name: passed.get(name) for name in expected} == expected
         assert "sk-very-secret" not in "".join(passed.values())
         client = await served.connect()
         client.send(post())
-        assert (await (await upstream.accept()).message()).get(
-            "authorization"
-        ) == f"Bearer {os.environ['HOME']}sk-very-secret"
+        sent = await (await upstream.accept()).message()
+        assert sent.get("authorization") == f"Bearer {tmp_path}sk-very-secret"
