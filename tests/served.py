@@ -179,6 +179,23 @@ def python_runs_first(code: str, directory: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
 
 
+WORKERS_RUN_FIRST = """
+import os, signal, sys, time
+if "serve" in sys.orig_argv:
+    from sseproxy.process import worker
+    main = worker.main
+    def work(descriptors):
+        {code}
+        main(descriptors)
+    worker.main = work
+"""
+
+
+def workers_run_first(code: str) -> str:
+    """For `python_runs_first`: workers run `code`, which may use `descriptors`, or `return`, before anything else."""
+    return WORKERS_RUN_FIRST.format(code=code.strip().replace("\n", "\n        "))
+
+
 def message_of(line: bytes) -> str:
     """What a line on standard error says, as JSON or as text."""
     if not line.startswith(b"{"):

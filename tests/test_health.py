@@ -39,7 +39,7 @@ from .harness import (
     kept_port,
     post,
 )
-from .served import Served, program, python_runs_first, serve, until_true
+from .served import Served, program, python_runs_first, serve, until_true, workers_run_first
 
 SERVE = (sys.executable, "-m", "sseproxy")
 
@@ -343,16 +343,10 @@ async def test_a_reload_forgets_what_it_no_longer_has(tmp_path: Path) -> None:
 
 
 # Workers that end at once, as soon as there is a file.
-ENDING = """
-import os, sys
-if "serve" in sys.orig_argv:
-    from sseproxy.process import worker
-    main = worker.main
-    def work(descriptors):
-        if not os.path.exists(os.path.join(os.path.dirname(__file__), "end")):
-            main(descriptors)
-    worker.main = work
-"""
+ENDING = workers_run_first("""
+if os.path.exists(os.path.join(os.path.dirname(__file__), "end")):
+    return
+""")
 
 
 async def test_a_reload_that_fails_goes_on_with_the_endpoints_before(tmp_path: Path) -> None:

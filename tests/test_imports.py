@@ -18,7 +18,7 @@ import trustme
 import sseproxy
 
 from .harness import ScriptedUpstream
-from .served import ConfigFile, python_runs_first, until_true
+from .served import ConfigFile, python_runs_first, until_true, workers_run_first
 from .test_reload import asked
 
 ROOT = Path(sseproxy.__file__).parent
@@ -224,19 +224,12 @@ def test_no_group_is_possessive(path: Path) -> None:
 
 
 # A worker that tells, when it is told to, what it has imported by itself.
-IMPORTING = """
-import os, signal, sys
-if "serve" in sys.orig_argv:
-    from sseproxy.process import worker
-    main = worker.main
-    def work(descriptors):
-        shared = set(sys.modules)
-        def tell(*_):
-            os.write(2, f"by itself: {sorted(set(sys.modules) - shared)}".encode())
-        signal.signal(signal.SIGUSR1, tell)
-        main(descriptors)
-    worker.main = work
-"""
+IMPORTING = workers_run_first("""
+shared = set(sys.modules)
+def tell(*_):
+    os.write(2, f"by itself: {sorted(set(sys.modules) - shared)}".encode())
+signal.signal(signal.SIGUSR1, tell)
+""")
 
 
 async def test_a_worker_imports_nothing_by_itself(upstream: ScriptedUpstream, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ from .served import (
     until_refused,
     until_true,
     workers_of,
+    workers_run_first,
 )
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
@@ -192,21 +193,13 @@ async def test_workers_that_die_again_and_again_are_started_later_and_later(upst
 
 
 # What Python runs first: a worker, if it is the first, says something else than workers of this version.
-OTHER_VERSION = """
-import os, signal, sys
-if "serve" in sys.orig_argv:
-    from sseproxy.process import worker
-    main = worker.main
-    def work(descriptors):
-        try:
-            os.rmdir(os.path.join(os.path.dirname(__file__), "once"))
-        except OSError:
-            main(descriptors)
-        else:
-            os.write(descriptors[0], bytes.fromhex("00000002 91a0"))
-            signal.pause()
-    worker.main = work
-"""
+OTHER_VERSION = workers_run_first("""
+once = os.path.join(os.path.dirname(__file__), "once")
+if os.path.exists(once):
+    os.rmdir(once)
+    os.write(descriptors[0], bytes.fromhex("00000002 91a0"))
+    signal.pause()
+""")
 
 
 async def test_a_worker_that_is_not_understood_is_replaced(upstream: ScriptedUpstream, tmp_path: Path) -> None:
@@ -289,19 +282,13 @@ async def test_a_worker_that_finishes_and_hangs_is_killed(upstream: ScriptedUpst
 
 
 # A worker that closes its channel, with a question in it, and hangs.
-SILENCED = f"""{IMPATIENT}
-    import os, time
-    from sseproxy.process import worker
-    main = worker.main
-    def work(descriptors):
-        def close_and_hang(*_):
-            time.sleep(0.3)
-            os.close(descriptors[0])
-            hang()
-        signal.signal(signal.SIGUSR1, close_and_hang)
-        main(descriptors)
-    worker.main = work
-"""
+SILENCED = IMPATIENT + workers_run_first("""
+def close_and_hang(*_):
+    time.sleep(0.3)
+    os.close(descriptors[0])
+    hang()
+signal.signal(signal.SIGUSR1, close_and_hang)
+""")
 
 
 async def test_a_worker_that_hangs_without_its_channel_is_killed(upstream: ScriptedUpstream, tmp_path: Path) -> None:
@@ -744,7 +731,7 @@ def variables_of(pid: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line)
 
 
-async def test_a_worker_has_no_key_in_its_environment_and_what_the_interpreter_goes_by(
+async def test_a_worker_has_no_key_in_its_environment_but_what_the_interpreter_goes_by(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     file = ConfigFile(tmp_path, upstream, key="api_key: '${HOME}${SECRET_KEY}'")

@@ -38,7 +38,17 @@ from .harness import (
     settings,
     until,
 )
-from .served import ConfigFile, Flaky, Served, alive, nobody_looks, python_runs_first, until_true, workers_of
+from .served import (
+    ConfigFile,
+    Flaky,
+    Served,
+    alive,
+    nobody_looks,
+    python_runs_first,
+    until_true,
+    workers_of,
+    workers_run_first,
+)
 
 RELOADS = 100
 SHORT = b'{"object":"list","data":[]}'
@@ -337,16 +347,7 @@ async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
 
 
 # Workers that take their time to start, so that much is asked meanwhile.
-SLOW = """
-import sys, time
-if "serve" in sys.orig_argv:
-    from sseproxy.process import worker
-    main = worker.main
-    def work(descriptors):
-        time.sleep(0.5)
-        main(descriptors)
-    worker.main = work
-"""
+SLOW = workers_run_first("time.sleep(0.5)")
 
 
 async def test_reloads_that_are_asked_for_together_are_two_at_most(upstream: ScriptedUpstream, tmp_path: Path) -> None:

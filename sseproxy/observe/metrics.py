@@ -295,7 +295,10 @@ WORKERS_FINISHING = Metric(
 _WORKER: Final = ("worker",)
 WORKER_CPU = Metric("worker_cpu_seconds", "counter", _WORKER, "CPU time that workers have used, user and system.")
 WORKER_MEMORY = Metric(
-    "worker_resident_memory_bytes", "gauge", _WORKER, "Resident memory of workers. What they share is in each."
+    "worker_resident_memory_bytes",
+    "gauge",
+    _WORKER,
+    "Resident memory of each worker, including the memory that all of them share.",
 )
 WORKER_FDS = Metric("worker_open_fds", "gauge", _WORKER, "File descriptors that workers have open.")
 WORKER_MAX_FDS = Metric("worker_max_fds", "gauge", _WORKER, "File descriptors that workers may have open.")

@@ -307,6 +307,7 @@ class Generation(_Workers):
         try:
             await self._follow(number, reports)
         except Exception:
+            # Whatever a broken worker sends: it is replaced, and the others go on.
             log.exception("a worker sent a report that cannot be decoded: the worker is killed")
             process.send_signal(signal.SIGKILL)
         self.ready.discard(number)
@@ -434,12 +435,8 @@ class Predecessors(_Workers):
     async def _follow(self, pid: int, fd: int) -> None:
         if fd >= 0:
             await self._until_closed(pid, fd)
-        # WNOWAIT leaves the process unreaped: its id must not be reused while it is in `_channels`.
-        await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        self._forget(pid)
-
-    def _forget(self, pid: int) -> None:
-        _, status = os.waitpid(pid, 0)
+        status = await Process(pid).wait()
+        # Its id may be that of another process from now on.
         del self._channels[pid]
         if pid in self._rows:
             self._ledger.free_row(self._rows.pop(pid))
@@ -447,7 +444,7 @@ class Predecessors(_Workers):
         self._recorder.move(metrics.WORKERS_FINISHING if self.finishing else metrics.WORKERS, (), -1)
         self._changed()
         if status:
-            log.error("a worker of the previous version ended with status %d", os.waitstatus_to_exitcode(status))
+            log.error("a worker of the previous version ended with status %d", status)
 
     async def _until_closed(self, pid: int, fd: int) -> None:
         """Waits until a worker closes its channel. Kills it if it hangs, as `Generation._watch` does."""

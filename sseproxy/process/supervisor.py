@@ -524,7 +524,7 @@ class Supervisor:
         _close_and_unlink(unused | unused_admin)
 
     async def _fork(self, descriptors: Sequence[int]) -> Process:
-        """Starts a worker. If the fork server has been killed, only an upgrade, to whatever code, makes another one."""
+        """Starts a worker. If the fork server has been killed, an upgrade, even to the same code, makes another one."""
         try:
             return await self._fork_server.fork(descriptors)
         except ForkServerGone:

@@ -183,7 +183,7 @@ class RunningCode:
         self._digest = _digest()
 
     def replaced(self) -> str | None:
-        """An error text if other code is installed now than is running, or else None."""
+        """What to tell the operator if other code is installed now than is running, or else None."""
         if _digest() == self._digest:
             return None
         try:
