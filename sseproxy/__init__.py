@@ -14,6 +14,7 @@ Processes
 ---------
     sseproxy serve -- supervisor: owns the listening sockets, the metrics registry and the admin listener (/metrics,
                    |              /livez, /readyz, /live, /-/reload); never handles client traffic
+                   +- fork server: has imported what a worker needs; each worker is forked from it
                    +- generation: the workers of one configuration; they start together and stop together
                       +- worker 1: uvloop, aiohttp's server and connector, one immutable configuration
                       +- worker N
@@ -47,12 +48,13 @@ change a configuration while it runs. If the configuration is invalid, or its wo
 it was. The number of old generations that are still finishing is limited.
 
 Workers are forked from the fork server, a process that has imported what a worker needs. The supervisor forks it when
-it starts, before there are threads, an event loop or a configuration. So a worker starts within milliseconds, workers
-share the memory of their code, and a reload runs the code that is running, whatever is installed.
+it starts, before there are threads, an event loop or a configuration. So a worker starts within milliseconds, and
+workers share the memory of their code. Reloads, and workers that replace dead ones, use the code that the supervisor
+has loaded, even if another version has been installed meanwhile.
 
 An upgrade is a reload with new code. The supervisor first starts a child process that tries the new code. Then it
 replaces itself with the new code (execve), and passes on the sockets and the old workers. The old workers accept until
-the new ones do.
+all new workers do. If some new workers do not start within half a minute, one is enough.
 
 The life of a request
 ---------------------
@@ -156,7 +158,7 @@ outcome and is reported once.*
       supervisor      sockets, registry, reloads, signals
       generation      starts and replaces the workers of one configuration
       upgrade         replaces the running code with new code
-      forkserver      the process from which workers are forked
+      forkserver      the fork server: the process from which workers are forked
       start           imports what a worker needs, and starts the fork server
       worker          one event loop, and how it ends
       accepting       connections, evenly shared with the other workers

@@ -1,4 +1,4 @@
-"""The server from which workers are forked: what they have, whose children they are, and how they end."""
+"""The fork server: what they have, whose children they are, and how they end."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def tells_its_own(server: ForkServer) -> None:
 
 async def test_a_worker_is_a_child_of_its_supervisor_in_a_session_of_its_own(serving: MakeServer) -> None:
     def main(descriptors: Sequence[int]) -> None:
-        ids = os.getpid(), os.getsid(0), threading.active_count()
+        ids = os.getpid(), os.getsid(0), threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
         os.write(descriptors[0], f"{ids} {Path('/proc/self/comm').read_text().rstrip()}".encode())
         signal.pause()
 
@@ -78,7 +78,7 @@ async def test_a_worker_is_a_child_of_its_supervisor_in_a_session_of_its_own(ser
     process, ours = await forked(server)
     with ours:
         said = await asyncio.to_thread(ours.recv, 1000)
-        assert said.decode() == f"{(process.pid, process.pid, 1)} sse-worker"
+        assert said.decode() == f"{(process.pid, process.pid, 1, set[int]())} sse-worker"
         assert process.pid in children(os.getpid())
         assert not children(server.pid)
         process.send_signal(signal.SIGTERM)
@@ -184,12 +184,22 @@ async def test_signals_that_are_for_all_processes_of_a_service_leave_the_server(
     await tells_its_own(server)
 
 
+async def test_a_worker_ignores_what_it_does_not_handle_and_loses_no_signal(serving: MakeServer) -> None:
+    server = serving(lambda descriptors: signal.pause())
+    for _ in range(100):
+        process, ours = await forked(server)
+        with ours:
+            process.send_signal(signal.SIGUSR2)
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == -signal.SIGTERM
+
+
 async def test_a_server_that_was_killed_is_gone(serving: MakeServer) -> None:
     server = serving(lambda descriptors: None)
     os.kill(server.pid, signal.SIGKILL)
     await until_true(lambda: not alive(server.pid))
     for _ in range(2):
-        with pytest.raises(ForkServerGone, match="the process that starts workers has been killed"):
+        with pytest.raises(ForkServerGone, match="has ended"):
             await server.fork([0])
 
 

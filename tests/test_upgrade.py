@@ -356,15 +356,15 @@ async def test_a_reload_never_runs_other_code(
         await until_true(lambda: not any(map(alive, workers)))
         await asked(served, other)
         await serves(served, __version__)
-        goes_on = f"{__version__} is running: the running code goes on; send SIGUSR2 to upgrade"
-        await until_true(lambda: f"version 0.9.1 is installed, {goes_on}" in served.messages)
+        to_do = f"this reload uses the running code; to use the installed code, send SIGUSR2 to process {served.pid}"
+        await until_true(lambda: f"version 0.9.1 is installed, {__version__} is running: {to_do}" in served.messages)
         installed.install(__version__, before="0.9.1")
         installed.change("relay/routes.py", f"version {__version__} has", "there are")
         assert await reload(served) == (200, "reloaded\n")
-        assert served.stderr.count("goes on") == 1
+        assert served.stderr.count("running code") == 1
         installed.change("relay/pump.py", '"""', '"""New. ')
         assert await reload(served) == (200, "reloaded\n")
-        await until_true(lambda: "have changed since it was started: the running code goes on" in served.stderr)
+        await until_true(lambda: "have changed since it was started: this reload uses the running" in served.stderr)
         # No code at all, and workers that need more of it than before. A mistake is still told where it is.
         shutil.rmtree(installed.root)
         file.write(other, probe="{token: a-token-of-16-bytes}")
@@ -412,7 +412,7 @@ async def test_a_fork_server_that_is_killed_is_replaced_by_an_upgrade(
         os.kill(fork_server_of(served), signal.SIGKILL)
         os.kill(await idle_one(served), signal.SIGKILL)
         await until_true(lambda: any("upgraded from version" in said for said in served.messages))
-        assert any("the process that starts workers has been killed" in said for said in served.messages)
+        assert any("the fork server (sse-forkserver) has ended, so" in said for said in served.messages)
         await serves(served, __version__)
         assert await served.sample("workers") == 2
         await finish(client, api)

@@ -1,13 +1,16 @@
 """The fork server: a process that has imported what a worker needs, and from which all workers are forked.
 
-Imports take nearly all of the time and half of the memory of a worker. They are done once: a worker starts within
-milliseconds, and its code is in memory that all of them share. A worker also runs the code that its supervisor runs,
-whatever is installed meanwhile.
+Most of the time that a worker needs to start, and half of its memory, are for imports. The fork server has done them
+once. So a worker starts within milliseconds, and its code is in memory that all workers share. A worker always runs the
+code that its supervisor runs, even if another version has been installed meanwhile.
 
-The supervisor forks the server before it has threads, an event loop or a configuration, so none of them is in a worker.
-The server forks twice for each worker, and the process in between ends. So the worker is adopted by the nearest
-ancestor that has asked for that (PR_SET_CHILD_SUBREAPER, prctl(2)), which is the supervisor: it learns how its workers
-end, also after an upgrade, when there is another server.
+The supervisor forks the fork server before it has threads, an event loop or a configuration, so a worker inherits none
+of them.
+
+A supervisor must learn how its workers end, so they have to be its children and not those of the fork server. This also
+holds after an upgrade, when there is a new fork server. So the fork server forks a process that forks the worker and
+ends. A process whose parent has ended gets a new parent: the nearest ancestor that is a subreaper (prctl(2),
+PR_SET_CHILD_SUBREAPER). The supervisor makes itself one.
 """
 
 from __future__ import annotations
@@ -32,40 +35,49 @@ Main = Callable[[Sequence[int]], None]
 
 # linux/prctl.h
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
-# Signals that are meant for the supervisor and may be sent to all processes of a service. The fork server ignores them:
-# it ends when the supervisor has closed its socket.
+# Signals that are meant for the supervisor, but may be sent to all processes of a service. The fork server ignores all
+# of them: it ends when the supervisor has closed its socket.
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
-# Descriptors in a message. The kernel allows 253 (unix(7)).
+# Those that a worker handles. They end it until it has set its handlers. It ignores the others.
+_WORKER_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# How many descriptors one message has at most. The kernel allows 253 (unix(7)).
 _MOST_DESCRIPTORS: Final = 200
 _MORE, _LAST = b"+", b"."
 _MAX_ANSWER: Final = 32
-# Seconds for an answer. It takes milliseconds.
+# Seconds to wait for an answer, which normally takes milliseconds.
 _ANSWER_TIMEOUT: Final = 10.0
-# TASK_COMM_LEN has 15 bytes. `pkill sseproxy` must only find the supervisor.
+# Process names have at most 15 bytes (proc(5), comm). They do not contain "sseproxy", so that `pkill sseproxy` only
+# finds the supervisor.
 _NAME, _WORKER_NAME = b"sse-forkserver", b"sse-worker"
 
 
 class ForkServer:
-    """The server, as its supervisor has it. `main` is what workers run. Create it before there are any threads."""
+    """The supervisor's handle to the fork server. `main` is what workers run.
+
+    Create it before there are any threads. Raises `OSError` if the fork server cannot be started.
+    """
 
     def __init__(self, main: Main) -> None:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # None of these signals may come before they are ignored.
+        # They are held back until the new process ignores them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self.pid = os.fork()
         """Its process id."""
         if not self.pid:
             self._sock.close()
-            _run(_NAME, signal.SIG_IGN, partial(_serve, theirs, main))
+            _run(_NAME, (), partial(_serve, theirs, main))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._sock.setblocking(False)
         self._asking = asyncio.Lock()
 
     async def fork(self, descriptors: Sequence[int]) -> Process:
-        """Starts a worker that has these `descriptors`. Raises `OSError` if it cannot be started."""
-        # A request that nobody waits for any more still has its answer.
+        """Starts a worker that has these `descriptors`.
+
+        Raises `ForkServerGone`, or another `OSError` if the worker cannot be started.
+        """
+        # If the caller is cancelled, the answer must still be read, or the next caller would take it for its own.
         return await asyncio.shield(self._fork(descriptors))
 
     async def _fork(self, descriptors: Sequence[int]) -> Process:
@@ -80,7 +92,7 @@ class ForkServer:
             except ConnectionError:
                 answer = b""
             except TimeoutError:
-                # A later answer would be taken for that of another request.
+                # If it still answered later, the answer would be taken for that of another request.
                 os.kill(self.pid, signal.SIGKILL)
                 answer = b""
         if not answer:
@@ -90,7 +102,7 @@ class ForkServer:
         return Process(pid)
 
     def close(self) -> None:
-        """Ends the server. Its workers go on."""
+        """Ends the fork server. The workers go on."""
         self._sock.close()
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -98,10 +110,10 @@ class ForkServer:
 
 
 class ForkServerGone(OSError):
-    """The fork server has been killed, or did not answer and was killed."""
+    """The fork server has ended: somebody has killed it, or it did not answer and was killed."""
 
     def __str__(self) -> str:
-        return "the process that starts workers has been killed"
+        return "the fork server (sse-forkserver) has ended"
 
 
 class Process:
@@ -112,7 +124,7 @@ class Process:
         self._ended = False
 
     def send_signal(self, number: signal.Signals) -> None:
-        # A process that has not been waited for still has its id.
+        # Until it has been waited for, no other process can have its id.
         if not self._ended:
             os.kill(self.pid, number)
 
@@ -131,9 +143,9 @@ class Process:
 
 
 def forget_orphans(known: Container[int]) -> None:
-    """Lets the kernel forget children that have ended and are not `known`.
+    """Waits for children that have ended and are not `known`, so that they do not stay as zombies.
 
-    They are what a trial or an earlier version has left: a subreaper adopts all descendants whose parents have ended.
+    A subreaper gets all descendants whose parents have ended, so a trial or an earlier version may have left some.
     """
     with suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
@@ -156,13 +168,16 @@ def hide(variables: Iterable[str]) -> None:
             os.environ.pop(name, None)
 
 
-def _run(name: bytes, handler: signal.Handlers, life: Callable[[], None]) -> NoReturn:
-    """The rest of this process, which has just been forked: `life`, with `handler` for the signals of supervisors."""
+def _run(name: bytes, handled: Container[signal.Signals], life: Callable[[], None]) -> NoReturn:
+    """Runs `life` in this process, which has just been forked with `_SIGNALS` blocked, and exits.
+
+    The process has the default actions for the signals that are `handled`, and ignores the other `_SIGNALS`.
+    """
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if number in handled else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         # Ctrl-C in a terminal sends SIGINT to a whole process group. Only the supervisor must get it.
         os.setsid()
@@ -178,13 +193,14 @@ def _run(name: bytes, handler: signal.Handlers, life: Callable[[], None]) -> NoR
 
 def _serve(sock: socket.socket, main: Main) -> None:
     """Forks a worker for each request that comes by `sock`, until the supervisor has closed its end."""
-    # What an earlier version or systemd has handed over is inheritable, and no worker's business.
+    # Sockets that an earlier version or systemd has handed over are inheritable. No worker must keep them open.
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        # The directory that was listed is closed already.
+        # One of them was that of the directory, which is closed by now.
         with suppress(OSError):
             if descriptor > 2 and os.get_inheritable(descriptor):
                 os.close(descriptor)
-    # A collection would write to the memory that is shared.
+    # A garbage collection writes to each object that it visits. The kernel would then copy the memory, which would no
+    # longer be shared with the workers.
     gc.disable()
     gc.freeze()
     descriptors, lacking = list[int](), False
@@ -223,13 +239,15 @@ def _fork_twice(sock: socket.socket, descriptors: Sequence[int], main: Main) -> 
 
 
 def _fork_once(sock: socket.socket, descriptors: Sequence[int], main: Main, reading: int, writing: int) -> NoReturn:
-    """The life of the process in between. It writes its answer to `writing`."""
+    """Forks the worker from the process in between, which writes the answer to `writing` and ends."""
     try:
+        # A signal that the supervisor sends at once must not get lost while the worker still ignores it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         if not (worker := os.fork()):
             sock.close()
             os.close(reading)
             os.close(writing)
-            _run(_WORKER_NAME, signal.SIG_DFL, partial(main, descriptors))
+            _run(_WORKER_NAME, _WORKER_SIGNALS, partial(main, descriptors))
         os.write(writing, b"%d" % worker)
     except OSError as error:
         os.write(writing, _failed(error.errno))

@@ -1,4 +1,4 @@
-"""Imports what a worker needs, and forks the server of workers from this process."""
+"""Imports what a worker needs, and starts the fork server."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def load() -> Main:
     # Collections would visit the imported objects again and again, although they live as long as the process.
     gc.disable()
     # aiohttp creates two TLS contexts when it is imported, and loads the system's CA certificates into each. This takes
-    # a fifth of the CPU of all imports. A worker creates its own contexts (`config.files`). The ones that aiohttp
-    # creates now trust no certificate.
+    # a fifth of the CPU of all imports. The two that are created during this import have no CA certificates, and are
+    # not used: a worker creates its own contexts (`config.files`).
     ssl.SSLContext.set_default_verify_paths = lambda self: None  # type: ignore[method-assign]
     try:
         from .worker import main
     finally:
-        # Now the method of the base class is visible again.
+        # Restores the original method, which is that of the base class.
         del ssl.SSLContext.set_default_verify_paths
         gc.enable()
     return main
 
 
 def fork_server() -> ForkServer:
-    """Starts a fork server. Call it before there are any threads. Raises `SseproxyError`."""
+    """Starts the fork server. Call it before there are any threads. Raises `SseproxyError`."""
     logs.open_standard_streams()
     main = load()
     try:
         return ForkServer(main)
     except OSError as error:
-        raise SseproxyError(f"no process can be started: {error.strerror}") from None
+        raise SseproxyError(f"the fork server cannot be started: {error.strerror}") from None

@@ -480,7 +480,9 @@ class Supervisor:
         self._digests = await asyncio.to_thread(self._read_digests)
         if (other := await asyncio.to_thread(self._code.replaced)) is not None:
             log.warning(
-                "%s: the running code goes on; %s to upgrade", other, "send SIGUSR2" if self._command else "restart"
+                "%s: this reload uses the running code; to use the installed code, %s",
+                other,
+                f"send SIGUSR2 to process {os.getpid()}" if self._command else "restart",
             )
         # In a thread, because reading may take long, and the admin listener must answer meanwhile.
         config = await asyncio.to_thread(self._reread)
@@ -524,12 +526,15 @@ class Supervisor:
         _close_and_unlink(unused | unused_admin)
 
     async def _fork(self, descriptors: Sequence[int]) -> Process:
-        """Starts a worker. If the fork server has been killed, an upgrade, even to the same code, makes another one."""
+        """Starts a worker. If the fork server has ended, starts an upgrade, which starts a new fork server."""
         try:
             return await self._fork_server.fork(descriptors)
         except ForkServerGone:
             if self._command and (self._upgrading is None or self._upgrading.done()):
-                log.warning("the process that starts workers has been killed: this process executes itself again")
+                log.warning(
+                    "the fork server (sse-forkserver) has ended, so no worker can be started: "
+                    "upgrading to the installed code, which starts a new fork server"
+                )
                 self.upgrade()
             raise
 

@@ -2,7 +2,8 @@
 
 execve(2) keeps the process id, the inheritable descriptors and the child processes. So the supervisor executes the
 command again that it was started with. An environment variable tells the new code which descriptors and workers it
-takes over. The old workers accept connections until the new ones do; then they finish their exchanges.
+takes over. The old workers accept connections until all new workers do; then they finish their exchanges. If some new
+workers do not start within half a minute, one is enough.
 
 Before that, the new code is tried: the same command with `--trial` must start a worker with the same configuration.
 """
@@ -86,8 +87,8 @@ def opened(listening: Mapping[str, Iterable[int]]) -> dict[Listen, list[socket.s
 def receive() -> Handover | None:
     """What the previous version has handed over, or None if this process was not started by an upgrade.
 
-    Child processes inherit neither the variable nor the descriptors. Raises `ReloadError` if the variable cannot be
-    decoded.
+    Programs that this process executes later inherit neither the variable nor the descriptors. Raises `ReloadError` if
+    the variable cannot be decoded.
     """
     text = os.environ.pop(_VARIABLE, None)
     if text is None:

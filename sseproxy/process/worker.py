@@ -7,6 +7,7 @@ worker receives its instructions as the first frame of the channel, and then sen
     SIGHUP                              retires, because new workers have taken over: exchanges may take
                                         `reload.drain_timeout`, then they are ended
     SIGINT                              ends its exchanges now
+    SIGUSR2                             nothing: it is for the supervisor, but may be sent to all processes of a service
 """
 
 from __future__ import annotations
@@ -235,8 +236,6 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
     loop.add_signal_handler(signal.SIGTERM, end)
     loop.add_signal_handler(signal.SIGINT, expire)
     loop.add_signal_handler(signal.SIGHUP, retiring.set)
-    # SIGUSR2 asks the supervisor for an upgrade. It may also be sent to all processes of the service.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
     config, number, columns, most_connections = await _read_instructions(reader)
     hide(config.variables - _KEPT_VARIABLES)
