@@ -352,6 +352,8 @@ BASE64 = "iVBORw0KGgo" * 400
         ({"max_completion_tokens": 8, "max_tokens": 7, "n": 3}, 24),
         ({"max_output_tokens": 9}, 9),
         ({"generationConfig": {"maxOutputTokens": 5, "candidateCount": 2}}, 10),
+        ({"generation_config": {"max_output_tokens": 5, "candidateCount": 2}}, 10),
+        ({"generationConfig": {"maxOutputTokens": 5}, "generation_config": {"candidate_count": 3}}, 15),
         ({"best_of": 4, "n": 2, "max_tokens": 3}, 12),
         ({"max_tokens": "7", "n": None}, 1000),
         ({"max_tokens": -7, "n": 0.5}, 1000),

@@ -310,6 +310,10 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "in a path with a tag": {"path": "/v1/models/good-1:latest", "method": "DELETE", "body": b"", "kind": None},
     "in the body, with a path of models": {"path": "/v1/models/chat/completions", "body": b'{"model":"good-1"}'},
     "without a body": {"path": "/v1/models", "method": "GET", "body": b"", "kind": None},
+    "with others for the case that it fails": {
+        "body": b'{"models":["good-2","good-1"],"model":"good-1","fallbacks":["good-3"]}'
+    },
+    "without others": {"body": b'{"models":[],"model":"good-1","fallbacks":null}'},
     "a nested name": {"body": b'{"messages":[{"model":"bad"}],"model":"good-1","x":"\\"model\\":"}'},
 }
 DENIED: dict[str, tuple[int, dict[str, Any]]] = {
@@ -322,6 +326,21 @@ DENIED: dict[str, tuple[int, dict[str, Any]]] = {
     "twice in two cases": (400, {"body": b'{"model":"good-1","MODEL":"bad"}'}),
     "twice in two spellings": (400, {"body": b'{"model":"good-1","\\u006dodel":"bad"}'}),
     "twice in much": (400, {"body": b'{"model":"bad","x":"%b","model":"good-1"}' % (b"x" * 40_000)}),
+    "in models": (403, {"body": b'{"model":"good-1","models":["good-1","bad"]}'}),
+    "in models alone": (403, {"body": b'{"models":["good-1"]}'}),
+    "in fallbacks": (403, {"body": b'{"fallbacks":["bad"],"model":"good-1"}'}),
+    "in fallbacks of a path": (403, {"path": "/v1/models/good-1:generateContent", "body": b'{"fallbacks":["bad"]}'}),
+    "in fallbacks that are objects": (403, {"body": b'{"model":"good-1","fallbacks":[{"model":"good-1"}]}'}),
+    "in models that are one text": (403, {"body": b'{"model":"good-1","models":"bad"}'}),
+    "in models in upper case": (403, {"body": b'{"model":"good-1","MODELS":["bad"]}'}),
+    "in models with a long s": (403, {"body": '{"model":"good-1","model\u017f":["bad"]}'.encode()}),
+    "in models twice": (400, {"body": b'{"model":"good-1","models":["bad"],"models":["good-1"]}'}),
+    "in models twice in two cases": (400, {"body": b'{"model":"good-1","models":["good-1"],"Models":["bad"]}'}),
+    "in many models": (403, {"body": b'{"model":"good-1","models":[%b"bad"]}' % (b'"good-1",' * 200)}),
+    "in models behind much": (
+        403,
+        {"body": b'{"model":"good-1","x":"%b","models":["bad"]}' % (b"x" * 40_000)},
+    ),
     "two objects": (403, {"body": b'{"model":"good-1"}{"model":"bad"}'}),
     "behind a mark": (403, {"body": b'\xef\xbb\xbf{"model":"good-1"}'}),
     "another Unicode": (403, {"body": '{"model":"good-1"}'.encode("utf-16")}),
@@ -409,6 +428,17 @@ DENIED: dict[str, tuple[int, dict[str, Any]]] = {
             "path": "/v1/audio/transcriptions",
         },
     ),
+    **{
+        f"in {name} of a form": (
+            403,
+            {
+                "kind": "multipart/form-data; boundary=b",
+                "body": FORM[:-7].replace(b'"model"', b'"%b"' % name.encode()) % b"good-1" + FORM % b"good-1",
+                "path": "/v1/audio/transcriptions",
+            },
+        )
+        for name in ("models", "Fallbacks", "models[]")
+    },
     "before a form": (
         403,
         {"kind": "multipart/form-data; boundary=b", "body": b'{"model":"bad"}\r\n' + FORM % b"good-1"},
@@ -579,8 +609,8 @@ def test_a_public_part_has_nothing_of_a_secret(noise: bytes, at: int) -> None:
 
 MEMBERS = st.lists(
     st.tuples(
-        st.sampled_from(["model", "Model", "\\u006dodel", "messages", "modelx"]),
-        st.sampled_from(['"a"', '"b"', "1", '{"model":"c"}', '["model"]', '"\\"model\\":"']),
+        st.sampled_from(["model", "Model", "\\u006dodel", "messages", "modelx", "models", "fallbacks", "model\u017f"]),
+        st.sampled_from(['"a"', '"b"', "1", '{"model":"c"}', '["model"]', '"\\"model\\":"', '["c", "d"]', "null"]),
     ),
     max_size=4,
 )
@@ -595,9 +625,19 @@ def test_a_model_is_one_only_if_every_parser_reads_the_same(
     for piece in data.draw(splits(body.encode())):
         audit.feed(piece)
     named = [(name, value) for name, value in members if name.replace("\\u006d", "m").lower() == "model"]
-    assert audit.twice == (len(named) > 1)
+    others = [(name, value) for name, value in members if name.casefold() in ("models", "fallbacks")]
+    number = len({name.casefold() for name, _ in others})
+    assert audit.twice == (len(named) > 1 or len(others) > number)
     if len(named) == 1 and named[0][0] != "Model" and named[0][1] in ('"a"', '"b"'):
         assert audit.model == named[0][1].strip('"')
+    if audit.twice:
+        return
+    lists = {"null": [], '["model"]': ["model"], '["c", "d"]': ["c", "d"]}
+    readable = all(name.isascii() and value in lists for name, value in others)
+    found = audit.others
+    assert (found is not None) == readable
+    if found is not None:
+        assert sorted(found) == sorted(name for _, value in others for name in lists[value])
 
 
 def test_a_form_names_its_model_once_in_whatever_way_its_fields_are_written() -> None:

@@ -32,6 +32,7 @@ from ..wire.demand import OUTPUT, Demand
 from ..wire.dialects import Allowance, Form, models_in
 from ..wire.form import FormReader
 from ..wire.headers import Field, Fields, client_block
+from ..wire.meaning import OTHER_MODELS
 from ..wire.request import ModelAudit, RequestReader
 from .routes import said, some
 
@@ -52,6 +53,7 @@ _WRONG_WITHIN: Final = 60.0
 _MOST_ADDRESSES: Final = 1_000
 # Bytes of a digest by which it is looked up. So many tell nothing about the rest of it, nor about the key.
 _PREFIX: Final = 8
+_OTHER_MODELS: Final = " or ".join(sorted(OTHER_MODELS))
 # As in `wire.demand`, for answers whose tokens are not known.
 _BYTES_OF_A_TOKEN: Final = 4
 
@@ -261,14 +263,26 @@ class Client:
 
         `body_needed`: the request has a body, so it has to name a model.
         """
-        allowed, names = some(self.models), list(named)
+        names = list(named)
         for name in names:
             if not self.may_use(name):
-                message = f"This key may not use the model '{said(name)}'; it may use {allowed}."
+                message = f"This key may not use the model '{said(name)}'; it may use {some(self.models)}."
                 raise RequestError("model_not_allowed", message)
         if body_needed and not names:
-            message = f"No model can be read in this request; this key may only use {allowed}."
+            message = f"No model can be read in this request; this key may only use {some(self.models)}."
             raise RequestError("model_not_allowed", message)
+
+    def check_other_models(self, named: Sequence[str] | None) -> None:
+        """Raises `RequestError` unless it may use all models that are `named` for the case that the first one fails.
+
+        None: they cannot be read.
+        """
+        if named is None:
+            message = (
+                f"The request may name models that cannot be read in {_OTHER_MODELS}: write them as lists of names."
+            )
+            raise RequestError("model_not_allowed", message)
+        self.check_models(named, body_needed=False)
 
 
 def _allowance(kind: Literal["requests", "tokens"], use: Use, more: int, limit: int) -> Allowance:
@@ -359,6 +373,7 @@ class Visit:
         if read and self._audit is not None:
             if self._audit.twice:
                 raise RequestError("model_twice")
+            self.client.check_other_models(self._audit.others)
             if self._audit.model is not None:
                 names.append(self._audit.model)
         self.client.check_models(names if read or not has_body else (), body_needed=has_body)

@@ -26,8 +26,12 @@ _MAX_DIGITS: Final = 12
 
 
 class _Generation(msgspec.Struct, gc=False):
+    """Google's names, which may be written in two ways (https://protobuf.dev/programming-guides/json/)."""
+
     maxOutputTokens: msgspec.Raw = NULL
+    max_output_tokens: msgspec.Raw = NULL
     candidateCount: msgspec.Raw = NULL
+    candidate_count: msgspec.Raw = NULL
 
 
 class _Request(msgspec.Struct, gc=False):
@@ -39,6 +43,7 @@ class _Request(msgspec.Struct, gc=False):
     n: msgspec.Raw = NULL
     best_of: msgspec.Raw = NULL
     generationConfig: _Generation | None = None
+    generation_config: _Generation | None = None
 
 
 _decode_request: Final = msgspec.json.Decoder(_Request).decode
@@ -72,8 +77,10 @@ class Demand:
             return OUTPUT
         most = _largest(request.max_tokens, request.max_completion_tokens, request.max_output_tokens)
         times = _largest(request.n, request.best_of)
-        if (gemini := request.generationConfig) is not None:
-            most, times = max(most, _largest(gemini.maxOutputTokens)), max(times, _largest(gemini.candidateCount))
+        for gemini in (request.generationConfig, request.generation_config):
+            if gemini is not None:
+                most = max(most, _largest(gemini.maxOutputTokens, gemini.max_output_tokens))
+                times = max(times, _largest(gemini.candidateCount, gemini.candidate_count))
         return (most or OUTPUT) * (times or 1)
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Final
 
-from .meaning import MAX_MODEL
+from .meaning import MAX_MODEL, OTHER_MODELS
 
 # A boundary has at most 70 characters (RFC 2046, section 5.1.1). It may contain spaces, but not end with one.
 _BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
@@ -37,6 +37,7 @@ _AFTER_DELIMITER: Final = re.compile(rb"--|[ \t]{0,256}(?=\r\n)")
 _MAY_COME: Final = re.compile(rb"-?|[ \t]{0,256}\r?")
 # The fields of the form that are read.
 _WANTED: Final = frozenset({b"model", b"stream"})
+_OTHER_MODELS: Final = frozenset(map(str.encode, OTHER_MODELS))
 # Limits: bytes of a part's header fields, parameters of one field, and parts. Starlette allows as many parts.
 _MAX_HEAD: Final = 4 * 1024
 _MAX_PARAMETERS: Final = 16
@@ -70,11 +71,25 @@ class FormReader:
     If a field occurs several times, the last one counts, as with members of a JSON object.
     """
 
-    __slots__ = ("_delimiter", "_ended", "_found", "_heads", "_name", "_parts", "_rest", "_value", "models", "odd")
+    __slots__ = (
+        "_delimiter",
+        "_ended",
+        "_found",
+        "_heads",
+        "_name",
+        "_parts",
+        "_rest",
+        "_value",
+        "models",
+        "names_others",
+        "odd",
+    )
 
     def __init__(self, boundary: bytes) -> None:
         self.models = 0
         """How many fields some parser may take for the model."""
+        self.names_others = False
+        """Whether there is a field that some parser may take for one of `OTHER_MODELS`."""
         self.odd = False
         """Whether some parser may read other fields: the form has a preamble, or a part whose head is not plain."""
         self._delimiter = b"\r\n--" + boundary
@@ -150,7 +165,10 @@ class FormReader:
             found = [*islice(_parameters(head[disposition.end() :].partition(b"\r\n")[0]), _MAX_PARAMETERS)]
             parameters = dict(found)
             self.odd |= len(found) > len(parameters)
-            self.models += any(key == b"name" and value.lower() == b"model" for key, value in found)
+            names = {value.lower() for key, value in found if key == b"name"}
+            self.models += b"model" in names
+            # Some parsers read `models[]`, or `models[0]`, as a list.
+            self.names_others |= not _OTHER_MODELS.isdisjoint(name.partition(b"[")[0] for name in names)
             # A part with a file name is a file, not a field.
             name = parameters.get(b"name", b"")
             if name in _WANTED and not _FILE_NAMES & parameters.keys():

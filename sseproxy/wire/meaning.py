@@ -13,6 +13,10 @@ UNREADABLE: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
 # Characters of the name of a model. The longest ones in use, paths of cloud resources, have about a hundred. Longer
 # text is not taken for a model.
 MAX_MODEL: Final = 128
+OTHER_MODELS: Final = frozenset({"models", "fallbacks"})
+"""Members of requests, and fields of forms, that name models to be asked if the first one fails: `models` of OpenRouter
+(https://openrouter.ai/docs/features/model-routing), `fallbacks` of LiteLLM
+(https://docs.litellm.ai/docs/proxy/client_side_fallbacks)."""
 NULL: Final = msgspec.Raw(b"null")
 _EMPTY: Final = frozenset({b"null", b'""', b"[]", b"{}"})
 # Digits of a count. A number with more digits is not a count of tokens, and must not be added to a counter.

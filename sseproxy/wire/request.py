@@ -12,7 +12,7 @@ import msgspec
 from .extract import Extract, Gist, Members, wanted
 from .form import FormReader, boundary_of
 from .headers import Fields
-from .meaning import MAX_MODEL, NULL, UNREADABLE, text_of
+from .meaning import MAX_MODEL, NULL, OTHER_MODELS, UNREADABLE, text_of
 
 # Bytes of the name in JSON. A character takes at most two escapes.
 _MAX_SPELLED: Final = 2 * len(r"\uXXXX") * MAX_MODEL + 2
@@ -178,23 +178,38 @@ def reader_of(fields: Fields) -> RequestReader | FormReader:
     return RequestReader() if boundary is None else FormReader(boundary)
 
 
-class _ModelMembers(Extract):
-    """Counts the members that some parser may take for the model. Go's takes a name in upper case for one, too."""
+class _OtherModels(msgspec.Struct, gc=False):
+    models: list[str] | None = None
+    fallbacks: list[str] | None = None
 
-    __slots__ = ("number",)
+
+_decode_others: Final = msgspec.json.Decoder(_OtherModels).decode
+# Each is kept as a whole: of a list whose items are read one by one, those after the 128th would be missing.
+_OTHER_MEMBERS: Final = Members({name.encode(): None for name in OTHER_MODELS})
+_NAMING: Final = OTHER_MODELS | {"model"}
+
+
+class _ModelMembers(Extract):
+    """Finds the members that some parser may take for models, and extracts `OTHER_MODELS`."""
+
+    __slots__ = ("named",)
 
     def __init__(self) -> None:
-        super().__init__(Members())
-        self.number = 0
+        super().__init__(_OTHER_MEMBERS)
+        self.named: list[str] = []
+        """The names of these members, as they are written."""
 
     def _member(self, text: bytes, plain: bytes, at: int) -> int:
         end = super()._member(text, plain, at)
-        self.number += bool(end) and self._name.lower() == b"model"
+        name = self._name.decode()
+        # Go's parser does not distinguish upper and lower case, not even of letters such as "\u017f", a long s.
+        if end and name.casefold() in _NAMING:
+            self.named.append(name)
         return end
 
 
 class ModelAudit:
-    """Finds out whether every parser reads the same model in a body that `reader` reads. `feed` takes its parts.
+    """Finds out whether every parser reads the same models in a body that `reader` reads. `feed` takes its parts.
 
     `fields` are those of the request.
     """
@@ -214,9 +229,11 @@ class ModelAudit:
 
     @property
     def twice(self) -> bool:
-        """Whether the body names its model more than once."""
-        number = self._members.number if isinstance(self._reader, RequestReader) else self._reader.models
-        return number > 1
+        """Whether the body names its model more than once, or has one of `OTHER_MODELS` more than once."""
+        if isinstance(self._reader, FormReader):
+            return self._reader.models > 1
+        named = [*map(str.casefold, self._members.named)]
+        return len(set(named)) < len(named)
 
     @property
     def model(self) -> str | None:
@@ -228,6 +245,23 @@ class ModelAudit:
         reader = self._reader
         odd = reader.odd if isinstance(reader, FormReader) else self._members.given_up
         return reader.model if self._is_plain and not odd else None
+
+    @property
+    def others(self) -> list[str] | None:
+        """The models that are named in `OTHER_MODELS`. None if another parser may read others.
+
+        Only lists of names are read, and no longer ones than an `Extract` keeps. In a form nothing of it is read.
+        """
+        if isinstance(self._reader, FormReader):
+            return None if self._reader.names_others else []
+        named = [name for name in self._members.named if name.casefold() != "model"]
+        if not named:
+            return []
+        try:
+            told = _decode_others(self._members.text() or b"")
+        except UNREADABLE:
+            return None
+        return [*(told.models or ()), *(told.fallbacks or ())] if OTHER_MODELS.issuperset(named) else None
 
 
 def _model(request: _Request) -> str | None:
