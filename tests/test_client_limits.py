@@ -217,6 +217,38 @@ async def test_what_generates_nothing_costs_nothing(
     assert charged.tokens == charged.reserved.total() == 0
 
 
+async def test_a_fetched_stream_is_charged_also_if_the_client_leaves_before_its_usage(
+    start: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start(upstream.url, route=CHAT, clients=(client(limits=limits(tokens="1000/1d")),))
+    charged = Charged(proxy, seconds=86_400)
+    path, deltas = "/v1/responses/resp_1?stream=true", [chunk(response_delta(text)) for text in "abc"]
+    answer = {"id": "resp_1", "background": True, "usage": {"input_tokens": 5, "output_tokens": 3}}
+    end = chunk(b"data: %b\n\n" % msgspec.json.encode({"type": "response.completed", "response": answer}))
+    for expected, leaves in ((3, True), (3 + 8, False), (3 + 8, False)):
+        peer = await proxy.connect()
+        peer.send(request(bearer(), path=path, method="GET", body=b"", kind=None))
+        api = await upstream.accept()
+        await api.message()
+        api.send(STREAM_HEAD, *deltas)
+        await peer.read_until(deltas[-1])
+        if leaves:
+            peer.reset()
+            await api.gone()
+        else:
+            api.send(end, LAST_CHUNK)
+            assert (await peer.message()).complete
+            api.close()
+        await proxy.idle()
+        assert (charged.tokens, charged.reserved.total()) == (expected, 0)
+    assert proxy.sample("client_tokens_total", client="team-a", type="estimated") == 3
+
+
+def response_delta(text: str) -> bytes:
+    event = {"type": "response.output_text.delta", "delta": text}
+    return b"data: %b\n\n" % msgspec.json.encode(event)
+
+
 async def test_what_generates_nothing_and_reports_tokens_is_refused_when_none_are_left(
     start: StartProxy, upstream: ScriptedUpstream
 ) -> None:

@@ -301,10 +301,17 @@ def unreported(exchange: Exchange, input: int, output: int) -> int:
     `input` is what its text has, and `output` is what it may generate. If it was never sent, or was answered with an
     error, it has used none. If it was sent, its input was read, even if the client has left since. Of a stream, each
     event with content counts as a token.
+
+    If it fetches a response that is generated in the background, this is only about a stream: a client could leave it
+    before the end, where the usage is.
     """
-    if not exchange.request_bytes or exchange.repeats or (exchange.head_at is not None and not exchange.succeeded):
+    if exchange.repeats or (exchange.head_at is not None and not exchange.succeeded):
         return 0
     usage = exchange.usage
+    if exchange.fetches:
+        return exchange.deltas if usage is None and exchange.is_stream else 0
+    if not exchange.request_bytes:
+        return 0
     if usage is None or usage.is_zero:
         told_input = told_output = False
     else:
@@ -435,7 +442,7 @@ class Visit:
         usage = exchange.usage
         reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
         # Usually both are reported.
-        if self._output and not (usage is not None and usage.input and usage.output):
+        if (self._output or exchange.fetches) and not (usage is not None and usage.input and usage.output):
             exchange.estimated = unreported(exchange, self._input, self._output)
         used = reported + exchange.estimated
         self.client.charge(used)
