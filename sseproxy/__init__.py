@@ -91,6 +91,7 @@ outcome and is reported once.*
       document        parses YAML, and keeps the position of each part
       loading         builds a configuration from a file and from flags, and collects all errors
     errors          every exception that sseproxy raises; the only table of status, message and outcome
+    signals         the signals that a supervisor handles: only its main thread gets them
     ledger          counts that all workers share
       table           a row for each worker, a column for each name, and a sketch for client addresses
       endpoints       how each endpoint of an upstream stands, and the addresses of a name

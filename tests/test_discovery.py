@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
@@ -19,6 +20,7 @@ from sseproxy.ledger.endpoints import (
 )
 from sseproxy.ledger.table import Ledger
 from sseproxy.process.discovery import Places, look_up
+from sseproxy.signals import FOR_SUPERVISOR
 
 ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
 
@@ -134,3 +136,15 @@ async def test_a_name_is_looked_up_as_the_system_does() -> None:
         await look_up("nowhere.invalid", 80)
     with pytest.raises(UnicodeError):
         await look_up("a" * 64 + ".test", 80)
+
+
+async def test_the_thread_of_a_look_up_leaves_signals_to_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked: list[set[signal.Signals | int]] = []
+
+    def getaddrinfo(*_: object, **__: object) -> list[object]:
+        blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return []
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    assert await look_up("localhost", 80) == []
+    assert blocked[0] >= set(FOR_SUPERVISOR)

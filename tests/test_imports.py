@@ -25,12 +25,13 @@ ROOT = Path(sseproxy.__file__).parent
 EVERYWHERE = {"config", "errors"}
 MAY_IMPORT = {
     "errors": set(),
+    "signals": set(),
     "config": {"config", "errors", "wire.dialects"},
     "wire": {"errors", "wire"},
     "ledger": {"ledger"},
     "relay": {"wire", "ledger", "relay"} | EVERYWHERE,
-    "observe": {"observe", "relay.exchange", "wire"} | EVERYWHERE,
-    "process": {"wire", "ledger", "relay", "observe", "process", "doctor.origin"} | EVERYWHERE,
+    "observe": {"observe", "relay.exchange", "signals", "wire"} | EVERYWHERE,
+    "process": {"wire", "ledger", "relay", "observe", "process", "signals", "doctor.origin"} | EVERYWHERE,
     "doctor": {"wire", "ledger", "doctor"} | EVERYWHERE,
     "demo": set(),
     "top": {"errors"},

@@ -20,6 +20,7 @@ import pytest
 
 import sseproxy
 from sseproxy import __version__
+from sseproxy.signals import FOR_SUPERVISOR
 
 from .harness import (
     DEADLINE,
@@ -640,6 +641,39 @@ async def test_signals_that_come_while_the_code_is_exchanged_are_not_lost(
         await finish(client, api)
         assert await served.ended() == 0
         assert "Traceback" not in served.stderr
+
+
+async def test_a_signal_that_came_just_before_ends_the_old_code(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    before = "            signals.hold_back()\n"
+    installed.change("process/supervisor.py", before, f"            os.kill(os.getpid(), signal.SIGTERM)\n{before}")
+    async with ConfigFile(tmp_path, upstream).serve(**installed.environment) as served:
+        client, api = await streaming(served, upstream)
+        served.process.send_signal(signal.SIGUSR2)
+        await until_true(lambda: any("draining for at most" in message for message in served.messages))
+        await finish(client, api)
+        assert await served.ended() == 0
+        assert not any("executes the installed code" in message for message in served.messages)
+
+
+async def test_only_the_main_thread_receives_signals(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    async with ConfigFile(tmp_path, upstream).serve() as served:
+        # In another thread.
+        assert await reload(served) == (200, "reloaded\n")
+        held_back = held_back_by(served.pid)
+        assert not held_back.pop(served.pid)
+        assert len(held_back) > 1
+        assert all(signals == set(FOR_SUPERVISOR) for signals in held_back.values())
+
+
+def held_back_by(pid: int) -> dict[int, set[signal.Signals]]:
+    """The signals that each thread of a process blocks."""
+    found: dict[int, set[signal.Signals]] = {}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        (blocked,) = re.findall(r"SigBlk:\t(.*)", (thread / "status").read_text())
+        found[int(thread.name)] = {number for number in FOR_SUPERVISOR if int(blocked, 16) >> (number - 1) & 1}
+    return found
 
 
 def trials_of(served: Served) -> Callable[[], set[int]]:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 import msgspec
 
+from .. import signals
+
 if TYPE_CHECKING:
     from ..config import Config
 
@@ -108,6 +110,7 @@ class Lines(io.RawIOBase):
             self._changed.wait_for(lambda: not self._due, _LAST_LINES)
 
     def _run(self) -> None:
+        signals.hold_back()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._due)

@@ -22,6 +22,7 @@ from yarl import URL
 from ..ledger.endpoints import MAX_ADDRESSES, Addresses, Standing, address_key, of_host
 from ..ledger.table import Row
 from ..relay.pool import micros
+from ..signals import hold_back
 
 if TYPE_CHECKING:
     from ..config import Upstream
@@ -51,6 +52,7 @@ async def look_up(host: str, port: int) -> list[Address]:
             found.set_result(addresses)
 
     def work() -> None:
+        hold_back()
         result: list[Address] | BaseException
         try:
             entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)

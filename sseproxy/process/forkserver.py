@@ -29,16 +29,16 @@ from functools import partial
 from typing import Final, NoReturn
 
 from ..observe import logs
+from ..signals import FOR_SUPERVISOR, hold_back
 
 Main = Callable[[Sequence[int]], None]
 """What a worker runs, with its descriptors."""
 
 # linux/prctl.h
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
-# Signals that are meant for the supervisor, but may be sent to all processes of a service. The fork server ignores all
-# of them: it ends when the supervisor has closed its socket.
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
-# Those that a worker handles. They end it until it has set its handlers. It ignores the others.
+# The signals for a supervisor may be sent to all processes of a service. These are the ones that a worker handles. They
+# end it until it has set its handlers. It ignores the others, and the fork server ignores all: it ends when the
+# supervisor has closed its socket.
 _WORKER_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How many descriptors one message has at most. The kernel allows 253 (unix(7)).
 _MOST_DESCRIPTORS: Final = 200
@@ -61,7 +61,7 @@ class ForkServer:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # They are held back until the new process ignores them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_SUPERVISOR)
         self.pid = os.fork()
         """Its process id."""
         if not self.pid:
@@ -169,14 +169,14 @@ def hide(variables: Iterable[str]) -> None:
 
 
 def _run(name: bytes, handled: Container[signal.Signals], life: Callable[[], None]) -> NoReturn:
-    """Runs `life` in this process, which has just been forked with `_SIGNALS` blocked, and exits.
+    """Runs `life` in this process, which has just been forked with signals held back, and exits.
 
-    The process has the default actions for the signals that are `handled`, and ignores the other `_SIGNALS`.
+    The process has the default actions for the signals that are `handled`, and ignores the others for a supervisor.
     """
     status = 1
     try:
         signal.set_wakeup_fd(-1)
-        for number in _SIGNALS:
+        for number in FOR_SUPERVISOR:
             signal.signal(number, signal.SIG_DFL if number in handled else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         # Ctrl-C in a terminal sends SIGINT to a whole process group. Only the supervisor must get it.
@@ -242,7 +242,7 @@ def _fork_once(sock: socket.socket, descriptors: Sequence[int], main: Main, read
     """Forks the worker from the process in between, which writes the answer to `writing` and ends."""
     try:
         # A signal that the supervisor sends at once must not get lost while the worker still ignores it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        hold_back()
         if not (worker := os.fork()):
             sock.close()
             os.close(reading)

@@ -18,6 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import get_args
 
@@ -25,7 +26,7 @@ import aiohttp
 from aiohttp import web
 from msgspec.structs import replace
 
-from .. import __version__
+from .. import __version__, signals
 
 # This is imported now, so that a reload after the installation of other code imports nothing of that.
 from ..config import Address, Config, Listen, mistakes  # noqa: F401
@@ -69,6 +70,7 @@ _RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502",
 _TAKE_OVER_TIMEOUT = 5.0
 # Seconds that a start or a reload waits until the workers accept, plus one second for each worker.
 _START_TIMEOUT = 30.0
+_TURNS_FOR_SIGNALS = 4
 # Rows of the ledger, for the workers of all generations. A row that is not used takes no memory.
 _ROWS, _ROWS_PER_CORE = 256, 8
 # Seconds that a scrape waits for the reports of workers. A worker that is not overloaded takes a millisecond.
@@ -174,12 +176,13 @@ class Supervisor:
     async def start(self) -> None:
         """Starts the admin listener and the workers, and returns when every worker accepts."""
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(initializer=signals.hold_back))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload_unattended()))
         if self._command:
             loop.add_signal_handler(signal.SIGUSR2, self.upgrade)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, upgrade.HELD_BACK)
+        signals.let_through()
         self._recorder.set(metrics.BUILD_INFO, (__version__, platform.python_version(), aiohttp.__version__), 1)
         # Counters start at 0, so that the first event is an increase that an alert can see.
         self._recorder.count(metrics.RESTARTS, (), 0)
@@ -338,9 +341,7 @@ class Supervisor:
             # Waits for admin requests that have begun. New connections wait in the backlog for the new code.
             await self._admin.cleanup()
             async with asyncio.timeout(_START_TIMEOUT):
-                await self._until(lambda: self.stopping.is_set() or all(each.settled() for each in self._generations))
-            if self.stopping.is_set():
-                raise ReloadError(_ENDING)
+                await self._hold_back_when_settled()
             log.info("upgrading: this process executes the installed code")
             upgrade.execute(self._command, self._handed_over_with_workers())
         except TimeoutError:
@@ -348,8 +349,31 @@ class Supervisor:
         except OSError as error:
             raise ReloadError(f"{self._command[0]} cannot be executed: {error.strerror}") from None
         finally:
+            signals.let_through()
             await self._admin.setup()
             await self._administer(self._admin_sockets)
+
+    async def _hold_back_when_settled(self) -> None:
+        """Waits until no worker is being started, and holds back all signals from then on.
+
+        Raises `ReloadError` if one of the signals that came before ends this process.
+        """
+        while True:
+            await self._until(lambda: self.stopping.is_set() or self._settled())
+            signals.hold_back()
+            # The loop reads the signals that have arrived already in the first of these turns, and has called their
+            # handlers before the last one ends.
+            for _ in range(_TURNS_FOR_SIGNALS):
+                await asyncio.sleep(0)
+            if self.stopping.is_set():
+                raise ReloadError(_ENDING)
+            if self._settled():
+                return
+            signals.let_through()
+
+    def _settled(self) -> bool:
+        """Whether every process of a worker has reported, so none is being started and none has just ended."""
+        return all(each.settled() for each in self._generations)
 
     def _handed_over(self) -> Handover:
         """What is listened on."""
@@ -553,7 +577,7 @@ class Supervisor:
         self._generations.remove(generation)
         # While code is being tried, or workers start, there are children that are not known yet.
         quiet = self._upgrading is None or self._upgrading.done()
-        if self._command and quiet and all(each.settled() for each in self._generations):
+        if self._command and quiet and self._settled():
             workers = {pid for each in self._generations for pid, _ in each.channels()}
             forget_orphans({self._fork_server.pid, *workers})
 

@@ -14,7 +14,6 @@ import asyncio
 import hashlib
 import os
 import re
-import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
@@ -39,8 +38,6 @@ _LAST_LINES = 20
 _LAST_BYTES = 8192
 # TASK_COMM_LEN without its final zero byte (proc(5)).
 _NAME_SIZE = 15
-# Signals that are blocked between the old code and the handlers of the new code: in between they would end the process.
-HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
 
 
 class Handover(msgspec.Struct, kw_only=True):
@@ -163,10 +160,10 @@ async def try_out(command: Sequence[str], handover: Handover) -> None:
 def execute(command: Sequence[str], handover: Handover) -> NoReturn:
     """Executes `command` in place of this process, and passes `handover` to it. On success it does not return.
 
-    Raises `OSError` if `command` cannot be executed; then nothing has changed.
+    Signals must be held back: before the new code has its handlers, they would end the process. Raises `OSError` if
+    `command` cannot be executed; then nothing has changed.
     """
     logs.finish()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:
         for fd in handover.descriptors():
             os.set_inheritable(fd, True)
@@ -174,7 +171,6 @@ def execute(command: Sequence[str], handover: Handover) -> NoReturn:
     finally:
         for fd in handover.descriptors():
             os.set_inheritable(fd, False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class RunningCode:
