@@ -186,7 +186,7 @@ async def test_signals_that_are_for_all_processes_of_a_service_leave_the_server(
 
 async def test_a_worker_ignores_what_it_does_not_handle_and_loses_no_signal(serving: MakeServer) -> None:
     server = serving(lambda descriptors: signal.pause())
-    for _ in range(100):
+    for _ in range(30):
         process, ours = await forked(server)
         with ours:
             process.send_signal(signal.SIGUSR2)
