@@ -66,6 +66,11 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def fork_server_of(served: Served) -> int:
+    (pid,) = (child for child in children(served.pid) if name_of(child) == "sse-forkserver")
+    return pid
+
+
 def name_of(pid: int) -> str:
     """The name of a process, as `pgrep` finds it."""
     try:

@@ -43,6 +43,7 @@ from .served import (
     Flaky,
     Served,
     alive,
+    fork_server_of,
     nobody_looks,
     python_runs_first,
     until_true,
@@ -202,6 +203,30 @@ async def test_listeners_come_and_go(upstream: ScriptedUpstream, tmp_path: Path)
         admin.close()
         served.process.terminate()
         assert await served.ended() == 0
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("adds", [True, False])
+async def test_an_end_during_a_reload_leaves_no_socket(
+    upstream: ScriptedUpstream, tmp_path: Path, *, adds: bool
+) -> None:
+    path, file = tmp_path / "s", ConfigFile(tmp_path, upstream)
+    more = {"listen": f"['127.0.0.1:0', 'unix:{path}']"}
+    if not adds:
+        file.write(upstream, **more)
+    async with file.serve() as served:
+        file.write(upstream, **more if adds else {})
+        # The reload waits for it: for a new worker, or for the old one to stop accepting.
+        (old,) = served.workers
+        awaited = fork_server_of(served) if adds else old
+        os.kill(awaited, signal.SIGSTOP)
+        served.process.send_signal(signal.SIGHUP)
+        await until_true(path.exists if adds else lambda: len(served.workers) == 2)
+        served.process.terminate()
+        await until_true(lambda: any("draining for at most" in message for message in served.messages))
+        os.kill(awaited, signal.SIGCONT)
+        assert await served.ended() == 0
+        assert "Traceback" not in served.stderr
     assert not path.exists()
 
 

@@ -33,7 +33,19 @@ from .harness import (
     delta,
     post,
 )
-from .served import ConfigFile, Served, alive, children, end, name_of, run, serve, until_refused, until_true
+from .served import (
+    ConfigFile,
+    Served,
+    alive,
+    children,
+    end,
+    fork_server_of,
+    name_of,
+    run,
+    serve,
+    until_refused,
+    until_true,
+)
 from .test_listeners import Systemd
 from .test_processes import ANYWHERE
 from .test_reload import answer, asked, reload, streaming
@@ -421,11 +433,6 @@ async def test_a_fork_server_that_is_killed_is_replaced_by_an_upgrade(
         assert await reload(served) == (200, "reloaded\n")
 
 
-def fork_server_of(served: Served) -> int:
-    (pid,) = (child for child in children(served.pid) if name_of(child) == "sse-forkserver")
-    return pid
-
-
 async def idle_one(served: Served) -> int:
     """A worker that has no connection to an upstream."""
 
@@ -455,7 +462,7 @@ async def test_no_trial_and_no_upgrade_leaves_a_process(
         await upgraded(served, "0.9.1")
         assert await reload(served) == (200, "reloaded\n")
         await until_true(lambda: none_is_a_zombie(served))
-        assert sorted(children(served.pid)) == sorted([*served.workers, fork_server_of(served)])
+        await until_true(lambda: sorted(children(served.pid)) == sorted([*served.workers, fork_server_of(served)]))
 
 
 async def test_addresses_come_and_go_with_an_upgrade_and_unix_sockets_stay(
@@ -589,6 +596,44 @@ async def refused_again(served: Served, reason: str) -> None:
     served.process.send_signal(signal.SIGUSR2)
     await served.until(r'config_reloads_total\{result="failure"\}', 2)
     await until_true(lambda: served.messages.count(f"not upgraded: {reason}") == 2)
+
+
+async def test_a_reload_that_waits_for_an_upgrade_is_done_if_that_fails(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    script = tmp_path / "sseproxy"
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom sseproxy.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    file = ConfigFile(tmp_path, upstream)
+    slow = "    import uvloop, time; os.unlink(sys.argv[0]); time.sleep(1)\n"
+    async with (
+        ScriptedUpstream() as other,
+        serve("-c", str(file.path), program=[str(script)], **installed.environment) as served,
+    ):
+        installed.change("cli.py", "    import uvloop\n", slow)
+        served.process.send_signal(signal.SIGUSR2)
+        await until_true(lambda: "upgrading: trying the installed code" in served.messages)
+        file.write(other)
+        served.process.send_signal(signal.SIGHUP)
+        await until_true(lambda: any("configuration reloaded" in message for message in served.messages))
+        assert any("not upgraded: " in message for message in served.messages)
+        await asked(served, other)
+
+
+async def test_a_trial_that_is_ended_leaves_no_socket(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    path = tmp_path / "s"
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve(**installed.environment) as served:
+        before = "            config = replace(self.config, workers=1)\n"
+        installed.change("process/supervisor.py", before, f"            await asyncio.sleep(60)\n{before}")
+        file.write(upstream, listen=f"['127.0.0.1:0', 'unix:{path}']")
+        served.process.send_signal(signal.SIGUSR2)
+        await until_true(path.exists)
+        served.process.terminate()
+        assert await served.ended() == 0
+    assert not path.exists()
 
 
 async def test_where_no_new_worker_comes_up_after_all_the_old_ones_go_on_until_one_does(

@@ -37,7 +37,8 @@ Main = Callable[[Sequence[int]], None]
 # linux/prctl.h
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 # The signals for a supervisor may be sent to all processes of a service. A worker handles these; until it has set its
-# handlers, they end it. It ignores the rest. The fork server ignores all: it ends when the supervisor closes its socket.
+# handlers, they end it. It ignores the rest. The fork server ignores all of them: it ends when the supervisor closes
+# its socket.
 _WORKER_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How many descriptors one message has at most. The kernel allows 253 (unix(7)).
 _MOST_DESCRIPTORS: Final = 200

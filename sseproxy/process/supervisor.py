@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import get_args
 
 import aiohttp
@@ -108,6 +108,8 @@ class Supervisor:
         served = application(self.registry, self._unready, self.reload, lambda: self.config.admin, live)
         self._admin = web.AppRunner(served, access_log=None, shutdown_timeout=_REPORT_TIMEOUT)
         self._admin_sites: dict[socket.socket, web.SockSite] = {}
+        # Where this process has listened, also for a reload that has not ended.
+        self._addresses: set[Listen] = set()
         # Sockets that the previous version listened on and this configuration does not, for clients and for admin.
         self._unused: tuple[_Sockets, _Sockets] = {}, {}
         self._recorder = Recorder()
@@ -156,6 +158,7 @@ class Supervisor:
             self._admin_sockets = upgrade.opened(self._handover.admin)
         clients, admin = self._bound(self.config)
         self._unused = _without(self._sockets, clients), _without(self._admin_sockets, admin)
+        self._addresses |= self._sockets.keys() | self._admin_sockets.keys()
         self._sockets, self._admin_sockets = clients, admin
 
     def _bound(self, config: Config) -> tuple[_Sockets, _Sockets]:
@@ -168,6 +171,7 @@ class Supervisor:
             ):
                 for address in addresses:
                     wanted[address] = known[address] if address in known else listen(option, address)
+                    self._addresses.add(address)
         except ListenError:
             _close_and_unlink(_without(clients, self._sockets))
             raise
@@ -326,8 +330,9 @@ class Supervisor:
 
     async def _hand_over(self) -> None:
         """Executes the installed code in place of this process. Raises `ReloadError` if it fails."""
+        reload_is_wanted = self._next_reload is not None
         if self._next_reload is not None:
-            # It is not needed: the new code reads the configuration again when it starts.
+            # It is not needed if this succeeds: the new code reads the configuration again when it starts.
             self._next_reload.cancel()
             self._next_reload = None
         try:
@@ -352,6 +357,8 @@ class Supervisor:
             signals.let_through()
             await self._admin.setup()
             await self._administer(self._admin_sockets)
+            if reload_is_wanted and not self.stopping.is_set():
+                self._begin(self._reload_unattended())
 
     async def _hold_back_when_settled(self) -> None:
         """Waits until no worker is being started, and holds back all signals from then on.
@@ -396,6 +403,10 @@ class Supervisor:
         Raises `SseproxyError`. Sockets that were handed over stay open, those that `bind` has added are closed.
         """
         known = self._handover.listening() if self._handover is not None else set()
+        trial = asyncio.current_task()
+        assert trial is not None
+        # It is sent to a trial whose result is not needed any more.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, trial.cancel)
         await self._admin.setup()
         self._ledger = Ledger()
         anywhere = Address("127.0.0.1", 0)
@@ -428,7 +439,7 @@ class Supervisor:
             self._kill()
         await self._admin.cleanup()
         _close(self._admin_sockets)
-        clean_up([*self._sockets, *self._admin_sockets])
+        clean_up(self._addresses)
         self._health.close()
         self._ledger.close()
 
@@ -511,18 +522,20 @@ class Supervisor:
         # In a thread, because reading may take long, and the admin listener must answer meanwhile.
         config = await asyncio.to_thread(self._reread)
         clients, admin = self._bound(config)
-        columns = self._columns(config)
-        await self._health.prepare(config, columns)
-        new = self._generate(config, clients, columns)
-        # If a worker ends before any has accepted, the others will fail as well.
-        came_up = await self._wait_for_start(new, lambda: bool(new.last_exit) and not new.ready)
-        if not came_up:
-            error = ReloadError(new.missing())
-            new.kill()
-            await self._end(new)
-            _close_and_unlink(_without(clients, self._sockets) | _without(admin, self._admin_sockets))
-            self._health.follow(self.config, self._columns(self.config))
-            raise error
+        with ExitStack() as undo:
+            undo.callback(_close_and_unlink, _without(clients, self._sockets))
+            undo.callback(_close_and_unlink, _without(admin, self._admin_sockets))
+            columns = self._columns(config)
+            await self._health.prepare(config, columns)
+            new = self._generate(config, clients, columns)
+            # If a worker ends before any has accepted, the others will fail as well.
+            if not await self._wait_for_start(new, lambda: bool(new.last_exit) and not new.ready):
+                error = ReloadError(new.missing())
+                new.kill()
+                await self._end(new)
+                self._health.follow(self.config, self._columns(self.config))
+                raise error
+            undo.pop_all()
         self._health.follow(config, columns)
         await self._administer(_without(admin, self._admin_sockets))
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
@@ -539,15 +552,17 @@ class Supervisor:
         for generation in earlier:
             generation.retire()
             self._begin(self._end(generation))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_TAKE_OVER_TIMEOUT):
-                await self._until(lambda: not any(each.ready for each in earlier) or self.stopping.is_set())
-        for address, sockets in unused.items():
-            refuse(address, sockets)
-        for sock in _flat(unused_admin):
-            if sock in self._admin_sites:
-                await self._admin_sites.pop(sock).stop()
-        _close_and_unlink(unused | unused_admin)
+        with ExitStack() as ends:
+            ends.callback(_close_and_unlink, unused_admin)
+            ends.callback(_close_and_unlink, unused)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TAKE_OVER_TIMEOUT):
+                    await self._until(lambda: not any(each.ready for each in earlier) or self.stopping.is_set())
+            for address, sockets in unused.items():
+                refuse(address, sockets)
+            for sock in _flat(unused_admin):
+                if sock in self._admin_sites:
+                    await self._admin_sites.pop(sock).stop()
 
     async def _fork(self, descriptors: Sequence[int]) -> Process:
         """Starts a worker. If the fork server has ended, starts an upgrade, which starts a new fork server."""

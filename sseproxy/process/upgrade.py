@@ -18,6 +18,7 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +34,8 @@ _VARIABLE = "SSEPROXY_HANDOVER"
 _PACKAGE = Path(__file__).parent.parent
 # Seconds for a trial. Longer than a supervisor waits for one worker, so that the trial itself can report what is wrong.
 _TRIAL_TIMEOUT = 60.0
+# Seconds that a trial may take to end when it is not needed any more.
+_TRIAL_GRACE = 2.0
 # How much of the output of a failed trial goes to the log: enough for a traceback and the error message.
 _LAST_LINES = 20
 _LAST_BYTES = 8192
@@ -151,8 +154,15 @@ async def try_out(command: Sequence[str], handover: Handover) -> None:
         status, why = 1, f"the new code did not start within {_TRIAL_TIMEOUT:g} s"
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
+            # It removes the Unix sockets that it has added.
+            process.terminate()
+            with suppress(TimeoutError):
+                try:
+                    await asyncio.wait_for(process.wait(), _TRIAL_GRACE)
+                finally:
+                    if process.returncode is None:
+                        process.kill()
+                        await process.wait()
     if status:
         raise ReloadError("\n".join([why, *output.decode(errors="replace").splitlines()[-_LAST_LINES:]]))
 
