@@ -2,7 +2,8 @@
 
 The promise
 -----------
-1. Every byte of a response body is sent to the client, unchanged, as soon as it has been read from the upstream.
+1. Every byte of a response body is sent to the client, unchanged, as soon as it has been read from the upstream. A
+   route may ask for two exceptions: `retry.until` holds bytes back, and `usage.request` removes an event.
 2. When one side closes its connection, sseproxy closes the connection to the other side immediately. This holds at
    every point of a request's life.
 3. The reason why a stream ended is always known. Each exchange has one outcome and one record, and a truncated answer
@@ -23,9 +24,9 @@ A worker is a process of its own. It has the listening sockets and one end of a 
 Through the channel it receives its configuration, and sends reports. A report has the changes since the previous
 report. A worker reports once a second, and whenever `/metrics` is requested. The supervisor adds the reports up, so a
 counter never falls when a worker ends, while the gauges of that worker disappear. It reads from the system what CPU,
-memory and descriptors each worker uses, when `/metrics` is requested. When one end of the channel is closed, its
-process has ended: a worker whose supervisor has died drains and exits. A worker that does not answer a request for a
-report is first treated as not ready. If it still does not answer, it is killed and replaced.
+memory and descriptors each worker uses, when `/metrics` is requested. The end of the channel shows that a process has
+ended: a worker whose supervisor has died drains and exits. A worker that does not answer a request for a report is
+first treated as not ready. If it still does not answer, or has closed its end and goes on, it is killed and replaced.
 
 While a page of `/live` is open, the supervisor asks the workers four times a second, through the same channel, which
 requests they have under way. It asks once for all pages. When no page is open, nothing is read, and nothing is kept.
@@ -54,7 +55,7 @@ has loaded, even if another version has been installed meanwhile.
 
 An upgrade is a reload with new code. The supervisor first starts a child process that tries the new code. Then it
 replaces itself with the new code (execve), and passes on the sockets and the old workers. The old workers accept until
-all new workers do. If some new workers do not start within half a minute, one is enough.
+all new workers do. If some are missing after half a minute, they stop as soon as one new worker accepts.
 
 The life of a request
 ---------------------
@@ -174,11 +175,11 @@ outcome and is reported once.*
       notify          notifications to systemd
 
 Imports go one way: wire <- relay <- process <- cli. `ledger` imports nothing else, and `observe` imports
-`relay.exchange`. `doctor` imports `wire` and `ledger`; only `cli` imports it, and a worker that has a probe. Every
-module may import `config` and `errors`. Within `config` the order is files <- values <- named <- model <- loading.
-What workers share is imported before the fork server, and what only a supervisor needs afterwards, such as a YAML
-parser. A health check runs every few seconds, so each command of `cli` imports what it needs only when it runs.
-`tests/test_imports.py` checks all this.
+`relay.exchange`. `doctor` imports `wire` and `ledger`; `cli` imports it, and `process.worker` imports `doctor.origin`
+for the probe. Every module may import `config` and `errors`. Within `config` the order is files <- values <- named <-
+model <- loading. Code that workers need is imported before the fork server is forked. Code that only a supervisor needs
+is imported after that, such as a YAML parser. A health check runs every few seconds, so each command of `cli` imports
+what it needs only when it runs. `tests/test_imports.py` checks all this.
 
 One owner for each thing
 ------------------------

@@ -259,6 +259,7 @@ async def _run(
     from .observe.logs import STANDARD_OUTPUT, Lines
     from .process import upgrade
     from .process.supervisor import Supervisor
+    from .signals import hold_back
 
     supervisor = Supervisor(settings, fork_server, reread, path, upgrade.command(), handover)
     supervisor.bind()
@@ -272,7 +273,10 @@ async def _run(
         # Here standard output has only the access log, so programs can read it.
         for line in banner.splitlines():
             logging.getLogger(__name__).info("%s", line.strip())
-    return await supervisor.run()
+    status = await supervisor.run()
+    # The loop handles no more signals. One that comes now must not change the exit status.
+    hold_back()
+    return status
 
 
 def summary(supervisor: Supervisor) -> str:

@@ -284,7 +284,7 @@ class StalledClient(ExchangeError):
 
 
 class Draining(ExchangeError):
-    """The process is stopping, and the drain timeout has passed."""
+    """The worker is stopping, and its drain timeout has passed."""
 
     status = 503
     code = "draining"
@@ -292,7 +292,7 @@ class Draining(ExchangeError):
     outcome = Outcome.DRAINED
 
     def __init__(self) -> None:
-        super().__init__("The proxy is shutting down; please try again.")
+        super().__init__("The proxy is stopping or reloading; please try again.")
 
 
 class Cancelled(ExchangeError):

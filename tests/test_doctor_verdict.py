@@ -318,13 +318,13 @@ WRONG: dict[str, dict[str, Any]] = {
     "holds events back for about 300 ms, by a timer": held(by_timer(0.3)),
     "cuts an answer after 3.25 s, although events come, by a reset": {"steady": stream(end="reset", ended_at=4.3)},
     "does not end an answer that its origin has ended": {"steady": stream(end="unread")},
-    "cuts an answer that is silent after 60 s, by a reset; with a heartbeat every 15 s a silent one lives": {
+    "cuts an answer after 60 s of silence, by a reset; a heartbeat every 15 s keeps it open": {
         "silence": Silence(seconds=65, before=stream(), quiet=cut_at(60), beats=stream(), every=15)
     },
-    "cuts an answer that is silent after 60 s, by a reset, or one that has not begun, with an error page (504)": {
+    "cuts an answer after 60 s of silence, by a reset, or one that has not begun, with an error page (504)": {
         "silence": Silence(seconds=65, before=PAGE, quiet=cut_at(60))
     },
-    "cuts an answer that has not begun after 60 s, with an error page (504)": {
+    "cuts an answer if it has not begun after 60 s, with an error page (504)": {
         "silence": Silence(seconds=65, before=PAGE, quiet=stream())
     },
     "cuts an answer after 15.4 s, although events come, by closing the connection": {

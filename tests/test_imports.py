@@ -36,7 +36,17 @@ MAY_IMPORT = {
     "demo": set(),
     "top": {"errors"},
     "demonstration": {"process", "demo", "wire"} | EVERYWHERE,
-    "cli": {"process", "top", "demo", "demonstration", "doctor", "observe.logs", "relay.routes", "wire.credentials"}
+    "cli": {
+        "process",
+        "signals",
+        "top",
+        "demo",
+        "demonstration",
+        "doctor",
+        "observe.logs",
+        "relay.routes",
+        "wire.credentials",
+    }
     | EVERYWHERE,
     "__main__": {"cli"},
 }

@@ -395,7 +395,7 @@ async def test_the_workers_are_asked_only_while_somebody_looks_and_once_for_all_
                 await one.until(lambda told=number: one.rows.get("a", {}).get("deltas") == told)  # type: ignore[misc]
                 await other.until(lambda told=number: other.rows.get("a", {}).get("deltas") == told)  # type: ignore[misc]
             assert one.kinds == other.kinds == ["snapshot", *["changes"] * 4]
-        await until(lambda: not workers.live._lookers)
+        await until(lambda: not workers.live._viewers)
         await until(lambda: workers.live._reading is None or workers.live._reading.done())
         asked = len(workers.asked_at)
         # Whoever comes later is the first to be asked for.
@@ -457,7 +457,7 @@ async def test_a_listener_that_closes_and_opens_again_has_lost_nobody() -> None:
         async with watching(port) as looker:
             await looker.until(lambda: bool(looker.rows))
             cancelling = asyncio.ensure_future(ask_to_cancel(port, "0123456789abcdef"))
-            await until(lambda: workers.live._lookers == 2)
+            await until(lambda: workers.live._viewers == 2)
             workers.live.end()
             with pytest.raises(EOFError):
                 await looker.until(lambda: False)
@@ -476,7 +476,7 @@ async def test_there_are_at_most_so_many_who_look() -> None:
             assert response.status == 503
         for response in looking:
             response.close()
-        await until(lambda: not workers.live._lookers)
+        await until(lambda: not workers.live._viewers)
         async with watching(port) as looker:
             await looker.until(lambda: bool(looker.kinds))
 

@@ -69,7 +69,7 @@ WAYS = {
     "total": Way(
         _all, None, "did not finish within 1 seconds", "upstream_timeout", "upstream_timeout_total", {"total": 1.0}
     ),
-    "drain": Way(_all, None, "shutting down", "draining", "drained", {}),
+    "drain": Way(_all, None, "stopping or reloading", "draining", "drained", {}),
     "cancel": Way(_all, None, "An operator has cancelled this request", "cancelled", "cancelled", {}),
 }
 

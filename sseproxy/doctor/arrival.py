@@ -7,10 +7,10 @@ holds events as well, but not for long, and not all the time. So a stream is hel
 each third of it, and if the same is true of a second stream, and of a slow one. Short delays do not hold the events of
 a slow stream. They are only told from those of a busy machine if the client and the probe were not late themselves.
 
-The second stream has another pace. Of a buffer that is emptied when it is full, the bursts of both streams have the
-same size. Of one that a timer empties, the first event of each burst was held for the same time in both. If neither is
-so, or bursts of one stream differ among themselves, events are held irregularly. If nothing came before the end, the
-whole was held, or the buffer is larger than the stream.
+The second stream has another pace. A buffer that is emptied when it is full sends bursts of the same size in both
+streams. One that a timer empties has held the first event of each burst for the same time in both. If neither is so,
+or bursts of one stream differ among themselves, events are held irregularly. If nothing came before the end, the whole
+was held, or the buffer is larger than the stream.
 
 Without a probe only arrival times are known. Then a stream is held if all of it came at once, or in bursts of equal
 sizes or at equal times. Models do not write like that.
@@ -183,10 +183,10 @@ def _by_time(streams: Sequence[_Timing]) -> float | None:
     return _unequal(measured, least, [0.9 * timing.duration for timing in streams])
 
 
-def _unequal(measured: Sequence[Sequence[float]], steps: Sequence[float], most: Sequence[float]) -> float | None:
+def _unequal(measured: Sequence[Sequence[float]], steps: Sequence[float], beyond: Sequence[float]) -> float | None:
     """How unequal `measured` is over all streams, as the logarithm of a ratio; None if it is too unequal.
 
-    `steps`: what one event more or less makes. `most`: at least so much it is in a stream without any burst.
+    `steps`: what one event more or less makes. `beyond`: if a stream has no burst, it is at least this.
     """
     middles: list[float] = []
     for values, step in zip(measured, steps, strict=True):
@@ -197,7 +197,7 @@ def _unequal(measured: Sequence[Sequence[float]], steps: Sequence[float], most: 
         if near < min(_REGULAR * len(values), len(values) - 1):
             return None
         middles.append(middle)
-    least = max((bound for values, bound in zip(measured, most, strict=True) if not values), default=0.0)
+    least = max((bound for values, bound in zip(measured, beyond, strict=True) if not values), default=0.0)
     if not middles or min(middles) < least:
         return None
     # One event more or less is no difference.

@@ -52,17 +52,19 @@ _SIZES: Final = tuple(
 )
 # Seconds for an answer to the head of a request.
 _CONTINUE_TIME: Final = 1.5
-# Streams of a probe that others use as well are waited for, so often and so long.
+# How often a stream is asked for again if others use the probe, and the seconds before each.
 _BUSY_TIMES: Final = 10
 _BUSY_WAIT: Final = 1.0
+# Seconds for an upload.
 _MAX_UPLOAD_TIME: Final = 60.0
-# A slow stream is slower by this factor, and slow compared with how late timers are; in seconds, at most so slow.
+# The gap of a slow stream: at least so many times that of a steady one, and so many times what timers are late.
 _SLOWER: Final = 4
 _OF_LAG: Final = 8
+# But at most so many seconds.
 _SLOWEST: Final = 1.0
 # Seconds. A client that left is noticed within milliseconds.
 _DOUBTFUL: Final = 0.25
-# Seconds between two measurements of that.
+# Seconds between two measurements of how late timers are.
 _TICK: Final = 0.01
 # Of an API: what it is asked for, and how much of the answer is enough.
 _PROMPT: Final = "Count from 1 to 60. Write each number as a word, on a line of its own, and nothing else."

@@ -127,7 +127,7 @@ def _column(hop: Hop, diagnosis: Diagnosis, speed: Speed, before: Speed | None) 
     how, stream = diagnosis.arrival, hop.steady
     upload = f"{format_size(hop.upload.size)} streams through" if hop.upload is not None else ""
     silence = f"survives {format_seconds(hop.silence.seconds)}" if hop.silence is not None else ""
-    quickest = max((one.noticed or 0.0 for one in hop.leaving), default=0.0)
+    slowest = max((one.noticed or 0.0 for one in hop.leaving), default=0.0)
     head = f"{format_seconds(stream.head_at or 0.0)} after the request"
     return {
         "events": cell("each alone", "buffered", "content-length"),
@@ -145,7 +145,7 @@ def _column(hop: Hop, diagnosis: Diagnosis, speed: Speed, before: Speed | None) 
         ),
         "whole answer": cell("not cut", "limit"),
         "silence": cell(silence, "silence", known=hop.silence is not None),
-        "client leaves": cell(f"noticed after {format_seconds(quickest)}", "leaving", known=bool(hop.leaving)),
+        "client leaves": cell(f"noticed after {format_seconds(slowest)}", "leaving", known=bool(hop.leaving)),
         "origin dies": cell("the client can tell", "truncation", "hanging", known=bool(hop.deaths)),
         "upload": cell(upload, "refused", "collected", known=hop.upload is not None),
         "protocol": cell(_protocol(hop), "http10", "keep-alive", "continue"),

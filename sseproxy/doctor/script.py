@@ -7,7 +7,7 @@ so any gateway forwards it. Everything that matters is in the text of an event, 
 
 These are the number of the event; the microseconds from the request head, as the probe received it, to this event; a
 digest of all events before it; the version of HTTP that the probe was asked in; and dots, up to the size of the event.
-All but the second is known in advance. So the client can write the stream itself, and compare every byte.
+All but the time and the version is known in advance. So the client can write the stream itself, and compare every byte.
 """
 
 from __future__ import annotations

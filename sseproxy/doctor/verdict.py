@@ -149,14 +149,14 @@ def _of_cuts(hop: Hop) -> Iterator[Finding]:
     before, quiet = silence.before, silence.quiet
     if not quiet.intact:
         after = _silent(quiet)
-        text = f"cuts an answer that is silent after {format_seconds(after)}, {_ending(quiet)}"
+        text = f"cuts an answer after {format_seconds(after)} of silence, {_ending(quiet)}"
         if not before.intact:
             text += f", or one that has not begun, {_ending(before)}"
         if silence.beats is not None and silence.beats.intact:
-            text += f"; with a heartbeat every {format_seconds(silence.every)} a silent one lives"
+            text += f"; a heartbeat every {format_seconds(silence.every)} keeps it open"
     elif not before.intact:
         after = _silent(before)
-        text = f"cuts an answer that has not begun after {format_seconds(after)}, {_ending(before)}"
+        text = f"cuts an answer if it has not begun after {format_seconds(after)}, {_ending(before)}"
     else:
         return
     yield Finding(kind="silence", text=text, measure=1 / max(after, 0.001))

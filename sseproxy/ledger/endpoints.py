@@ -17,7 +17,7 @@ MAX_ADDRESSES: Final = 64
 
 # What is counted for an endpoint. Workers write all of these but the last one.
 _COUNTS: Final = ("active", "failures", "refusals", "failing since", "succeeded at", "passed at", "out")
-# Bits of `out` for the row of the worker that tries the endpoint, plus one; the others make each trial another number.
+# Bits of `out` for the row of the worker that tries the endpoint, plus one. The upper bits number the trials.
 _ROW_BITS: Final = 16
 _ROW_MASK: Final = (1 << _ROW_BITS) - 1
 _PORTS: Final = {"http": 80, "https": 443}
@@ -233,7 +233,7 @@ class Addresses:
                 number |= 0xFFFF << 32
             high.put(_signed(number >> 64))
             low.put(_signed(number & _LOW))
-        # A time is another number even if there was no version in between, because the name was not looked up.
+        # A time, so that each version is another one, also if the name was not looked up for a while.
         self._version.put(now)
 
 

@@ -116,7 +116,8 @@ return 1
 )
 
 
-# What reading an answer raises that is none of these scripts, in the library or here: a proxy, or another server.
+# What is raised, in the library or here, for an answer that is not from these scripts: `ledger.url` leads to a proxy,
+# or to another kind of server.
 _UNREADABLE: Final = (ValueError, TypeError, AttributeError, LookupError)
 
 T = TypeVar("T")
@@ -179,7 +180,7 @@ class Remote:
             url,
             retry=Retry(NoBackoff(), 1),
             protocol=2,
-            # For commands that were given up, and do not know it.
+            # For commands that nobody waits for any more.
             socket_timeout=_FORGOTTEN,
             socket_connect_timeout=_FORGOTTEN,
         )
@@ -194,7 +195,7 @@ class Remote:
         # Tokens that were used and have not been sent, and for each client the charge that was perhaps not counted.
         self._owed: Counter[str] = Counter()
         self._doubtful: dict[str, Charge] = {}
-        # The clients of which there is something to tell, and those of which a task tells it.
+        # The clients of which there is something to tell, and those of which a task is telling it.
         self._untold: set[str] = set()
         self._telling: set[str] = set()
         self._names = (f"{token_hex(8)}:{number}" for number in count())
@@ -248,8 +249,8 @@ class Remote:
             return
         self._away = True
         why = "its answers cannot be read" if isinstance(error, _UNREADABLE) else str(error) or "no answer within 50 ms"
-        instead = "clients with limits get 503" if self.refuses else "each machine has the limits of clients for itself"
-        log.warning("the server of ledger.url does not answer: %s; meanwhile, %s", why, instead)
+        instead = "clients with limits get 503" if self.refuses else "each machine applies the limits separately"
+        log.warning("the server of ledger.url cannot be used: %s; meanwhile, %s", why, instead)
 
     def _keys(self, client: str) -> list[str]:
         # What is in braces decides on which node of a cluster a key is: all of a client are on the same one.

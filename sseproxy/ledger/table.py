@@ -5,7 +5,7 @@ locks are needed. A sum is exact, except for changes while it is read. So no req
 limit is exceeded for a moment by fewer than there are workers.
 
 The supervisor assigns a row to each worker and a column to each name. The workers of all generations are in the same
-table. When a worker has ended, in whatever way, its row is set to zero. The supervisor has a row of its own, after
+table. When a worker has ended, in whatever way, its row is set to zero. The supervisor has a row of its own, before
 those of the workers, with what it has decided, and what workers that have ended had counted in windows of time
 (`windows`), which still counts.
 
@@ -37,7 +37,8 @@ _CELL: Final = 8
 _AT_LAYOUT, _AT_ROWS, _AT_HEIGHT = range(3)
 _SECRET: Final = slice(64, 96)
 _HEADER: Final = 512
-# Columns. Each limit, route and upstream needs one, and each client up to six.
+# Columns. Each limit and route needs one, each client up to six, each endpoint seven, and each upstream with `resolve`
+# 577.
 _COLUMNS: Final = 128 * 1024
 # The lines and the cells of a line in the sketch of a row. Its cells have 32 bits.
 _DEPTH: Final = 8
@@ -45,7 +46,7 @@ _BREADTH: Final = 32 * 1024
 # The names that a worker has seen: buckets, and names in a bucket.
 _BUCKETS: Final = 1024
 _IN_A_BUCKET: Final = 8
-# What rests: the latest time until which anything does, and so many pairs of a name and a time, in a page of memory.
+# What rests: first until when anything does, then so many names, then until when each rests. It is a page of memory.
 _RESTS: Final = 255
 _REST_CELLS: Final = 2 + 2 * _RESTS
 _WIDTH: Final = _COLUMNS + _DEPTH * _BREADTH // 2 + _BUCKETS * _IN_A_BUCKET + _REST_CELLS
@@ -198,7 +199,7 @@ class Sketch:
         self._row = row
 
     def _places(self, client: str) -> Iterable[int]:
-        """The cell of `client` in each line, of the first row."""
+        """The cell of `client` in each line, in the row of the first worker."""
         digest = blake2b(client.encode(), digest_size=2 * _DEPTH, key=self._key).digest()
         first = 2 * (_FIRST + _COLUMNS)
         for line, value in enumerate(struct.unpack(f"{_DEPTH}H", digest)):
@@ -396,7 +397,7 @@ class Ledger:
         """
         own = self.own(self._columns)
         for name in self._columns.keys() - set(kept):
-            # What is kept of workers that have ended is not told.
+            # Windows have what ended workers have used. This still counts.
             if windows.length(name) is None:
                 own.count(name).put(0)
 
@@ -449,7 +450,10 @@ class Ledger:
                 while free in used:
                     free += 1
                 if free == _COLUMNS:
-                    raise OSError(errno.ENOSPC, f"there are more than {_COLUMNS} things to count")
+                    raise OSError(
+                        errno.ENOSPC,
+                        f"more than {_COLUMNS} counters are needed: configure fewer clients, endpoints or limits",
+                    )
                 used.add(free)
                 self._columns[name] = free
         return {name: self._columns[name] for name in wanted}

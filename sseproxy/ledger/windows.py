@@ -1,8 +1,8 @@
 """Sliding windows: how much was used within the last minute, hour or day.
 
 Time is divided into fixed windows of that length. What was used within the last one of them counts as if it had been
-used evenly: a sliding window has all of the present fixed window, and the share of the one before that it still covers.
-So a limit needs two numbers, and use is forgotten gradually.
+used evenly: a sliding window has all of the present fixed window, and of the one before it only the share that it still
+overlaps. So a limit needs two numbers, and use is forgotten gradually.
 https://blog.cloudflare.com/counting-things-a-lot-of-different-things/
 
 A cell has the number of its fixed window, and what was used in it. So both are written at once, and a cell of an

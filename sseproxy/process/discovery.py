@@ -127,7 +127,7 @@ class Discovery:
 
     @property
     def addresses(self) -> Mapping[int, Address]:
-        """The addresses by place. None if none has been found yet."""
+        """The addresses by place. Empty if none has been found yet."""
         return self._places.taken
 
     def standing(self, place: int) -> Standing:

@@ -23,8 +23,8 @@ _LONGEST: Final = 60 * _SECOND
 # The same where no connection could be made. There a trial costs less: the request is sent again elsewhere. So an
 # endpoint that is back is in use within half a minute, however long it was away.
 _LONGEST_REFUSED: Final = 20 * _SECOND
-# An ejection within this time after the one before belongs to the same row of ejections. So an endpoint that passes
-# each trial and then fails is not tried every few seconds.
+# An endpoint that fails within this time after it came back is ejected for longer than before. So one that passes each
+# trial and then fails is not tried every few seconds.
 _FORGOTTEN_AFTER: Final = 60 * _SECOND
 # A worker that was named has this time to begin its trial. With little traffic the next request may come to another
 # worker.
@@ -32,7 +32,8 @@ _TO_BEGIN: Final = 1 * _SECOND
 # A trial that has begun has this time until another worker is named. A long prompt may take as long to its first token.
 # So an endpoint that hangs gets one request in this time, and no more.
 _TO_PASS: Final = 10 * _SECOND
-# As HAProxy's `fall`, but for one: a check that is lost on a busy machine must not take an endpoint out of use.
+# Consecutive checks that have to fail. HAProxy's default (`fall`) is 3. With 1, a check that is lost on a busy machine
+# would take an endpoint out of use.
 _FAILED_CHECKS: Final = 2
 
 

@@ -60,7 +60,7 @@ class ForkServer:
     def __init__(self, main: Main) -> None:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # They are held back until the new process ignores them.
+        # Signals are held back until the new process ignores them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_SUPERVISOR)
         self.pid = os.fork()
         """Its process id."""
@@ -99,7 +99,12 @@ class ForkServer:
             raise ForkServerGone
         if (pid := int(answer)) < 0:
             raise OSError(-pid, os.strerror(-pid))
-        return Process(pid)
+        try:
+            return Process(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            _status_of(pid)
+            raise
 
     def close(self) -> None:
         """Ends the fork server. The workers go on."""
@@ -117,29 +122,39 @@ class ForkServerGone(OSError):
 
 
 class Process:
-    """The process of a worker."""
+    """The process of a worker. Raises `OSError` if there is no descriptor left for it.
+
+    The descriptor (pidfd_open(2)) is there from the beginning. So waiting for the process needs nothing that may be
+    lacking then, such as a thread.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._ended = False
+        self._descriptor: int | None = os.pidfd_open(pid)
 
     def send_signal(self, number: signal.Signals) -> None:
-        # Until it has been waited for, no other process can have its id.
-        if not self._ended:
-            os.kill(self.pid, number)
+        """Does nothing if it has been waited for."""
+        if self._descriptor is not None:
+            signal.pidfd_send_signal(self._descriptor, number)
 
     async def wait(self) -> int:
-        """Waits until it has ended, and returns its exit status; if a signal has ended it, minus the signal's number.
+        """Waits until it has ended. Returns its exit status, or minus the number of the signal that has ended it."""
+        descriptor, loop, ended = self._descriptor, asyncio.get_running_loop(), asyncio.Event()
+        assert descriptor is not None
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+        self._descriptor = None
+        os.close(descriptor)
+        return _status_of(self.pid)
 
-        Occupies a thread, so call it when the end is near.
-        """
-        await asyncio.to_thread(os.waitid, os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        return self._forget()
 
-    def _forget(self) -> int:
-        self._ended = True
-        _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status)
+def _status_of(pid: int) -> int:
+    """The exit status of a child that has ended, or is about to. It is forgotten then."""
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def forget_orphans(known: Container[int]) -> None:
@@ -168,16 +183,16 @@ def hide(variables: Iterable[str]) -> None:
             os.environ.pop(name, None)
 
 
-def _run(name: bytes, handled: Container[signal.Signals], life: Callable[[], None]) -> NoReturn:
+def _run(name: bytes, default: Container[signal.Signals], life: Callable[[], None]) -> NoReturn:
     """Runs `life` in this process, which has just been forked with signals held back, and exits.
 
-    The process has the default actions for the signals that are `handled`, and ignores the others for a supervisor.
+    Signals in `default` have their default action. The others in `FOR_SUPERVISOR` are ignored.
     """
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in FOR_SUPERVISOR:
-            signal.signal(number, signal.SIG_DFL if number in handled else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_DFL if number in default else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         # Ctrl-C in a terminal sends SIGINT to a whole process group. Only the supervisor must get it.
         os.setsid()
@@ -195,7 +210,7 @@ def _serve(sock: socket.socket, main: Main) -> None:
     """Forks a worker for each request that comes by `sock`, until the supervisor has closed its end."""
     # Sockets that an earlier version or systemd has handed over are inheritable. No worker must keep them open.
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        # One of them was that of the directory, which is closed by now.
+        # The list has the descriptor that `listdir` itself used. It is closed by now.
         with suppress(OSError):
             if descriptor > 2 and os.get_inheritable(descriptor):
                 os.close(descriptor)
@@ -227,15 +242,18 @@ def _fork_twice(sock: socket.socket, descriptors: Sequence[int], main: Main) -> 
     except OSError as error:
         return _failed(error.errno)
     try:
-        if not (between := os.fork()):
-            _fork_once(sock, descriptors, main, reading, writing)
+        try:
+            if not (between := os.fork()):
+                _fork_once(sock, descriptors, main, reading, writing)
+        finally:
+            os.close(writing)
         os.waitpid(between, 0)
-        return os.read(reading, _MAX_ANSWER)
+        # Without an answer, the process in between was killed.
+        return os.read(reading, _MAX_ANSWER) or _failed(errno.EAGAIN)
     except OSError as error:
         return _failed(error.errno)
     finally:
         os.close(reading)
-        os.close(writing)
 
 
 def _fork_once(sock: socket.socket, descriptors: Sequence[int], main: Main, reading: int, writing: int) -> NoReturn:

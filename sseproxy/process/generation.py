@@ -1,8 +1,8 @@
 """A generation: the workers of one configuration. They start together and stop together.
 
-A worker that ends without having been told to is replaced: immediately the first time, then with a growing delay if its
-successors end early as well. Its exchanges are counted as lost. A worker that does not answer requests for a report is
-killed, and so replaced: it hangs, and so do its clients.
+A worker that ends without having been told to is replaced: immediately if it has lived for 10 seconds, otherwise after
+a delay, which grows if its successors end early as well. Its exchanges are counted as lost. A worker that does not
+answer requests for a report is killed, and so replaced: it hangs, and so do its clients.
 
 After an upgrade there are also workers of the previous version, `Predecessors`. They understand the same signals, but
 their reports are not read.
@@ -64,12 +64,8 @@ def cores() -> int:
 
 
 def connections_of_a_worker(config: Config, workers: int) -> int:
-    """How many client connections each of `workers` can have with its file descriptors, at most `limits.connections`.
-
-    Also raises this process's limit of descriptors to the hard limit. Its children inherit that.
-    """
+    """How many client connections each of `workers` can have with its descriptors, at most `limits.connections`."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     wanted = config.limits.connections
     if most == resource.RLIM_INFINITY:
         return wanted
@@ -124,7 +120,7 @@ class _Workers:
 
 
 class Generation(_Workers):
-    """The workers of `config`. They accept on `sockets` until a method of `_Workers` is called.
+    """The workers of `config`. They accept on `sockets` until `retire`, `expire`, `drain` or `kill` is called.
 
     `numbers` gives each worker a number that is unique among all generations; the registry and the `view` of what is
     under way use it. Each worker has a row in `ledger`, and `columns` are the columns that it uses. `changed` is called
@@ -162,7 +158,7 @@ class Generation(_Workers):
         self._changed = changed
         self._fork = fork
         self._processes: dict[int, Process] = {}
-        # Which of the workers each is, as its label says, and the CPU time that was counted of it.
+        # The label of each worker, 1 to `size`, and how much of its CPU time the metrics have already.
         self._places: dict[int, tuple[str, float]] = {}
         self._channels: dict[int, socket.socket] = {}
         self._spawning = 0
@@ -193,6 +189,13 @@ class Generation(_Workers):
         self._closing.set()
         for process in self._processes.values():
             process.send_signal(number)
+
+    def give_up(self) -> None:
+        """Kills the workers that do not accept. The others stop accepting, and finish the exchanges that they have."""
+        for number, process in self._processes.items():
+            if number not in self.ready:
+                process.send_signal(signal.SIGKILL)
+        self.retire()
 
     def settled(self) -> bool:
         """Whether every worker process has reported, so none is being started and none has just ended."""
@@ -248,19 +251,22 @@ class Generation(_Workers):
         while not self._closing.is_set():
             started = perf_counter()
             try:
-                last_exit = f"ended with status {await self._run_worker(place)}"
-                ended = True
+                status = await self._run_worker(place)
             except OSError as error:
                 # No descriptors, processes or memory are left now, but there may be some later.
-                last_exit, ended = f"could not be started ({error})", False
+                status, why = None, f"could not be started: {error}"
+            else:
+                why = f"ended with status {status}"
             if self._closing.is_set():
                 return
-            if ended:
-                self._recorder.count(metrics.RESTARTS, ())
             lived = perf_counter() - started
             backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
-            log.error("a worker %s after %.1fs; the next starts in %.1fs", last_exit, lived, backoff)
-            self.last_exit = last_exit
+            if status is None:
+                log.error("a worker %s; the next attempt is in %.1fs", why, backoff)
+            else:
+                self._recorder.count(metrics.RESTARTS, ())
+                log.error("a worker %s after %.1fs; the next starts in %.1fs", why, lived, backoff)
+            self.last_exit = why
             self._changed()
             try:
                 await asyncio.wait_for(self._closing.wait(), backoff)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # Seconds between two readings: a person sees no more.
 _INTERVAL = 0.25
 # Event streams at the same time. Each holds up to one snapshot.
-_MOST_LOOKERS = 32
+_MOST_VIEWERS = 32
 # Seconds after which a comment is sent, if there is nothing else: less than the idle timeouts of proxies, 60 s.
 _KEEPALIVE = 15.0
 # Seconds that a viewer may read nothing. Then the connection is closed; a browser makes a new one.
@@ -54,7 +54,7 @@ class Live:
         self._look = look
         self._cancel = cancel
         self._options = options
-        self._lookers = 0
+        self._viewers = 0
         self._turn = asyncio.Event()
         self._due = 0.0
         self._reading: asyncio.Task[None] | None = None
@@ -79,19 +79,19 @@ class Live:
     @contextmanager
     def _looking(self) -> Iterator[None]:
         """Adds a viewer."""
-        self._lookers += 1
+        self._viewers += 1
         if self._reading is None or self._reading.done():
             self._reading = asyncio.get_running_loop().create_task(self._read())
         try:
             yield
         finally:
-            self._lookers -= 1
+            self._viewers -= 1
 
     async def _read(self) -> None:
         """Reads what the workers have under way, as long as there are viewers."""
         while True:
             await asyncio.sleep(self._due - perf_counter())
-            if not self._lookers or self._ending:
+            if not self._viewers or self._ending:
                 return
             self._due = perf_counter() + _INTERVAL
             await self._look()
@@ -105,8 +105,8 @@ class Live:
         return not self._ending
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        if self._lookers >= _MOST_LOOKERS:
-            return web.Response(status=503, text=f"{_MOST_LOOKERS} others look already.\n")
+        if self._viewers >= _MOST_VIEWERS:
+            return web.Response(status=503, text=f"The live view has {_MOST_VIEWERS} viewers already; close one.\n")
         options = self._options()
         response = web.StreamResponse(headers=_EVENTS)
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import encodings.idna  # noqa: F401 - a worker that connects to a host needs it
 import gc
+import resource
+import signal
 import ssl
 
 from ..errors import SseproxyError
@@ -29,8 +31,15 @@ def load() -> Main:
 
 
 def fork_server() -> ForkServer:
-    """Starts the fork server. Call it before there are any threads. Raises `SseproxyError`."""
+    """Starts the fork server. Call it before there are any threads. Raises `SseproxyError`.
+
+    Raises this process's limit of descriptors to the hard limit. All processes inherit that.
+    """
     logs.open_standard_streams()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Where the parent ignores it, nobody could wait for a child.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     main = load()
     try:
         return ForkServer(main)

@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import get_args
+from itertools import takewhile
+from typing import TypeVar, get_args
 
 import aiohttp
 from aiohttp import web
@@ -28,7 +29,7 @@ from msgspec.structs import replace
 
 from .. import __version__, signals
 
-# This is imported now, so that a reload after the installation of other code imports nothing of that.
+# `mistakes` is not used here. It is imported now so that no reload imports it from code that was installed later.
 from ..config import Address, Config, Listen, mistakes  # noqa: F401
 from ..config.files import read_file
 from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
@@ -52,6 +53,8 @@ from .worker import counted_by_a_worker
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _Sockets = dict[Listen, list[socket.socket]]
 
 # Seconds that a draining worker may take after the drain timeout, before it is killed.
@@ -60,7 +63,8 @@ _ENDING = "the proxy is shutting down"
 _UPGRADING = "the proxy is being upgraded; the new version reads the configuration when it starts"
 # Bytes that are read of a watched file: the limit for configurations and certificates in `config.files`.
 _MAX_FILE = 4 << 20
-# The number under which the registry has the limits. It is not the supervisor's own, because options come and go.
+# The number under which the registry has the limits. It is not the supervisor's own, 0, so that they can be dropped
+# when the configuration changes.
 _CONFIGURATION = -1
 # The same for what is known of endpoints.
 _FLEET = -2
@@ -68,8 +72,11 @@ _FLEET = -2
 _RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # Seconds that a reload waits for the old workers to stop accepting. They need one turn of their loops.
 _TAKE_OVER_TIMEOUT = 5.0
-# Seconds that a start or a reload waits until the workers accept, plus one second for each worker.
+# Seconds that a start or a reload waits until the workers accept, plus one second for each worker. An upgrade waits as
+# long until no worker is being started.
 _START_TIMEOUT = 30.0
+# Turns of the loop until the handlers of signals that have arrived have run. In uvloop, one turn ends with a look at
+# what has arrived, and the next one calls the handlers. The first and the last one may be parts of a turn.
 _TURNS_FOR_SIGNALS = 4
 # Rows of the ledger, for the workers of all generations. A row that is not used takes no memory.
 _ROWS, _ROWS_PER_CORE = 256, 8
@@ -96,6 +103,8 @@ class Supervisor:
     ) -> None:
         self.config = config
         self._fork_server = fork_server
+        # Whether this was noticed since a generation was started: no more workers can come.
+        self._fork_server_ended = False
         self._reread = reread or (lambda: config)
         self._path = path
         self._command = command
@@ -178,7 +187,11 @@ class Supervisor:
         return clients, admin
 
     async def start(self) -> None:
-        """Starts the admin listener and the workers, and returns when every worker accepts."""
+        """Starts the admin listener and the workers, and returns when every worker accepts.
+
+        If some do not within `_START_TIMEOUT`, it goes on with those that do. Raises `SseproxyError` if none does, not
+        even one of the previous version.
+        """
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(initializer=signals.hold_back))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -207,13 +220,16 @@ class Supervisor:
             self._health.follow(self.config, columns)
             generation = self._generation = self._generate(self.config, self._sockets, columns)
             if not await self._wait_for_start(generation, lambda: False):
-                if self._unready() is not None:
+                if generation.ready:
+                    go_on = "the other workers serve"
+                elif self._unready() is None:
+                    go_on = "the workers of the previous version continue"
+                elif self._fork_server_ended and self._command:
+                    go_on = "an upgrade starts a new fork server"
+                else:
                     self._kill()
                     await self.close()
                     raise SseproxyError(f"no worker accepts connections: {generation.missing()}")
-                go_on = (
-                    "the other workers serve" if generation.ready else "the workers of the previous version continue"
-                )
                 log.error("%s; %s", generation.missing(), go_on)
             self._loaded()
         if self._handover is not None:
@@ -289,11 +305,10 @@ class Supervisor:
             finally:
                 notify.ready(_counted(self.workers, "worker"))
             self._recorder.count(metrics.RELOADS, ("success",))
-            earlier = len(self._generations) - 1
             log.info(
-                "configuration reloaded: %s; %s as soon as no request is left",
+                "configuration reloaded: %s; requests of %s are finishing",
                 _counted(self.workers, "worker"),
-                "1 earlier configuration ends" if earlier == 1 else f"{earlier} earlier configurations end",
+                _counted(len(self._earlier()), "earlier configuration"),
             )
             await self._end_oldest()
 
@@ -330,6 +345,8 @@ class Supervisor:
 
     async def _hand_over(self) -> None:
         """Executes the installed code in place of this process. Raises `ReloadError` if it fails."""
+        # The admin listener answers meanwhile.
+        await self._until_settled()
         reload_is_wanted = self._next_reload is not None
         if self._next_reload is not None:
             # It is not needed if this succeeds: the new code reads the configuration again when it starts.
@@ -345,12 +362,9 @@ class Supervisor:
         try:
             # Waits for admin requests that have begun. New connections wait in the backlog for the new code.
             await self._admin.cleanup()
-            async with asyncio.timeout(_START_TIMEOUT):
-                await self._hold_back_when_settled()
+            await self._hold_back_when_settled()
             log.info("upgrading: this process executes the installed code")
             upgrade.execute(self._command, self._handed_over_with_workers())
-        except TimeoutError:
-            raise ReloadError(f"workers were still starting after {_START_TIMEOUT:g} s") from None
         except OSError as error:
             raise ReloadError(f"{self._command[0]} cannot be executed: {error.strerror}") from None
         finally:
@@ -360,16 +374,25 @@ class Supervisor:
             if reload_is_wanted and not self.stopping.is_set():
                 self._begin(self._reload_unattended())
 
+    async def _until_settled(self) -> None:
+        """Waits until no worker is being started. Raises `ReloadError` if this process ends, or after a timeout."""
+        try:
+            async with asyncio.timeout(_START_TIMEOUT):
+                await self._until(lambda: self.stopping.is_set() or self._settled())
+        except TimeoutError:
+            raise ReloadError(f"workers were still starting after {_START_TIMEOUT:g} s") from None
+        if self.stopping.is_set():
+            raise ReloadError(_ENDING)
+
     async def _hold_back_when_settled(self) -> None:
         """Waits until no worker is being started, and holds back all signals from then on.
 
-        Raises `ReloadError` if one of the signals that came before ends this process.
+        Raises `ReloadError` as `_until_settled`, also if one of the signals that came before ends this process.
         """
         while True:
-            await self._until(lambda: self.stopping.is_set() or self._settled())
+            await self._until_settled()
             signals.hold_back()
-            # The loop reads the signals that have arrived already in the first of these turns, and has called their
-            # handlers before the last one ends.
+            # What arrived before that must be handled by this code: the new one would not know of it.
             for _ in range(_TURNS_FOR_SIGNALS):
                 await asyncio.sleep(0)
             if self.stopping.is_set():
@@ -383,7 +406,7 @@ class Supervisor:
         return all(each.settled() for each in self._generations)
 
     def _handed_over(self) -> Handover:
-        """What is listened on."""
+        """What a trial gets: the listening sockets."""
         return Handover(
             version=__version__,
             clients=upgrade.described(self._sockets),
@@ -405,7 +428,7 @@ class Supervisor:
         known = self._handover.listening() if self._handover is not None else set()
         trial = asyncio.current_task()
         assert trial is not None
-        # It is sent to a trial whose result is not needed any more.
+        # `try_out` sends SIGTERM to a trial whose result is not needed any more.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, trial.cancel)
         await self._admin.setup()
         self._ledger = Ledger()
@@ -432,11 +455,15 @@ class Supervisor:
         _close(self._sockets)
         for generation in self._generations:
             generation.drain()
-        endings = [asyncio.ensure_future(generation.ended()) for generation in self._generations]
-        try:
-            await asyncio.wait_for(asyncio.gather(*endings), self.config.drain_timeout + _DRAIN_GRACE)
-        except TimeoutError:
+        ending = {asyncio.ensure_future(generation.ended()) for generation in self._generations}
+        if ending:
+            _, ending = await asyncio.wait(ending, timeout=self.config.drain_timeout + _DRAIN_GRACE)
+        if ending:
             self._kill()
+            await asyncio.wait(ending, timeout=_DRAIN_GRACE)
+        if self._upgrading is not None:
+            # A trial removes the sockets that it has added.
+            await asyncio.wait((self._upgrading,), timeout=_DRAIN_GRACE)
         await self._admin.cleanup()
         _close(self._admin_sockets)
         clean_up(self._addresses)
@@ -480,7 +507,7 @@ class Supervisor:
             await site.start()
 
     def _ready_rows(self) -> list[int]:
-        """The rows in the ledger of the workers that accept and will not be retired."""
+        """The rows in the ledger of the workers that accept, without those of generations that are finishing."""
         return [row for generation in self._generations if not generation.finishing for row in generation.ready_rows()]
 
     def _columns(self, config: Config) -> dict[str, int]:
@@ -512,15 +539,15 @@ class Supervisor:
     async def _replace(self) -> None:
         if self.stopping.is_set():
             raise ReloadError(_ENDING)
-        self._digests = await asyncio.to_thread(self._read_digests)
-        if (other := await asyncio.to_thread(self._code.replaced)) is not None:
+        self._digests = await _in_thread(self._read_digests)
+        if (other := await _in_thread(self._code.replaced)) is not None:
             log.warning(
                 "%s: this reload uses the running code; to use the installed code, %s",
                 other,
                 f"send SIGUSR2 to process {os.getpid()}" if self._command else "restart",
             )
         # In a thread, because reading may take long, and the admin listener must answer meanwhile.
-        config = await asyncio.to_thread(self._reread)
+        config = await _in_thread(self._reread)
         clients, admin = self._bound(config)
         with ExitStack() as undo:
             undo.callback(_close_and_unlink, _without(clients, self._sockets))
@@ -531,8 +558,8 @@ class Supervisor:
             # If a worker ends before any has accepted, the others will fail as well.
             if not await self._wait_for_start(new, lambda: bool(new.last_exit) and not new.ready):
                 error = ReloadError(new.missing())
-                new.kill()
-                await self._end(new)
+                new.give_up()
+                await asyncio.wait((self._begin(self._end(new)),), timeout=_TAKE_OVER_TIMEOUT)
                 self._health.follow(self.config, self._columns(self.config))
                 raise error
             undo.pop_all()
@@ -548,7 +575,7 @@ class Supervisor:
 
     async def _take_over(self, unused: _Sockets, unused_admin: _Sockets) -> None:
         """Retires all generations but the current one, which accepts by now, and closes sockets that are not used."""
-        earlier = [each for each in self._generations if each is not self._generation and not each.finishing]
+        earlier = [each for each in self._earlier() if not each.finishing]
         for generation in earlier:
             generation.retire()
             self._begin(self._end(generation))
@@ -564,11 +591,17 @@ class Supervisor:
                 if sock in self._admin_sites:
                     await self._admin_sites.pop(sock).stop()
 
+    def _earlier(self) -> list[Generation | Predecessors]:
+        """The generations before the current one, without one that is just being started."""
+        return [*takewhile(lambda generation: generation is not self._generation, self._generations)]
+
     async def _fork(self, descriptors: Sequence[int]) -> Process:
         """Starts a worker. If the fork server has ended, starts an upgrade, which starts a new fork server."""
         try:
             return await self._fork_server.fork(descriptors)
         except ForkServerGone:
+            self._fork_server_ended = True
+            self._changed.set()
             if self._command and (self._upgrading is None or self._upgrading.done()):
                 log.warning(
                     "the fork server (sse-forkserver) has ended, so no worker can be started: "
@@ -580,11 +613,16 @@ class Supervisor:
     async def _wait_for_start(self, generation: Generation, failed: Callable[[], bool]) -> bool:
         """Waits until all workers of `generation` accept, until `failed`, until a timeout, or until this process ends.
 
-        Returns False if workers are missing.
+        Returns False if workers are missing. If the fork server has ended, no more will come.
         """
+        self._fork_server_ended = False
+
+        def decided() -> bool:
+            return generation.complete() or failed() or self._fork_server_ended or self.stopping.is_set()
+
         with suppress(TimeoutError):
             async with asyncio.timeout(_START_TIMEOUT + generation.size):
-                await self._until(lambda: generation.complete() or failed() or self.stopping.is_set())
+                await self._until(decided)
         return generation.complete() or self.stopping.is_set()
 
     async def _end(self, generation: Generation | Predecessors) -> None:
@@ -592,6 +630,7 @@ class Supervisor:
         self._generations.remove(generation)
         # While code is being tried, or workers start, there are children that are not known yet.
         quiet = self._upgrading is None or self._upgrading.done()
+        # Without a command, this may be a part of another process, whose children are its own.
         if self._command and quiet and self._settled():
             workers = {pid for each in self._generations for pid, _ in each.channels()}
             forget_orphans({self._fork_server.pid, *workers})
@@ -599,7 +638,7 @@ class Supervisor:
     async def _end_oldest(self) -> None:
         """Ends the oldest generations if more than `reload.generations` are finishing."""
         allowed = self.config.reload.generations
-        oldest = [generation for generation in self._generations if generation is not self._generation]
+        oldest = self._earlier()
         del oldest[max(0, len(oldest) - allowed) :]
         for generation in oldest:
             log.warning(
@@ -692,6 +731,14 @@ class Supervisor:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Does `work` in another thread. Raises `ReloadError` if no thread can be started."""
+    try:
+        return await asyncio.to_thread(work)
+    except RuntimeError as error:
+        raise ReloadError(str(error)) from error
 
 
 def _counted(number: int, word: str) -> str:

@@ -2,10 +2,10 @@
 
 execve(2) keeps the process id, the inheritable descriptors and the child processes. So the supervisor executes the
 command again that it was started with. An environment variable tells the new code which descriptors and workers it
-takes over. The old workers accept connections until all new workers do; then they finish their exchanges. If some new
-workers do not start within half a minute, one is enough.
+takes over. The old workers accept connections until all new workers do; then they finish their exchanges. If some are
+missing after half a minute, the old workers stop as soon as one new worker accepts.
 
-Before that, the new code is tried: the same command with `--trial` must start a worker with the same configuration.
+Before that, the new code is tried: the same command with `--trial` must read the configuration and start a worker.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 # Bytes of reports that wait for a supervisor that does not read. Above that, the worker sends no report: the next one
 # that can be sent includes the changes of those that were not.
 _MAX_UNREAD_REPORTS = 1024 * 1024
-# Seconds after the last reading, until the ids of its rows are forgotten.
-_LOOKED_AT = 10.0
+# Seconds after the last reading of the live view, until the ids of its rows are forgotten.
+_REMEMBERED_FOR = 10.0
 # Seconds for exchanges that were ended at the deadline of a drain to write their last bytes.
 _FLUSH_TIMEOUT = 2.0
 # Variables that the interpreter and its libraries read. A worker keeps them even if the configuration uses them, for
@@ -141,7 +141,7 @@ class Worker:
         self.telemetry.report()
 
     def _gauges(self) -> Iterator[tuple[Metric, Labels, float]]:
-        """What is as it is now."""
+        """The current values of the gauges."""
         yield metrics.CLIENT_CONNECTIONS, (), self.proxy.server.places.open
         for name, upstream in self.proxy.upstreams.items():
             in_use, idle = upstream.connections()
@@ -150,7 +150,7 @@ class Worker:
             yield metrics.CONNECTIONS, (name, "idle"), idle
 
     async def look(self) -> Reading:
-        """What is under way now. The ids of its rows are known until the next call, or for `_LOOKED_AT` seconds."""
+        """What is under way now. Ids of its rows are known until the next call, or for `_REMEMBERED_FOR` seconds."""
         if self._reader is None:
             upstreams = self.proxy.upstreams.items()
             hosts = {name: upstream.only.host.decode() for name, upstream in upstreams if upstream.only is not None}
@@ -158,7 +158,7 @@ class Worker:
         reader = self._reader
         if self._forgetting is not None:
             self._forgetting.cancel()
-        self._forgetting = asyncio.get_running_loop().call_later(_LOOKED_AT, self._forget)
+        self._forgetting = asyncio.get_running_loop().call_later(_REMEMBERED_FOR, self._forget)
         running = list(self.telemetry.running)
         chosen = reader.choose(running)
         if len(chosen) < len(running):
@@ -237,7 +237,11 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
     loop.add_signal_handler(signal.SIGINT, expire)
     loop.add_signal_handler(signal.SIGHUP, retiring.set)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
-    config, number, columns, most_connections = await _read_instructions(reader)
+    try:
+        config, number, columns, most_connections = await _read_instructions(reader)
+    except (EOFError, ConnectionError):
+        # The supervisor has ended, or could not use this worker.
+        return
     hide(config.variables - _KEPT_VARIABLES)
     log_as(config)
     row = opened(ledger_fd, number, columns)
@@ -262,7 +266,7 @@ async def _serve(channel_fd: int, ledger_fd: int, listener_fds: Sequence[int]) -
         try:
             write(await worker.look())
         except Exception:
-            # What is looked at must not end because of it.
+            # An error in the live view must not end requests.
             log.exception("internal error in the live view")
 
     async def watch_supervisor() -> None:

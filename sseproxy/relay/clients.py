@@ -1,6 +1,7 @@
 """Who calls: finds the client whose key a request has, checks what the client may use, and counts what it uses.
 
-A request occupies a place of its client, and a part of its tokens is reserved, from before it is sent until its end.
+From before it is sent until its end, a request counts as one of the client's active requests, and the tokens that it
+may need are reserved.
 Then the tokens that the upstream has reported are charged. If it has reported none, an estimate is charged. No stream
 is cut because of a limit. So a limit of tokens may be exceeded, if the last requests use more than was reserved.
 
@@ -53,7 +54,7 @@ _WRONG_WITHIN: Final = 60.0
 _MOST_ADDRESSES: Final = 1_000
 # Bytes of a digest by which it is looked up. So many tell nothing about the rest of it, nor about the key.
 _PREFIX: Final = 8
-_OTHER_MODELS: Final = " or ".join(sorted(OTHER_MODELS))
+_OTHER_MODELS: Final = " and ".join(sorted(OTHER_MODELS))
 # As in `wire.demand`, for answers whose tokens are not known.
 _BYTES_OF_A_TOKEN: Final = 4
 
@@ -180,7 +181,7 @@ class Client:
         return 0 if self._tokens is None else min(tokens, self._tokens[0].number)
 
     def room_beside(self, uses: Uses, tokens: int) -> None:
-        """As `room`, for a request that is among the active ones already. `uses` was before that."""
+        """As `room`, for a request that is among the active ones already. `uses` was read before it was."""
         if self._active is not None and self._active[1].total() > self._active[0]:
             raise self.exceeded("active_requests", uses, tokens)
         for limit, use, needs in (("requests", uses.requests, 1), ("tokens", uses.tokens, tokens)):
@@ -200,7 +201,7 @@ class Client:
         return LimitExceeded(limit, f"{most} active requests", 1.0)
 
     def count(self) -> None:
-        """Counts a request within the time of its limit."""
+        """Counts a request towards the limit on requests."""
         if self._requests is not None:
             self._requests[1].add(1, perf_counter())
 
@@ -279,7 +280,8 @@ class Client:
         """
         if named is None:
             message = (
-                f"The request may name models that cannot be read in {_OTHER_MODELS}: write them as lists of names."
+                f"{_OTHER_MODELS} must be lists of names, so that all models are known; "
+                f"this key may only use {some(self.models)}."
             )
             raise RequestError("model_not_allowed", message)
         self.check_models(named, body_needed=False)
@@ -302,7 +304,7 @@ def unreported(exchange: Exchange, input: int, output: int) -> int:
     error, it has used none. If it was sent, its input was read, even if the client has left since. Of a stream, each
     event with content counts as a token.
 
-    If it fetches a response that is generated in the background, this is only about a stream: a client could leave it
+    Of a fetched response, which is generated in the background, only a stream is estimated: the client may have left
     before the end, where the usage is.
     """
     if exchange.repeats or (exchange.head_at is not None and not exchange.succeeded):
@@ -317,6 +319,7 @@ def unreported(exchange: Exchange, input: int, output: int) -> int:
     else:
         told_input, told_output = usage.input is not None, usage.output is not None
         if usage.seconds is not None and not told_input:
+            # Audio that the API counts in seconds costs no tokens.
             return 0
     if told_output or exchange.head_at is None:
         seen = 0
@@ -418,7 +421,7 @@ class Visit:
                 raise RequestError("ledger") from None
             client.room_beside(here, tokens)
         else:
-            # What the server tells has this request's own tokens.
+            # The server's answer includes this request's own tokens.
             used = None if used is None else msgspec.structs.replace(used, present=used.present - tokens)
             self._uses = Uses(here.active, requests, used)
             if limit:

@@ -104,7 +104,7 @@ class Relay:
         self._passing: RequestReader | FormReader | None = None
         # What a client may and does use, if there are clients and this is the request of one.
         self._visit: Visit | None = None
-        # Nobody had to say who calls, so the upstream's key is not sent either.
+        # It is a CORS preflight. It needs no key of a client, so the upstream's key is not sent with it.
         self._keyless = False
         self._ticket: Ticket | None = None
         self._exchange: Exchange | None = None
@@ -212,7 +212,7 @@ class Relay:
         return outcome
 
     def _end(self, outcome: Outcome) -> None:
-        """Phase 7: End. Raises nothing, because the response has been sent already."""
+        """Phase 7: End. Raises nothing: an error here must not replace the response."""
         ends: list[Callable[[], object]] = []
         if self._ticket is not None:
             ends.append(self._ticket.give_back)
@@ -228,7 +228,7 @@ class Relay:
         ends.append(partial(self._record, outcome))
         if self._visit is not None:
             ends.append(self._visit.release)
-        # All of these run, even if another one raises. It cannot be told to anybody: the response has been sent.
+        # All of these run, even if another one raises. Only the log tells of that: the client has its response.
         for end in ends:
             try:
                 end()
@@ -305,7 +305,7 @@ class Relay:
         extra = [(b"X-Request-Id", self._request.id)]
         exhausted = self._asking is not None and self._asking.exhausted and isinstance(error, UpstreamError)
         if error.final or exhausted:
-            # It is not wanted, or everything that could be tried was. SDKs would send it again, twice.
+            # An operator has ended it, or all attempts have failed. SDKs would send it again, twice.
             extra.append(DO_NOT_RETRY)
         elif error.status in (429, 503):
             extra.append((b"Retry-After", b"%d" % ceil(error.retry_after)))
@@ -518,8 +518,8 @@ class Relay:
             self._asked_as = self._asked_as[0], candidates[0].dialect
         target = request.target.encode(errors="surrogateescape")
         for key in keys:
-            # What is as short as this may be anywhere by chance, and is not random. Nearly all keys are where they
-            # belong, and only there.
+            # A shorter text may occur elsewhere by chance, and is no random key. Nearly all keys are where they belong,
+            # and only there.
             if len(key) >= _MIN_STRAY and (b"%" in target or is_astray(key, found.count(key), request.fields, target)):
                 query = self._hide(key, path, query)
         if candidates and _is_preflight(request):
@@ -574,9 +574,9 @@ class Relay:
         return read, read.feed if self._visit is None else self._visit.feeding(read, fields)
 
     async def _inflate(self, coding: bytes, feed: Callable[[bytes], None], clock: Clock) -> bool:
-        """Reads the compressed body that was collected; False if it stands for more than is collected of one."""
+        """Reads the compressed body that was collected. Returns False if it is larger than `max_body` without that."""
         inflater = Inflater(coding, self._proxy.max_body)
-        # One at a time: what it takes to inflate is more than a client has to send for it.
+        # One at a time, because a few bytes of a client can cost much CPU.
         async with self._proxy.inflating:
             for part in self._request.body.whole or ():
                 for piece in inflater.pieces(part):
@@ -696,7 +696,7 @@ class Relay:
                 framing_out=self._framing_out,
                 reusable=reusable,
                 began_at=attempt.began_at,
-                # Whoever does not know that it is a stream must not find one in it.
+                # Heartbeats are events. They are only sent if the Content-Type says that it is an event stream.
                 heartbeat=heartbeat if kind == "events" else None,
                 stripper=stripper,
             )
