@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -192,6 +193,53 @@ async def test_a_worker_ignores_what_it_does_not_handle_and_loses_no_signal(serv
             process.send_signal(signal.SIGUSR2)
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == -signal.SIGTERM
+
+
+async def test_a_worker_is_killed_if_nobody_could_wait_for_it(
+    serving: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serving(lambda descriptors: signal.pause())
+    before = children(os.getpid())
+
+    def fails(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("os.pidfd_open", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        await forked(server)
+    assert children(os.getpid()) == before
+
+
+async def test_waiting_needs_no_thread(serving: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = serving(lambda descriptors: signal.pause())
+    process, ours = await forked(server)
+    monkeypatch.setattr("threading.Thread.start", fails)
+    with ours:
+        process.send_signal(signal.SIGKILL)
+        assert await process.wait() == -signal.SIGKILL
+
+
+async def test_if_the_process_in_between_is_killed_no_worker_is_started_and_the_next_one_is(
+    serving: MakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fork, supervisor = os.fork, os.getpid()
+
+    def forks() -> int:
+        # The fork server is a child of the supervisor, and the process in between is not.
+        if supervisor not in (os.getpid(), os.getppid()) and not marked.exists():
+            marked.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fork()
+
+    marked = tmp_path / "killed"
+    monkeypatch.setattr("os.fork", forks)
+    server = serving(tells_its_id)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        await forked(server)
+    await tells_its_own(server)
 
 
 async def test_a_server_that_was_killed_is_gone(serving: MakeServer) -> None:

@@ -34,7 +34,7 @@ from .harness import (
     post,
     until,
 )
-from .served import ConfigFile, end, message_of, serve
+from .served import ConfigFile, end, fork_server_of, message_of, serve
 
 # Long enough for a loaded machine to do what it has to before, short enough to wait for.
 SHORT = 0.3
@@ -406,6 +406,17 @@ async def test_silent_connections_take_no_more_descriptors_than_there_are(
         await end(process)
         _, errors = await process.communicate()
     assert b"Too many open files" not in errors
+
+
+async def test_all_processes_may_have_as_many_descriptors_as_the_hard_limit_allows(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    program = ("bash", "-c", 'ulimit -Sn 128; exec "$@"', "bash", sys.executable, "-m", "sseproxy")
+    async with serve("-c", str(file.path), program=program) as served:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for pid in (served.pid, fork_server_of(served), *served.workers):
+            assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (most, most)
 
 
 async def port_of(process: asyncio.subprocess.Process) -> int:

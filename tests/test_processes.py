@@ -52,6 +52,7 @@ from .served import (
     Served,
     alive,
     end,
+    fork_server_of,
     python_runs_first,
     run,
     serve,
@@ -193,6 +194,56 @@ async def test_workers_that_die_again_and_again_are_started_later_and_later(upst
 
 
 # What Python runs first: a worker, if it is the first, says something else than workers of this version.
+IGNORES_CHILDREN = """\
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-m", "sseproxy", *sys.argv[1:]])
+"""
+
+
+async def test_a_parent_that_ignores_its_children_does_no_harm(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = ConfigFile(tmp_path, upstream)
+    async with serve("-c", str(file.path), program=(sys.executable, "-c", IGNORES_CHILDREN)) as served:
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGKILL)
+        await served.until("worker_restarts_total", 1)
+        await served.until("workers", 1)
+        served.process.terminate()
+        assert await served.ended() == 0
+
+
+async def test_a_worker_whose_supervisor_dies_while_it_starts_ends_in_silence(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    slow = workers_run_first("time.sleep(0.5)")
+    file = ConfigFile(tmp_path, upstream)
+    async with file.serve(**python_runs_first(slow, tmp_path)) as served:
+        forked, old = fork_server_of(served), served.workers
+        served.process.send_signal(signal.SIGHUP)
+        await until_true(lambda: len(served.workers) == 2)
+        processes = [forked, *served.workers]
+        assert set(old) < set(processes)
+        served.process.kill()
+        await until_true(lambda: not any(map(alive, processes)))
+        assert "Traceback" not in served.stderr
+
+
+async def test_a_worker_that_has_to_be_killed_at_the_end_is_counted_and_leaves_no_socket(
+    upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    file = ConfigFile(tmp_path, upstream, listen=f"['127.0.0.1:0', 'unix:{path}']", drain_timeout="100ms")
+    async with file.serve() as served:
+        await begin_stream(served, upstream)
+        await served.until(r"streams_active\{.*\}", 1)
+        (worker,) = served.workers
+        os.kill(worker, signal.SIGSTOP)
+        served.process.terminate()
+        assert await served.ended() == 0
+        assert any(message.endswith("; 1 request was cut off") for message in served.messages)
+    assert not path.exists()
+
+
 OTHER_VERSION = workers_run_first("""
 once = os.path.join(os.path.dirname(__file__), "once")
 if os.path.exists(once):

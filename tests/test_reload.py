@@ -349,6 +349,45 @@ async def test_workers_of_which_only_some_come_up_change_nothing(
         await supervisor.close()
 
 
+async def test_a_reload_that_fails_cuts_no_stream_of_the_workers_that_came_up(
+    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, flaky: Flaky, flaky_server: ForkServer
+) -> None:
+    monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 3.0)
+    monkeypatch.setattr("sseproxy.process.supervisor._TAKE_OVER_TIMEOUT", 1.0)
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
+    supervisor.bind()
+    try:
+        flaky.may_work(2)
+        await supervisor.start()
+        workers = workers_of(os.getpid())
+        flaky.may_work(1)
+        reloading = asyncio.get_running_loop().create_task(supervisor.reload())
+        await until_true(lambda: bool(supervisor._generations[-1].ready) and len(supervisor._generations) == 2)
+        port = int(supervisor.urls[0].rpartition(":")[2])
+        streams: list[tuple[Peer, Peer]] = []
+        # One of three workers is new, and connections are shared evenly.
+        for _ in range(9):
+            client = Peer(*await asyncio.open_connection("127.0.0.1", port))
+            client.send(post())
+            api = await upstream.accept()
+            await api.message()
+            api.send(STREAM_HEAD, chunk(delta("a")))
+            await client.read_until(chunk(delta("a")))
+            streams.append((client, api))
+        with pytest.raises(ReloadError, match="1 of 2 new workers"):
+            await reloading
+        assert len(workers_of(os.getpid())) == 3
+        for client, api in streams:
+            api.send(chunk(DONE), LAST_CHUNK)
+            assert (await client.read_until(LAST_CHUNK)).endswith(chunk(DONE) + LAST_CHUNK)
+            client.close()
+            api.close()
+        await until_true(lambda: workers_of(os.getpid()) == workers)
+    finally:
+        await supervisor.close()
+
+
 async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
     upstream: ScriptedUpstream,
     monkeypatch: pytest.MonkeyPatch,

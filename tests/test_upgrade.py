@@ -433,6 +433,46 @@ async def test_a_fork_server_that_is_killed_is_replaced_by_an_upgrade(
         assert await reload(served) == (200, "reloaded\n")
 
 
+async def test_a_fork_server_that_ends_while_new_code_starts_is_replaced_by_another_upgrade(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    async with ConfigFile(tmp_path, upstream, workers="2").serve(**installed.environment) as served:
+        marked, before = tmp_path / "killed", "        await self._admin.setup()\n        await self._administer("
+        kills = f"""\
+        if not os.path.exists({str(marked)!r}):
+            open({str(marked)!r}, "w").close()
+            for pid in (self._fork_server.pid, *(pid for workers in self._handover.workers for pid, _ in workers)):
+                os.kill(pid, signal.SIGKILL)
+"""
+        after = "self._admin_sockets)\n        async"
+        installed.change("process/supervisor.py", f"{before}{after}", f"{kills}{before}{after}")
+        served.process.send_signal(signal.SIGUSR2)
+        await until_true(lambda: any("upgraded from version" in said for said in served.messages))
+        assert marked.exists()
+        await serves(served, __version__)
+        assert await served.sample("workers") == 2
+
+
+async def test_the_admin_listener_answers_while_an_upgrade_waits_for_a_worker(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    async with ConfigFile(tmp_path, upstream, workers="2").serve(**installed.environment) as served:
+        stopped = fork_server_of(served)
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(served.workers[0], signal.SIGKILL)
+        await until_true(lambda: "the next starts in" in served.stderr)
+        trials = trials_of(served)
+        served.process.send_signal(signal.SIGUSR2)
+        await until_true(lambda: bool(trials()))
+        await until_true(lambda: not trials())
+        async with asyncio.timeout(DEADLINE / 2):
+            assert (await served.get("/livez"))[0] == 200
+        assert not any("executes the installed code" in message for message in served.messages)
+        os.kill(stopped, signal.SIGCONT)
+        await until_true(lambda: any("upgraded from version" in said for said in served.messages))
+        assert await served.sample("workers") == 2
+
+
 async def idle_one(served: Served) -> int:
     """A worker that has no connection to an upstream."""
 
@@ -663,6 +703,35 @@ async def test_where_no_new_worker_comes_up_after_all_the_old_ones_go_on_until_o
         await serves(served, "0.9.1")
         await finish(client, api)
         await until_true(lambda: not any(map(alive, old)))
+
+
+async def test_a_late_upgrade_and_a_reload_do_not_disturb_each_other(
+    upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
+) -> None:
+    well = tmp_path / "well"
+    file = ConfigFile(tmp_path, upstream, workers="2")
+    async with file.serve(**installed.environment) as served:
+        forks = "                process = await self._fork(fds)\n"
+        # The workers of the upgrade come up late, those of the reload slowly.
+        late = f"""\
+                if self.size == 2 and not os.path.exists({str(well)!r}):
+                    raise OSError("no")
+                if self.size == 3:
+                    await asyncio.sleep(2)
+"""
+        installed.change("process/generation.py", forks, f"{late}{forks}")
+        installed.change("process/supervisor.py", "_START_TIMEOUT = 30.0", "_START_TIMEOUT = 1.0")
+        served.process.send_signal(signal.SIGUSR2)
+        await until_true(
+            lambda: any("the workers of the previous version continue" in message for message in served.messages)
+        )
+        file.write(upstream, workers="3")
+        reloading = asyncio.get_running_loop().create_task(reload(served))
+        well.touch()
+        assert await reloading == (200, "reloaded\n")
+        await until_true(lambda: len(served.workers) == 3)
+        assert await served.sample("workers") == 3
+        assert "Traceback" not in served.stderr
 
 
 async def test_signals_that_come_while_the_code_is_exchanged_are_not_lost(

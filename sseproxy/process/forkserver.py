@@ -220,7 +220,11 @@ def _serve(sock: socket.socket, main: Main) -> None:
     gc.freeze()
     descriptors, lacking = list[int](), False
     while True:
-        message, received, flags, _ = socket.recv_fds(sock, 1, _MOST_DESCRIPTORS)
+        try:
+            message, received, flags, _ = socket.recv_fds(sock, 1, _MOST_DESCRIPTORS)
+        except ConnectionError:
+            # The supervisor was killed before it had read an answer.
+            return
         if not message:
             return
         descriptors += received
