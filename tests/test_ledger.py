@@ -192,7 +192,7 @@ def test_names_that_come_and_go_take_no_more_room(ledger: Ledger) -> None:
 
 
 def test_there_may_be_too_many_names(ledger: Ledger) -> None:
-    with pytest.raises(OSError, match="more than 131072 things"):
+    with pytest.raises(OSError, match="more than 131072 counters"):
         ledger.columns(map(str, range(200_000)), ())
     assert ledger.columns(["one"], ()) == {"one": 0}
 

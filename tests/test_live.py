@@ -613,7 +613,7 @@ async def test_a_shutdown_does_not_wait_for_who_looks(upstream: ScriptedUpstream
 async def test_ids_are_forgotten_when_nobody_looks(
     proxy: RunningProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sseproxy.process.worker._LOOKED_AT", 0.05)
+    monkeypatch.setattr("sseproxy.process.worker._REMEMBERED_FOR", 0.05)
     await begin(proxy, upstream)
     assert proxy.worker._reader is None
     assert proxy.worker.last_look() is None

@@ -233,7 +233,7 @@ async def test_or_requests_are_refused_until_it_is_back(
     for _ in range(5):
         answer = await refused(one, request(bearer()))
         assert (answer.status, answer.json()["error"]["code"], answer.get("retry-after")) == (503, "ledger", "1")
-    assert [line.partition(":")[0] for line in caplog.messages] == ["the server of ledger.url does not answer"]
+    assert [line.partition(":")[0] for line in caplog.messages] == ["the server of ledger.url cannot be used"]
     assert caplog.messages[0].endswith("; meanwhile, clients with limits get 503")
     await server.start()
 

@@ -347,16 +347,16 @@ class Supervisor:
         """Executes the installed code in place of this process. Raises `ReloadError` if it fails."""
         # The admin listener answers meanwhile.
         await self._until_settled()
-        reload_is_wanted = self._next_reload is not None
-        if self._next_reload is not None:
-            # It is not needed if this succeeds: the new code reads the configuration again when it starts.
-            self._next_reload.cancel()
-            self._next_reload = None
         try:
             # A site closes its socket, so the sockets are duplicated.
             kept = {address: [sock.dup() for sock in bound] for address, bound in self._admin_sockets.items()}
         except OSError as error:
             raise ReloadError(f"the admin listener cannot be handed over: {error.strerror}") from None
+        reload_is_wanted = self._next_reload is not None
+        if self._next_reload is not None:
+            # It is not needed if this succeeds: the new code reads the configuration again when it starts.
+            self._next_reload.cancel()
+            self._next_reload = None
         self._admin_sockets = kept
         self._admin_sites.clear()
         try:
