@@ -274,7 +274,7 @@ async def _run(
         for line in banner.splitlines():
             logging.getLogger(__name__).info("%s", line.strip())
     status = await supervisor.run()
-    # The loop handles no more signals. One that comes now must not change the exit status.
+    # The loop removes its handlers when it closes. A signal after that must not change the exit status.
     hold_back()
     return status
 

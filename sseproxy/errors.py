@@ -165,7 +165,7 @@ class RequestError(ExchangeError):
         "model_not_allowed": (403, "This key may not use this model."),
         "ledger": (503, "The limits of clients cannot be checked now; please try again."),
         "rate_limit_exceeded": (429, "This key has reached a limit."),
-        "model_twice": (400, "The request body names its model more than once."),
+        "model_twice": (400, "The request body names its model, or a list of models, more than once."),
         "no_route": (404, "No route matches this request."),
         "method": (501, "This method is not supported."),
         "version": (505, "Only HTTP/1.1 and HTTP/1.0 are supported."),

@@ -1,4 +1,4 @@
-"""The fork server: what they have, whose children they are, and how they end."""
+"""The fork server, and its workers: what they have, whose children they are, and how they end."""
 
 from __future__ import annotations
 

@@ -466,8 +466,8 @@ async def test_earlier_configurations_that_finish_are_bounded(upstream: Scripted
             assert b'"code": "draining"' in received
         await until_true(lambda: served.stderr.count("the requests of the oldest are ended") == 4)
         said = [message for message in served.messages if message.startswith("configuration reloaded: 1 worker; ")]
-        assert said[0].endswith("; requests of 1 earlier configuration are finishing")
-        assert said[1].endswith("; requests of 2 earlier configurations are finishing")
+        assert said[0].endswith("; workers of 1 earlier configuration are finishing")
+        assert said[1].endswith("; workers of 2 earlier configurations are finishing")
         assert await served.sample("workers_finishing") == 2
         await served.until(r'requests_total\{.*outcome="drained".*\}', 4)
         assert await served.sample(r"streams_active\{.*\}") == 2

@@ -62,15 +62,21 @@ class ForkServer:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Signals are held back until the new process ignores them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_SUPERVISOR)
-        self.pid = os.fork()
-        """Its process id."""
-        if not self.pid:
+        try:
+            self.pid = os.fork()
+            """Its process id."""
+            if not self.pid:
+                self._sock.close()
+                _run(_NAME, (), partial(_serve, theirs, main))
+        except OSError:
             self._sock.close()
-            _run(_NAME, (), partial(_serve, theirs, main))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
         self._sock.setblocking(False)
         self._asking = asyncio.Lock()
+        self._gone = False
 
     async def fork(self, descriptors: Sequence[int]) -> Process:
         """Starts a worker that has these `descriptors`.
@@ -82,6 +88,8 @@ class ForkServer:
 
     async def _fork(self, descriptors: Sequence[int]) -> Process:
         async with self._asking:
+            if self._gone:
+                raise ForkServerGone
             try:
                 for first in range(0, len(descriptors), _MOST_DESCRIPTORS):
                     last = first + _MOST_DESCRIPTORS >= len(descriptors)
@@ -89,14 +97,13 @@ class ForkServer:
                     socket.send_fds(self._sock, [_LAST if last else _MORE], part)
                 async with asyncio.timeout(_ANSWER_TIMEOUT):
                     answer = await asyncio.get_running_loop().sock_recv(self._sock, _MAX_ANSWER)
-            except ConnectionError:
+            except (ConnectionError, TimeoutError):
                 answer = b""
-            except TimeoutError:
+            if not answer:
                 # If it still answered later, the answer would be taken for that of another request.
+                self._gone = True
                 os.kill(self.pid, signal.SIGKILL)
-                answer = b""
-        if not answer:
-            raise ForkServerGone
+                raise ForkServerGone
         if (pid := int(answer)) < 0:
             raise OSError(-pid, os.strerror(-pid))
         try:

@@ -258,6 +258,8 @@ class Generation(_Workers):
             else:
                 why = f"ended with status {status}"
             if self._closing.is_set():
+                # Now it may be settled.
+                self._changed()
                 return
             lived = perf_counter() - started
             backoff = 0.0 if lived >= _HEALTHY_AFTER else min(max(2 * backoff, _BACKOFF_MIN), _BACKOFF_MAX)
@@ -391,6 +393,7 @@ class Predecessors(_Workers):
         self.ready = {pid for pid, _ in workers}
         """The process ids of the workers that may still accept."""
         self._channels = dict(workers)
+        self._processes = {pid: Process(pid) for pid, _ in workers}
         self._ledger = ledger
         self._rows = {pid: rows[pid] for pid, _ in workers if pid in rows}
         self.names = ledger.names if self._rows else set()
@@ -422,9 +425,8 @@ class Predecessors(_Workers):
         super().retire()
 
     def _signal(self, number: signal.Signals) -> None:
-        # These processes have not been reaped yet, so no other process can have got one of their ids.
-        for pid in self._channels:
-            os.kill(pid, number)
+        for process in self._processes.values():
+            process.send_signal(number)
 
     async def report(self) -> None:
         """Returns immediately: their numbers are not in the registry."""
@@ -441,9 +443,8 @@ class Predecessors(_Workers):
     async def _follow(self, pid: int, fd: int) -> None:
         if fd >= 0:
             await self._until_closed(pid, fd)
-        status = await Process(pid).wait()
-        # Its id may be that of another process from now on.
-        del self._channels[pid]
+        status = await self._processes[pid].wait()
+        del self._channels[pid], self._processes[pid]
         if pid in self._rows:
             self._ledger.free_row(self._rows.pop(pid))
         self.ready.discard(pid)

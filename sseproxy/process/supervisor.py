@@ -72,8 +72,8 @@ _FLEET = -2
 _RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # Seconds that a reload waits for the old workers to stop accepting. They need one turn of their loops.
 _TAKE_OVER_TIMEOUT = 5.0
-# Seconds that a start or a reload waits until the workers accept, plus one second for each worker. An upgrade waits as
-# long until no worker is being started.
+# Seconds that a start or a reload waits until the workers accept, plus one second for each worker. An upgrade waits
+# until no worker is being started, without the additional seconds.
 _START_TIMEOUT = 30.0
 # Turns of the loop until the handlers of signals that have arrived have run. In uvloop, one turn ends with a look at
 # what has arrived, and the next one calls the handlers. The first and the last one may be parts of a turn.
@@ -189,8 +189,8 @@ class Supervisor:
     async def start(self) -> None:
         """Starts the admin listener and the workers, and returns when every worker accepts.
 
-        If some do not within `_START_TIMEOUT`, it goes on with those that do. Raises `SseproxyError` if none does, not
-        even one of the previous version.
+        If some do not in time, it goes on with those that do, or with those of the previous version. If there are none
+        because the fork server has ended, an upgrade follows. Otherwise it raises `SseproxyError`.
         """
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(initializer=signals.hold_back))
@@ -236,7 +236,8 @@ class Supervisor:
             succeeding = self._begin(self._take_over_from_predecessors(self._handover.version))
             if generation.ready:
                 await asyncio.wait((succeeding,))
-        notify.ready(_counted(self.workers, "worker"))
+        if self._unready() is None:
+            notify.ready(_counted(self.workers, "worker"))
 
     def _open_ledger(self) -> dict[int, int]:
         """Opens the ledger that the previous version has handed over, or creates one.
@@ -282,7 +283,8 @@ class Supervisor:
         """Reads the configuration again, and replaces the workers.
 
         Requests during a reload share one more reload, because the current one may have read the files before they
-        changed. Raises `SseproxyError` if the reload fails; then everything stays as it was.
+        changed. Raises `SseproxyError` if the reload fails. Then everything stays as it was, but new workers that have
+        requests finish them.
         """
         if self._next_reload is None:
             self._next_reload = self._begin(self._reload_once())
@@ -305,10 +307,11 @@ class Supervisor:
             finally:
                 notify.ready(_counted(self.workers, "worker"))
             self._recorder.count(metrics.RELOADS, ("success",))
+            earlier = len(self._earlier())
             log.info(
-                "configuration reloaded: %s; requests of %s are finishing",
+                "configuration reloaded: %s%s",
                 _counted(self.workers, "worker"),
-                _counted(len(self._earlier()), "earlier configuration"),
+                f"; workers of {_counted(earlier, 'earlier configuration')} are finishing" if earlier else "",
             )
             await self._end_oldest()
 
@@ -452,7 +455,8 @@ class Supervisor:
         self._stop()
         for task in self._tasks:
             task.cancel()
-        _close(self._sockets)
+        for sockets in (self._sockets, *self._unused):
+            _close(sockets)
         for generation in self._generations:
             generation.drain()
         ending = {asyncio.ensure_future(generation.ended()) for generation in self._generations}
@@ -564,12 +568,13 @@ class Supervisor:
                 raise error
             undo.pop_all()
         self._health.follow(config, columns)
-        await self._administer(_without(admin, self._admin_sockets))
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
         self._generation, self.config = new, config
         log_as(config)
+        added_admin = _without(admin, self._admin_sockets)
         unused, unused_admin = _without(self._sockets, clients), _without(self._admin_sockets, admin)
         self._sockets, self._admin_sockets = clients, admin
+        await self._administer(added_admin)
         await self._take_over(unused, unused_admin)
         self._loaded()
 
@@ -691,8 +696,10 @@ class Supervisor:
         """Reloads when a file has changed. Ends when `reload.watch` is off."""
         while (interval := self.config.reload.watch) is not None:
             await asyncio.sleep(interval)
-            if await asyncio.to_thread(self._read_digests) != self._digests:
-                await self._reload_unattended()
+            # If no thread can be started now, there may be one next time.
+            with suppress(ReloadError):
+                if await _in_thread(self._read_digests) != self._digests:
+                    await self._reload_unattended()
 
     def _read_digests(self) -> list[bytes]:
         """The digests of the configuration's files. That of a file that cannot be read is empty."""
@@ -736,9 +743,10 @@ class Supervisor:
 async def _in_thread(work: Callable[[], T]) -> T:
     """Does `work` in another thread. Raises `ReloadError` if no thread can be started."""
     try:
-        return await asyncio.to_thread(work)
+        done = asyncio.get_running_loop().run_in_executor(None, work)
     except RuntimeError as error:
-        raise ReloadError(str(error)) from error
+        raise ReloadError(str(error)) from None
+    return await done
 
 
 def _counted(number: int, word: str) -> str:

@@ -280,8 +280,8 @@ class Client:
         """
         if named is None:
             message = (
-                f"{_OTHER_MODELS} must be lists of names, so that all models are known; "
-                f"this key may only use {some(self.models)}."
+                f"The models in {_OTHER_MODELS} cannot be read: they must be lists of names, in JSON, "
+                f"in lower case; this key may only use {some(self.models)}."
             )
             raise RequestError("model_not_allowed", message)
         self.check_models(named, body_needed=False)
@@ -304,8 +304,8 @@ def unreported(exchange: Exchange, input: int, output: int) -> int:
     error, it has used none. If it was sent, its input was read, even if the client has left since. Of a stream, each
     event with content counts as a token.
 
-    Of a fetched response, which is generated in the background, only a stream is estimated: the client may have left
-    before the end, where the usage is.
+    A request that fetches a response has no input of its own. Only if the response is a stream without usage, because
+    the client may have left before the end, its events count, each time that it is fetched.
     """
     if exchange.repeats or (exchange.head_at is not None and not exchange.succeeded):
         return 0

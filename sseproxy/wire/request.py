@@ -250,7 +250,7 @@ class ModelAudit:
     def others(self) -> list[str] | None:
         """The models that are named in `OTHER_MODELS`. None if another parser may read others.
 
-        Only lists of names are read, and no longer ones than an `Extract` keeps. In a form nothing of it is read.
+        None also if one is no list of names, is longer than an `Extract` keeps, or is a field of a form.
         """
         if isinstance(self._reader, FormReader):
             return None if self._reader.names_others else []
