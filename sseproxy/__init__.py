@@ -107,7 +107,7 @@ outcome and is reported once.*
       meaning         what an event can mean: content, usage, end, error; how counts are read
       dialects        each API in a file of its own: its paths, its events, its text
         dialect         how one API differs from another
-        form            the form of errors and heartbeats that the clients of an API understand
+        style           the style of errors and heartbeats that the clients of an API understand
         chat            chat completions, completions, and APIs with the same format
         responses       OpenAI's Responses
         messages        Anthropic's Messages

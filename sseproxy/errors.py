@@ -124,7 +124,7 @@ class ExchangeError(SseproxyError):
     """Ends an exchange.
 
     `status` is the HTTP status, if no response head was sent yet. `code` and `type` are fields of the error body or
-    error event of OpenAI's API; `wire.dialects` has the form of each API. `outcome` is what is recorded.
+    error event of OpenAI's API; `wire.dialects` has the style of each API. `outcome` is what is recorded.
     """
 
     status: int = 502

@@ -359,7 +359,7 @@ async def nothing_is_left(proxy: RunningProxy, scripted: ScriptedUpstream, tasks
     await until(lambda: len(asyncio.all_tasks()) <= tasks)
     await until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
     assert proxy.worker.proxy.admission.empty
-    assert not proxy.worker.proxy.server.places.open
+    assert not proxy.worker.proxy.server.slots.open
     assert not proxy.worker.proxy.server.hangups._watched
 
 

@@ -407,7 +407,7 @@ async def nothing_is_left(proxy: RunningProxy, servers: list[Server], tasks: int
     await until(lambda: len(asyncio.all_tasks()) <= tasks)
     await until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
     assert proxy.worker.proxy.admission.empty
-    assert not proxy.worker.proxy.server.places.open
+    assert not proxy.worker.proxy.server.slots.open
 
 
 @pytest.mark.timeout(60 + EXCHANGES // 10)

@@ -217,8 +217,8 @@ async def test_a_client_that_sends_much_before_its_handshake_is_refused_at_once(
     with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         # More than TLS takes at once is there before it is asked.
         client.sendall(b"no TLS" * 100_000)
-        await until(lambda: bool(proxy.worker.proxy.server.places.open))
-        await until(lambda: not proxy.worker.proxy.server.places.open)
+        await until(lambda: bool(proxy.worker.proxy.server.slots.open))
+        await until(lambda: not proxy.worker.proxy.server.slots.open)
     await until(proxy.worker.proxy.server.empty.is_set)
     assert not caplog.records
 
@@ -234,7 +234,7 @@ async def test_a_handshake_that_is_under_way_is_not_cut_by_a_reload(
     upstream = await play(answer)
     proxy = await start(upstream.url, listener_tls=tls)
     client = await proxy.connect()
-    await until(lambda: proxy.worker.proxy.server.places.open == 1)
+    await until(lambda: proxy.worker.proxy.server.slots.open == 1)
     retiring = asyncio.get_running_loop().create_task(proxy.worker.retire(asyncio.Event()))
     await until(lambda: proxy.worker.proxy.retiring)
     context = trusting(authority)
@@ -258,8 +258,8 @@ async def test_a_connection_that_ends_before_its_handshake_leaves_no_place(
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             client.sendall(sent)
             client.close()
-        await until(lambda: server.places.open > 0)
-        await until(lambda: not server.places.open and not server._handshakes)
+        await until(lambda: server.slots.open > 0)
+        await until(lambda: not server.slots.open and not server._handshakes)
 
 
 async def test_a_handshake_that_comes_in_pieces_or_is_none(
@@ -271,7 +271,7 @@ async def test_a_handshake_that_comes_in_pieces_or_is_none(
         peer.send(junk)
         peer.half_close()
         await peer.rest()
-    await until(lambda: not proxy.worker.proxy.server.places.open)
+    await until(lambda: not proxy.worker.proxy.server.slots.open)
     client = await encrypted(proxy, authority)
     await served(client, upstream)
 

@@ -102,7 +102,7 @@ async def test_connections_of_one_address(start: StartProxy, upstream: ScriptedU
     await finish(client, api)
     client.close()
     await until(proxy.worker.proxy.server.empty.is_set)
-    assert not proxy.worker.proxy.server.places._of
+    assert not proxy.worker.proxy.server.slots._of
     (await proxy.connect()).send(post())
     await api.message()
 

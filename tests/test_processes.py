@@ -193,7 +193,6 @@ async def test_workers_that_die_again_and_again_are_started_later_and_later(upst
         assert re.findall(r"the next starts in ([\d.]+)s", served.stderr) == ["0.1", "0.2", "0.4", "0.8"]
 
 
-# What Python runs first: a worker, if it is the first, says something else than workers of this version.
 IGNORES_CHILDREN = """\
 import os, signal, sys
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -244,6 +243,7 @@ async def test_a_worker_that_has_to_be_killed_at_the_end_is_counted_and_leaves_n
     assert not path.exists()
 
 
+# What Python runs first: a worker, if it is the first, says something else than workers of this version.
 OTHER_VERSION = workers_run_first("""
 once = os.path.join(os.path.dirname(__file__), "once")
 if os.path.exists(once):

@@ -8,7 +8,8 @@ import re
 import signal
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -304,15 +305,26 @@ async def test_what_is_watched_is_reloaded_when_its_content_changes(upstream: Sc
             await asked(served, upstream)
 
 
+@asynccontextmanager
+async def started(
+    upstream: ScriptedUpstream, flaky: Flaky, flaky_server: ForkServer, *, workers: int
+) -> AsyncIterator[Supervisor]:
+    """A supervisor in this process, and so many workers that work."""
+    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
+    supervisor = Supervisor(settings(upstream.url, workers=workers, admin=anywhere), flaky_server)
+    supervisor.bind()
+    try:
+        flaky.may_work(workers)
+        await supervisor.start()
+        yield supervisor
+    finally:
+        await supervisor.close()
+
+
 async def test_workers_that_do_not_come_up_change_nothing(
     upstream: ScriptedUpstream, flaky: Flaky, flaky_server: ForkServer
 ) -> None:
-    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
-    supervisor.bind()
-    try:
-        flaky.may_work(2)
-        await supervisor.start()
+    async with started(upstream, flaky, flaky_server, workers=2) as supervisor:
         workers = workers_of(os.getpid())
         with pytest.raises(
             ReloadError, match="2 of 2 new workers did not start to accept connections: one ended with status 3"
@@ -323,8 +335,6 @@ async def test_workers_that_do_not_come_up_change_nothing(
         flaky.may_work(2)
         await supervisor.reload()
         await until_true(lambda: not any(map(alive, workers)))
-    finally:
-        await supervisor.close()
     assert not workers_of(os.getpid())
 
 
@@ -332,12 +342,7 @@ async def test_workers_of_which_only_some_come_up_change_nothing(
     upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, flaky: Flaky, flaky_server: ForkServer
 ) -> None:
     monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 5.0)
-    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
-    supervisor.bind()
-    try:
-        flaky.may_work(2)
-        await supervisor.start()
+    async with started(upstream, flaky, flaky_server, workers=2) as supervisor:
         workers = workers_of(os.getpid())
         flaky.may_work(1)
         with pytest.raises(ReloadError, match=r"^1 of 2 new workers did not start .*: one ended with status 3$"):
@@ -345,8 +350,6 @@ async def test_workers_of_which_only_some_come_up_change_nothing(
         assert workers_of(os.getpid()) == workers
         flaky.may_work(2)
         await supervisor.reload()
-    finally:
-        await supervisor.close()
 
 
 async def test_a_reload_that_fails_cuts_no_stream_of_the_workers_that_came_up(
@@ -354,12 +357,7 @@ async def test_a_reload_that_fails_cuts_no_stream_of_the_workers_that_came_up(
 ) -> None:
     monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 3.0)
     monkeypatch.setattr("sseproxy.process.supervisor._TAKE_OVER_TIMEOUT", 1.0)
-    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=2, admin=anywhere), flaky_server)
-    supervisor.bind()
-    try:
-        flaky.may_work(2)
-        await supervisor.start()
+    async with started(upstream, flaky, flaky_server, workers=2) as supervisor:
         workers = workers_of(os.getpid())
         flaky.may_work(1)
         reloading = asyncio.get_running_loop().create_task(supervisor.reload())
@@ -384,8 +382,6 @@ async def test_a_reload_that_fails_cuts_no_stream_of_the_workers_that_came_up(
             client.close()
             api.close()
         await until_true(lambda: workers_of(os.getpid()) == workers)
-    finally:
-        await supervisor.close()
 
 
 async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
@@ -395,19 +391,12 @@ async def test_a_worker_that_hangs_while_it_starts_changes_nothing(
     flaky_server: ForkServer,
 ) -> None:
     monkeypatch.setattr("sseproxy.process.supervisor._START_TIMEOUT", 0.5)
-    anywhere = config.Admin(listen=config.Address("127.0.0.1", 0))
-    supervisor = Supervisor(settings(upstream.url, workers=1, admin=anywhere), flaky_server)
-    supervisor.bind()
-    try:
-        flaky.may_work(1)
-        await supervisor.start()
+    async with started(upstream, flaky, flaky_server, workers=1) as supervisor:
         workers = workers_of(os.getpid())
         flaky.hang()
         with pytest.raises(ReloadError, match=r"^1 of 1 new workers did not start to accept connections$"):
             await supervisor.reload()
         assert workers_of(os.getpid()) == workers
-    finally:
-        await supervisor.close()
 
 
 # Workers that take their time to start, so that much is asked meanwhile.

@@ -86,6 +86,14 @@ def installed(tmp_path: Path) -> Installation:
     return Installation(tmp_path)
 
 
+def script_in(directory: Path) -> Path:
+    """A script that runs sseproxy, as an installation has one."""
+    script = directory / "sseproxy"
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom sseproxy.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    return script
+
+
 async def upgraded(served: Served, version: str, *, before: str = __version__) -> None:
     """SIGUSR2, and the workers of `version` have taken over."""
     served.process.send_signal(signal.SIGUSR2)
@@ -587,9 +595,7 @@ async def test_systemd_keeps_its_sockets_and_is_told_of_an_upgrade(
 async def test_without_a_file_and_as_a_script_it_is_upgraded_as_well_and_keeps_its_name(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
-    script = tmp_path / "sseproxy"
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom sseproxy.cli import main\nsys.exit(main())\n")
-    script.chmod(0o755)
+    script = script_in(tmp_path)
     arguments = ("--upstream", f"{upstream.url}/v1", *ANYWHERE, "--workers", "1")
     async with serve(*arguments, program=[str(script)], **installed.environment) as served:
         assert name_of(served.pid) == "sseproxy"
@@ -616,9 +622,7 @@ async def test_a_worker_is_not_ended_by_a_signal_that_was_meant_for_its_supervis
 async def test_a_command_that_cannot_be_executed_any_more_changes_nothing(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
-    script = tmp_path / "sseproxy"
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom sseproxy.cli import main\nsys.exit(main())\n")
-    script.chmod(0o755)
+    script = script_in(tmp_path)
     file = ConfigFile(tmp_path, upstream)
     async with serve("-c", str(file.path), program=[str(script)], **installed.environment) as served:
         client, api = await streaming(served, upstream)
@@ -641,9 +645,7 @@ async def refused_again(served: Served, reason: str) -> None:
 async def test_a_reload_that_waits_for_an_upgrade_is_done_if_that_fails(
     upstream: ScriptedUpstream, tmp_path: Path, installed: Installation
 ) -> None:
-    script = tmp_path / "sseproxy"
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom sseproxy.cli import main\nsys.exit(main())\n")
-    script.chmod(0o755)
+    script = script_in(tmp_path)
     file = ConfigFile(tmp_path, upstream)
     slow = "    import uvloop, time; os.unlink(sys.argv[0]); time.sleep(1)\n"
     async with (

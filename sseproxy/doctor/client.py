@@ -45,7 +45,7 @@ class _Said(msgspec.Struct):
 
 
 class _Error(msgspec.Struct):
-    """An error in the form of OpenAI's API."""
+    """An error in the style of OpenAI's API."""
 
     error: _Said
 

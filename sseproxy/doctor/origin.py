@@ -258,7 +258,7 @@ def _json(report: Report) -> web.Response:
 
 
 def _error(status: int, message: str) -> web.Response:
-    """An error in the form that OpenAI's API uses."""
+    """An error in the style of OpenAI's API."""
     kind = "invalid_request_error" if status < 429 else "overloaded_error"
     document = {"message": message, "type": kind, "param": None, "code": "probe"}
     headers = {"Server": "sseproxy-probe"} | ({"Retry-After": "1"} if status == 429 else {})

@@ -159,7 +159,7 @@ class Generation(_Workers):
         self._fork = fork
         self._processes: dict[int, Process] = {}
         # The label of each worker, 1 to `size`, and how much of its CPU time the metrics have already.
-        self._places: dict[int, tuple[str, float]] = {}
+        self._labels: dict[int, tuple[str, float]] = {}
         self._channels: dict[int, socket.socket] = {}
         self._spawning = 0
         # The reports of each worker that has reported. A worker reports for the first time when it accepts.
@@ -173,7 +173,7 @@ class Generation(_Workers):
         """Starts the workers. Returns before they accept: see `ready` and `complete`."""
         self._most_connections = connections_of_a_worker(self.config, self.size)
         loop = asyncio.get_running_loop()
-        self._keepers = [loop.create_task(self._keep_worker(str(place))) for place in range(1, self.size + 1)]
+        self._keepers = [loop.create_task(self._keep_worker(str(label))) for label in range(1, self.size + 1)]
 
     def complete(self) -> bool:
         """Whether every worker accepts."""
@@ -220,15 +220,15 @@ class Generation(_Workers):
         First it reads what CPU, memory and descriptors each of them uses.
         """
         for number, process in self._processes.items():
-            place, used = self._places[number]
+            label, used = self._labels[number]
             seen = of_process(process.pid)
-            self._places[number] = place, max(used, seen.cpu_seconds)
+            self._labels[number] = label, max(used, seen.cpu_seconds)
             gauges: list[tuple[str, Labels, float]] = [
-                (metrics.WORKER_MEMORY.name, (place,), seen.resident_bytes),
-                (metrics.WORKER_FDS.name, (place,), seen.open_fds),
-                (metrics.WORKER_MAX_FDS.name, (place,), seen.max_fds),
+                (metrics.WORKER_MEMORY.name, (label,), seen.resident_bytes),
+                (metrics.WORKER_FDS.name, (label,), seen.open_fds),
+                (metrics.WORKER_MAX_FDS.name, (label,), seen.max_fds),
             ]
-            cpu = (metrics.WORKER_CPU.name, (place,), max(0.0, seen.cpu_seconds - used))
+            cpu = (metrics.WORKER_CPU.name, (label,), max(0.0, seen.cpu_seconds - used))
             self._registry.add(number, Report([cpu], gauges, [], []))
         await asyncio.gather(*(reports.latest() for reports in self._reports.values()))
 
@@ -245,13 +245,13 @@ class Generation(_Workers):
         """Waits until every worker has ended. Call `drain`, `retire`, `expire` or `kill` first."""
         await asyncio.wait(self._keepers)
 
-    async def _keep_worker(self, place: str) -> None:
-        """Runs the worker with the label `place`, and replaces it when it ends, until the generation is closed."""
+    async def _keep_worker(self, label: str) -> None:
+        """Runs the worker with the label `label`, and replaces it when it ends, until the generation is closed."""
         backoff = 0.0
         while not self._closing.is_set():
             started = perf_counter()
             try:
-                status = await self._run_worker(place)
+                status = await self._run_worker(label)
             except OSError as error:
                 # No descriptors, processes or memory are left now, but there may be some later.
                 status, why = None, f"could not be started: {error}"
@@ -275,15 +275,15 @@ class Generation(_Workers):
             except TimeoutError:
                 continue
 
-    async def _run_worker(self, place: str) -> int:
+    async def _run_worker(self, label: str) -> int:
         """Runs one worker until it ends, and returns its exit status. Raises `OSError` if it cannot be started."""
         row = self._ledger.take_row()
         try:
-            return await self._run_worker_on(row, place)
+            return await self._run_worker_on(row, label)
         finally:
             self._ledger.free_row(row)
 
-    async def _run_worker_on(self, row: int, place: str) -> int:
+    async def _run_worker_on(self, row: int, label: str) -> int:
         ours, theirs = socket.socketpair()
         number = next(self._numbers)
         fds = [theirs.fileno(), self._ledger.fd, *(sock.fileno() for sock in self._sockets)]
@@ -297,7 +297,7 @@ class Generation(_Workers):
             finally:
                 self._spawning -= 1
         self._processes[number] = process
-        self._places[number] = place, 0.0
+        self._labels[number] = label, 0.0
         self._channels[number] = ours
         self._rows[number] = row
         if self._last_signal is not None:
@@ -323,7 +323,7 @@ class Generation(_Workers):
         status = await process.wait()
         watch.cancel()
         writer.close()
-        del self._processes[number], self._places[number], self._channels[number], self._rows[number]
+        del self._processes[number], self._labels[number], self._channels[number], self._rows[number]
         self._changed()
         self._view.drop(number)
         for labels, lost in self._registry.drop(number).items():

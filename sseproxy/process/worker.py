@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 # Bytes of reports that wait for a supervisor that does not read. Above that, the worker sends no report: the next one
 # that can be sent includes the changes of those that were not.
 _MAX_UNREAD_REPORTS = 1024 * 1024
-# Seconds after the last reading of the live view, until the ids of its rows are forgotten.
+# Seconds after the last reading of the live view, until the ids of the exchanges in it are forgotten.
 _REMEMBERED_FOR = 10.0
 # Seconds for exchanges that were ended at the deadline of a drain to write their last bytes.
 _FLUSH_TIMEOUT = 2.0
@@ -142,7 +142,7 @@ class Worker:
 
     def _gauges(self) -> Iterator[tuple[Metric, Labels, float]]:
         """The current values of the gauges."""
-        yield metrics.CLIENT_CONNECTIONS, (), self.proxy.server.places.open
+        yield metrics.CLIENT_CONNECTIONS, (), self.proxy.server.slots.open
         for name, upstream in self.proxy.upstreams.items():
             in_use, idle = upstream.connections()
             yield metrics.CONNECTIONS, (name, "active"), in_use - upstream.connecting
@@ -150,7 +150,7 @@ class Worker:
             yield metrics.CONNECTIONS, (name, "idle"), idle
 
     async def look(self) -> Reading:
-        """What is under way now. Ids of its rows are known until the next call, or for `_REMEMBERED_FOR` seconds."""
+        """What is under way now. The ids in it are known until the next call, or for `_REMEMBERED_FOR` seconds."""
         if self._reader is None:
             upstreams = self.proxy.upstreams.items()
             hosts = {name: upstream.only.host.decode() for name, upstream in upstreams if upstream.only is not None}

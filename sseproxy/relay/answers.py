@@ -12,7 +12,7 @@ import msgspec
 
 from ..errors import ExchangeError
 from ..wire import headers
-from ..wire.dialects import OPENAI, Form
+from ..wire.dialects import OPENAI, Style
 from .heads import ResponseHead
 
 _REASONS: Final = {
@@ -95,12 +95,12 @@ class Answer(msgspec.Struct, frozen=True):
     @staticmethod
     def of(
         error: ExchangeError,
-        form: Form = OPENAI,
+        style: Style = OPENAI,
         *,
         keep_alive: bool = False,
         extra: Sequence[headers.Field] = (),
     ) -> Answer:
-        body = form.refusal(error)
+        body = style.refusal(error)
         fields = [
             (b"Date", date()),
             (b"Content-Type", b"application/json"),

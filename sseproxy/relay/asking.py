@@ -403,7 +403,7 @@ class Asking:
                 self._request.connection,
                 partial(self._early_head, content_type),
                 interval,
-                self.question.dialect.form,
+                self.question.dialect.style,
                 chunked=self._request.version == (1, 1),
             )
 

@@ -30,7 +30,7 @@ from ..ledger.table import Columns, Count
 from ..ledger.windows import Use, Window
 from ..wire.credentials import digest, public_part
 from ..wire.demand import OUTPUT, Demand
-from ..wire.dialects import Allowance, Form, models_in
+from ..wire.dialects import Allowance, Style, models_in
 from ..wire.form import FormReader
 from ..wire.headers import Field, Fields, client_block
 from ..wire.meaning import OTHER_MODELS
@@ -452,7 +452,7 @@ class Visit:
         if self._server is not None:
             self._server.settle(self.client.name, used if self.client.counts_tokens else 0)
 
-    def allowances(self, form: Form) -> list[Field] | None:
+    def allowances(self, style: Style) -> list[Field] | None:
         """The fields that tell the client what it could still use when this request began. None if nothing is limited.
 
         They are known only after `begin`.
@@ -460,7 +460,7 @@ class Visit:
         if not self.client.has_rates:
             return None
         requests, tokens = (1, self._reserved or 0) if self._counted else (0, 0)
-        return form.allowances(self.client.allowances(self._uses, requests, tokens), time())
+        return style.allowances(self.client.allowances(self._uses, requests, tokens), time())
 
 
 class Clients:

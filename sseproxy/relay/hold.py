@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Final, Literal, cast
 
 from ..errors import BrokenBodyError, Outcome
-from ..wire.dialects import Form
+from ..wire.dialects import Style
 from ..wire.framing import Framing, decoder, frame
 from ..wire.meaning import Usage
 from .clock import Clock
@@ -183,25 +183,25 @@ class Hold:
 
 
 class EarlyHead:
-    """Keeps a client waiting while answers are held back, with heartbeats in the `form` of its API.
+    """Keeps a client waiting while answers are held back, with heartbeats in the `style` of its API.
 
     After the first `interval` seconds, the head of the response goes out, and a heartbeat; then one in each interval.
     The head says nothing of the endpoint, because another one may answer. `head` makes it, and is called when it is
     sent.
     """
 
-    __slots__ = ("_chunked", "_connection", "_head", "_interval", "_timer", "form", "sent")
+    __slots__ = ("_chunked", "_connection", "_head", "_interval", "_timer", "sent", "style")
 
     def __init__(
         self,
         connection: DownstreamProtocol,
         head: Callable[[], bytes],
         interval: float,
-        form: Form,
+        style: Style,
         *,
         chunked: bool,
     ) -> None:
-        self.form = form
+        self.style = style
         self.sent = False
         """Whether the head has gone out."""
         self._connection = connection
@@ -213,7 +213,7 @@ class EarlyHead:
     def _beat(self) -> None:
         transport = self._connection.transport
         if transport is not None and not transport.is_closing() and not self._connection.writing_paused:
-            self.write(self.form.heartbeat)
+            self.write(self.style.heartbeat)
         self._timer = asyncio.get_running_loop().call_later(self._interval, self._beat)
 
     def write(self, event: bytes) -> None:

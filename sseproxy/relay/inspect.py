@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..errors import ExchangeError
 from ..wire.deltas import DeltaMatcher, delta_matcher
-from ..wire.dialects import Dialect, Form
+from ..wire.dialects import Dialect, Style
 from ..wire.extract import Elements, Gist
 from ..wire.headers import BodyKind, is_encoded
 from ..wire.meaning import DELTA, NOTHING, REASONING
@@ -66,14 +66,14 @@ class Inspector:
 
 
 class EventInspector(Inspector):
-    """Follows an event stream only to know where its events begin and end. Its clients understand `form`."""
+    """Follows an event stream only to know where its events begin and end. Its clients understand `style`."""
 
-    __slots__ = ("_form", "_parser")
+    __slots__ = ("_parser", "_style")
 
-    def __init__(self, exchange: Exchange, parser: EventParser, form: Form) -> None:
+    def __init__(self, exchange: Exchange, parser: EventParser, style: Style) -> None:
         super().__init__(exchange)
         self._parser = parser
-        self._form = form
+        self._style = style
 
     def look(self, payload: bytes, read_at: float) -> bool:
         self._parser.feed(payload)
@@ -87,12 +87,12 @@ class EventInspector(Inspector):
         # It must not be inserted between a CR and its LF, because then the LF would be a blank line.
         parser = self._parser
         harmless = parser.at_boundary and not parser.in_line_end and not self._exchange.marker_seen
-        return self._form.heartbeat if harmless else b""
+        return self._style.heartbeat if harmless else b""
 
     def error_event(self, error: ExchangeError) -> bytes:
         if not self._parser.at_boundary or self._exchange.marker_seen:
             return b""
-        return self._form.error_event(error, self._exchange.events)
+        return self._style.error_event(error, self._exchange.events)
 
 
 class StreamInspector(EventInspector):
@@ -116,7 +116,7 @@ class StreamInspector(EventInspector):
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_event: int) -> None:
         parser = EventParser(max_event, dialect.members)
-        super().__init__(exchange, parser, dialect.form)
+        super().__init__(exchange, parser, dialect.style)
         self._dialect = dialect
         self._read = dialect.read
         self._text = dialect.text
@@ -177,7 +177,7 @@ class StreamInspector(EventInspector):
             return self._json.failed()
         # The parser has got all bytes so far, so it still knows where events begin and end.
         self._exchange.unread = "failed"
-        return EventInspector(self._exchange, self._parser, self._form)
+        return EventInspector(self._exchange, self._parser, self._style)
 
     def heartbeat(self) -> bytes:
         return super().heartbeat() if self._json is None else b""

@@ -39,7 +39,7 @@ from ..errors import (
 from ..wire import headers
 from ..wire.coding import READABLE, Inflater, coding_of
 from ..wire.credentials import has, has_key, is_astray, keys_in, strays, without_key
-from ..wire.dialects import Dialect, Form, as_read, dialect_of, form_of, model_in
+from ..wire.dialects import Dialect, Style, as_read, dialect_of, model_in, style_of
 from ..wire.form import FormReader
 from ..wire.framing import Framing, framing_fields
 from ..wire.request import RequestReader, reader_of
@@ -95,7 +95,7 @@ class Relay:
         self._downstream = downstream
         self._task = task
         self._received_at = max(downstream.read_at, downstream.free_at)
-        # The path that was asked, and the name of its dialect: they tell which form of errors the client understands.
+        # The path that was asked, and the name of its dialect: they tell which style of errors the client understands.
         self._asked_as = (request.target.partition("?")[0], "auto")
         self._coding = coding_of(request.fields.tokens(b"content-encoding"))
         # Reads the whole body before the request is sent.
@@ -228,7 +228,7 @@ class Relay:
         ends.append(partial(self._record, outcome))
         if self._visit is not None:
             ends.append(self._visit.release)
-        # All of these run, even if another one raises. Only the log tells of that: the client has its response.
+        # All of these run, even if another one raises. Only the log tells of that.
         for end in ends:
             try:
                 end()
@@ -275,10 +275,10 @@ class Relay:
         return headers.client_address(self._request.fields, self._downstream.address, self._proxy.trusts)
 
     @property
-    def _form(self) -> Form:
-        """The form in which the client understands what is written here."""
+    def _style(self) -> Style:
+        """The style in which the client understands what sseproxy itself writes."""
         path, name = self._asked_as
-        return form_of(routes.normal_path(path), name)
+        return style_of(routes.normal_path(path), name)
 
     def _can_keep_alive(self) -> bool:
         """Whether the connection can be used for another request.
@@ -296,7 +296,7 @@ class Relay:
         """The error response. If a response head was sent already, breaks the connection instead."""
         early = self._asking.early if self._asking is not None else None
         if early is not None and early.sent and self._pump is None:
-            early.write(early.form.error_event(error, 0))
+            early.write(early.style.error_event(error, 0))
         if self._head_sent:
             self._downstream.cut(flush=self._framing_out != "close" and not isinstance(error, StalledClient))
             return Answer(keep_alive=False)
@@ -320,12 +320,12 @@ class Relay:
             # Other parsers may read such a request differently, so nothing after it can be trusted.
             self._downstream.read_no_more()
         last = misread or self._downstream.refused is not None or error.code == "too_many_wrong_keys"
-        form = self._form
+        style = self._style
         if isinstance(error, LimitExceeded) and self._visit is not None:
             # The SDKs of OpenAI and Anthropic look for it first.
             extra.append((b"Retry-After-Ms", b"%d" % ceil(error.retry_after * 1000)))
-            extra += self._visit.allowances(form) or ()
-        answer = Answer.of(error, form, keep_alive=not last and self._can_keep_alive(), extra=extra)
+            extra += self._visit.allowances(style) or ()
+        answer = Answer.of(error, style, keep_alive=not last and self._can_keep_alive(), extra=extra)
         exchange.response_bytes += 0 if self._request.method == "HEAD" else len(answer.body)
         return answer
 
@@ -348,7 +348,7 @@ class Relay:
         dialect = dialect_of(known_as, route.dialect)
 
         if route.merge_models and asks_for_models(request.method, routes.normal_path(path), route.match.path):
-            return await self._list_models(route, dialect.form, clock)
+            return await self._list_models(route, dialect.style, clock)
         is_json, plain = headers.is_json(request.fields), self._coding == b""
         # Other forms are files, which have no model and may be large.
         tells_model = is_json or (dialect.generates and headers.is_form(request.fields))
@@ -422,7 +422,7 @@ class Relay:
         self._respond(asking, asked, kind, dialect, clock, route.heartbeat, streams=streams)
         return None
 
-    async def _list_models(self, route: Route, form: Form, clock: Clock) -> Answer:
+    async def _list_models(self, route: Route, style: Style, clock: Clock) -> Answer:
         """The models of all endpoints of `route` that the client may use."""
         extra, allowed = [(b"X-Request-Id", self._request.id)], None
         if self._visit is not None:
@@ -435,7 +435,7 @@ class Relay:
         exchange.status = 200
         exchange.response_bytes += len(body)
         if self._visit is not None:
-            extra += self._visit.allowances(form) or ()
+            extra += self._visit.allowances(style) or ()
         return Answer.of_json(body, keep_alive=self._can_keep_alive(), extra=extra)
 
     def _admit(self) -> None:
@@ -614,7 +614,7 @@ class Relay:
                 request_id=request.id,
                 connection=self._connection_option(),
                 date=date(),
-                allowances=None if self._visit is None else self._visit.allowances(self._form),
+                allowances=None if self._visit is None else self._visit.allowances(self._style),
             ),
         )
 
@@ -671,7 +671,7 @@ class Relay:
                 event_stream=event_stream,
                 connection=self._connection_option(),
                 date=date(),
-                allowances=None if self._visit is None else self._visit.allowances(dialect.form),
+                allowances=None if self._visit is None else self._visit.allowances(dialect.style),
             )
             self._head_sent = True
             exchange.head_received(head.status, event_stream)
@@ -696,7 +696,7 @@ class Relay:
                 framing_out=self._framing_out,
                 reusable=reusable,
                 began_at=attempt.began_at,
-                # Heartbeats are events. They are only sent if the Content-Type says that it is an event stream.
+                # Heartbeats are only sent if the Content-Type says that it is an event stream.
                 heartbeat=heartbeat if kind == "events" else None,
                 stripper=stripper,
             )

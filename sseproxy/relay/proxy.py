@@ -138,8 +138,8 @@ class Proxy:
         self.retiring = False
         self.draining = False
         self._closing_idle: asyncio.TimerHandle | None = None
-        places = Connections(self.limits, row, most_connections)
-        self.server = DownstreamServer(self.handle, self._malformed, self.limits, places)
+        slots = Connections(self.limits, row, most_connections)
+        self.server = DownstreamServer(self.handle, self._malformed, self.limits, slots)
 
     def _server(self, config: Config, row: Row) -> Remote | None:
         """What counts the use of clients on several machines."""

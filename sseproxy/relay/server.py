@@ -32,13 +32,13 @@ class _Accepted(asyncio.Protocol):
         self._start_tls_task: asyncio.Future[asyncio.Transport | None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        accepted, places = cast(asyncio.Transport, transport), self._server.places
+        accepted, slots = cast(asyncio.Transport, transport), self._server.slots
         with ExitStack() as ends:
             ends.callback(accepted.abort)
-            ends.callback(places.remove, self)
-            refused = places.add(self, address_of(accepted))
+            ends.callback(slots.remove, self)
+            refused = slots.add(self, address_of(accepted))
             # An error response would need a handshake. A client with too many connections does not get one.
-            if not places.crowded and (refused is None or refused.reason == "connections"):
+            if not slots.crowded and (refused is None or refused.reason == "connections"):
                 self._server.start_handshake(self._handshake(accepted))
                 ends.pop_all()
 
@@ -54,12 +54,12 @@ class _Accepted(asyncio.Protocol):
     async def _handshake(self, transport: asyncio.Transport) -> None:
         with ExitStack() as ends:
             ends.callback(transport.abort)
-            ends.callback(self._server.places.remove, self)
+            ends.callback(self._server.slots.remove, self)
             protocol = DownstreamProtocol(self._server, self._loop)
             encrypted = await self._start_tls(transport, protocol)
             if encrypted is not None and not encrypted.is_closing():
                 # From here on the `DownstreamProtocol` is counted instead of this object.
-                self._server.places.remove(self)
+                self._server.slots.remove(self)
                 protocol.connection_made(encrypted)
                 ends.pop_all()
 
@@ -97,7 +97,7 @@ class _Accepted(asyncio.Protocol):
 class DownstreamServer:
     """All client connections.
 
-    `handle` answers a request. `malformed` answers one that could not be parsed. `places` counts and limits the
+    `handle` answers a request. `malformed` answers one that could not be parsed. `slots` counts and limits the
     connections.
     """
 
@@ -106,13 +106,13 @@ class DownstreamServer:
         handle: Callable[[Request], Awaitable[Answer]],
         malformed: Callable[[RequestError], Answer],
         limits: Limits,
-        places: Connections,
+        slots: Connections,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.handle = handle
         self.malformed = malformed
         self.limits = limits
-        self.places = places
+        self.slots = slots
         self.hangups = HangupWatch(self._loop)
         self.parsed_for = BaseProtocol(self._loop)
         """A protocol for aiohttp's parser, which would use it to pause reading."""
@@ -146,15 +146,15 @@ class DownstreamServer:
         """
         self.connections.add(connection)
         self.empty.clear()
-        refused = self.places.add(connection, connection.address)
-        if self.places.crowded and connection.transport is not None:
+        refused = self.slots.add(connection, connection.address)
+        if self.slots.crowded and connection.transport is not None:
             connection.transport.abort()
         return refused
 
     def lost(self, connection: DownstreamProtocol, task: asyncio.Task[None] | None) -> None:
         """The `connection` is closed. It is forgotten when `task`, which answers its requests, has ended."""
         try:
-            self.places.remove(connection)
+            self.slots.remove(connection)
         finally:
             if task is None or task.done():
                 self._forget(connection)

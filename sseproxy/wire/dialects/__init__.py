@@ -16,11 +16,11 @@ from ..meaning import MAX_MODEL
 from .assistants import ASSISTANTS
 from .chat import CHAT, COMPLETIONS, GENERIC
 from .dialect import Dialect
-from .form import OPENAI, Allowance, Form
 from .gemini import GEMINI, GOOGLE
 from .media import IMAGES, SPEECH, TRANSCRIPTIONS
 from .messages import ANTHROPIC, MESSAGES
 from .responses import RESPONSES
+from .style import OPENAI, Allowance, Style
 
 __all__ = [
     "DIALECTS",
@@ -28,13 +28,13 @@ __all__ = [
     "OPENAI",
     "Allowance",
     "Dialect",
-    "Form",
+    "Style",
     "as_read",
     "asks_for_stream",
     "dialect_of",
-    "form_of",
     "model_in",
     "models_in",
+    "style_of",
 ]
 
 DIALECTS: Final = (
@@ -103,12 +103,12 @@ def dialect_of(path: str, name: str = "auto") -> Dialect:
     return next(dialect for dialect in DIALECTS if dialect.path.search(path))
 
 
-_FORMS: Final = (ANTHROPIC, GOOGLE, OPENAI)
+_STYLES: Final = (ANTHROPIC, GOOGLE, OPENAI)
 
 
-def form_of(path: str, name: str = "auto") -> Form:
-    """In what form the clients of the dialect `name`, or for `auto` those that ask for `path`, read an error."""
+def style_of(path: str, name: str = "auto") -> Style:
+    """In what style the clients of the dialect `name`, or for `auto` those that ask for `path`, read an error."""
     dialect = dialect_of(path, name)
     if dialect is not GENERIC or name != "auto":
-        return dialect.form
-    return next(form for form in _FORMS if form.paths.search(path))
+        return dialect.style
+    return next(style for style in _STYLES if style.paths.search(path))

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from ..extract import Members
 from ..meaning import NOTHING, Meaning, complains
-from .form import OPENAI, Form
+from .style import OPENAI, Style
 
 
 class Dialect(Struct, frozen=True):
@@ -19,7 +19,7 @@ class Dialect(Struct, frozen=True):
     `path` matches the path of a request to the upstream, in any case, because some servers do not mind it.
     `read(type, data)` returns the meaning of an event as the API defines it, and `judged` what it means in the end.
     `members` are the members that `read` needs; of a large event, `read` gets only these. `text` finds generated text
-    in an event. `form` is how its clients are told of errors, and what they take as a heartbeat.
+    in an event. `style` is how its clients are told of errors, and what they take as a heartbeat.
 
     `generates`: its responses have content, and its streams have a first token. `asks_usage`: its streams have usage
     only if the request asks for it. `keeps`: its responses are kept by the upstream, and can be fetched later.
@@ -32,7 +32,7 @@ class Dialect(Struct, frozen=True):
     members: Members
     text: re.Pattern[bytes]
     generates: bool = True
-    form: Form = OPENAI
+    style: Style = OPENAI
     asks_usage: bool = False
     keeps: bool = False
     natural: str = "stop"

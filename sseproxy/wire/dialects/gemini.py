@@ -14,7 +14,7 @@ from ..deltas import text_under
 from ..extract import wanted
 from ..meaning import NULL, UNREADABLE, Meaning, Rest, filled, read_rest, read_usage, text_of
 from .dialect import Dialect
-from .form import Form, document
+from .style import Style, document
 
 
 class _Part(msgspec.Struct, gc=False):
@@ -120,7 +120,7 @@ def _error_event(error: ExchangeError, number: int) -> bytes:
     return b"data: " + json.dumps(_error(error)).encode() + b"\n\n"
 
 
-GOOGLE: Final = Form(
+GOOGLE: Final = Style(
     # They do so with a comment as well, or lose the event after it. A blank line is nothing to them.
     b"\n\n",
     lambda error: document(_error(error)),
@@ -139,6 +139,6 @@ GEMINI: Final = Dialect(
     read_gemini,
     _MEMBERS,
     text_under("text"),
-    form=GOOGLE,
+    style=GOOGLE,
     natural="STOP",
 )

@@ -31,7 +31,7 @@ from ..meaning import (
     text_of,
 )
 from .dialect import Dialect
-from .form import COMMENT, Allowance, Form, document, event_with
+from .style import COMMENT, Allowance, Style, document, event_with
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -140,7 +140,7 @@ def _allowances(allowances: Sequence[Allowance], now: float) -> list[Field]:
     ]
 
 
-ANTHROPIC: Final = Form(
+ANTHROPIC: Final = Style(
     COMMENT,
     lambda error: document(_error(error)),
     lambda error, number: event_with(_error(error)),
@@ -158,6 +158,6 @@ MESSAGES: Final = Dialect(
     read_message,
     _MEMBERS,
     text_under("text", "thinking", "partial_json"),
-    form=ANTHROPIC,
+    style=ANTHROPIC,
     natural="end_turn",
 )

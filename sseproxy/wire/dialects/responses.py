@@ -26,7 +26,7 @@ from ..meaning import (
     text_of,
 )
 from .dialect import Dialect
-from .form import OPENAI, event_with, openai_error
+from .style import OPENAI, event_with, openai_error
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -119,7 +119,7 @@ RESPONSES: Final = Dialect(
     read_response,
     _MEMBERS,
     text_under("delta"),
-    form=replace(OPENAI, error_event=_error_event),
+    style=replace(OPENAI, error_event=_error_event),
     keeps=True,
     natural="completed",
 )

@@ -1,4 +1,4 @@
-"""The form of what sseproxy itself sends to the clients of an API: heartbeats, error responses and error events."""
+"""The style of what sseproxy itself sends to the clients of an API: heartbeats, error responses and error events."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _openai_allowances(allowances: Sequence[Allowance], now: float) -> list[Fiel
     return found
 
 
-class Form(Struct, frozen=True):
+class Style(Struct, frozen=True):
     """How a client is told that its stream goes on, that something failed, or how much it may still use.
 
     `heartbeat` is written between two events. It is a comment, or an event that clients ignore. `refusal(error)` is the
@@ -73,11 +73,11 @@ def _openai_refusal(error: ExchangeError) -> bytes:
 
 
 def _openai_error_event(error: ExchangeError, number: int) -> bytes:
-    # `event: error` together with a nested `error` is the one form on which every SDK of OpenAI raises, whatever
+    # `event: error` together with a nested `error` makes every SDK of OpenAI raise, whatever
     # follows it on the connection.
     return event_with({"type": "error", "error": openai_error(error)})
 
 
 # One line and no blank one: with a blank line, openai for Python fails on streams that have used `id`.
 COMMENT: Final = b": heartbeat\n"
-OPENAI: Final = Form(COMMENT, _openai_refusal, _openai_error_event, re.compile(r""))
+OPENAI: Final = Style(COMMENT, _openai_refusal, _openai_error_event, re.compile(r""))

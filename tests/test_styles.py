@@ -1,4 +1,4 @@
-"""What is written here for a client is in the form of the API that it asked, and the API's own clients read it."""
+"""What is written here for a client is in the style of the API that it asked, and the API's own clients read it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sseproxy.errors import (
     UpstreamTimeout,
 )
 from sseproxy.relay.routes import normal_path
-from sseproxy.wire.dialects import DIALECTS, OPENAI, Dialect, Form, dialect_of, form_of
+from sseproxy.wire.dialects import DIALECTS, OPENAI, Dialect, Style, dialect_of, style_of
 from sseproxy.wire.dialects.gemini import GOOGLE
 from sseproxy.wire.dialects.messages import ANTHROPIC
 from sseproxy.wire.sse import EventParser
@@ -98,8 +98,8 @@ def test_an_error_as_google_has_it(error: ExchangeError) -> None:
     assert GOOGLE.error_event(error, NUMBER).startswith(b'data: {"error":')
 
 
-def event_of(form: Form, error: ExchangeError) -> tuple[bytes, Any]:
-    ((kind, data),) = EventParser(1 << 20).feed(form.error_event(error, NUMBER))
+def event_of(style: Style, error: ExchangeError) -> tuple[bytes, Any]:
+    ((kind, data),) = EventParser(1 << 20).feed(style.error_event(error, NUMBER))
     assert data is not None
     return kind, json.loads(data)
 
@@ -108,7 +108,7 @@ def event_of(form: Form, error: ExchangeError) -> tuple[bytes, Any]:
 def test_an_error_event_is_an_error_to_the_reader_of_its_own_api(dialect: Dialect) -> None:
     """As it is to a proxy like this one in front."""
     for error in EVERY_ERROR:
-        ((kind, data),) = EventParser(1 << 20).feed(dialect.form.error_event(error, NUMBER))
+        ((kind, data),) = EventParser(1 << 20).feed(dialect.style.error_event(error, NUMBER))
         assert data is not None
         assert dialect.read(kind, data).error
 
@@ -117,12 +117,12 @@ def test_an_error_event_is_an_error_to_the_reader_of_its_own_api(dialect: Dialec
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_a_heartbeat_is_no_event_and_changes_none(dialect: Dialect, end: bytes) -> None:
     event = b"event: x" + end + b"data: y" + end + end
-    beat = dialect.form.heartbeat
+    beat = dialect.style.heartbeat
     assert EventParser(100).feed(beat + beat + event + beat + event + beat) == 2 * [(b"x", b"y")]
 
 
 @pytest.mark.parametrize(
-    ("path", "form"),
+    ("path", "style"),
     [
         ("/v1/chat/completions", OPENAI),
         ("/v1/embeddings", OPENAI),
@@ -155,8 +155,8 @@ def test_a_heartbeat_is_no_event_and_changes_none(dialect: Dialect, end: bytes) 
         ("/v1beta1/projects/p/locations/l/endpoints/e:predict", GOOGLE),
     ],
 )
-def test_a_path_tells_the_form(path: str, form: Form) -> None:
-    assert form_of(path) is form
+def test_a_path_tells_the_style(path: str, style: Style) -> None:
+    assert style_of(path) is style
 
 
 HOSTILE = [
@@ -177,21 +177,21 @@ HOSTILE = [
 def test_no_path_takes_long_to_tell(begins: str, ends: str) -> None:
     path = begins * (30_000 // len(begins)) + ends
     started = perf_counter()
-    form_of(path)
+    style_of(path)
     assert perf_counter() - started < 1
 
 
 def test_responses_have_an_error_event_of_their_own() -> None:
-    assert form_of("/v1/responses") == replace(OPENAI, error_event=dialect_of("/v1/responses").form.error_event)
+    assert style_of("/v1/responses") == replace(OPENAI, error_event=dialect_of("/v1/responses").style.error_event)
 
 
 @EACH_DIALECT
-def test_a_route_that_names_its_dialect_tells_the_form(dialect: Dialect) -> None:
-    assert form_of("/v1/messages", dialect.name) is dialect.form
+def test_a_route_that_names_its_dialect_tells_the_style(dialect: Dialect) -> None:
+    assert style_of("/v1/messages", dialect.name) is dialect.style
 
 
 @pytest.mark.parametrize(
-    ("path", "form"),
+    ("path", "style"),
     [
         ("/other/messages", ANTHROPIC),
         ("/other/m%65ssages", ANTHROPIC),
@@ -199,12 +199,12 @@ def test_a_route_that_names_its_dialect_tells_the_form(dialect: Dialect) -> None
         ("/other/responses", OPENAI),
     ],
 )
-async def test_what_no_route_takes_is_refused_by_its_path(proxy: RunningProxy, path: str, form: Form) -> None:
+async def test_what_no_route_takes_is_refused_by_its_path(proxy: RunningProxy, path: str, style: Style) -> None:
     client = await proxy.connect()
     client.send(post(path=path + "?key=:generateContent"))
     response = await client.message()
     said = RequestError("no_route", f"No route for POST {normal_path(path)}; there are routes for /v1.")
-    assert (response.status, response.body) == (404, form.refusal(said))
+    assert (response.status, response.body) == (404, style.refusal(said))
     assert response.get("content-type") == "application/json"
 
 
@@ -225,10 +225,10 @@ async def test_what_a_route_takes_is_refused_as_the_upstreams_api(
     )
     proxy = await start(upstream.url, upstreams=(base,), routes=(by_path, named))
     late = UpstreamTimeout("head", 0.2)
-    for path, form in (("/claude/messages", ANTHROPIC), ("/claude/completions", OPENAI), ("/b/whatever", GOOGLE)):
+    for path, style in (("/claude/messages", ANTHROPIC), ("/claude/completions", OPENAI), ("/b/whatever", GOOGLE)):
         client, _ = await begin(proxy, upstream, post(path=path))
         response = await client.message()
-        assert (response.status, response.body) == (504, form.refusal(late))
+        assert (response.status, response.body) == (504, style.refusal(late))
 
 
 async def test_what_is_no_request_is_refused_as_openai_does(proxy: RunningProxy) -> None:
