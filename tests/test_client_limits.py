@@ -26,6 +26,7 @@ from sseproxy.relay.exchange import Exchange
 from sseproxy.wire.credentials import digest
 from sseproxy.wire.demand import Demand
 from sseproxy.wire.meaning import Usage
+from sseproxy.wire.request import RequestReader
 
 from .conftest import PlayScript, StartProxy
 from .harness import (
@@ -377,6 +378,11 @@ def test_only_what_was_not_reported_is_estimated(told: Usage | None, events: int
 BASE64 = "iVBORw0KGgo" * 400
 
 
+def new_demand() -> Demand:
+    reader = RequestReader()
+    return Demand(reader, reader.feed)
+
+
 @pytest.mark.parametrize(
     ("body", "output"),
     [
@@ -395,7 +401,7 @@ BASE64 = "iVBORw0KGgo" * 400
     ],
 )
 def test_the_output_is_what_the_request_limits_it_to(body: object, output: int) -> None:
-    demand = Demand()
+    demand = new_demand()
     demand.feed(msgspec.json.encode(body))
     assert demand.output == output
 
@@ -404,7 +410,7 @@ def test_the_output_is_what_the_request_limits_it_to(body: object, output: int) 
 def test_text_is_counted_in_any_split_and_base64_is_not(data: st.DataObject, text: str, picture: bool) -> None:
     plain = msgspec.json.encode({"max_tokens": 5, "text": text})
     body = plain[:-1] + (b',"url":"data:image/png;base64,%b"}' % BASE64.encode() if picture else b"}")
-    demand = Demand()
+    demand = new_demand()
     for piece in data.draw(splits(body)):
         demand.feed(piece)
     assert demand.output == 5
@@ -417,7 +423,7 @@ def test_a_body_is_looked_at_in_a_short_time_whatever_is_in_it() -> None:
     from time import perf_counter
 
     for worst in (b"a" * 199 + b" ", b"a", b'"', b"=", b"a=", b"\\u0041"):
-        demand = Demand()
+        demand = new_demand()
         begun = perf_counter()
         for _ in range(16):
             demand.feed(worst * (65_536 // len(worst)))

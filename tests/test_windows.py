@@ -9,14 +9,13 @@ from typing import Protocol
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from sseproxy.ledger import windows
 from sseproxy.ledger.table import Ledger, Row
 from sseproxy.ledger.windows import Use, Window, added, cell, is_over, used_in
 
 USES = st.builds(
-    lambda present, last, share, seconds: Use(present, last, share * seconds, seconds),
+    lambda present, last, share, seconds: Use.of(present, last, share * seconds, seconds),
     st.integers(0, 10_000),
     st.integers(0, 10_000),
     st.floats(0, 1, exclude_max=True),
@@ -59,10 +58,10 @@ def later(use: Use, seconds: float) -> Use:
     """The same use after so many seconds in which nothing more is used."""
     at = use.elapsed + seconds
     if at < use.seconds:
-        return replace(use, elapsed=at)
+        return Use.of(use.present, use.last, at, use.seconds)
     if at < 2 * use.seconds:
-        return Use(0, use.present, at - use.seconds, use.seconds)
-    return Use(0, 0, 0.0, use.seconds)
+        return Use.of(0, use.present, at - use.seconds, use.seconds)
+    return Use.of(0, 0, 0.0, use.seconds)
 
 
 @given(USES, st.integers(1, 20_000), st.integers(1, 20_000))

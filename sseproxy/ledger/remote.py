@@ -269,8 +269,8 @@ class Remote:
         arguments: list[str | int] = [self._machine, *has, most, *requests, *rate, tokens]
 
         def read(found: list[Any]) -> Verdict:
-            asked = Use(int(found[1]), int(found[2]), float(found[3]), requests[1]) if limits.requests else None
-            used = Use(int(found[4]), int(found[5]), float(found[6]), rate[1]) if limits.tokens else None
+            asked = Use.of(int(found[1]), int(found[2]), float(found[3]), requests[1]) if limits.requests else None
+            used = Use.of(int(found[4]), int(found[5]), float(found[6]), rate[1]) if limits.tokens else None
             return Verdict(found[0].decode(), asked, used)
 
         return await self._ask(lambda: self._admit(keys=self._keys(client), args=arguments), read)

@@ -45,9 +45,12 @@ def cell(number: int, used: int) -> int:
 def used_in(number: int, cells: Iterable[int]) -> int:
     """What was used in the window `number`, according to all of `cells`."""
     first = (number % _NUMBERS) << _BITS
-    # A cell of this window differs from `first` only in what was used. This is done for each request, and there may be
-    # many workers.
-    return sum(filter(_MOST.__ge__, map(first.__xor__, cells)))
+    used = 0
+    for value in cells:
+        # A cell of this window differs from `first` only in what was used.
+        if (of_this := value ^ first) <= _MOST:
+            used += of_this
+    return used
 
 
 def added(one: int, other: int) -> int:
@@ -67,11 +70,12 @@ class Use(msgspec.Struct, frozen=True, gc=False):
     last: int
     elapsed: float
     seconds: int
+    total: int
+    """What was used in the sliding window, rounded."""
 
-    @property
-    def total(self) -> int:
-        """What was used in the sliding window, rounded."""
-        return self.present + int(self.last * (1 - self.elapsed / self.seconds) + 0.5)
+    @classmethod
+    def of(cls, present: int, last: int, elapsed: float, seconds: int) -> Use:
+        return cls(present, last, elapsed, seconds, present + int(last * (1 - elapsed / seconds) + 0.5))
 
     def wait(self, limit: int, amount: int) -> float:
         """Seconds until `amount` more fits below `limit`, if nothing else is used. 0 if it fits now."""
@@ -122,16 +126,18 @@ class Window(Generic[C]):
         """Counts `amount` as used now."""
         number = int(now // self.seconds)
         column = self.columns[number & 1]
-        own, wanted = column.own, number % _NUMBERS
-        used = amount + (own & _MOST if own >> _BITS == wanted else 0)
-        column.put(wanted << _BITS | (used if used < _MOST else _MOST))
+        # As in `used_in`. This is done for each request, so it is not called.
+        first = (number % _NUMBERS) << _BITS
+        used = column.own ^ first
+        used = amount + (used if used <= _MOST else 0)
+        column.put(first | (used if used < _MOST else _MOST))
 
     def use(self, even: Iterable[int], odd: Iterable[int], now: float, more: int = 0) -> Use:
         """What was used, according to the cells of both columns, as if so much `more` had been."""
         seconds = self.seconds
         number = int(now // seconds)
         present, last = (odd, even) if number & 1 else (even, odd)
-        return Use(more + used_in(number, present), used_in(number - 1, last), now - number * seconds, seconds)
+        return Use.of(more + used_in(number, present), used_in(number - 1, last), now - number * seconds, seconds)
 
 
 def is_over(cells: Iterable[int], seconds: int, now: float) -> bool:

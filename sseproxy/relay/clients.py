@@ -367,13 +367,8 @@ class Visit:
         # A form has files, which are no text.
         if not self.client.counts_tokens or isinstance(reader, FormReader):
             return feed
-        demand = self._demand = Demand()
-
-        def feed_both(part: bytes) -> None:
-            feed(part)
-            demand.feed(part)
-
-        return feed_both
+        self._demand = Demand(reader, feed)
+        return self._demand.feed
 
     def check_model(self, path: str, *, read: bool, has_body: bool) -> None:
         """Raises `RequestError` unless it may use the model in `path` and in the body, if that was `read`."""
@@ -421,8 +416,9 @@ class Visit:
                 raise RequestError("ledger") from None
             client.room_beside(here, tokens)
         else:
-            # The server's answer includes this request's own tokens.
-            used = None if used is None else msgspec.structs.replace(used, present=used.present - tokens)
+            if used is not None:
+                # The server's answer includes this request's own tokens.
+                used = Use.of(used.present - tokens, used.last, used.elapsed, used.seconds)
             self._uses = Uses(here.active, requests, used)
             if limit:
                 raise client.exceeded(limit, self._uses, tokens)
@@ -443,11 +439,13 @@ class Visit:
         if self._reserved is None:
             return
         usage = exchange.usage
-        reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
-        # Usually both are reported.
-        if (self._output or exchange.fetches) and not (usage is not None and usage.input and usage.output):
-            exchange.estimated = unreported(exchange, self._input, self._output)
-        used = reported + exchange.estimated
+        if usage is not None and usage.input and usage.output:
+            used = usage.input + usage.output
+        else:
+            if self._output or exchange.fetches:
+                exchange.estimated = unreported(exchange, self._input, self._output)
+            reported = 0 if usage is None else (usage.input or 0) + (usage.output or 0)
+            used = reported + exchange.estimated
         self.client.charge(used)
         if self._server is not None:
             self._server.settle(self.client.name, used if self.client.counts_tokens else 0)

@@ -7,6 +7,7 @@ import secrets
 import string
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -141,7 +142,7 @@ def is_astray(key: bytes, expected: int, fields: Fields, target: bytes) -> bool:
 
     This is exact if nothing in the `target` is percent-encoded.
     """
-    return b"\n".join((target, *map(b": ".join, fields.all))).count(key) != expected
+    return b"\n".join((target, *chain.from_iterable(fields.all))).count(key) != expected
 
 
 def strays(fields: Fields, key: bytes) -> set[bytes]:

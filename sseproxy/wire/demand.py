@@ -7,12 +7,13 @@ need few tokens for their size. The output is what the request limits it to.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
-from .extract import Gist, wanted
 from .meaning import NULL, UNREADABLE
+from .request import OutputLimits, RequestReader
 
 OUTPUT: Final = 1_000
 """Tokens of an answer to a request that does not limit it."""
@@ -25,42 +26,21 @@ _BASE64: Final = re.compile(rb"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{%d,}" % _LEA
 _MAX_DIGITS: Final = 12
 
 
-class _Generation(msgspec.Struct, gc=False):
-    """Google's names, which may be written in two ways (https://protobuf.dev/programming-guides/json/)."""
-
-    maxOutputTokens: msgspec.Raw = NULL
-    max_output_tokens: msgspec.Raw = NULL
-    candidateCount: msgspec.Raw = NULL
-    candidate_count: msgspec.Raw = NULL
-
-
-class _Request(msgspec.Struct, gc=False):
-    """The names of limits, in all APIs."""
-
-    max_tokens: msgspec.Raw = NULL
-    max_completion_tokens: msgspec.Raw = NULL
-    max_output_tokens: msgspec.Raw = NULL
-    n: msgspec.Raw = NULL
-    best_of: msgspec.Raw = NULL
-    generationConfig: _Generation | None = None
-    generation_config: _Generation | None = None
-
-
-_decode_request: Final = msgspec.json.Decoder(_Request).decode
-_MEMBERS: Final = wanted(_Request)
+_decode_limits: Final = msgspec.json.Decoder(OutputLimits).decode
 
 
 class Demand:
-    """What a request in JSON may need. `feed` takes the parts of its body."""
+    """What a request that `reader` reads may need. `feed` takes the parts of its body, and passes them to `then`."""
 
-    __slots__ = ("_gist", "_text")
+    __slots__ = ("_reader", "_text", "_then")
 
-    def __init__(self) -> None:
-        self._gist = Gist(_MEMBERS)
+    def __init__(self, reader: RequestReader, then: Callable[[bytes], None]) -> None:
+        self._reader = reader
+        self._then = then
         self._text = 0
 
     def feed(self, part: bytes) -> None:
-        self._gist.feed(part)
+        self._then(part)
         self._text += len(_BASE64.sub(b"", part)) if len(part) >= _LEAST_BASE64 else len(part)
 
     @property
@@ -72,12 +52,12 @@ class Demand:
     def output(self) -> int:
         """Tokens that may be generated."""
         try:
-            request = _decode_request(self._gist.text() or b"")
+            limits = _decode_limits(self._reader.text)
         except UNREADABLE:
             return OUTPUT
-        most = _largest(request.max_tokens, request.max_completion_tokens, request.max_output_tokens)
-        times = _largest(request.n, request.best_of)
-        for gemini in (request.generationConfig, request.generation_config):
+        most = _largest(limits.max_tokens, limits.max_completion_tokens, limits.max_output_tokens)
+        times = _largest(limits.n, limits.best_of)
+        for gemini in (limits.generationConfig, limits.generation_config):
             if gemini is not None:
                 most = max(most, _largest(gemini.maxOutputTokens, gemini.max_output_tokens))
                 times = max(times, _largest(gemini.candidateCount, gemini.candidate_count))

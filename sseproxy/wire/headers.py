@@ -9,6 +9,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
+from operator import methodcaller
 from typing import Final, Literal
 
 from ..errors import ProtocolError
@@ -100,8 +101,8 @@ _FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-")
 _VIA: Final = {(1, 0): b"1.0 sseproxy", (1, 1): b"1.1 sseproxy"}
 # A larger Max-Forwards is lowered to this. No chain of proxies is as long.
 _MAX_FORWARDS: Final = 255
-# The fields that tell a client its limits: OpenAI's and Anthropic's.
-_RATE_LIMITS: Final = (b"x-ratelimit-", b"anthropic-ratelimit-")
+# Whether a field tells a client its limits: OpenAI's and Anthropic's.
+_TELLS_LIMIT: Final = methodcaller("startswith", (b"x-ratelimit-", b"anthropic-ratelimit-"))
 _STREAM_POLICY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 # What of a request is not forwarded, by whether the client's credentials are, and whether the response is inspected.
 _NOT_UP: Final = {
@@ -278,7 +279,7 @@ def to_downstream(
     if b"connection" in fields.by_name:
         drop = drop.union(fields.tokens(b"connection"))
     if allowances is not None:
-        drop |= {name for name in fields.by_name if name.startswith(_RATE_LIMITS)}
+        drop = drop.union(filter(_TELLS_LIMIT, fields.by_name))
     out = [field for field in fields.all if field[0].lower() not in drop]
     if allowances is not None:
         out += allowances

@@ -38,9 +38,30 @@ class _Request(msgspec.Struct, gc=False):
     previous_response_id: msgspec.Raw = NULL
 
 
+class _Generation(msgspec.Struct, gc=False):
+    """Google's names, which may be written in two ways (https://protobuf.dev/programming-guides/json/)."""
+
+    maxOutputTokens: msgspec.Raw = NULL
+    max_output_tokens: msgspec.Raw = NULL
+    candidateCount: msgspec.Raw = NULL
+    candidate_count: msgspec.Raw = NULL
+
+
+class OutputLimits(msgspec.Struct, gc=False):
+    """What limits how much is generated, in all APIs. It is only decoded if it is needed."""
+
+    max_tokens: msgspec.Raw = NULL
+    max_completion_tokens: msgspec.Raw = NULL
+    max_output_tokens: msgspec.Raw = NULL
+    n: msgspec.Raw = NULL
+    best_of: msgspec.Raw = NULL
+    generationConfig: _Generation | None = None
+    generation_config: _Generation | None = None
+
+
 _decode_request: Final = msgspec.json.Decoder(_Request).decode
 _decode_options: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_MEMBERS: Final = wanted(_Request)
+_MEMBERS: Final = wanted(_Request, OutputLimits)
 
 
 class Splice(NamedTuple):
@@ -96,6 +117,11 @@ class RequestReader:
         self._read = False
 
     @property
+    def text(self) -> bytes:
+        """The body, or what is kept of a large one. Empty if it exceeds a limit, or is not JSON."""
+        return self._gist.text() or b""
+
+    @property
     def model(self) -> str | None:
         """The name of the model, if it has at most `MAX_MODEL` characters."""
         return _model(self._decoded())
@@ -148,7 +174,7 @@ class RequestReader:
         if not self._read:
             self._read = True
             try:
-                self._request = _decode_request((self._gist.text() if self._unicode else None) or b"")
+                self._request = _decode_request(self.text if self._unicode else b"")
             except UNREADABLE:
                 self._request = _NO_REQUEST
         return self._request
@@ -156,7 +182,7 @@ class RequestReader:
     def _added(self, put: bytes) -> Splice:
         """Inserts `put` after the last member."""
         extract = self._gist.extract
-        at = (self._gist.text() or b"").rindex(b"}") if extract is None else extract.closed_at
+        at = self.text.rindex(b"}") if extract is None else extract.closed_at
         return Splice(at, at, put)
 
     def _replaced(self, name: bytes, put: bytes) -> Splice | None:
@@ -164,7 +190,7 @@ class RequestReader:
         extract = self._gist.extract
         if extract is None:
             extract = Extract(_MEMBERS)
-            extract.feed(self._gist.text() or b"")
+            extract.feed(self.text)
         return None if extract.text() is None else Splice(*extract.spans[name], put)
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 from msgspec import Struct
 
@@ -14,7 +14,7 @@ from ...errors import ExchangeError
 from ..headers import Field
 
 
-class Allowance(NamedTuple):
+class Allowance(Struct, frozen=True, gc=False):
     """What a client may still use of `kind`, requests or tokens: `remaining` of `limit`, and all in `reset` seconds."""
 
     kind: Literal["requests", "tokens"]
@@ -32,9 +32,13 @@ _OPENAI_FIELDS: Final = {
 def _openai_allowances(allowances: Sequence[Allowance], now: float) -> list[Field]:
     """https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers; a time is written as in Go."""
     found: list[Field] = []
-    for kind, most, remaining, wait in allowances:
-        limit, left, reset = _OPENAI_FIELDS[kind]
-        found += ((limit, b"%d" % most), (left, b"%d" % remaining), (reset, b"%dms" % ceil(wait * 1000)))
+    for allowance in allowances:
+        limit, remaining, reset = _OPENAI_FIELDS[allowance.kind]
+        found += (
+            (limit, b"%d" % allowance.limit),
+            (remaining, b"%d" % allowance.remaining),
+            (reset, b"%dms" % ceil(allowance.reset * 1000)),
+        )
     return found
 
 
