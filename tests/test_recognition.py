@@ -120,6 +120,28 @@ async def test_json_is_json_whatever_its_label_and_whatever_was_asked(
     assert proxy.sample("answers_without_usage_total") == 0
 
 
+@pytest.mark.parametrize("before", [b"\n", b"\r\n\r\n", b"\xef\xbb\xbf\n", b"\t\n"])
+@pytest.mark.parametrize("streams", [True, False], ids=["a stream", "JSON"])
+async def test_what_is_sent_before_a_body_to_keep_the_connection_alive_tells_nothing_about_it(
+    proxy: RunningProxy, upstream: ScriptedUpstream, before: bytes, streams: bool
+) -> None:
+    """Blank lines come in a read of their own, and so do the name of a field and its value."""
+    body = STREAM if streams else ANSWER
+    client, api = await begin(proxy, upstream, post(STREAMING, "/v1/chat/completions"))
+    api.send(head(b"Content-Type: text/event-stream"))
+    await client.read_until(b"\r\n\r\n")
+    for piece in (before, before, *steps(body, 6)):
+        api.send(chunk(piece))
+        assert await client.read(len(chunk(piece))) == chunk(piece)
+    api.send(LAST_CHUNK)
+    assert await proxy.ended() == {"completed": 1}
+    assert proxy.sample("tokens_total", type="output") == 2
+    assert proxy.sample("bodies_not_read_total") == 0
+    # Blank lines are no events, and neither is what is no stream.
+    assert proxy.sample("stream_events_total") == (4 if streams else 0)
+    assert proxy.sample("stream_ends_total", end="marker") == int(streams)
+
+
 @pytest.mark.parametrize("label", [b"text/event-stream", b"application/json", b"text/plain"])
 async def test_an_error_in_json_is_one_whatever_its_label(
     start: StartProxy, upstream: ScriptedUpstream, label: bytes

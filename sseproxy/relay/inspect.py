@@ -131,8 +131,9 @@ class StreamInspector(EventInspector):
     def look(self, payload: bytes, read_at: float) -> bool:
         exchange, parser = self._exchange, self._parser
         fresh, meaning = parser.fresh, NOTHING
-        if not fresh and (self._json is not None or self._is_json(payload)):
-            assert self._json is not None
+        if not self._begun:
+            self._begin(payload)
+        if self._json is not None:
             return self._json.look(payload, read_at)
         if self.matcher is not None and exchange.events > self._matcher_made_at:
             self._tries = _TRIES
@@ -156,14 +157,12 @@ class StreamInspector(EventInspector):
             return not self.awaits_token
         return bool(events)
 
-    def _is_json(self, payload: bytes) -> bool:
-        """Whether the body is JSON, if `payload` is its beginning."""
-        if not self._begun:
-            mark = payload.lstrip(_BEFORE_JSON)[:1]
-            self._begun = bool(mark)
-            if mark in _JSON_MARKS:
-                self._json = JsonInspector(self._exchange, self._dialect)
-        return self._json is not None
+    def _begin(self, payload: bytes) -> None:
+        """Finds out whether the body is JSON. What is blank tells nothing: it keeps the connection alive."""
+        mark = payload.lstrip(_BEFORE_JSON)[:1]
+        self._begun = bool(mark)
+        if mark in _JSON_MARKS:
+            self._json = JsonInspector(self._exchange, self._dialect)
 
     def end(self) -> None:
         exchange = self._exchange
