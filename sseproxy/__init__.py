@@ -158,6 +158,7 @@ outcome and is reported once.*
       logs            log lines that are written without blocking
     process
       supervisor      sockets, registry, reloads, signals
+      configured      the numbers that a configuration determines: limits, and counters that start at 0
       generation      starts and replaces the workers of one configuration
       upgrade         replaces the running code with new code
       forkserver      the fork server: the process from which workers are forked

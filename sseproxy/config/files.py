@@ -11,6 +11,7 @@ where it is used, because most configurations have no certificate.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import select
 import stat
@@ -75,6 +76,14 @@ def _read(file: int, most: int, timeout: float) -> bytes:
 def read_configuration(path: str) -> bytes:
     """The bytes of a configuration. Raises `OSError`."""
     return read_file(path, _MAX_CONFIGURATION, timeout=_PIPE_TIMEOUT)
+
+
+def digest(path: str) -> bytes:
+    """A digest of the file at `path`, by which a change is noticed. Empty if it cannot be read."""
+    try:
+        return hashlib.sha256(read_file(path, max(_MAX_CERTIFICATES, _MAX_CONFIGURATION))).digest()
+    except OSError:
+        return b""
 
 
 def trusting(ca_file: str | None) -> ssl.SSLContext:

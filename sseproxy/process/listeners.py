@@ -12,6 +12,9 @@ from contextlib import suppress
 from ..config.addresses import Address, Listen, PassedSocket, UnixAddress
 from ..errors import ListenError
 
+Sockets = dict[Listen, list[socket.socket]]
+"""The listening sockets on each configured address."""
+
 BACKLOG = 1024
 # The first descriptor that a service manager passes.
 _LISTEN_FDS_START = 3
@@ -101,6 +104,28 @@ def clean_up(addresses: Iterable[Listen]) -> None:
         if isinstance(address, UnixAddress):
             with suppress(OSError):
                 _remove_abandoned(address.path)
+
+
+def without(sockets: Sockets, others: Sockets) -> Sockets:
+    """The sockets on addresses that are not in `others`."""
+    return {address: bound for address, bound in sockets.items() if address not in others}
+
+
+def flat(sockets: Sockets) -> list[socket.socket]:
+    """All of `sockets`, in order."""
+    return [sock for bound in sockets.values() for sock in bound]
+
+
+def close(sockets: Sockets) -> None:
+    """Closes `sockets` in this process."""
+    for sock in flat(sockets):
+        sock.close()
+
+
+def close_and_remove(sockets: Sockets) -> None:
+    """Closes `sockets`, and removes the files of Unix sockets."""
+    close(sockets)
+    clean_up(sockets)
 
 
 def url(sock: socket.socket, scheme: str = "http") -> str:

@@ -9,7 +9,6 @@ place (`upgrade`).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import os
@@ -17,11 +16,11 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import takewhile
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -31,22 +30,22 @@ from .. import __version__, signals
 
 # `mistakes` is not used here. It is imported now so that no reload imports it from code that was installed later.
 from ..config import Address, Config, Listen, mistakes  # noqa: F401
-from ..config.files import read_file
-from ..errors import ListenError, Outcome, ReloadError, SseproxyError, UpstreamErrorType
+from ..config.files import digest
+from ..errors import ListenError, Outcome, ReloadError, SseproxyError
 from ..ledger.table import Ledger
 from ..observe import metrics
 from ..observe.live import View
 from ..observe.logs import log_as
-from ..observe.metrics import Labels, Recorder, Report
+from ..observe.metrics import Recorder, Report
 from ..observe.registry import Registry
 from ..relay.heads import check_parser
-from ..relay.routes import OTHER, unreachable
-from . import notify, upgrade
+from ..relay.routes import unreachable
+from . import configured, notify, upgrade
 from .admin import application
 from .forkserver import ForkServer, ForkServerGone, Process, forget_orphans
 from .generation import Generation, Predecessors, cores
 from .health import Health
-from .listeners import clean_up, listen, refuse, url
+from .listeners import Sockets, clean_up, close, close_and_remove, flat, listen, refuse, url, without
 from .live import Live
 from .upgrade import Handover, RunningCode
 from .worker import counted_by_a_worker
@@ -55,21 +54,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_Sockets = dict[Listen, list[socket.socket]]
-
 # Seconds that a draining worker may take after the drain timeout, before it is killed.
 _DRAIN_GRACE = 5.0
 _ENDING = "the proxy is shutting down"
 _UPGRADING = "the proxy is being upgraded; the new version reads the configuration when it starts"
-# Bytes that are read of a watched file: the limit for configurations and certificates in `config.files`.
-_MAX_FILE = 4 << 20
 # The number under which the registry has the limits. It is not the supervisor's own, 0, so that they can be dropped
 # when the configuration changes.
 _CONFIGURATION = -1
 # The same for what is known of endpoints.
 _FLEET = -2
-# Status codes and outcomes of requests that are rare. They are reported as 0 before the first one.
-_RARE_OUTCOMES = (("", Outcome.PROXY_ERROR), ("200", Outcome.TRUNCATED), ("502", Outcome.UPSTREAM_ERROR))
 # Seconds that a reload waits for the old workers to stop accepting. They need one turn of their loops.
 _TAKE_OVER_TIMEOUT = 5.0
 # Seconds that a start or a reload waits until the workers accept, plus one second for each worker. An upgrade waits
@@ -110,8 +103,8 @@ class Supervisor:
         self._command = command
         self._code = RunningCode()
         self._handover = handover
-        self._sockets: _Sockets = {}
-        self._admin_sockets: _Sockets = {}
+        self._sockets: Sockets = {}
+        self._admin_sockets: Sockets = {}
         self._view = View()
         live = Live(self._view, self._look, self._cancel, lambda: self.config.admin)
         served = application(self.registry, self._unready, self.reload, lambda: self.config.admin, live)
@@ -120,7 +113,7 @@ class Supervisor:
         # Where this process has listened, also for a reload that has not ended.
         self._addresses: set[Listen] = set()
         # Sockets that the previous version listened on and this configuration does not, for clients and for admin.
-        self._unused: tuple[_Sockets, _Sockets] = {}, {}
+        self._unused: tuple[Sockets, Sockets] = {}, {}
         self._recorder = Recorder()
         self._registry = Registry()
         self._ledger: Ledger
@@ -166,13 +159,13 @@ class Supervisor:
             self._sockets = upgrade.opened(self._handover.clients)
             self._admin_sockets = upgrade.opened(self._handover.admin)
         clients, admin = self._bound(self.config)
-        self._unused = _without(self._sockets, clients), _without(self._admin_sockets, admin)
+        self._unused = without(self._sockets, clients), without(self._admin_sockets, admin)
         self._addresses |= self._sockets.keys() | self._admin_sockets.keys()
         self._sockets, self._admin_sockets = clients, admin
 
-    def _bound(self, config: Config) -> tuple[_Sockets, _Sockets]:
+    def _bound(self, config: Config) -> tuple[Sockets, Sockets]:
         """The sockets of `config`, for clients and for admin. Sockets that are open already are used again."""
-        clients, admin = _Sockets(), _Sockets()
+        clients, admin = Sockets(), Sockets()
         try:
             for option, addresses, known, wanted in (
                 ("listen", config.listen, self._sockets, clients),
@@ -182,7 +175,7 @@ class Supervisor:
                     wanted[address] = known[address] if address in known else listen(option, address)
                     self._addresses.add(address)
         except ListenError:
-            _close_and_unlink(_without(clients, self._sockets))
+            close_and_remove(without(clients, self._sockets))
             raise
         return clients, admin
 
@@ -437,7 +430,7 @@ class Supervisor:
         self._ledger = Ledger()
         anywhere = Address("127.0.0.1", 0)
         try:
-            sockets: _Sockets = {anywhere: listen("listen", anywhere)}
+            sockets: Sockets = {anywhere: listen("listen", anywhere)}
             config = replace(self.config, workers=1)
             worker = self._generate(config, sockets, self._columns(config))
             if not await self._wait_for_start(worker, lambda: bool(worker.last_exit)):
@@ -448,7 +441,7 @@ class Supervisor:
                 await generation.ended()
             await self._admin.cleanup()
             for bound in (self._sockets, self._admin_sockets):
-                _close_and_unlink({address: sockets for address, sockets in bound.items() if str(address) not in known})
+                close_and_remove({address: sockets for address, sockets in bound.items() if str(address) not in known})
 
     async def close(self) -> None:
         """Drains: fails readiness, stops accepting, and ends the workers. Returns when all of them have ended."""
@@ -456,7 +449,7 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         for sockets in (self._sockets, *self._unused):
-            _close(sockets)
+            close(sockets)
         for generation in self._generations:
             generation.drain()
         ending = {asyncio.ensure_future(generation.ended()) for generation in self._generations}
@@ -469,7 +462,7 @@ class Supervisor:
             # A trial removes the sockets that it has added.
             await asyncio.wait((self._upgrading,), timeout=_DRAIN_GRACE)
         await self._admin.cleanup()
-        _close(self._admin_sockets)
+        close(self._admin_sockets)
         clean_up(self._addresses)
         self._health.close()
         self._ledger.close()
@@ -505,8 +498,8 @@ class Supervisor:
             return "draining"
         return None if any(generation.ready for generation in self._generations) else "no worker accepts connections"
 
-    async def _administer(self, sockets: _Sockets) -> None:
-        for sock in _flat(sockets):
+    async def _administer(self, sockets: Sockets) -> None:
+        for sock in flat(sockets):
             site = self._admin_sites[sock] = web.SockSite(self._admin, sock)
             await site.start()
 
@@ -522,11 +515,11 @@ class Supervisor:
         except OSError as error:
             raise ReloadError(f"the ledger: {error.strerror}") from None
 
-    def _generate(self, config: Config, sockets: _Sockets, columns: dict[str, int]) -> Generation:
+    def _generate(self, config: Config, sockets: Sockets, columns: dict[str, int]) -> Generation:
         """Starts the workers of `config`."""
         generation = Generation(
             config.with_probe(),
-            _flat(sockets),
+            flat(sockets),
             self._numbers,
             self._ledger,
             columns,
@@ -554,8 +547,8 @@ class Supervisor:
         config = await _in_thread(self._reread)
         clients, admin = self._bound(config)
         with ExitStack() as undo:
-            undo.callback(_close_and_unlink, _without(clients, self._sockets))
-            undo.callback(_close_and_unlink, _without(admin, self._admin_sockets))
+            undo.callback(close_and_remove, without(clients, self._sockets))
+            undo.callback(close_and_remove, without(admin, self._admin_sockets))
             columns = self._columns(config)
             await self._health.prepare(config, columns)
             new = self._generate(config, clients, columns)
@@ -571,28 +564,28 @@ class Supervisor:
         self._registry.forget_states(name for name, _ in _used(self.config) - _used(config))
         self._generation, self.config = new, config
         log_as(config)
-        added_admin = _without(admin, self._admin_sockets)
-        unused, unused_admin = _without(self._sockets, clients), _without(self._admin_sockets, admin)
+        added_admin = without(admin, self._admin_sockets)
+        unused, unused_admin = without(self._sockets, clients), without(self._admin_sockets, admin)
         self._sockets, self._admin_sockets = clients, admin
         await self._administer(added_admin)
         await self._take_over(unused, unused_admin)
         self._loaded()
 
-    async def _take_over(self, unused: _Sockets, unused_admin: _Sockets) -> None:
+    async def _take_over(self, unused: Sockets, unused_admin: Sockets) -> None:
         """Retires all generations but the current one, which accepts by now, and closes sockets that are not used."""
         earlier = [each for each in self._earlier() if not each.finishing]
         for generation in earlier:
             generation.retire()
             self._begin(self._end(generation))
         with ExitStack() as ends:
-            ends.callback(_close_and_unlink, unused_admin)
-            ends.callback(_close_and_unlink, unused)
+            ends.callback(close_and_remove, unused_admin)
+            ends.callback(close_and_remove, unused)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_TAKE_OVER_TIMEOUT):
                     await self._until(lambda: not any(each.ready for each in earlier) or self.stopping.is_set())
             for address, sockets in unused.items():
                 refuse(address, sockets)
-            for sock in _flat(unused_admin):
+            for sock in flat(unused_admin):
                 if sock in self._admin_sites:
                     await self._admin_sites.pop(sock).stop()
 
@@ -668,25 +661,8 @@ class Supervisor:
         if exposed := self.config.exposed_keys():
             log.warning("%s: %s", self._path, exposed)
         self._registry.drop(_CONFIGURATION)
-        self._registry.add(_CONFIGURATION, Report([], [*_limits(self.config)], [], []))
-        named = self.config.metrics
-        models = (*named.models, OTHER) if named.detail == "full" else ("",)
-        for route in self.config.routes:
-            # Counters start at 0, so that the first event is an increase that an alert can see.
-            for target in route.upstream:
-                labels = route.name, target.name
-                for code, outcome in _RARE_OUTCOMES:
-                    for model in models if outcome is not Outcome.PROXY_ERROR else ("",):
-                        self._recorder.count(metrics.REQUESTS, (*labels, model, code, outcome.value), 0)
-                for kind in get_args(UpstreamErrorType):
-                    self._recorder.count(metrics.UPSTREAM_ERRORS, (*labels, kind), 0)
-        for client in self.config.clients or ():
-            self._recorder.count(metrics.CLIENT_REQUESTS, (client.name, Outcome.COMPLETED.value), 0)
-            for limit in ("active_requests", "requests", "tokens"):
-                if getattr(client.limits, limit) is not None:
-                    self._recorder.count(metrics.CLIENT_LIMITED, (client.name, limit), 0)
-            for metric in (metrics.KEYS_REJECTED, metrics.LEDGER_FAILURES):
-                self._recorder.count(metric, (), 0)
+        self._registry.add(_CONFIGURATION, Report([], [*configured.limits(self.config)], [], []))
+        configured.start_at_zero(self.config, self._recorder)
         self._recorder.set(metrics.RELOADED, (), 1)
         self._recorder.set(metrics.RELOADED_AT, (), time.time())  # noqa: TID251 - a point in time, not a duration
         if self.config.reload.watch is not None and (self._watching is None or self._watching.done()):
@@ -702,15 +678,9 @@ class Supervisor:
                     await self._reload_unattended()
 
     def _read_digests(self) -> list[bytes]:
-        """The digests of the configuration's files. That of a file that cannot be read is empty."""
-        paths = [self._path, *self.config.files()] if self._path is not None else self.config.files()
-        digests = []
-        for path in paths:
-            try:
-                digests.append(hashlib.sha256(read_file(path, _MAX_FILE)).digest())
-            except OSError:
-                digests.append(b"")
-        return digests
+        """The digests of the configuration's files."""
+        paths = self.config.files() if self._path is None else [self._path, *self.config.files()]
+        return [*map(digest, paths)]
 
     def _begin(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -753,37 +723,7 @@ def _counted(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def _limits(config: Config) -> Iterator[tuple[str, Labels, float]]:
-    """The gauges of the numbers that `config` allows."""
-    for option in ("connections", "connections_per_client", "active_requests", "pending_connects"):
-        if (most := getattr(config.limits, option)) is not None:
-            yield metrics.LIMIT.name, (option, ""), most
-    for route in config.routes:
-        if route.limits.active_requests is not None:
-            yield metrics.LIMIT.name, ("active_requests", route.name), route.limits.active_requests
-
-
 def _used(config: Config) -> set[tuple[str, str]]:
     """The names and URLs of the upstreams that routes use."""
     names = (target.name for route in config.routes for target in route.upstream)
     return {(name, endpoint.url) for name in names for endpoint in config.upstream(name).endpoints}
-
-
-def _without(sockets: _Sockets, others: _Sockets) -> _Sockets:
-    """The sockets on addresses that are not in `others`."""
-    return {address: bound for address, bound in sockets.items() if address not in others}
-
-
-def _flat(sockets: _Sockets) -> list[socket.socket]:
-    return [sock for bound in sockets.values() for sock in bound]
-
-
-def _close(sockets: _Sockets) -> None:
-    for sock in _flat(sockets):
-        sock.close()
-
-
-def _close_and_unlink(sockets: _Sockets) -> None:
-    """Closes `sockets`, and removes those of the file system."""
-    _close(sockets)
-    clean_up(sockets)

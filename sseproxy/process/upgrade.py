@@ -25,10 +25,10 @@ from typing import NoReturn
 import msgspec
 
 from .. import __version__
-from ..config import Listen
 from ..config.values import read_address
 from ..errors import ReloadError
 from ..observe import logs
+from .listeners import Sockets
 
 _VARIABLE = "SSEPROXY_HANDOVER"
 _PACKAGE = Path(__file__).parent.parent
@@ -74,12 +74,12 @@ class Handover(msgspec.Struct, kw_only=True):
         return listening + [fd for fd in others if fd >= 0]
 
 
-def described(sockets: Mapping[Listen, Iterable[socket.socket]]) -> dict[str, list[int]]:
+def described(sockets: Sockets) -> dict[str, list[int]]:
     """Listening sockets in the form of a `Handover`."""
     return {str(address): [sock.fileno() for sock in bound] for address, bound in sockets.items()}
 
 
-def opened(listening: Mapping[str, Iterable[int]]) -> dict[Listen, list[socket.socket]]:
+def opened(listening: Mapping[str, Iterable[int]]) -> Sockets:
     """The inverse of `described`."""
     return {read_address(text): [socket.socket(fileno=fd) for fd in fds] for text, fds in listening.items()}
 
