@@ -25,6 +25,7 @@ from sseproxy.relay.clients import unreported
 from sseproxy.relay.exchange import Exchange
 from sseproxy.wire.credentials import digest
 from sseproxy.wire.demand import Demand
+from sseproxy.wire.extract import WHOLE
 from sseproxy.wire.meaning import Usage
 from sseproxy.wire.request import RequestReader
 
@@ -43,7 +44,7 @@ from .harness import (
     valid,
 )
 from .served import ConfigFile, Served
-from .splits import splits
+from .splits import splits, steps
 from .test_clients import ANSWER, FILE, KEY, ONE, OTHER, bearer, client, reaches, refused, request
 
 CHAT = {"usage": config.UsageOptions(request=True)}
@@ -401,9 +402,14 @@ def new_demand() -> Demand:
     ],
 )
 def test_the_output_is_what_the_request_limits_it_to(body: object, output: int) -> None:
-    demand = new_demand()
-    demand.feed(msgspec.json.encode(body))
-    assert demand.output == output
+    small = msgspec.json.encode(body)
+    # Of a large body, only the members that are wanted are kept.
+    large = msgspec.json.encode({"messages": ["Hi"] * WHOLE, **body}) if isinstance(body, dict) else small
+    for text in (small, large):
+        demand = new_demand()
+        for piece in steps(text, 1_000):
+            demand.feed(piece)
+        assert demand.output == output
 
 
 @given(st.data(), st.text(max_size=300), st.booleans())
