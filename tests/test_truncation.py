@@ -67,7 +67,7 @@ WAYS = {
         {"idle": 0.3},
     ),
     "total": Way(
-        _all, None, "did not finish within 1 seconds", "upstream_timeout", "upstream_timeout_total", {"total": 1.0}
+        _all, None, "did not finish within 2 seconds", "upstream_timeout", "upstream_timeout_total", {"total": 2.0}
     ),
     "drain": Way(_all, None, "stopping or reloading", "draining", "drained", {}),
     "cancel": Way(_all, None, "An operator has cancelled this request", "cancelled", "cancelled", {}),
