@@ -20,12 +20,12 @@ from sseproxy.wire import headers
 from sseproxy.wire.credentials import digest, keys_in, new_key, public_part, strays, without_key
 from sseproxy.wire.form import FormReader
 from sseproxy.wire.headers import Fields
-from sseproxy.wire.request import ModelAudit, RequestReader
+from sseproxy.wire.request import ModelAudit, RequestReader, reader_of
 
 from .conftest import StartProxy
 from .harness import Message, Peer, RunningProxy, ScriptedUpstream
 from .served import ConfigFile, run, serve
-from .splits import splits
+from .splits import splits, steps
 
 KEY, OTHER = new_key(), new_key()
 JSON = b'{"model":"m"}'
@@ -468,6 +468,59 @@ async def test_no_other_model_is_reached_in_any_way(
     assert upstream.connections == 0
 
 
+# Bodies that name a model which is not allowed, or may to some parser. A model in the path makes them no better.
+BODIES = {
+    name: what
+    for name, (_, what) in DENIED.items()
+    if "/models" not in what.get("path", "") and "deployments" not in what.get("path", "").lower()
+    if "/engines" not in what.get("path", "") and "tunedModels" not in what.get("path", "")
+    if name not in ("none", "in models alone")
+} | {
+    "another behind a mark": {"body": b'\xef\xbb\xbf{"model":"bad"}'},
+    "fallbacks behind a mark": {"body": b'\xef\xbb\xbf{"fallbacks":["bad"]}'},
+    "another in another Unicode": {"body": '{"model":"bad"}'.encode("utf-16")},
+    "behind many members": {"body": b"{%b}" % b",".join([*(b'"m%d":0' % n for n in range(1030)), b'"model":"bad"'])},
+    "in the second object": {"body": b'{}{"model":"bad"}'},
+    "in an object that does not end": {"body": b'{"fallbacks":["bad"]'},
+    "in others before many blanks": {"body": b'{"models"' + b" " * 4400 + b':["bad"]}'},
+    "twice before many blanks": {"body": b'{"model":"good-1","model"' + b" " * 4400 + b':"bad"}'},
+    "in others of a form behind a long field": {
+        "kind": "multipart/form-data; boundary=b",
+        "body": FORM[:-7] % b"good-1"
+        + b"--b\r\nX: %b\r\n" % (b"x" * 4200)
+        + b'Content-Disposition: form-data; name="models[]"\r\n\r\nbad\r\n--b--\r\n',
+        "path": "/v1/audio/transcriptions",
+    },
+}
+
+
+@pytest.mark.parametrize("what", [*BODIES.values()], ids=[*BODIES])
+async def test_a_model_in_the_path_does_not_make_up_for_what_the_body_names(
+    start: StartProxy, upstream: ScriptedUpstream, what: dict[str, Any]
+) -> None:
+    proxy = await start(upstream.url, clients=(client(models=("good-*",)),), max_body=65536)
+    options = {**what}
+    options["path"] = "/v1/deployments/good-1" + options.pop("path", "/v1/chat/completions").removeprefix("/v1")
+    assert (await refused(proxy, request(bearer(), *options.pop("fields", ()), **options))).status in (400, 403)
+    assert upstream.connections == 0
+
+
+# Those that are read.
+READ = {name: what for name, what in BODIES.items() if "fields" not in what and len(what["body"]) < 65536}
+
+
+@pytest.mark.parametrize("what", [*READ.values()], ids=[*READ])
+@pytest.mark.parametrize("size", [1, 999, 4096, 4405])
+def test_a_body_is_no_better_in_parts(what: dict[str, Any], size: int) -> None:
+    kind = what.get("kind", "application/json")
+    fields = Fields([(b"Content-Type", kind.encode())] if kind is not None else [])
+    audit = ModelAudit(reader_of(fields), fields)
+    for piece in steps(what["body"], size):
+        audit.feed(piece)
+    named = [audit.model] if audit.model is not None else []
+    assert audit.twice or audit.others is None or not all(name.startswith("good-") for name in named + audit.others)
+
+
 async def test_wrong_keys_are_limited_and_a_right_one_always_passes(
     start: StartProxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -634,6 +687,7 @@ def test_a_model_is_one_only_if_every_parser_reads_the_same(
         return
     lists = {"null": [], '["model"]': ["model"], '["c", "d"]': ["c", "d"]}
     readable = all(name.isascii() and value in lists for name, value in others)
+    readable &= not named or audit.model is not None
     found = audit.others
     assert (found is not None) == readable
     if found is not None:

@@ -246,3 +246,22 @@ async def test_a_whole_answer_is_not_late_because_it_was_held_back(start: StartP
         answer = await ask(proxy, post())
         assert (answer.complete, answer.body) == (True, event * 5_000 + delta("Hi") + DONE)
         assert await proxy.ended() == {"completed": 1}
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["in one read", "in two reads"])
+async def test_an_error_that_an_endpoint_tells_counts_although_what_follows_is_broken(
+    start: StartProxy, parts: bool
+) -> None:
+    async def act(peer: Peer) -> None:
+        peer.send(STREAM_HEAD, chunk(FAULT), *(() if parts else (b"no size\r\n",)))
+        await peer.drain()
+        if parts:
+            await asyncio.sleep(0.1)
+            peer.send(b"no size\r\n")
+
+    async with nodes(Node(usual=act), Node(usual=act)) as two:
+        proxy = await start("http://unused", **fleet(upstream("gpus", *two), retry={"until": "end"}))
+        answer = await ask(proxy, post())
+        assert (answer.status, answer.complete) == (200, False)
+        assert answer.body.startswith(FAULT)
+        assert proxy.sample("retries_total", reason="error") == 1

@@ -16,7 +16,7 @@ from sseproxy.wire.extract import WHOLE, Elements, Members
 
 from .conftest import StartProxy
 from .harness import DONE, LAST_CHUNK, Peer, RunningProxy, ScriptedUpstream, begin, chunk, delta, post, usage
-from .splits import splits, steps
+from .splits import cut, splits, steps
 
 STREAMING = b'{"model":"m","stream":true}'
 STREAM = delta("Hel") + delta("lo") + usage(3, 2) + DONE
@@ -140,6 +140,38 @@ async def test_what_is_sent_before_a_body_to_keep_the_connection_alive_tells_not
     # Blank lines are no events, and neither is what is no stream.
     assert proxy.sample("stream_events_total") == (4 if streams else 0)
     assert proxy.sample("stream_ends_total", end="marker") == int(streams)
+
+
+@pytest.mark.parametrize("parts", [(3,), (2,), ()], ids=["the mark alone", "a part of it alone", "all at once"])
+@pytest.mark.parametrize(
+    ("path", "body", "outcome", "tokens"),
+    [
+        ("/v1/chat/completions", ANSWER, "completed", 2),
+        ("/v1/chat/completions", b'{"error":{"message":"overloaded"}}', "upstream_error", 0),
+        (GEMINI, b'[{"usageMetadata":{"promptTokenCount":3,"candidatesTokenCount":2}}]', "completed", 2),
+    ],
+    ids=["an answer", "an error", "a list"],
+)
+async def test_json_behind_a_byte_order_mark_is_read(
+    start: StartProxy,
+    upstream: ScriptedUpstream,
+    parts: tuple[int, ...],
+    path: str,
+    body: bytes,
+    outcome: str,
+    tokens: int,
+) -> None:
+    proxy = await any_path(start, upstream)
+    client, api = await begin(proxy, upstream, post(STREAMING, path))
+    api.send(head(b"Content-Type: text/event-stream"))
+    await client.read_until(b"\r\n\r\n")
+    for piece in cut(b"\xef\xbb\xbf" + body, {*parts}):
+        api.send(chunk(piece))
+        assert await client.read(len(chunk(piece))) == chunk(piece)
+    api.send(LAST_CHUNK)
+    assert await proxy.ended() == {outcome: 1}
+    assert proxy.sample("tokens_total", type="output") == tokens
+    assert proxy.sample("bodies_not_read_total") == 0
 
 
 @pytest.mark.parametrize("label", [b"text/event-stream", b"application/json", b"text/plain"])

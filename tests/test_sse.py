@@ -164,6 +164,15 @@ def test_the_type_of_an_event_above_the_limit_is_told_if_it_is_within() -> None:
     assert parse([b"event: error\ndata: ", b"x" * 100, b"\n\n"], limit=64)[1] == [(b"error", None)]
 
 
+@pytest.mark.parametrize("cuts", [(), (25_000,), (12, 25_000), (25_000, 41_000)])
+def test_of_an_event_above_the_limit_nothing_is_extracted_at_any_split(cuts: tuple[int, ...]) -> None:
+    stream = b'data: {"x":"' + b"y" * 42_000 + b'"}\n\n'
+    parser = EventParser(20_000, Members({b"choices": None}))
+    events = [event for piece in cut(stream, {*cuts}) for event in parser.feed(piece)]
+    assert [data for _, data in events] == [None]
+    assert parser.oversize == 1
+
+
 def test_an_event_as_large_as_the_limit_is_whole() -> None:
     stream = b"data: " + b"x" * 58 + b"\n\n"
     for pieces in ([stream], steps(stream), [stream[:-1], b"\n"]):

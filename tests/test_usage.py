@@ -236,6 +236,29 @@ def test_every_split_leaves_the_same_and_every_event_in_time(data: st.DataObject
     assert after.comments == before.comments
 
 
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b'\n{foo\ndata: {"choices":[],"usage":{"prompt_tokens":1}}\n\n',
+        b'{"a":1}\ndata: {"choices":[],"usage":{"prompt_tokens":1}}\n\n',
+        b' [\ndata: {"choices":[],"usage":{"prompt_tokens":1}}\n\n',
+        b"data: {\n" + b": c\n" * 17_000 + b'data: "choices":[],"usage":{"prompt_tokens":1}}\n\n',
+    ],
+    ids=["behind a blank line", "JSON", "a list", "large"],
+)
+def test_what_is_no_usage_event_in_parts_is_none_as_a_whole(stream: bytes) -> None:
+    assert stripped(stream) == stream
+    for size in (1, 7, len(stream) // 2, 30_000):
+        assert stripped(*steps(stream, size)) == stream
+
+
+@pytest.mark.parametrize("before", [b"", b"\n", b" ", b"\t ", b"\xef\xbb\xbf"])
+def test_json_goes_on_at_once_whatever_blanks_are_before_it(before: bytes) -> None:
+    stripper = UsageStripper()
+    assert stripper.feed(before + b'{"id":"x",') == before + b'{"id":"x",'
+    assert stripper.feed(b'"usage":{}}') == b'"usage":{}}'
+
+
 @given(st.data(), STREAMS.filter(lambda stream: b"usage" not in stream))
 def test_without_usage_every_byte_stays(data: st.DataObject, stream: bytes) -> None:
     assert stripped(*data.draw(splits(stream))) == stream

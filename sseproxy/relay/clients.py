@@ -276,12 +276,13 @@ class Client:
     def check_other_models(self, named: Sequence[str] | None) -> None:
         """Raises `RequestError` unless it may use all models that are `named` for the case that the first one fails.
 
-        None: they cannot be read.
+        None: what the body names cannot be read.
         """
         if named is None:
             message = (
-                f"The models in {_OTHER_MODELS} cannot be read: they must be lists of names, in JSON, "
-                f"in lower case; this key may only use {some(self.models)}."
+                "The models that this body names cannot be read: it must be JSON or a form, "
+                f"and {_OTHER_MODELS} must be lists of names, in lower case; "
+                f"this key may only use {some(self.models)}."
             )
             raise RequestError("model_not_allowed", message)
         self.check_models(named, body_needed=False)

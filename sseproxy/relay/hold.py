@@ -135,10 +135,10 @@ class Hold:
             else:
                 self._clock.touched = read_at
         record = self._record
-        if broken:
-            self._decide("reset")
-        elif record.reported_error:
+        if record.reported_error:
             self._decide("error")
+        elif broken:
+            self._decide("reset")
         elif self._body.done:
             self._end()
         elif self._whole:

@@ -200,7 +200,8 @@ class JsonInspector(Inspector):
         if self._elements is not None:
             return self._look_at_elements(self._elements, payload, read_at)
         if self._gist is None:
-            mark = payload.lstrip(_BEFORE_JSON)[:1]
+            payload = payload.lstrip(_BEFORE_JSON)
+            mark = payload[:1]
             if mark == b"[" and self._dialect.generates and self._exchange.succeeded:
                 self._exchange.streams()
                 self._elements = Elements(self._dialect.members)

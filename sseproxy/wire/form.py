@@ -195,5 +195,5 @@ class FormReader:
 
     def _give_up(self) -> None:
         """The form is not valid, or exceeds a limit. Another parser might read it differently, so nothing counts."""
-        self._ended = True
+        self._ended = self.odd = True
         self._found.clear()

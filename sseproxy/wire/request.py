@@ -240,15 +240,17 @@ class ModelAudit:
     `fields` are those of the request.
     """
 
-    __slots__ = ("_is_plain", "_members", "_reader")
+    __slots__ = ("_fed", "_is_plain", "_members", "_reader")
 
     def __init__(self, reader: RequestReader | FormReader, fields: Fields) -> None:
         self._reader = reader
         types = fields.named(b"content-type")
         self._is_plain = not types or (len(types) == 1 and _PLAIN_TYPE.fullmatch(types[0]) is not None)
         self._members = _ModelMembers()
+        self._fed = False
 
     def feed(self, part: bytes) -> None:
+        self._fed = True
         self._reader.feed(part)
         if isinstance(self._reader, RequestReader):
             self._members.feed(part)
@@ -274,20 +276,30 @@ class ModelAudit:
 
     @property
     def others(self) -> list[str] | None:
-        """The models that are named in `OTHER_MODELS`. None if another parser may read others.
+        """The models that are named in `OTHER_MODELS`. None if another parser may read others, or another `model`.
 
         None also if one is no list of names, is longer than an `Extract` keeps, or is a field of a form.
         """
-        if isinstance(self._reader, FormReader):
-            return None if self._reader.names_others else []
-        named = [name for name in self._members.named if name.casefold() != "model"]
+        reader = self._reader
+        if not self._fed:
+            return []
+        if not self._is_plain:
+            return None
+        if isinstance(reader, FormReader):
+            return None if reader.odd or reader.names_others or (reader.models and reader.model is None) else []
+        # What another parser takes for an object may not be one here: it has a mark, or more after its end.
+        text = self._members.text()
+        named = {name.casefold(): name for name in self._members.named}
+        if not text or ("model" in named and reader.model is None):
+            return None
+        named.pop("model", None)
         if not named:
             return []
         try:
-            told = _decode_others(self._members.text() or b"")
+            told = _decode_others(text)
         except UNREADABLE:
             return None
-        return [*(told.models or ()), *(told.fallbacks or ())] if OTHER_MODELS.issuperset(named) else None
+        return [*(told.models or ()), *(told.fallbacks or ())] if OTHER_MODELS.issuperset(named.values()) else None
 
 
 def _model(request: _Request) -> str | None:

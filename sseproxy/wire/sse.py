@@ -207,6 +207,8 @@ class EventParser:
         event = line + len(self._type) + len(self._data) + self._extracted
         if self._extracting:
             self._add_to_extract(part, len(part))
+        elif self._line_cut:
+            self._line = (self._line + part[:_LINE_STUB])[:_LINE_STUB]
         elif event <= self._room or (line <= self._room and event <= self.limit):
             self._line += part
         elif event <= self.limit and self._is_data(part):
@@ -216,7 +218,11 @@ class EventParser:
             self._line = (self._line + part[:_LINE_STUB])[:_LINE_STUB]
 
     def _end_line(self, rest: bytes) -> Event | None:
-        if self._line or self._extracting or len(rest) + len(self._type) + len(self._data) > self._room:
+        if (
+            self._line
+            or self._extracting
+            or len(rest) + len(self._type) + len(self._data) + self._extracted > self._room
+        ):
             self._keep(rest)
             if self._extracting:
                 self._extracting = False

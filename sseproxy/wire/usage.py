@@ -172,7 +172,7 @@ class UsageStripper:
         if not self._passing:
             data = _FIRST_DATA.search(self._held)
             # What begins as JSON is no event, whatever it is labelled as.
-            other = self._held[0] in b"{[" or (data is not None and data[1] != b"{")
+            other = _begins_json(self._held) or (data is not None and data[1] != b"{")
             if other or len(self._held) > _MAX_HELD:
                 self._passing = True
                 out += self._held
@@ -180,9 +180,13 @@ class UsageStripper:
         return len(payload), "forwarded" if self._passing else "held"
 
 
+def _begins_json(event: bytes | bytearray) -> bool:
+    return event.lstrip(b" \t")[:1] in (b"{", b"[")
+
+
 def _end_event(event: bytes, out: bytearray) -> Literal["forwarded", "dropped"]:
     """Adds the complete `event` to `out`, unless it is a usage event."""
-    possible = _USAGE.search(event)
+    possible = len(event) <= _MAX_HELD and not _begins_json(event) and _USAGE.search(event)
     # After an empty line, the parser does not take the first bytes for a byte order mark.
     whole = event if event.startswith(b"data:") else b"\n" + event
     events = EventParser(_MAX_HELD).feed(whole) if possible else []
