@@ -75,6 +75,7 @@ class Use(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, present: int, last: int, elapsed: float, seconds: int) -> Use:
+        """With the total that follows from the rest."""
         return cls(present, last, elapsed, seconds, present + int(last * (1 - elapsed / seconds) + 0.5))
 
     def wait(self, limit: int, amount: int) -> float:

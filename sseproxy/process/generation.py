@@ -246,7 +246,7 @@ class Generation(_Workers):
         await asyncio.wait(self._keepers)
 
     async def _keep_worker(self, label: str) -> None:
-        """Runs the worker with the label `label`, and replaces it when it ends, until the generation is closed."""
+        """Runs the worker with this `label`, and replaces it when it ends, until the generation is closed."""
         backoff = 0.0
         while not self._closing.is_set():
             started = perf_counter()

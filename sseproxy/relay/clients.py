@@ -280,7 +280,7 @@ class Client:
         """
         if named is None:
             message = (
-                "The models that this body names cannot be read: it must be JSON or a form, "
+                "The models that this body names cannot be read: the body must be a JSON object or a form, "
                 f"and {_OTHER_MODELS} must be lists of names, in lower case; "
                 f"this key may only use {some(self.models)}."
             )

@@ -136,6 +136,7 @@ class Hold:
                 self._clock.touched = read_at
         record = self._record
         if record.reported_error:
+            # It came before what broke the framing, if both are in one read.
             self._decide("error")
         elif broken:
             self._decide("reset")

@@ -118,7 +118,7 @@ class RequestReader:
 
     @property
     def text(self) -> bytes:
-        """The body, or what is kept of a large one. Empty if it exceeds a limit, or is not JSON."""
+        """The body so far. Of a large one, only what is wanted: nothing if that exceeds a limit, or is not JSON."""
         return self._gist.text() or b""
 
     @property
@@ -270,9 +270,13 @@ class ModelAudit:
         What is before the first line of a form is not read. To a parser that does not look at the Content-Type it may
         be JSON, so there must be nothing.
         """
+        return self._reader.model if self._is_readable else None
+
+    @property
+    def _is_readable(self) -> bool:
+        """Whether every parser reads the same in the body so far."""
         reader = self._reader
-        odd = reader.odd if isinstance(reader, FormReader) else self._members.given_up
-        return reader.model if self._is_plain and not odd else None
+        return self._is_plain and not (reader.odd if isinstance(reader, FormReader) else self._members.given_up)
 
     @property
     def others(self) -> list[str] | None:
@@ -283,10 +287,10 @@ class ModelAudit:
         reader = self._reader
         if not self._fed:
             return []
-        if not self._is_plain:
+        if not self._is_readable:
             return None
         if isinstance(reader, FormReader):
-            return None if reader.odd or reader.names_others or (reader.models and reader.model is None) else []
+            return None if reader.names_others or (reader.models and reader.model is None) else []
         # What another parser takes for an object may not be one here: it has a mark, or more after its end.
         text = self._members.text()
         named = {name.casefold(): name for name in self._members.named}
