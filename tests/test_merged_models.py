@@ -7,13 +7,17 @@ import pytest
 
 from sseproxy.config.options import Secret
 from sseproxy.relay import models
+from sseproxy.wire.credentials import new_key
 
 from .conftest import StartProxy
 from .fleet import Act, Node, ask, fleet, nodes, says, silent, status, upstream
 from .harness import Peer, kept_port, post
+from .test_clients import KEY as TEAM_A
+from .test_clients import OTHER, bearer, client
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: proxy\r\n%b\r\n"
 KEY = Secret("sk-ours")
+THIRD = new_key()
 
 
 def lists(*models: str, **more: object) -> Act:
@@ -75,6 +79,29 @@ async def test_who_has_no_key_of_ours_sees_what_its_own_key_may(start: StartProx
         assert ids((await ask(proxy, GET % b"")).body) == ["nobody"]
         assert ids((await ask(proxy, GET % b"Authorization: Bearer one\r\n")).body) == ["Bearer one"]
         assert len(node.requests) == 3
+
+
+async def test_a_client_sees_only_the_models_that_it_may_use(start: StartProxy) -> None:
+    async with nodes(Node(lists("llama-1", "both")), Node(lists("gpt-1", "llama-2", "both"))) as (a, b):
+        proxy = await start(
+            "http://unused",
+            **fleet(upstream("a", a, api_key=KEY), upstream("b", b, api_key=KEY), merge_models=True),
+            clients=(
+                client("team-a", models=("llama-*",)),
+                client("team-b", OTHER),
+                client("team-c", THIRD, models=("x",)),
+            ),
+        )
+        for key, allowed in (
+            (TEAM_A, ["llama-1", "llama-2"]),
+            (OTHER, ["llama-1", "both", "gpt-1", "llama-2"]),
+            (THIRD, []),
+        ):
+            answer = await ask(proxy, GET % f"{bearer(key)}\r\n".encode())
+            assert (answer.status, ids(answer.body)) == (200, allowed)
+        # One list is kept for all.
+        assert [len(node.requests) for node in (a, b)] == [1, 1]
+        assert (await ask(proxy, GET % b"")).status == 401
 
 
 async def test_endpoints_that_tell_nothing_are_left_out(start: StartProxy) -> None:
